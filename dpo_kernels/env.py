@@ -1,0 +1,46 @@
+"""What this machine has, which implementation `auto` picks, and why not the others."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+
+import torch
+
+from dpo_kernels.dispatch import IMPLEMENTATIONS, choose, unavailable_reason
+from dpo_kernels.impl.torch import tile_bytes
+
+PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "peft", "trl")
+
+
+def devices() -> list[torch.device]:
+    """The CPU and every accelerator that PyTorch sees."""
+    found = [torch.device("cpu")]
+    if torch.accelerator.is_available():
+        kind = torch.accelerator.current_accelerator()
+        assert kind is not None
+        found += [torch.device(kind.type, i) for i in range(torch.accelerator.device_count())]
+    return found
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def report() -> str:
+    """A text for people and for bug reports."""
+    lines = [
+        f"dpo_kernels   {version('dpo_kernels')}",
+        f"python        {platform.python_version()} on {platform.platform()}",
+        *(f"{package:<13} {version(package)}" for package in PACKAGES),
+    ]
+    for device in devices():
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        lines.append(f"\n{device} ({name}): auto picks {choose('auto', device)!r}")
+        lines.append(f"  temporary memory of one call: tiles of {tile_bytes(device) / 2**20:.0f} MiB")
+        for impl in IMPLEMENTATIONS:
+            lines.append(f"  {impl:<7} {unavailable_reason(impl, device) or 'available'}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Implementations of the fused log-probabilities; `interface.py` says what each provides."""

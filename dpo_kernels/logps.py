@@ -1,0 +1,254 @@
+"""Log-probabilities of whole sequences, from hidden states or from logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpo_kernels import ops
+from dpo_kernels.dispatch import choose
+from dpo_kernels.impl.interface import STATS
+from dpo_kernels.rows import GatherRows, ScatterRows, labelled_rows, shift_labels
+
+
+class SequenceLogps(NamedTuple):
+    """Log-probabilities of S sequences of T positions, in nats."""
+
+    logps: Tensor
+    """[S] fp32 (fp64 for fp64 inputs): sum or mean of `token_logps` over labelled positions, 0 if there are none."""
+    num_tokens: Tensor
+    """[S] int64: labelled positions."""
+    token_logps: Tensor
+    """[S, T], same dtype as `logps`: log-probability of each label, 0 at ignored positions."""
+    stats: dict[str, Tensor]
+    """[S, T] each, without gradient, 0 (False) at ignored positions."""
+
+
+def linear_sequence_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    reduction: str = "sum",
+    stats: Sequence[str] = (),
+    num_labelled: int | None = None,
+    impl: str = "auto",
+) -> SequenceLogps:
+    """Log-probabilities of label sequences under a language-model head, without the `[S, T, V]` logits.
+
+    Equivalent to, with every logit in fp32 (fp64 for fp64 inputs) whatever the input dtype::
+
+        logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
+        token_logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        token_logps = token_logps.masked_fill(labels == ignore_index, 0)
+        logps = (token_weights * token_logps).sum(-1)
+
+    Only labelled positions are computed. Differentiable with respect to `hidden`, `weight`, `bias` and `token_weights`,
+    through `logps` and `token_logps` alike. Nothing requires a gradient: one pass over the vocabulary. `weight` and
+    `bias` frozen: the gradient with respect to `hidden` comes out of the same pass (2 matrix products in all).
+    Otherwise the backward computes each tile of logits again (4). Temporary memory is one tile, plus fp32 [N, H] for N
+    labelled positions. Under autocast operands are rounded to the autocast dtype, logits stay fp32.
+
+    Args:
+        hidden: [S, T, H] floating point, need not be contiguous. hidden[s, t] predicts labels[s, t].
+        weight: [V, H], same dtype as `hidden` (any under autocast).
+        labels: [S, T] integers in [0, V), or `ignore_index`.
+        bias: [V], same dtype as `weight`.
+        logit_scale: multiplies the products before the softcap.
+        softcap: > 0, or None for none.
+        temperature: > 0, divides the logits last.
+        token_weights: [S, T], weight of each position's log-probability in `logps`; aligned with `labels`.
+        ignore_index: label of positions that do not count.
+        shift: `labels` (and `token_weights`) are not shifted: labels[s, t] is the token at position t, as Hugging Face
+            models take them, and hidden[s, t] predicts labels[s, t + 1].
+        reduction: "sum", or "mean" over labelled positions.
+        stats: any of "entropy" (nats), "is_top1" (bool: the label is the first largest logit), "mean_logit" (over the
+            vocabulary) and "log_sum_sq_probs" (log sum_v p_v^2).
+        num_labelled: number of positions that count, after the shift, where the host knows it. A CUDA device is then
+            not waited for; labels are checked by assertions on the device, and hidden states that are not finite give
+            log-probabilities that are not.
+        impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
+            state that is not finite, with its sequence and position.
+    """
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_reduction(labels, token_weights, reduction, stats)
+    impl = choose(impl, hidden.device)
+    compute_dtype = linear_compute_dtype(hidden, weight)
+    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
+    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+    with_dhidden = torch.is_grad_enabled() and frozen and hidden.requires_grad
+    options = (bias, float(logit_scale), softcap, float(temperature), ignore_index)
+
+    if torch.compiler.is_compiling():
+        known = ops.UNKNOWN if num_labelled is None else num_labelled
+        token_logps, _, values, _ = ops.linear_token_logps(
+            hidden, weight, labels, *options, known, compute_dtype, list(stats), with_dhidden, impl
+        )
+    else:
+        # Rows are compacted out here where their number may decide shapes: only [N, H] is saved for the backward.
+        rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled=num_labelled, hidden=hidden.detach())
+        x, y = GatherRows.apply(hidden, *rows)[None], labels[rows.sequence, rows.position][None]
+        row_logps, _, row_values, _ = ops.linear_token_logps(
+            x, weight, y, *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, impl
+        )
+        token_logps = ScatterRows.apply(row_logps[0], *rows, labels.shape)
+        values = row_values.new_zeros(len(stats), *labels.shape)
+        values[:, rows.sequence, rows.position] = row_values[:, 0]
+    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values)
+
+
+def sequence_logps(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    token_weights: Tensor | None = None,
+    ignore_index: int = -100,
+    shift: bool = False,
+    reduction: str = "sum",
+    stats: Sequence[str] = (),
+    inplace_backward: bool = False,
+    num_labelled: int | None = None,
+    impl: str = "auto",
+) -> SequenceLogps:
+    """Log-probabilities of label sequences from logits that exist already.
+
+    Equivalent to `logits.float().log_softmax(-1)`, gathered at the labels and summed over each sequence, but reads the
+    labelled rows once and allocates nothing of the logits' size in the forward. Differentiable with respect to
+    `logits` and `token_weights`.
+
+    Args:
+        logits: [S, T, V] floating point, need not be contiguous. logits[s, t] predicts labels[s, t].
+        labels: [S, T] integers in [0, V), or `ignore_index`.
+        inplace_backward: the backward overwrites `logits` with their gradient and returns that memory, so no second
+            [S, T, V] tensor exists. The logits must not be used afterwards; autograd notices if its own graph does.
+        token_weights, ignore_index, shift, reduction, stats, num_labelled, impl: as in `linear_sequence_logps`.
+
+    Raises:
+        ValueError: an argument of the wrong shape, dtype, device or value, or a label outside the vocabulary, with its
+            sequence and position.
+    """
+    check_labels(logits, labels, "logits", "[S, T, V]")
+    check_reduction(labels, token_weights, reduction, stats)
+    if inplace_backward and any(logits.stride(i) == 0 and logits.shape[i] > 1 for i in range(3)):
+        raise ValueError("inplace_backward: expected logits whose elements share no memory, got an expanded view")
+    impl = choose(impl, logits.device)
+    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
+    known = ops.UNKNOWN if num_labelled is None else num_labelled
+    token_logps, _, values = ops.token_logps(logits, labels, ignore_index, known, list(stats), inplace_backward, impl)
+    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values)
+
+
+def _reduce(
+    token_logps: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    ignore_index: int,
+    reduction: str,
+    stats: Sequence[str],
+    values: Tensor,
+) -> SequenceLogps:
+    num_tokens = (labels != ignore_index).sum(1)
+    logps = sum_tokens(token_logps if token_weights is None else token_logps * token_weights.to(token_logps.dtype))
+    if reduction == "mean":
+        logps = logps / num_tokens.clamp(min=1)
+    values = values.detach()
+    named = {name: values[i] > 0 if name == "is_top1" else values[i] for i, name in enumerate(stats)}
+    return SequenceLogps(logps, num_tokens, token_logps, named)
+
+
+def sum_tokens(token_logps: Tensor) -> Tensor:
+    """[S, T] to [S], summed in fp64 where the device has it, so that a long response loses nothing."""
+    wide = token_logps.dtype if token_logps.device.type == "mps" else torch.float64
+    return token_logps.sum(1, dtype=wide).to(token_logps.dtype)
+
+
+def prepare_labels(
+    labels: Tensor, token_weights: Tensor | None, ignore_index: int, shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """int64 labels and their weights, shifted to the positions that predict them."""
+    labels = labels.long()
+    if not shift:
+        return labels, token_weights
+    if token_weights is not None:
+        token_weights = torch.cat([token_weights[:, 1:], token_weights.new_zeros(token_weights.shape[0], 1)], dim=1)
+    return shift_labels(labels, ignore_index), token_weights
+
+
+def linear_compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The dtype that operands of the matrix products are rounded to: autocast's where it is on, else the inputs'."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    if hidden.dtype != weight.dtype:
+        raise ValueError(
+            f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one or use autocast"
+        )
+    return hidden.dtype
+
+
+def check_labels(scores: Tensor, labels: Tensor, name: str, shape: str) -> None:
+    """`scores` (hidden states or logits) and `labels` fit each other."""
+    if scores.dim() != 3:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(scores.shape)}")
+    if not scores.is_floating_point():
+        raise ValueError(f"{name}: expected a floating point dtype, got {scores.dtype}")
+    if labels.shape != scores.shape[:2]:
+        raise ValueError(f"labels: expected shape {tuple(scores.shape[:2])} to fit {name}, got {tuple(labels.shape)}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise ValueError(f"labels: expected an integer dtype, got {labels.dtype}")
+    if labels.device != scores.device:
+        raise ValueError(f"labels: expected device {scores.device}, that of {name}, got {labels.device}")
+
+
+def check_linear_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+) -> None:
+    """The arguments that every function over hidden states and a head has in common."""
+    check_labels(hidden, labels, "hidden", "[S, T, H]")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
+        raise ValueError(f"weight: expected shape [V, {hidden.shape[2]}] to fit hidden, got {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError("weight: expected at least one vocabulary entry, got none")
+    if weight.device != hidden.device:
+        raise ValueError(f"weight: expected device {hidden.device}, that of hidden, got {weight.device}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if bias is not None and (bias.device, bias.dtype) != (weight.device, weight.dtype):
+        raise ValueError(
+            f"bias: expected device {weight.device} and dtype {weight.dtype}, those of weight, "
+            f"got {bias.device} and {bias.dtype}"
+        )
+    if not -float("inf") < logit_scale < float("inf"):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if softcap is not None and not 0 < softcap < float("inf"):
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
+    if not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+
+
+def check_reduction(labels: Tensor, token_weights: Tensor | None, reduction: str, stats: Sequence[str]) -> None:
+    if token_weights is not None and token_weights.shape != labels.shape:
+        raise ValueError(f"token_weights: expected shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+    if isinstance(stats, str) or any(name not in STATS for name in stats):
+        raise ValueError(f"stats: expected a sequence of names from {STATS}, got {stats!r}")

@@ -1,0 +1,378 @@
+"""The custom operators `dpo_kernels::*`: schemas, fakes and autograd. No kernel code.
+
+Positions are [S, T] with ignored labels left in, so that every output shape follows from the inputs' shapes and a
+compiled graph needs no break; each operator compacts to the labelled rows itself. A caller that has compacted and
+checked them already says so with `num_labelled` = COMPACTED, and nothing is searched for again.
+
+Output tensors that were not asked for have no elements. `impl` is a resolved name, never "auto".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.dispatch import load
+from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
+from dpo_kernels.rows import labelled_rows
+
+# values of num_labelled beside a count
+UNKNOWN = -1
+COMPACTED = -2
+
+
+def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """Precision is chosen by `compute_dtype`; autocast must not round a tile behind its back."""
+
+    @wraps(fn)
+    def wrapper(*args: Any) -> Any:
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        with torch.autocast(device.type, enabled=False):
+            return fn(*args)
+
+    return wrapper
+
+
+def _rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int, hidden: Tensor | None) -> Rows | None:
+    """The labelled rows, or None where all are."""
+    if num_labelled == COMPACTED:
+        return None
+    known = None if num_labelled == UNKNOWN else num_labelled
+    return labelled_rows(labels, vocab_size, ignore_index, num_labelled=known, hidden=hidden)
+
+
+def _spread(values: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
+    """[..., N] values of labelled rows to [..., S, T], 0 elsewhere."""
+    if rows is None:
+        return values.reshape(*values.shape[:-1], *shape)
+    out = values.new_zeros(*values.shape[:-1], *shape)
+    out[..., rows.sequence, rows.position] = values
+    return out
+
+
+def _pick(t: Tensor, rows: Rows | None) -> Tensor:
+    """[S, T, ...] to [N, ...]."""
+    return t.reshape(-1, *t.shape[2:]) if rows is None else t[rows.sequence, rows.position]
+
+
+@_without_autocast
+def linear_token_logps_impl(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    num_labelled: int,
+    compute_dtype: torch.dtype,
+    stats: Sequence[str],
+    with_dhidden: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = _rows(labels, weight.shape[0], ignore_index, num_labelled, hidden)
+    out = load(impl).linear_logps_fwd(
+        _pick(hidden, rows),
+        weight,
+        bias,
+        _pick(labels, rows),
+        LogitTransform(logit_scale, softcap, temperature),
+        compute_dtype=compute_dtype,
+        stats=stats,
+        with_dhidden=with_dhidden,
+    )
+    if out.dhidden is None:
+        dhidden = out.logp.new_empty(0)
+    elif rows is None:
+        dhidden = out.dhidden.view(hidden.shape)
+    else:
+        dhidden = out.dhidden.new_zeros(hidden.shape)
+        dhidden[rows.sequence, rows.position] = out.dhidden
+    return (
+        _spread(out.logp, rows, labels.shape),
+        _spread(out.lse, rows, labels.shape),
+        _spread(out.stats, rows, labels.shape),
+        dhidden,
+    )
+
+
+linear_token_logps = torch.library.custom_op(
+    "dpo_kernels::linear_token_logps",
+    linear_token_logps_impl,
+    mutates_args=(),
+    schema="(Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, float logit_scale, float? softcap, "
+    "float temperature, int ignore_index, SymInt num_labelled, ScalarType compute_dtype, str[] stats, "
+    "bool with_dhidden, str impl) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+
+@linear_token_logps.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    num_labelled: int,
+    compute_dtype: torch.dtype,
+    stats: Sequence[str],
+    with_dhidden: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(compute_dtype)
+    return (
+        labels.new_empty(labels.shape, dtype=dtype),
+        labels.new_empty(labels.shape, dtype=dtype),
+        labels.new_empty((len(stats), *labels.shape), dtype=dtype),
+        labels.new_empty(hidden.shape if with_dhidden else (0,), dtype=dtype),
+    )
+
+
+@_without_autocast
+def linear_token_logps_bwd_impl(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    logps: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    num_labelled: int,
+    compute_dtype: torch.dtype,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _rows(labels, weight.shape[0], ignore_index, num_labelled, None)
+    y = _pick(labels, rows)
+    if y.shape[0] == 0:
+        return (
+            hidden.new_zeros(hidden.shape if need_dhidden else 0),
+            weight.new_zeros(weight.shape if need_dweight else 0),
+            weight.new_zeros(weight.shape[0] if need_dbias else 0),
+        )
+    dx, dweight, dbias = load(impl).linear_logps_bwd(
+        _pick(grad, rows),
+        _pick(hidden, rows),
+        weight,
+        bias,
+        y,
+        _pick(lse, rows),
+        _pick(logps, rows),
+        LogitTransform(logit_scale, softcap, temperature),
+        compute_dtype=compute_dtype,
+        need=(need_dhidden, need_dweight, need_dbias),
+    )
+    if dx is None:
+        dhidden = hidden.new_empty(0)
+    elif rows is None:
+        dhidden = dx.view(hidden.shape)
+    else:
+        dhidden = dx.new_zeros(hidden.shape)
+        dhidden[rows.sequence, rows.position] = dx
+    return dhidden, *(weight.new_empty(0) if grad is None else grad for grad in (dweight, dbias))
+
+
+linear_token_logps_bwd = torch.library.custom_op(
+    "dpo_kernels::linear_token_logps_bwd",
+    linear_token_logps_bwd_impl,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, Tensor logps, "
+    "float logit_scale, float? softcap, float temperature, int ignore_index, SymInt num_labelled, "
+    "ScalarType compute_dtype, bool need_dhidden, bool need_dweight, bool need_dbias, str impl) "
+    "-> (Tensor, Tensor, Tensor)",
+)
+
+
+@linear_token_logps_bwd.register_fake
+def _(
+    grad: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    logps: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    num_labelled: int,
+    compute_dtype: torch.dtype,
+    need_dhidden: bool,
+    need_dweight: bool,
+    need_dbias: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        hidden.new_empty(hidden.shape if need_dhidden else (0,)),
+        weight.new_empty(weight.shape if need_dweight else 0),
+        weight.new_empty(weight.shape[0] if need_dbias else 0),
+    )
+
+
+def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, labels, bias, *scalars, _, with_dhidden, impl = inputs
+    logps, lse, _, dhidden = output
+    ctx.set_materialize_grads(False)
+    ctx.with_dhidden, ctx.scalars, ctx.impl, ctx.dtype = with_dhidden, scalars, impl, hidden.dtype
+    if with_dhidden:
+        ctx.save_for_backward(dhidden)
+    else:
+        ctx.save_for_backward(hidden, weight, labels, bias, lse, logps)
+
+
+def _linear_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 13
+    if grad is None:
+        return nothing
+    if ctx.with_dhidden:
+        (dhidden,) = ctx.saved_tensors
+        return ((dhidden * grad[..., None]).to(ctx.dtype), *nothing[1:])
+    hidden, weight, labels, bias, lse, logps = ctx.saved_tensors
+    need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
+    grads = linear_token_logps_bwd(
+        grad, hidden, weight, labels, bias, lse, logps, *ctx.scalars, need[0], need[1], need[2], ctx.impl
+    )
+    dhidden, dweight, dbias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
+    return (dhidden, dweight, None, dbias, *nothing[4:])
+
+
+linear_token_logps.register_autograd(_linear_backward, setup_context=_linear_setup_context)
+
+
+def token_logps_impl(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    num_labelled: int,
+    stats: Sequence[str],
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    known = None if num_labelled == UNKNOWN else num_labelled
+    rows = labelled_rows(labels, logits.shape[-1], ignore_index, num_labelled=known)
+    out = load(impl).logps_fwd(logits, rows, _pick(labels, rows), stats=stats)
+    return tuple(_spread(t, rows, labels.shape) for t in (out.logp, out.lse, out.stats))  # type: ignore[return-value]
+
+
+token_logps = torch.library.custom_op(
+    "dpo_kernels::token_logps",
+    token_logps_impl,
+    mutates_args=(),
+    schema="(Tensor logits, Tensor labels, int ignore_index, SymInt num_labelled, str[] stats, "
+    "bool inplace_backward, str impl) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@token_logps.register_fake
+def _(
+    logits: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    num_labelled: int,
+    stats: Sequence[str],
+    inplace_backward: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = accumulate_dtype(logits.dtype)
+    return (
+        labels.new_empty(labels.shape, dtype=dtype),
+        labels.new_empty(labels.shape, dtype=dtype),
+        labels.new_empty((len(stats), *labels.shape), dtype=dtype),
+    )
+
+
+def _logits_bwd(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str, out: Tensor
+) -> None:
+    rows = labelled_rows(labels, logits.shape[-1], ignore_index)
+    y, g, lse, logps = (_pick(t, rows) for t in (labels, grad, lse, logps))
+    load(impl).logps_bwd_(g, logits, rows, y, lse, logps, out)
+
+
+def token_logps_bwd_impl(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str
+) -> Tensor:
+    dlogits = logits.new_zeros(logits.shape)
+    _logits_bwd(grad, logits, labels, lse, logps, ignore_index, impl, dlogits)
+    return dlogits
+
+
+token_logps_bwd = torch.library.custom_op(
+    "dpo_kernels::token_logps_bwd",
+    token_logps_bwd_impl,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor logits, Tensor labels, Tensor lse, Tensor logps, int ignore_index, str impl) "
+    "-> Tensor",
+)
+
+
+@token_logps_bwd.register_fake
+def _(grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def token_logps_bwd_inplace_impl(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str
+) -> None:
+    _logits_bwd(grad, logits, labels, lse, logps, ignore_index, impl, logits)
+    logits.masked_fill_((labels == ignore_index)[..., None], 0)
+
+
+token_logps_bwd_ = torch.library.custom_op(
+    "dpo_kernels::token_logps_bwd_",
+    token_logps_bwd_inplace_impl,
+    mutates_args=("logits",),
+    schema="(Tensor grad, Tensor(a!) logits, Tensor labels, Tensor lse, Tensor logps, int ignore_index, str impl) "
+    "-> ()",
+)
+
+
+@token_logps_bwd_.register_fake
+def _(grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str) -> None:
+    return None
+
+
+def _logits_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, labels, ignore_index, _, _, inplace_backward, impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, labels, output[1], output[0])
+    ctx.ignore_index, ctx.inplace_backward, ctx.impl = ignore_index, inplace_backward, impl
+
+
+def _logits_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 7
+    logits, labels, lse, logps = ctx.saved_tensors
+    if ctx.inplace_backward:
+        token_logps_bwd_(grad, logits, labels, lse, logps, ctx.ignore_index, ctx.impl)
+        dlogits = logits
+    else:
+        dlogits = token_logps_bwd(grad, logits, labels, lse, logps, ctx.ignore_index, ctx.impl)
+    return (dlogits, *(None,) * 6)
+
+
+token_logps.register_autograd(_logits_backward, setup_context=_logits_setup_context)
+
+# The plain functions behind the operators, for tools that must see the tensors made inside.
+IMPLEMENTATION_OF = {
+    "dpo_kernels::linear_token_logps": linear_token_logps_impl,
+    "dpo_kernels::linear_token_logps_bwd": linear_token_logps_bwd_impl,
+    "dpo_kernels::token_logps": token_logps_impl,
+    "dpo_kernels::token_logps_bwd": token_logps_bwd_impl,
+    "dpo_kernels::token_logps_bwd_": token_logps_bwd_inplace_impl,
+}

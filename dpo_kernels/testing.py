@@ -1,0 +1,124 @@
+"""What tests and benchmarks share: random inputs like a model's, the error budget, and a record of what was made."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from dpo_kernels.ops import IMPLEMENTATION_OF
+
+
+class HeadInputs(NamedTuple):
+    """hidden [S, T, H], weight [V, H], labels [S, T] with ignored ones, bias [V], ref_logps [S] fp32."""
+
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    bias: Tensor
+    ref_logps: Tensor
+
+    def to(self, dtype: torch.dtype) -> HeadInputs:
+        """Fresh leaves of another dtype with the same values, requiring gradients."""
+        hidden, weight, bias = (
+            t.detach().to(dtype, copy=True).requires_grad_() for t in (self.hidden, self.weight, self.bias)
+        )
+        return HeadInputs(hidden, weight, self.labels, bias, self.ref_logps)
+
+
+def head_inputs(
+    sequences: int = 4,
+    length: int = 9,
+    hidden_size: int = 31,
+    vocab_size: int = 123,
+    *,
+    dtype: torch.dtype = torch.float32,
+    logit_std: float = 2.0,
+    labelled: float = 0.6,
+    confident: float = 0.0,
+    ignore_index: int = -100,
+    seed: int = 0,
+    device: str = "cpu",
+) -> HeadInputs:
+    """Random inputs whose logits have standard deviation `logit_std`. A fraction `labelled` of the positions counts;
+    for a fraction `confident` of these, the hidden state is turned to its label until p_y is about 0.99 and more."""
+    generator = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    hidden, weight, bias = randn(sequences, length, hidden_size), randn(vocab_size, hidden_size), randn(vocab_size)
+    weight *= logit_std / hidden_size**0.5
+    labels = torch.randint(vocab_size, (sequences, length), generator=generator)
+    is_confident = torch.rand(sequences, length, generator=generator) < confident
+    toward = weight[labels] / weight[labels].square().sum(-1, keepdim=True)
+    hidden = torch.where(is_confident[..., None], hidden + toward * (4 * logit_std + 6), hidden)
+    labels[torch.rand(sequences, length, generator=generator) >= labelled] = ignore_index
+    ref_logps = -labels.ne(ignore_index).sum(1) * (2.0 + torch.rand(sequences, generator=generator))
+    hidden, weight, bias = (t.to(device, dtype).requires_grad_() for t in (hidden, weight, bias))
+    return HeadInputs(hidden, weight, labels.to(device), bias, ref_logps.to(device))
+
+
+def rms(error: Tensor) -> float:
+    return error.double().square().mean().sqrt().item() if error.numel() else 0.0
+
+
+def assert_within_budget(ours: Tensor, eager: Tensor, oracle: Tensor, what: str, epsilon: float = 1e-6) -> None:
+    """The error budget: our rms error against the fp64 oracle is at most eager's in the same dtype, plus `epsilon`
+    times the oracle's own rms."""
+    assert ours.shape == oracle.shape and torch.isfinite(ours).all(), f"{what}: shape or finiteness"
+    ours_error, eager_error = rms(ours.double() - oracle), rms(eager.double() - oracle)
+    limit = eager_error + epsilon * max(rms(oracle), 1e-30)
+    assert ours_error <= limit, f"{what}: rms error {ours_error:.3e}, eager {eager_error:.3e}, limit {limit:.3e}"
+
+
+class Record(TorchDispatchMode):
+    """Records, inside the custom operators too, every tensor's storage that comes to be and every matrix product.
+
+    `largest`: (bytes, operator, shape) of the largest new storage. `flops`: multiplications in matrix products with a
+    side of `vocab_size` entries or a block of them, so flops / (N * H * V) counts whole head products.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: tuple[int, str, tuple[int, ...]] = (0, "", ())
+        self.multiplications = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.name()
+        if name in IMPLEMENTATION_OF:
+            with self:
+                return IMPLEMENTATION_OF[name](*args)
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            a, b = args[-2:]
+            self.multiplications += a.shape[0] * a.shape[1] * b.shape[1]
+        known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        out = func(*args, **kwargs)
+        for t in tree_leaves(out):
+            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known:
+                self.largest = max(self.largest, (t.untyped_storage().nbytes(), name, tuple(t.shape)))
+        return out
+
+
+class SavedBytes:
+    """Context that adds up the storages autograd saves for backward, those of `inputs` apart."""
+
+    def __init__(self, *inputs: Tensor) -> None:
+        self._seen = {t.untyped_storage().data_ptr() for t in inputs}
+        self.total = 0
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda t: t)
+
+    def _pack(self, t: Tensor) -> Tensor:
+        pointer = t.untyped_storage().data_ptr()
+        if pointer not in self._seen:
+            self._seen.add(pointer)
+            self.total += t.untyped_storage().nbytes()
+        return t
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exc: Any) -> None:
+        self._hooks.__exit__(*exc)

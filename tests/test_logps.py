@@ -1,0 +1,337 @@
+"""Values and gradients of the log-probabilities against the eager oracle in fp64."""
+
+import pytest
+import torch
+
+import dpo_kernels.impl.torch as impl_torch
+from dpo_kernels import linear_sequence_logps, sequence_logps
+from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
+from dpo_kernels.testing import assert_within_budget, head_inputs, rms
+
+STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
+TRANSFORMS = {
+    "plain": {},
+    "scale": {"logit_scale": 0.3, "temperature": 0.7},  # Cohere, Granite; sampling temperature
+    "softcap": {"softcap": 3.0},  # Gemma 2; low enough to bend these logits
+    "all": {"logit_scale": -0.5, "softcap": 5.0, "temperature": 1.7},  # a negative scale turns the maximum around
+}
+SHAPES = {
+    "odd": (4, 9, 31, 123),  # no dimension a multiple of anything
+    "one token": (1, 1, 8, 17),
+    "two entries": (2, 3, 4, 2),
+    "one entry": (2, 3, 4, 1),  # no entry but the label: logp 0
+    "long": (2, 200, 16, 700),  # several tiles in rows and columns under the small tile
+}
+
+
+@pytest.fixture(params=[None, 4096], ids=["default tile", "4 KiB tile"])
+def tile(request, monkeypatch):
+    """The small tile splits rows and columns of every shape here; the default one takes each whole."""
+    if request.param is not None:
+        monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", request.param)
+
+
+def oracle(inputs, **transform):
+    return eager_token_logps(eager_logits(inputs.hidden, inputs.weight, **transform), inputs.labels)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+def test_fp64_equals_eager(tile, shape, transform, with_bias, frozen):
+    inputs = head_inputs(*shape, dtype=torch.float64)
+    bias = inputs.bias if with_bias else None
+    expected = eager_token_logps(eager_logits(inputs.hidden, inputs.weight, bias=bias, **transform), inputs.labels)
+    if frozen:
+        inputs.weight.requires_grad_(False), inputs.bias.requires_grad_(False)
+    out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, bias=bias, **transform)
+
+    torch.testing.assert_close(out.token_logps, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(out.logps, expected.sum(1), rtol=0, atol=1e-12)
+    assert torch.equal(out.num_tokens, (inputs.labels != -100).sum(1))
+
+    wanted = [t for t in (inputs.hidden, inputs.weight, bias) if t is not None and t.requires_grad]
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    # through both outputs, with a coefficient of its own for each token
+    ours = torch.autograd.grad((out.token_logps * weights).sum() + out.logps.square().sum(), wanted)
+    theirs = torch.autograd.grad((expected * weights).sum() + expected.sum(1).square().sum(), wanted)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_stats(tile, shape, transform):
+    inputs = head_inputs(*shape, dtype=torch.float64)
+    logits = eager_logits(inputs.hidden, inputs.weight, **transform)
+    expected = eager_stats(logits, inputs.labels)
+    from_hidden = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, stats=STATS, **transform).stats
+    from_logits = sequence_logps(logits, inputs.labels, stats=STATS).stats
+    for name in STATS:
+        for got in (from_hidden[name], from_logits[name]):
+            assert got.dtype == (torch.bool if name == "is_top1" else torch.float64) and not got.requires_grad
+            torch.testing.assert_close(got, expected[name], rtol=0, atol=1e-10)
+
+
+def test_is_top1_takes_the_first_of_equal_logits(tile):
+    # argmax semantics: entries 2 and 5 tie for the maximum, only the label 2 is the first
+    logits = torch.zeros(1, 3, 8)
+    logits[..., [2, 5]] = 1.0
+    labels = torch.tensor([[2, 5, 0]])
+    assert sequence_logps(logits, labels, stats=["is_top1"]).stats["is_top1"].tolist() == [[True, False, False]]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("ignore_index", [-100, 5])  # 5 is a vocabulary entry: it must be ignored, not computed
+def test_reduction_shift_weights(reduction, shift, ignore_index):
+    inputs = head_inputs(dtype=torch.float64, ignore_index=ignore_index)
+    weights = torch.rand(inputs.labels.shape, dtype=torch.float64, requires_grad=True)
+    logits, labels, used = eager_logits(inputs.hidden, inputs.weight), inputs.labels, weights
+    if shift:
+        logits, labels, used = logits[:, :-1], labels[:, 1:], weights[:, 1:]
+    expected = (eager_token_logps(logits, labels, ignore_index) * used).sum(1)
+    if reduction == "mean":
+        expected = expected / (labels != ignore_index).sum(1)
+    options = {"token_weights": weights, "reduction": reduction, "shift": shift, "ignore_index": ignore_index}
+    all_logits = eager_logits(inputs.hidden, inputs.weight)
+    for out in (
+        linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, **options),
+        sequence_logps(all_logits, inputs.labels, **options),
+    ):
+        torch.testing.assert_close(out.logps, expected)
+        assert torch.equal(out.num_tokens, (labels != ignore_index).sum(1))
+        assert out.token_logps.shape == inputs.labels.shape
+        wanted = (inputs.hidden, inputs.weight, weights)
+        ours = torch.autograd.grad(out.logps.sum(), wanted, retain_graph=True)
+        for mine, other in zip(ours, torch.autograd.grad(expected.sum(), wanted, retain_graph=True), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_no_labelled_tokens(reduction):
+    inputs = head_inputs(labelled=0.0)
+    out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, bias=inputs.bias, reduction=reduction)
+    assert out.logps.tolist() == [0.0] * 4 and out.num_tokens.tolist() == [0] * 4
+    for grad in torch.autograd.grad(out.logps.sum(), (inputs.hidden, inputs.weight, inputs.bias)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    out = sequence_logps(logits, torch.full((2, 3), -100), reduction=reduction)
+    assert out.logps.tolist() == [0.0, 0.0]
+    assert torch.equal(torch.autograd.grad(out.logps.sum(), logits)[0], torch.zeros(2, 3, 5))
+
+
+def test_gradients_without_a_hidden_gradient():
+    # head-only training: hidden states come from a frozen trunk
+    inputs = head_inputs(dtype=torch.float64)
+    inputs.hidden.requires_grad_(False)
+    out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, bias=inputs.bias)
+    expected = eager_token_logps(eager_logits(inputs.hidden, inputs.weight, bias=inputs.bias), inputs.labels)
+    for mine, other in zip(
+        torch.autograd.grad(out.logps.sum(), (inputs.weight, inputs.bias)),
+        torch.autograd.grad(expected.sum(), (inputs.weight, inputs.bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+
+
+def test_non_contiguous_inputs(tile):
+    inputs = head_inputs(6, 20, 32, 99, dtype=torch.float64)
+    hidden, labels = inputs.hidden[::2, 1::3, ::2], inputs.labels[::2, 1::3]
+    weight = inputs.weight.detach().t().contiguous().t()[:, ::2].requires_grad_()
+    assert not hidden.is_contiguous() and not weight.is_contiguous()
+    out = linear_sequence_logps(hidden, weight, labels)
+    expected = eager_token_logps(eager_logits(hidden, weight), labels)
+    torch.testing.assert_close(out.token_logps, expected, rtol=0, atol=1e-12)
+    for mine, other in zip(
+        torch.autograd.grad(out.logps.sum(), (inputs.hidden, weight)),
+        torch.autograd.grad(expected.sum(), (inputs.hidden, weight)),
+        strict=True,
+    ):
+        torch.testing.assert_close(mine, other)
+    logits = torch.randn(4, 9, 50, dtype=torch.float64, requires_grad=True)
+    view, labels = logits[:, :-1, ::2], torch.randint(25, (4, 8))
+    (mine,) = torch.autograd.grad(sequence_logps(view, labels).logps.sum(), logits)
+    (other,) = torch.autograd.grad(eager_token_logps(view, labels).sum(), logits)
+    torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained head", "frozen head"])
+@pytest.mark.parametrize("confident", [0.0, 1.0])  # confident rows by themselves: 1 - p_y cancels there
+def test_error_budget(dtype, transform, frozen, confident):
+    exact = head_inputs(4, 40, 64, 500, confident=confident).to(dtype).to(torch.float64)
+    ours, eager = exact.to(dtype), exact.to(dtype)
+    if frozen:
+        ours.weight.requires_grad_(False)
+    out = linear_sequence_logps(ours.hidden, ours.weight, ours.labels, **transform)
+    truth = oracle(exact, **transform)
+    theirs = oracle(eager, **transform)
+    assert out.logps.dtype == out.token_logps.dtype == torch.float32
+    assert_within_budget(out.token_logps, theirs, truth, "token_logps")
+    assert_within_budget(out.logps, theirs.sum(1), truth.sum(1), "logps")
+    names = ["hidden"] if frozen else ["hidden", "weight"]
+    c = torch.tensor([0.3, -0.7, 1.1, -0.2])
+    got = torch.autograd.grad((out.logps * c).sum(), [getattr(ours, n) for n in names])
+    eager_grads = torch.autograd.grad((theirs.sum(1) * c).sum(), [getattr(eager, n) for n in names])
+    truth_grads = torch.autograd.grad((truth.sum(1) * c).sum(), [getattr(exact, n) for n in names])
+    for name, mine, other, best in zip(names, got, eager_grads, truth_grads, strict=True):
+        assert mine.dtype == dtype
+        assert_within_budget(mine, other, best, f"d{name}")
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_budget_from_logits(tile, dtype, inplace):
+    inputs = head_inputs(4, 40, 64, 500, confident=0.5, dtype=dtype)
+    logits = eager_logits(inputs.hidden, inputs.weight).detach()
+    exact, eager, ours = (logits.to(d, copy=True).requires_grad_() for d in (torch.float64, dtype, dtype))
+    out = sequence_logps(ours, inputs.labels, inplace_backward=inplace)
+    truth, theirs = eager_token_logps(exact, inputs.labels), eager_token_logps(eager, inputs.labels)
+    assert_within_budget(out.token_logps, theirs, truth, "token_logps")
+    (mine,) = torch.autograd.grad(out.logps.sum(), ours)
+    assert_within_budget(
+        mine, torch.autograd.grad(theirs.sum(), eager)[0], torch.autograd.grad(truth.sum(), exact)[0], "dlogits"
+    )
+    assert mine.dtype == dtype and (mine.data_ptr() == ours.data_ptr()) == inplace
+
+
+def test_confident_tokens_keep_their_digits():
+    """Where p_y is almost 1, logp and its gradient are small numbers: they keep fp32's relative precision."""
+    logits = torch.tensor([[[0.0, 18.0, 1.0], [0.0, 40.0, 2.0], [0.0, 90.0, 0.0]]], requires_grad=True)
+    labels = torch.ones(1, 3, dtype=torch.int64)
+    out = sequence_logps(logits, labels)
+    exact = logits.detach().double().requires_grad_()
+    truth = -torch.log1p((torch.exp(exact[..., [0, 2]] - exact[..., 1:2])).sum(-1))
+    torch.testing.assert_close(out.token_logps.double(), truth, rtol=1e-6, atol=0)
+    (mine,) = torch.autograd.grad(out.token_logps.sum(), logits)
+    torch.testing.assert_close(mine.double(), torch.autograd.grad(truth.sum(), exact)[0], rtol=1e-6, atol=1e-44)
+
+
+def test_bf16_logps_of_peaked_logits():
+    """bf16 inputs, logits of standard deviation 4 over 32768 entries: rms error at most 1e-5 nats, and the gradients no
+    worse than eager's."""
+    inputs = head_inputs(2, 48, 128, 32768, dtype=torch.bfloat16, logit_std=4.0, labelled=1.0)
+    exact, eager = inputs.to(torch.float64), inputs.to(torch.bfloat16)
+    truth, theirs = oracle(exact), oracle(eager)
+    out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels)
+    assert rms(out.token_logps.double() - truth) <= 1e-5
+    assert rms(theirs.double() - truth) > 1e-3  # what rounding the logits costs: the test tells them apart
+    wanted = lambda i: (i.hidden, i.weight)  # noqa: E731
+    for name, mine, other, best in zip(
+        ("hidden", "weight"),
+        torch.autograd.grad(out.logps.sum(), wanted(inputs)),
+        torch.autograd.grad(theirs.sum(), wanted(eager)),
+        torch.autograd.grad(truth.sum(), wanted(exact)),
+        strict=True,
+    ):
+        assert_within_budget(mine, other, best, f"d{name}")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_autocast_rounds_operands_and_keeps_fp32_logits(frozen):
+    inputs = head_inputs(4, 40, 64, 500)
+    inputs.weight.requires_grad_(not frozen)
+    rounded = [t.detach().bfloat16().double().requires_grad_() for t in (inputs.hidden, inputs.weight)]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels)
+    truth = eager_token_logps(eager_logits(*rounded), inputs.labels)
+    assert out.logps.dtype == torch.float32
+    assert rms(out.token_logps.double() - truth) < 1e-6
+    wanted = (inputs.hidden,) if frozen else (inputs.hidden, inputs.weight)
+    grads = torch.autograd.grad(out.logps.sum(), wanted)
+    for mine, best in zip(grads, torch.autograd.grad(truth.sum(), rounded), strict=False):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), best, rtol=0, atol=1e-5)
+
+
+def test_extreme_logits():
+    """Logits of +-1e4 and masked entries of -inf leave everything finite and right."""
+    inputs = head_inputs(dtype=torch.float32, logit_std=1e4)
+    bias = torch.zeros(123)
+    bias[100:] = -torch.inf
+    labels = inputs.labels.where(inputs.labels < 100, torch.full_like(inputs.labels, 7))
+    out = linear_sequence_logps(inputs.hidden, inputs.weight, labels, bias=bias)
+    exact = inputs.to(torch.float64)
+    truth = eager_token_logps(eager_logits(exact.hidden, exact.weight)[..., :100], labels)
+    torch.testing.assert_close(out.token_logps.double(), truth, rtol=1e-5, atol=1e-2)
+    for mine, best in zip(
+        torch.autograd.grad(out.logps.sum(), (inputs.hidden, inputs.weight)),
+        torch.autograd.grad(truth.sum(), (exact.hidden, exact.weight)),
+        strict=True,
+    ):
+        assert torch.isfinite(mine).all()
+        assert rms(mine.double() - best) <= 1e-5 * rms(best)
+
+
+def test_same_bits_twice():
+    inputs = head_inputs(4, 40, 64, 500)
+    runs = []
+    for _ in range(2):
+        out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, stats=STATS)
+        grads = torch.autograd.grad(out.logps.sum(), (inputs.hidden, inputs.weight))
+        runs.append((out.logps, *out.stats.values(), *grads))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_inplace_backward_is_noticed_by_autograd():
+    leaf = torch.randn(2, 3, 5, requires_grad=True)
+    logits = leaf * 2
+    other_use = logits.square().sum()  # saved logits for its own backward
+    loss = sequence_logps(logits, torch.ones(2, 3, dtype=torch.int64), inplace_backward=True).logps.sum()
+    torch.autograd.grad(loss, logits, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other_use.backward()
+
+
+def test_num_labelled():
+    inputs = head_inputs()
+    count = int((inputs.labels != -100).sum())
+    with_count = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, num_labelled=count)
+    assert torch.equal(with_count.logps, linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels).logps)
+    with pytest.raises(ValueError, match=f"num_labelled: expected {count}.*got {count + 1}"):
+        linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, num_labelled=count + 1)
+
+
+def broken(**changes):
+    inputs = head_inputs()
+    values = {"hidden": inputs.hidden, "weight": inputs.weight, "labels": inputs.labels, **changes}
+    return linear_sequence_logps(
+        values.pop("hidden"), values.pop("weight"), values.pop("labels"), **values
+    )  # the rest are options
+
+
+def test_errors_name_the_argument():
+    inputs = head_inputs()
+    labels = inputs.labels.clone()
+    labels[2, 3] = 123
+    nan = inputs.hidden.detach().clone()
+    s, t = torch.nonzero(inputs.labels != -100)[5].tolist()
+    nan[s, t, 7] = torch.nan
+    cases = {
+        r"labels: expected values in \[0, 123\).*got 123 for sequence 2, position 3": {"labels": labels},
+        rf"hidden: expected finite.*sequence {s}, position {t}": {"hidden": nan},
+        r"hidden: expected shape \[S, T, H\]": {"hidden": inputs.hidden[0]},
+        r"weight: expected shape \[V, 31\]": {"weight": inputs.weight[:, 1:]},
+        r"weight: expected the dtype of hidden": {"weight": inputs.weight.double()},
+        r"labels: expected shape \(4, 9\)": {"labels": inputs.labels[:, 1:]},
+        r"labels: expected an integer": {"labels": inputs.labels.float()},
+        r"bias: expected shape \[123\]": {"bias": inputs.bias[1:]},
+        r"softcap: expected a positive": {"softcap": 0.0},
+        r"temperature: expected a positive": {"temperature": 0.0},
+        r"logit_scale: expected a finite": {"logit_scale": float("nan")},
+        r"reduction: expected": {"reduction": "none"},
+        r"stats: expected": {"stats": ("entropi",)},
+        r"token_weights: expected shape": {"token_weights": torch.ones(3)},
+        r"impl: expected one of": {"impl": "eager"},
+        r"impl: 'cuda' cannot run": {"impl": "cuda"},
+    }
+    for message, change in cases.items():
+        with pytest.raises(ValueError, match=message):
+            broken(**change)
+    # hidden states that are not labelled may hold anything
+    ignored = inputs.hidden.detach().clone()
+    ignored[inputs.labels == -100] = torch.nan
+    assert torch.isfinite(broken(hidden=ignored).logps).all()

@@ -1,0 +1,154 @@
+"""That the logits never exist: no tensor beyond the documented bounds is made, and each path does its matrix products
+and no more."""
+
+import pytest
+import torch
+
+import dpo_kernels.impl.torch as impl_torch
+from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels.impl.reference import eager_logits, eager_token_logps
+from dpo_kernels.testing import Record, SavedBytes, head_inputs
+
+TILE = 64 * 1024
+STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
+# [S, T, H, V]: the logits are 25 to 100 tiles; more rows, more columns, and both
+SHAPES = {"base": (4, 50, 16, 4000), "rows": (4, 200, 16, 4000), "columns": (4, 50, 16, 16000)}
+
+
+@pytest.fixture(autouse=True)
+def small_tile(monkeypatch):
+    monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", TILE)
+
+
+def make(shape, frozen, dtype, labelled=0.5):
+    inputs = head_inputs(*shape, dtype=dtype, labelled=labelled)
+    inputs.weight.requires_grad_(not frozen)
+    inputs.bias.requires_grad_(not frozen)
+    return inputs
+
+
+def products(record, inputs):
+    """Whole head products [N, H] x [H, V] done."""
+    rows = int((inputs.labels != -100).sum())
+    return record.multiplications / (rows * inputs.weight.numel())
+
+
+def run(fn, inputs, backward=True):
+    """Record of the forward and backward, and the bytes saved between them."""
+    with Record() as record, SavedBytes(*inputs) as saved:
+        loss = fn(inputs)
+        if backward:
+            wanted = [t for t in (inputs.hidden, inputs.weight, inputs.bias) if t.requires_grad]
+            torch.autograd.grad(loss, wanted)
+    return record, saved.total
+
+
+def logps_loss(inputs, **options):
+    return linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, bias=inputs.bias, **options).logps.sum()
+
+
+def dpo_loss(inputs, **options):
+    return linear_dpo_loss(
+        inputs.hidden, inputs.weight, inputs.labels, inputs.ref_logps, bias=inputs.bias, **options
+    ).loss
+
+
+def results_bytes(inputs, dtype):
+    """The largest result any path returns: a gradient, or fp32 [S, T, H]."""
+    sizes = [inputs.hidden.numel() * 4]
+    if inputs.weight.requires_grad:
+        sizes.append(inputs.weight.numel() * dtype.itemsize)
+    return max(sizes)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("path", ["A", "B", "D", "D for the loss"])
+def test_tile_bounds_paths_a_b_d(shape, dtype, softcap, path):
+    inputs = make(shape, frozen=path in "AB", dtype=dtype)
+    if path == "A":
+        with torch.no_grad():
+            record, saved = run(lambda i: logps_loss(i, softcap=softcap, stats=STATS), inputs, backward=False)
+    elif path == "D for the loss":
+        record, saved = run(lambda i: dpo_loss(i, softcap=softcap, chunk_bytes=0), inputs)
+    else:
+        record, saved = run(lambda i: logps_loss(i, softcap=softcap, stats=STATS), inputs)
+    logits_bytes = inputs.labels.numel() * inputs.weight.shape[0] * 4
+    bound = max(TILE, results_bytes(inputs, dtype))
+    assert bound * 2.5 < logits_bytes, "the bound must tell the logits apart"
+    assert record.largest[0] <= bound, f"{record.largest} exceeds {bound}"
+    assert products(record, inputs) == pytest.approx({"A": 1, "B": 2}.get(path, 4))
+    rows = int((inputs.labels != -100).sum())
+    # what is saved: the labelled hidden states (D) or their fp32 gradients (B), and a few numbers a position
+    assert saved <= rows * inputs.hidden.shape[2] * 4 + 64 * inputs.labels.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("groups", [1, 3])
+def test_chunk_bytes_bounds_path_c(dtype, softcap, groups):
+    inputs = make((12, 20, 16, 4000), frozen=False, dtype=dtype)
+    rows = int((inputs.labels != -100).sum())
+    accumulator = inputs.weight.numel() * 4 if dtype != torch.float32 and groups > 1 else 0
+    chunk_bytes = rows * 4000 * 4 // groups + 8 * 4000 * 4 + accumulator
+    record, saved = run(lambda i: dpo_loss(i, softcap=softcap, chunk_bytes=chunk_bytes), inputs)
+    assert products(record, inputs) == pytest.approx(3)
+    assert record.largest[0] <= max(chunk_bytes - accumulator, results_bytes(inputs, torch.float32))
+    assert saved <= 64 * inputs.labels.numel()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 3),
+        ({"loss_type": "ipo"}, 3),
+        ({"loss_type": ("sigmoid", "sft"), "ld_alpha": 0.3}, 3),
+        ({"use_weighting": True}, 3),
+        ({"chunk_bytes": 0}, 4),  # no pair fits
+        ({"chunk_bytes": 4000 * 4}, 4),  # one row fits, a pair does not
+        ({"loss_type": "aot"}, 4),  # sorts the batch: no mean over pairs
+        ({"loss_type": ("sigmoid", "aot_unpaired")}, 4),
+    ],
+)
+def test_products_of_the_fused_op(options, expected):
+    inputs = make((4, 50, 16, 4000), frozen=False, dtype=torch.float32)
+    record, _ = run(lambda i: dpo_loss(i, **options), inputs)
+    assert products(record, inputs) == pytest.approx(expected)
+    frozen = make((4, 50, 16, 4000), frozen=True, dtype=torch.float32)
+    assert products(run(lambda i: dpo_loss(i, **options), frozen)[0], frozen) == pytest.approx(2)
+    with torch.no_grad():
+        assert products(run(lambda i: dpo_loss(i, **options), inputs, backward=False)[0], inputs) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_from_logits_makes_no_second_logits(inplace):
+    labels = head_inputs(4, 50).labels
+    logits = torch.randn(4, 50, 4000, dtype=torch.bfloat16, requires_grad=True)
+    with Record() as forward:
+        loss = sequence_logps(logits, labels, stats=STATS, inplace_backward=inplace).logps.sum()
+    assert forward.largest[0] <= TILE
+    with Record() as backward:
+        torch.autograd.grad(loss, logits)
+    assert backward.largest[0] <= (TILE if inplace else logits.numel() * 2)
+
+
+def test_more_rows_and_columns_make_no_larger_tensor():
+    """`largest` does not depend on N and V, gradients apart."""
+    largest = set()
+    for shape in SHAPES.values():
+        inputs = make(shape, frozen=True, dtype=torch.bfloat16)
+        with torch.no_grad():
+            largest.add(run(logps_loss, inputs, backward=False)[0].largest[0])
+    assert max(largest) <= TILE
+
+
+def test_the_record_sees_eager_logits():
+    """The instrument itself: eager code is caught, with its 3 products over every position."""
+    inputs = make((4, 50, 16, 4000), frozen=False, dtype=torch.float32, labelled=1.0)
+    record, saved = run(
+        lambda i: eager_token_logps(eager_logits(i.hidden, i.weight), i.labels).sum() + 0 * i.bias.sum(), inputs
+    )
+    logits_bytes = inputs.labels.numel() * 4000 * 4
+    assert record.largest[0] >= logits_bytes and saved >= logits_bytes
+    assert products(record, inputs) == pytest.approx(3)

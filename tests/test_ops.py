@@ -1,0 +1,118 @@
+"""The custom operators: schemas, fakes, autograd registration, and whole-graph compilation."""
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from dpo_kernels import linear_dpo_loss, linear_sequence_logps, ops, sequence_logps
+from dpo_kernels.testing import head_inputs
+
+STATS = ["entropy", "is_top1", "mean_logit", "log_sum_sq_probs"]
+
+
+def linear_args(inputs, bias, with_dhidden, stats, dtype):
+    return (
+        *(inputs.hidden, inputs.weight, inputs.labels, bias),
+        *(0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, stats, with_dhidden, "torch"),
+    )
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_linear(with_bias, frozen, dtype):
+    inputs = head_inputs(dtype=dtype)
+    if frozen:
+        inputs.weight.requires_grad_(False), inputs.bias.requires_grad_(False)
+    args = linear_args(inputs, inputs.bias if with_bias else None, frozen, STATS if with_bias else [], dtype)
+    torch.library.opcheck(ops.linear_token_logps, args)
+
+
+def test_opcheck_linear_backward():
+    inputs = head_inputs()
+    hidden, weight, labels, bias, _ = (t.detach() for t in inputs)
+    logps, lse, _, _ = ops.linear_token_logps(*linear_args(inputs, inputs.bias, False, [], torch.float32))
+    for need in ((True, True, True), (True, False, False), (False, True, False)):
+        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, torch.float32, *need, "torch")
+        args = (torch.rand(labels.shape), hidden, weight, labels, bias, lse.detach(), logps.detach(), *scalars)
+        torch.library.opcheck(ops.linear_token_logps_bwd, args)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_opcheck_logits(inplace):
+    labels = head_inputs().labels
+    logits = torch.randn(*labels.shape, 123, requires_grad=True)
+    torch.library.opcheck(ops.token_logps, (logits, labels, -100, ops.UNKNOWN, STATS, False, "torch"))
+    logps, lse, _ = ops.token_logps(logits.detach(), labels, -100, ops.UNKNOWN, [], False, "torch")
+    backward = ops.token_logps_bwd_ if inplace else ops.token_logps_bwd
+    torch.library.opcheck(backward, (torch.rand(labels.shape), logits.detach(), labels, lse, logps, -100, "torch"))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradcheck(frozen):
+    inputs = head_inputs(2, 3, 4, 7, dtype=torch.float64)
+    trained = [inputs.hidden] if frozen else [inputs.hidden, inputs.weight, inputs.bias]
+
+    frozen_head = inputs.weight.detach(), inputs.bias.detach()
+
+    def fn(hidden, *head):
+        weight, bias = head or frozen_head
+        options = {"bias": bias, "logit_scale": 0.7, "softcap": 4.0, "temperature": 1.3}
+        out = linear_sequence_logps(hidden, weight, inputs.labels, **options)
+        return out.logps, out.token_logps
+
+    assert gradcheck(fn, trained)
+
+
+def test_gradcheck_logits():
+    labels = head_inputs(2, 3).labels % 7
+    labels[0, 0] = -100
+    logits = torch.randn(2, 3, 7, dtype=torch.float64, requires_grad=True)
+    assert gradcheck(lambda t: sequence_logps(t, labels).logps, [logits])
+
+
+def loss_from_hidden(hidden, weight, labels, bias, ref_logps):
+    out = linear_sequence_logps(hidden, weight, labels, bias=bias, softcap=4.0, shift=True, stats=("entropy",))
+    return (out.logps - ref_logps).square().sum() + out.token_logps.sum() + 0 * out.stats["entropy"].sum()
+
+
+def loss_from_logits(hidden, weight, labels, bias, ref_logps):
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    return (sequence_logps(logits, labels, inplace_backward=True, reduction="mean").logps - ref_logps).square().sum()
+
+
+def fused_loss(hidden, weight, labels, bias, ref_logps):
+    return linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, loss_type="sigmoid").loss
+
+
+@pytest.mark.parametrize("loss", [loss_from_hidden, loss_from_logits, fused_loss])
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_fullgraph(loss, frozen, dynamic):
+    """Forward and backward in one graph, equal to eager, for shapes and label masks that change between calls."""
+    torch._dynamo.reset()
+    compiled = torch.compile(loss, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for shape in ((4, 9, 31, 123), (6, 5, 31, 123)) if dynamic else ((4, 9, 31, 123),):
+        for seed in range(2):  # another mask, another number of labelled rows, same graph
+            results = []
+            for fn in (compiled, loss):
+                inputs = head_inputs(*shape, seed=seed)
+                if frozen:
+                    inputs.weight.requires_grad_(False), inputs.bias.requires_grad_(False)
+                value = fn(*inputs)
+                value.backward()
+                results.append((value.detach(), *(t.grad for t in inputs[:4:1] if t.grad is not None)))
+            assert len(results[0]) == (2 if frozen else 4)
+            for mine, other in zip(*results, strict=True):
+                torch.testing.assert_close(mine, other)
+
+
+def test_compile_with_inductor():
+    # one case through the default backend, which generates code around the operators
+    torch._dynamo.reset()
+    inputs, other = head_inputs(), head_inputs()
+    value = torch.compile(loss_from_hidden, fullgraph=True)(*inputs)
+    expected = loss_from_hidden(*other)
+    torch.testing.assert_close(value, expected)
+    value.backward(), expected.backward()
+    torch.testing.assert_close(inputs.weight.grad, other.weight.grad)
