@@ -1,0 +1,216 @@
+"""The fused op equals the functions it is composed of, on every path and for every loss."""
+
+import pytest
+import torch
+
+from dpo_kernels import dpo_loss, linear_dpo_loss, linear_sequence_logps
+from dpo_kernels.impl.reference import eager_logits, eager_token_logps
+from dpo_kernels.losses import LOSSES, length_desensitized_weights, wpo_weights
+from dpo_kernels.testing import assert_within_budget, head_inputs
+
+SMOOTHED = {"cdpo": 0.1, "robust": 0.1, "exo_pair": 0.1}
+ROW = 123 * 8  # bytes of one row of fp64 logits
+# all pairs at once; one pair or two at a time; none fits, so the logits are computed again
+CHUNKS = {"one group": None, "groups": 14 * ROW, "recompute": 0}
+
+
+def eager(inputs, *, loss_type="sigmoid", ld_alpha=None, use_weighting=False, shift=False, **options):
+    """The loss from whole logits, the pieces put together by hand."""
+    transform = {k: options.pop(k) for k in ("logit_scale", "softcap", "temperature") if k in options}
+    logits = eager_logits(inputs.hidden, inputs.weight, bias=inputs.bias, **transform)
+    labels = inputs.labels
+    if shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    token_logps = eager_token_logps(logits, labels)
+    plain = token_logps.sum(1)
+    logps, pair_weights = plain, None
+    if ld_alpha is not None:
+        logps = (token_logps * length_desensitized_weights(labels, ld_alpha)).sum(1)
+    if use_weighting:
+        pair_weights = wpo_weights(token_logps, (2 * logits.log_softmax(-1)).logsumexp(-1), labels)
+    chosen_lengths, rejected_lengths = (labels != -100).sum(1).chunk(2)
+    return dpo_loss(
+        *logps.chunk(2),
+        *inputs.ref_logps.to(logps.dtype).chunk(2),
+        loss_type=loss_type,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        sft_chosen_logps=plain.chunk(2)[0],
+        pair_weights=pair_weights,
+        **options,
+    ), logps
+
+
+def fused(inputs, **options):
+    return linear_dpo_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.ref_logps, bias=inputs.bias, **options)
+
+
+def check(inputs, chunk_bytes, **options):
+    out = fused(inputs, chunk_bytes=chunk_bytes, **options)
+    expected, logps = eager(inputs, **options)
+    torch.testing.assert_close(out.loss, expected.losses.mean())
+    torch.testing.assert_close(out.losses, expected.losses.detach())
+    torch.testing.assert_close(out.logps, logps.detach())
+    torch.testing.assert_close(out.chosen_rewards, expected.chosen_rewards)
+    torch.testing.assert_close(out.rejected_rewards, expected.rejected_rewards)
+    labels = inputs.labels[:, 1:] if options.get("shift") else inputs.labels
+    assert torch.equal(out.num_tokens, (labels != -100).sum(1))
+    assert [t.requires_grad for t in out] == [True, False, False, False, False, False]
+    wanted = [t for t in (inputs.hidden, inputs.weight, inputs.bias) if t.requires_grad]
+    ours = torch.autograd.grad(out.loss * 3, wanted)
+    for mine, other in zip(ours, torch.autograd.grad(expected.losses.mean() * 3, wanted), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("loss_type", [*LOSSES, ("sigmoid", "sft", "bco_pair")], ids=str)
+def test_every_loss(loss_type, chunk_bytes):
+    inputs = head_inputs(6, 9, dtype=torch.float64)
+    options = {"label_smoothing": SMOOTHED[loss_type]} if loss_type in SMOOTHED else {}
+    if isinstance(loss_type, tuple):
+        options["loss_weights"] = (0.8, 1.0, 0.2)
+    check(inputs, chunk_bytes, loss_type=loss_type, beta=0.3, **options)
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ld_alpha": 0.3},
+        {"use_weighting": True},
+        {"ld_alpha": 0.0, "use_weighting": True, "loss_type": ("sigmoid", "sft")},
+        {"shift": True},
+        {"logit_scale": 0.5, "softcap": 3.0, "temperature": 1.5},
+        *({"f_divergence": name} for name in ("forward_kl", "js", "alpha")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_options(options, chunk_bytes, frozen):
+    inputs = head_inputs(6, 9, dtype=torch.float64)
+    inputs.weight.requires_grad_(not frozen)
+    inputs.bias.requires_grad_(not frozen)
+    check(inputs, chunk_bytes, **options)
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+def test_pairs_without_labels(chunk_bytes):
+    inputs = head_inputs(8, 9, dtype=torch.float64)
+    # first and last pair empty; in the second only the rejected response
+    inputs.labels[[0, 4, 3, 7, 5]] = -100
+    check(inputs, chunk_bytes)
+
+
+def test_nothing_labelled():
+    inputs = head_inputs(labelled=0.0)
+    out = fused(inputs)
+    assert out.logps.tolist() == [0.0] * 4
+    for grad in torch.autograd.grad(out.loss, (inputs.hidden, inputs.weight, inputs.bias)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("trained", ["hidden", "weight", "bias"])
+def test_one_input_trained(trained):
+    inputs = head_inputs(6, 9, dtype=torch.float64)
+    for name in ("hidden", "weight", "bias"):
+        getattr(inputs, name).requires_grad_(name == trained)
+    check(inputs, None)
+
+
+def test_no_grad_needs_no_gradient():
+    inputs = head_inputs()
+    with torch.no_grad():
+        out = fused(inputs)
+    assert not out.loss.requires_grad
+    torch.testing.assert_close(out.loss, fused(inputs).loss.detach())
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 200_000, 0], ids=CHUNKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("confident", [0.0, 1.0])
+def test_error_budget(dtype, chunk_bytes, confident):
+    """200_000 bytes hold a fp32 dW accumulator beside a few pairs, so low precision takes several groups too."""
+    exact = head_inputs(12, 20, 32, 300, confident=confident).to(dtype).to(torch.float64)
+    ours, naive = exact.to(dtype), exact.to(dtype)
+    for inputs in (ours, naive, exact):
+        inputs.ref_logps.copy_(linear_sequence_logps(*exact[:3], bias=exact.bias).logps.detach() - 1)
+    out = fused(ours, chunk_bytes=chunk_bytes)
+    theirs, truth = eager(naive)[0], eager(exact)[0]
+    assert out.loss.dtype == torch.float32
+    assert_within_budget(out.losses, theirs.losses, truth.losses, "losses")
+    names = ("hidden", "weight", "bias")
+    for name, mine, other, best in zip(
+        names,
+        torch.autograd.grad(out.loss, [getattr(ours, n) for n in names]),
+        torch.autograd.grad(theirs.losses.mean(), [getattr(naive, n) for n in names]),
+        torch.autograd.grad(truth.losses.mean(), [getattr(exact, n) for n in names]),
+        strict=True,
+    ):
+        assert mine.dtype == dtype
+        assert_within_budget(mine, other, best, f"d{name}")
+
+
+def test_fp16_gradients_survive_a_loss_scale():
+    """Gradients are formed after the scale is known: at 2^16 times the loss, small ones do not vanish in fp16."""
+    exact = head_inputs(4, 9, 32, 300).to(torch.float16).to(torch.float64)
+    ours = exact.to(torch.float16)
+    scale = 2.0**12
+    (mine,) = torch.autograd.grad(fused(ours, beta=1e-4).loss * scale, ours.weight)
+    (best,) = torch.autograd.grad(eager(exact, beta=1e-4)[0].losses.mean() * scale, exact.weight)
+    assert ((mine.double() - best).norm() / best.norm()).item() < 2e-3
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+def test_autocast(chunk_bytes):
+    inputs = head_inputs(6, 9)
+    rounded = inputs.to(torch.bfloat16).to(torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = fused(inputs, chunk_bytes=chunk_bytes)
+    expected = eager(rounded)[0].losses.mean()
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)
+    names = ("hidden", "weight", "bias")
+    for mine, best in zip(
+        torch.autograd.grad(out.loss, [getattr(inputs, n) for n in names]),
+        torch.autograd.grad(expected, [getattr(rounded, n) for n in names]),
+        strict=True,
+    ):
+        assert mine.dtype == torch.float32
+        torch.testing.assert_close(mine.double(), best, rtol=1e-4, atol=1e-6)
+
+
+def test_second_backward():
+    inputs = head_inputs()
+    loss = fused(inputs).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="pass chunk_bytes=0"):
+        loss.backward()
+    loss = fused(inputs, chunk_bytes=0).loss
+    loss.backward(retain_graph=True)
+    loss.backward()
+
+
+def test_gradients_accumulate_into_leaves():
+    # the gradients formed in the forward are handed over, not shared: a second step must not change the first's
+    inputs = head_inputs()
+    fused(inputs).loss.backward()
+    once = inputs.weight.grad.clone()
+    fused(inputs).loss.backward()
+    torch.testing.assert_close(inputs.weight.grad, 2 * once)
+
+
+def test_errors_name_the_argument():
+    inputs = head_inputs()
+    hidden, weight, labels, _, ref_logps = inputs
+    cases = [
+        (r"hidden: expected an even number.*got 3", (hidden[:3], weight, labels[:3], ref_logps[:3]), {}),
+        (r"ref_logps: expected shape \[4\], got \(2,\)", (hidden, weight, labels, ref_logps[:2]), {}),
+        (r"ref_logps: expected a floating", (hidden, weight, labels, ref_logps.long()), {}),
+        (r"chunk_bytes: expected", (hidden, weight, labels, ref_logps), {"chunk_bytes": -1}),
+        (r"loss_type.*sigmoid", (hidden, weight, labels, ref_logps), {"loss_type": "sigmoidal"}),
+        (r"beta", (hidden, weight, labels, ref_logps), {"beta": 0.0}),
+        (r"ld_alpha", (hidden, weight, labels, ref_logps), {"ld_alpha": 2.0}),
+        (r"impl: 'triton' cannot run", (hidden, weight, labels, ref_logps), {"impl": "triton"}),
+    ]
+    for message, args, options in cases:
+        with pytest.raises(ValueError, match=message):
+            linear_dpo_loss(*args, **options)
