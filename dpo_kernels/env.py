@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+import dpo_kernels
 from dpo_kernels.dispatch import IMPLEMENTATIONS, choose, unavailable_reason
 from dpo_kernels.impl.torch import tile_bytes
 
@@ -33,7 +34,7 @@ def version(package: str) -> str:
 def report() -> str:
     """A text for people and for bug reports."""
     lines = [
-        f"dpo_kernels   {version('dpo_kernels')}",
+        f"dpo_kernels   {dpo_kernels.__version__}",
         f"python        {platform.python_version()} on {platform.platform()}",
         *(f"{package:<13} {version(package)}" for package in PACKAGES),
     ]
