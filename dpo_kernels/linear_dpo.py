@@ -57,6 +57,7 @@ class _LossOptions(NamedTuple):
     discopop_tau: float
     ld_alpha: float | None
     use_weighting: bool
+    mean_chosen_length: Tensor | float | None
     ignore_index: int
 
     @property
@@ -89,6 +90,7 @@ def linear_dpo_loss(
     discopop_tau: float = 0.05,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
+    mean_chosen_length: Tensor | float | None = None,
     num_labelled: int | None = None,
     chunk_bytes: int | None = None,
     impl: str = "auto",
@@ -116,6 +118,8 @@ def linear_dpo_loss(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau: as in `dpo_loss`.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).
         use_weighting: weigh each pair by how likely the policy makes it (WPO, arXiv 2406.11827, Eq. 2).
+        mean_chosen_length: for "sft" on a part of a larger batch: the mean number of chosen tokens in all of it. These
+            pairs' own if None.
         chunk_bytes: what the logits of one group, and a dW accumulator in fp32 where the head is of lower precision and
             there are several groups, may take together; 1 GiB if None. 0 always takes the path of 4 products.
 
@@ -127,9 +131,11 @@ def linear_dpo_loss(
     _check_pairs(hidden, ref_logps, chunk_bytes)
     options = _LossOptions(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, ld_alpha, use_weighting,
-        ignore_index,
+        mean_chosen_length, ignore_index,
     )  # fmt: skip
-    validate_dpo_options(**{k: v for k, v in options._asdict().items() if k != "ignore_index"})
+    checked = options._asdict()
+    del checked["mean_chosen_length"], checked["ignore_index"]
+    validate_dpo_options(**checked)
     impl = choose(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
     ref_logps = ref_logps.detach().to(accumulate_dtype(compute_dtype))
@@ -163,7 +169,7 @@ def linear_dpo_loss(
         num_labelled=num_labelled,
         impl=impl,
     )
-    loss, logps = _pair_losses(out.token_logps, out.stats.get("log_sum_sq_probs"), labels, ref_logps, None, options)
+    loss, logps = _pair_losses(out.token_logps, out.stats.get("log_sum_sq_probs"), labels, ref_logps, options)
     return LinearDPOOutput(
         loss.losses.mean(),
         loss.losses.detach(),
@@ -197,7 +203,6 @@ def _pair_losses(
     log_sum_sq_probs: Tensor | None,
     labels: Tensor,
     ref_logps: Tensor,
-    mean_chosen_length: Tensor | None,
     options: _LossOptions,
 ) -> tuple[PreferenceLoss, Tensor]:
     """Losses of b pairs from [2b, T] token log-probabilities, chosen first; and the log-probabilities [2b] they use."""
@@ -222,7 +227,7 @@ def _pair_losses(
         discopop_tau=options.discopop_tau,
         chosen_lengths=lengths.chunk(2)[0],
         rejected_lengths=lengths.chunk(2)[1],
-        mean_chosen_length=mean_chosen_length,
+        mean_chosen_length=options.mean_chosen_length,
         sft_chosen_logps=plain.chunk(2)[0],
         pair_weights=pair_weights,
     )
@@ -288,7 +293,9 @@ class _GroupedLoss(torch.autograd.Function):
         pairs = sequences // 2
         y = g.labels[g.rows.sequence, g.rows.position]
         num_tokens = (g.labels != g.options.ignore_index).sum(1)
-        mean_chosen_length = num_tokens[:pairs].sum() / pairs
+        options = g.options
+        if options.mean_chosen_length is None:
+            options = options._replace(mean_chosen_length=num_tokens[:pairs].sum() / pairs)
         # A pair without labelled tokens is in no group's rows, but in a group's pairs: groups cover all pairs.
         losses, chosen_rewards, rejected_rewards = x.new_empty(3, pairs, dtype=g.ref_logps.dtype)
         logps = losses.new_empty(sequences)
@@ -304,11 +311,10 @@ class _GroupedLoss(torch.autograd.Function):
                 leaf = row_logps.detach().requires_grad_()
                 loss, group_logps = _pair_losses(
                     ScatterRows.apply(leaf, local, position, shape),
-                    ScatterRows.apply(stats[0], local, position, shape) if g.options.stats else None,
+                    ScatterRows.apply(stats[0], local, position, shape) if options.stats else None,
                     torch.cat([g.labels[s] for s in both]),
                     torch.cat([g.ref_logps[s] for s in both]),
-                    mean_chosen_length,
-                    g.options,
+                    options,
                 )
                 (dlogp,) = torch.autograd.grad(loss.losses.sum() / pairs, leaf)
             losses[of], chosen_rewards[of], rejected_rewards[of] = (t.detach() for t in loss)
@@ -327,7 +333,7 @@ class _GroupedLoss(torch.autograd.Function):
                 coefficients,
                 compute_dtype=g.compute_dtype,
                 need=ctx.needs_input_grad[:3],
-                stats=g.options.stats,
+                stats=options.stats,
             )
         ctx.mark_non_differentiable(losses, logps, num_tokens, chosen_rewards, rejected_rewards)
         ctx.set_materialize_grads(False)

@@ -79,6 +79,7 @@ def test_every_loss(loss_type, chunk_bytes):
         {"ld_alpha": 0.3},
         {"use_weighting": True},
         {"ld_alpha": 0.0, "use_weighting": True, "loss_type": ("sigmoid", "sft")},
+        {"loss_type": ("sigmoid", "sft"), "mean_chosen_length": 7.5},
         {"shift": True},
         {"logit_scale": 0.5, "softcap": 3.0, "temperature": 1.5},
         *({"f_divergence": name} for name in ("forward_kl", "js", "alpha")),

@@ -1,0 +1,108 @@
+"""Batches of tokenized preference pairs: chosen and rejected sequences concatenated along the first dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+_TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
+_REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+@dataclass
+class PairCollator:
+    """Collates B pairs to one right-padded batch of 2B sequences: rows `0..B-1` chosen, `B..2B-1` rejected.
+
+    A pair is a mapping with `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of token ids), as
+    `tokenize_preferences` makes them, and optionally `index` and the pair `ref_chosen_logps`, `ref_rejected_logps`.
+
+    Args:
+        pad_token_id: fills `input_ids` past a sequence's end. Any id of the vocabulary will do: padding is masked.
+        pad_to_multiple_of: rounds the padded length T up to a multiple of this.
+        ignore_index: the label of prompt and padding positions; negative, so that it is no token id.
+
+    Returns a dict with
+        `input_ids`, `attention_mask`, `labels` `[2B, T]` int64: labels are unshifted, `labels[s, t] = input_ids[s, t]`
+            on the response, `ignore_index` elsewhere;
+        `num_labelled` int: labels that some position predicts, `(labels[:, 1:] != ignore_index).sum()`, counted here,
+            on the host;
+        `ref_logps` `[2B]` float32, where the examples carry reference log-probabilities;
+        `index` `[B]` int64, where the examples carry their index.
+
+    Raises `ValueError` for options out of range, for no examples, for an example without tokens or without one of the
+    three keys, and where only some examples carry reference log-probabilities or an index.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+    ignore_index: int = -100
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.pad_token_id, int) or self.pad_token_id < 0:
+            raise ValueError(
+                f"pad_token_id: expected a token id, got {self.pad_token_id!r}; where the tokenizer has no padding "
+                "token, its EOS id will do"
+            )
+        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
+            raise ValueError(f"pad_to_multiple_of: expected None or at least 1, got {self.pad_to_multiple_of}")
+        if self.ignore_index >= 0:
+            raise ValueError(f"ignore_index: expected a negative number, which is no token id, got {self.ignore_index}")
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not examples:
+            raise ValueError("examples: expected at least one pair, got none")
+        for number, example in enumerate(examples):
+            missing = [key for key in _TOKENS if key not in example]
+            if missing:
+                raise ValueError(
+                    f"examples[{number}]: expected the keys {', '.join(_TOKENS)}, missing {', '.join(missing)} "
+                    f"(keys: {', '.join(example)}); tokenize_preferences makes them"
+                )
+
+        responses = ("chosen_ids", "rejected_ids")
+        sequences = [(example["prompt_ids"], example[key]) for key in responses for example in examples]
+        lengths = [len(prompt) + len(response) for prompt, response in sequences]
+        if min(lengths) == 0:
+            raise ValueError(f"examples[{lengths.index(0) % len(examples)}]: expected token ids, got an empty sequence")
+        length = max(lengths)
+        if self.pad_to_multiple_of is not None:
+            length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+
+        shape = (len(sequences), length)
+        input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
+        attention_mask = torch.zeros(shape, dtype=torch.int64)
+        labels = torch.full(shape, self.ignore_index, dtype=torch.int64)
+        num_labelled = 0
+        for row, (prompt, response) in enumerate(sequences):
+            start, end = len(prompt), len(prompt) + len(response)
+            input_ids[row, :start] = torch.as_tensor(prompt, dtype=torch.int64)
+            input_ids[row, start:end] = torch.as_tensor(response, dtype=torch.int64)
+            attention_mask[row, :end] = 1
+            labels[row, start:end] = input_ids[row, start:end]
+            num_labelled += end - max(start, 1)  # no position predicts the first token of a sequence
+
+        batch: dict[str, Any] = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "num_labelled": num_labelled,
+        }
+        if _carried(examples, _REF_LOGPS):
+            ref_logps = [float(example[key]) for key in _REF_LOGPS for example in examples]
+            batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)
+        if _carried(examples, ("index",)):
+            batch["index"] = torch.tensor([int(example["index"]) for example in examples], dtype=torch.int64)
+        return batch
+
+
+def _carried(examples: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:
+    """Whether all examples have all the keys; `ValueError` where only some of them are there."""
+    present = [key in example for example in examples for key in keys]
+    if any(present) and not all(present):
+        raise ValueError(
+            f"examples: expected {' and '.join(keys)} in every pair or in none, got {sum(present)} of {len(present)}"
+        )
+    return all(present)

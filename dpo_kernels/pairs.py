@@ -1,0 +1,127 @@
+"""Tokenized preference pairs: where they come from, which are held out, and in what order they are taken."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dpo_kernels.config import TrainConfig
+from dpo_kernels.policy import load_tokenizer
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
+
+TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+DEMO_ROWS = 600
+
+
+def load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
+    """The tokenizer, and the token ids of the training and of the held-out pairs."""
+    from dpo_kernels.data import load_preferences
+    from dpo_kernels.tokenization import tokenize_preferences
+
+    rows = {"ranked_pairs": config.ranked_pairs, "empty_response": config.empty_response}
+
+    def load(name: str, split: str, max_rows: int | None = None) -> Dataset:
+        if name == "demo":
+            from dpo_kernels.demo import demo_preferences
+
+            return demo_preferences(max_rows or DEMO_ROWS)
+        subset = config.dataset_config if name == config.dataset else None
+        return load_preferences(name, split=split, name=subset, max_rows=max_rows, **rows)
+
+    def tokenize(dataset: Dataset) -> Dataset:
+        tokenized, report = tokenize_preferences(
+            dataset,
+            tokenizer,
+            max_length=config.max_length,
+            truncation=config.truncation,
+            add_eos=config.add_eos,
+            num_proc=config.num_proc,
+        )
+        logger.info(report.summary())
+        return tokenized.select_columns(list(TOKEN_COLUMNS))
+
+    dataset = load(config.dataset, config.dataset_split, config.max_rows)
+    tokenizer = load_tokenizer(config, dataset)
+    pairs = tokenize(dataset)
+    if config.eval_dataset:
+        return tokenizer, pairs, tokenize(load(config.eval_dataset, config.eval_split))
+    if not config.eval_fraction:
+        return tokenizer, pairs, None
+    return tokenizer, *split_by_prompt(pairs, config.eval_fraction, config.seed)
+
+
+def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
+    """Training and held-out pairs, the latter about `fraction`. Pairs of one prompt stay together: a model that has
+    trained on the other answers to a prompt has seen what it is asked."""
+    by_prompt: dict[bytes, list[int]] = {}
+    for row, prompt in enumerate(pairs["prompt_ids"]):
+        by_prompt.setdefault(np.asarray(prompt).tobytes(), []).append(row)
+    groups = list(by_prompt.values())
+    if len(groups) < 2:
+        raise ValueError("eval_fraction: all pairs have the same prompt, so none can be held out: set it to 0")
+    held_out: list[int] = []
+    for group in np.random.default_rng(seed).permutation(len(groups))[:-1]:
+        if held_out and len(held_out) + len(groups[group]) > fraction * len(pairs):
+            break
+        held_out += groups[group]
+    kept = sorted(set(range(len(pairs))) - set(held_out))
+    return pairs.select(kept), pairs.select(sorted(held_out))
+
+
+def pairs_of_step(step: int, pairs: int, pairs_per_step: int, seed: int) -> np.ndarray:
+    """The rows of an optimizer step, a function of nothing but its number: every epoch is a permutation of its own,
+    whose last step takes what is left."""
+    epoch, position = divmod(step, math.ceil(pairs / pairs_per_step))
+    return _permutation(pairs, seed, epoch)[position * pairs_per_step : (position + 1) * pairs_per_step]
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(pairs: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(pairs)
+
+
+def data_fingerprint(pairs: Dataset) -> str:
+    """Identifies the token ids of all pairs, in their order."""
+    hasher = hashlib.sha256(np.stack([*pair_lengths(pairs).values()]).tobytes())
+    for _, tokens in _columns(pairs):
+        hasher.update(tokens.astype(np.int64).data)
+    return hasher.hexdigest()
+
+
+def pair_lengths(pairs: Dataset) -> dict[str, np.ndarray]:
+    """How many tokens each pair has in each of `TOKEN_COLUMNS`."""
+    lengths = [length for length, _ in _columns(pairs)]
+    return {column: np.concatenate(lengths[i :: len(TOKEN_COLUMNS)]) for i, column in enumerate(TOKEN_COLUMNS)}
+
+
+def check_vocabulary(pairs: Dataset, model: nn.Module, name: str) -> None:
+    """Raises `ValueError` where a token id has no row in the model's embeddings."""
+    entries = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
+    for _, tokens in _columns(pairs):
+        if len(tokens) and tokens.max() >= entries:
+            raise ValueError(
+                f"tokenizer: token id {tokens.max()} is outside the vocabulary of the model {name!r}, which has "
+                f"{entries} entries: take the model's own tokenizer"
+            )
+
+
+def _columns(pairs: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Lengths and token ids, a thousand pairs at a time and one of `TOKEN_COLUMNS` after the other."""
+    import pyarrow.compute
+
+    for table in pairs.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=1000):
+        for column in TOKEN_COLUMNS:
+            lengths = pyarrow.compute.list_value_length(table[column])
+            yield lengths.to_numpy().astype(np.int64), pyarrow.compute.list_flatten(table[column]).to_numpy()

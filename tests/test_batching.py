@@ -1,0 +1,83 @@
+"""PairCollator: one right-padded batch, chosen rows before rejected ones."""
+
+import pytest
+import torch
+
+from dpo_kernels.batching import PairCollator
+
+PAIRS = [
+    {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6], "index": 7},
+    {"prompt_ids": [8], "chosen_ids": [9], "rejected_ids": [10, 11, 12], "index": 3},
+]
+
+
+def test_batch():
+    batch = PairCollator(pad_token_id=0)(PAIRS)
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [8, 9, 0, 0, 0], [1, 2, 3, 6, 0], [8, 10, 11, 12, 0]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 1, 0], [1, 1, 1, 1, 0]]
+    x = -100
+    assert batch["labels"].tolist() == [[x, x, x, 4, 5], [x, 9, x, x, x], [x, x, x, 6, x], [x, 10, 11, 12, x]]
+    assert batch["num_labelled"] == 7 and isinstance(batch["num_labelled"], int)
+    assert batch["index"].tolist() == [7, 3]
+    assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "attention_mask", "labels", "index"))
+    assert "ref_logps" not in batch
+
+
+def test_padding_ids_inside_a_response_are_labels():
+    batch = PairCollator(pad_token_id=0)([{"prompt_ids": [1], "chosen_ids": [0, 2], "rejected_ids": [0]}])
+    assert batch["labels"].tolist() == [[-100, 0, 2], [-100, 0, -100]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
+    assert "index" not in batch
+
+
+def test_num_labelled_leaves_out_a_first_token_that_nothing_predicts():
+    batch = PairCollator(pad_token_id=0)([{"prompt_ids": [], "chosen_ids": [1, 2], "rejected_ids": [3]}])
+    assert batch["num_labelled"] == int((batch["labels"][:, 1:] != -100).sum()) == 1
+
+
+@pytest.mark.parametrize(("multiple", "length"), [(None, 5), (1, 5), (5, 5), (8, 8)])  # below, at and above the length
+def test_pad_to_multiple_of(multiple, length):
+    batch = PairCollator(pad_token_id=0, pad_to_multiple_of=multiple, ignore_index=-1)(PAIRS)
+    assert batch["input_ids"].shape == batch["labels"].shape == (4, length)
+    assert batch["num_labelled"] == int((batch["labels"][:, 1:] != -1).sum()) == 7
+
+
+def test_reference_logps_are_chosen_before_rejected():
+    pairs = [{**pair, "ref_chosen_logps": -1.0 - i, "ref_rejected_logps": -11.0 - i} for i, pair in enumerate(PAIRS)]
+    batch = PairCollator(pad_token_id=0)(pairs)
+    assert batch["ref_logps"].tolist() == [-1.0, -2.0, -11.0, -12.0]
+    assert batch["ref_logps"].dtype == torch.float32
+
+
+def test_tensors_are_taken_as_well_as_lists():
+    tensors = [{key: torch.tensor(value) for key, value in pair.items()} for pair in PAIRS]
+    batch, expected = PairCollator(pad_token_id=0)(tensors), PairCollator(pad_token_id=0)(PAIRS)
+    assert all(torch.equal(batch[key], expected[key]) for key in ("input_ids", "labels", "index"))
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        ([], "at least one pair"),
+        ([PAIRS[0], {"prompt_ids": [1], "chosen_ids": [2]}], r"examples\[1\].*missing rejected_ids"),
+        ([PAIRS[0], {"prompt_ids": [], "chosen_ids": [2], "rejected_ids": []}], r"examples\[1\].*empty sequence"),
+        ([PAIRS[0], {k: v for k, v in PAIRS[1].items() if k != "index"}], "index in every pair or in none, got 1 of 2"),
+        ([{**PAIRS[0], "ref_chosen_logps": 0.0}], "ref_chosen_logps and ref_rejected_logps"),
+    ],
+)
+def test_errors_name_the_example_and_the_key(examples, message):
+    with pytest.raises(ValueError, match=message):
+        PairCollator(pad_token_id=0)(examples)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pad_token_id": None}, "pad_token_id.*None"),
+        ({"pad_token_id": 0, "pad_to_multiple_of": 0}, "pad_to_multiple_of.*0"),
+        ({"pad_token_id": 0, "ignore_index": 0}, "ignore_index.*0"),
+    ],
+)
+def test_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        PairCollator(**options)

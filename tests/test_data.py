@@ -1,0 +1,749 @@
+"""Loading, tokenization and their accounts: what is read, where the boundary lies, what is cut, dropped and cached."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pyarrow as pa
+import pytest
+from datasets import Dataset, DatasetDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from dpo_kernels import tokenization
+from dpo_kernels.data import load_preferences, normalize_preferences, split_train_eval
+from dpo_kernels.demo import demo_tokenizer
+from dpo_kernels.tokenization import DataReport, tokenize_preferences
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+TEXTS = ["What is the colour of the sky? It is blue.", "Say yes or no. I say yes, and he says no."]
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}}]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return demo_tokenizer(TEXTS, 300)
+
+
+@pytest.fixture
+def templated():
+    """Gives a tokenizer with another chat template; the shared one stays as it is."""
+
+    def make(template, **changes):
+        tokenizer = demo_tokenizer(TEXTS, 300)
+        tokenizer.chat_template = template
+        for name, value in changes.items():
+            setattr(tokenizer, name, value)
+        return tokenizer
+
+    return make
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+def text_rows(count=3):
+    return [{"prompt": f"Say {n}:", "chosen": f" yes {n}", "rejected": f" no {n}"} for n in range(count)]
+
+
+def chat_row(prompt="q", chosen="a", rejected="b"):
+    return {"prompt": [user(prompt)], "chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs(dataset):
+    return [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in dataset]
+
+
+def counts(reasons):
+    return {reason: rows.count for reason, rows in reasons.items()}
+
+
+# Loading
+
+
+@pytest.mark.parametrize("rows", [text_rows(), [chat_row(), chat_row("p")]], ids=["text", "conversational"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "lines.json", "csv", "parquet"])
+def test_every_file_format(tmp_path, rows, kind):
+    path = tmp_path / f"pairs.{kind}"
+    if kind == "jsonl.gz":
+        path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n\n" for row in rows).encode()))
+    elif kind == "json":
+        path.write_text("\ufeff" + json.dumps(rows, indent=1), encoding="utf-8")
+    elif kind == "csv":
+        flat = [{k: v if isinstance(v, str) else json.dumps(v) for k, v in row.items()} for row in rows]
+        Dataset.from_list(flat).to_csv(str(path))
+    elif kind == "parquet":
+        Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        write(path, rows)
+    loaded = load_preferences(path)
+    assert pairs(loaded) == rows
+    assert loaded.column_names == ["source", "prompt", "chosen", "rejected"]
+    numbers = (1, 3) if kind == "jsonl.gz" else (1, 2)  # blank lines count, so that the number is the line's
+    assert loaded[:2]["source"] == [f"{path}, row {number}" for number in numbers]
+
+
+def test_messages_and_tools_come_back_exactly(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": None, "b": 0.1, "c": [1, "x"]}}}
+    rows = [
+        {**chat_row(), "tools": TOOLS},
+        {**chat_row(), "chosen": [{**assistant(""), "tool_calls": [call]}]},
+        chat_row('quotes " and </s> and 日本語', "a\u2028b", "1.10"),
+    ]
+    loaded = load_preferences(write(tmp_path / "pairs.jsonl", rows))
+    assert pairs(loaded) == [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+    assert loaded[:]["tools"] == [TOOLS, None, None]
+    loaded.to_parquet(str(tmp_path / "pairs.parquet"))
+    again = load_preferences(tmp_path / "pairs.parquet")
+    assert pairs(again) == pairs(loaded) and again[:]["tools"] == loaded[:]["tools"]
+
+
+def test_numbers_in_tool_calls_reach_the_template_unrounded(tmp_path, templated):
+    tokenizer = templated(
+        "{% for m in messages %}{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}{% endfor %}"
+    )
+    call = {"function": {"name": "add", "arguments": {"a": 1e-12, "b": 0.12345678901234568, "c": None}}}
+    row = {**chat_row(), "chosen": [{**assistant(""), "tool_calls": [call]}]}
+    dataset = load_preferences(write(tmp_path / "pairs.jsonl", [row]))
+    (ids,), _ = tokenize_preferences(dataset, tokenizer)
+    assert tokenizer.decode(ids["chosen_ids"]) == json.dumps([call]) + "<|im_end|>"
+
+
+@pytest.mark.parametrize(("number", "message"), [(2**70, "too large"), (float("inf"), "Out of range float")])
+def test_numbers_that_cannot_be_kept_are_refused(tmp_path, number, message):
+    call = {"function": {"name": "add", "arguments": {"a": number}}}
+    row = {**chat_row(), "chosen": [{**assistant(""), "tool_calls": [call]}]}
+    with pytest.raises(ValueError, match=f"pairs.jsonl, row 2: not to be kept as JSON.*{message}"):
+        load_preferences(write(tmp_path / "pairs.jsonl", [chat_row(), row]))
+
+
+def test_arrow_files_give_objects_their_own_keys_back(tmp_path):
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    other = {"type": "function", "function": {"name": "say", "arguments": {"text": "x"}}}
+    rows = [{**chat_row(), "chosen": [{**assistant(""), "tool_calls": [c]}], "tools": TOOLS} for c in (call, other)]
+    Dataset.from_list(rows, on_mixed_types=None).to_parquet(str(tmp_path / "pairs.parquet"))
+    loaded = load_preferences(tmp_path / "pairs.parquet")
+    assert pairs(loaded) == [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in rows]
+
+
+def test_optional_fields_may_be_missing_from_first_rows(tmp_path):
+    rows = [chat_row(), {**chat_row(), "system": "be brief"}]
+    loaded = load_preferences(write(tmp_path / "pairs.jsonl", rows))
+    assert loaded[1]["prompt"][0] == {"role": "system", "content": "be brief"}
+
+
+def test_directories_and_splits(tmp_path):
+    for name, rows in (
+        ("train-0.jsonl", text_rows(2)),
+        ("train-1.jsonl", text_rows(3)),
+        ("sub/test.jsonl", text_rows(1)),
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, rows)
+    (tmp_path / "README.md").write_text("not data")
+    assert pairs(load_preferences(tmp_path)) == text_rows(2) + text_rows(3)
+    assert pairs(load_preferences(tmp_path, split="test")) == text_rows(1)
+    with pytest.raises(ValueError, match="has the splits test, train, not 'validation'"):
+        load_preferences(tmp_path, split="validation")
+    with pytest.raises(ValueError, match="a single file is its own train split, got 'test'"):
+        load_preferences(tmp_path / "train-0.jsonl", split="test")
+
+
+def test_saved_datasets(tmp_path):
+    DatasetDict({"train": Dataset.from_list(text_rows(2)), "test": Dataset.from_list(text_rows(1))}).save_to_disk(
+        str(tmp_path / "both")
+    )
+    assert pairs(load_preferences(tmp_path / "both", split="test")) == text_rows(1)
+    with pytest.raises(ValueError, match="has the splits train, test, not 'dev'"):
+        load_preferences(tmp_path / "both", split="dev")
+    Dataset.from_list(text_rows(2)).save_to_disk(str(tmp_path / "one"))
+    assert pairs(load_preferences(tmp_path / "one")) == text_rows(2)
+
+
+def test_hub_names_go_to_datasets(monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **kwargs):
+        calls.append((args, kwargs))
+        return Dataset.from_list(text_rows(2))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    loaded = load_preferences("someone/pairs", split="train[:2]", name="en")
+    assert calls == [(("someone/pairs", "en"), {"split": "train[:2]", "cache_dir": None})]
+    assert pairs(loaded) == text_rows(2)
+    assert loaded[1]["source"] == "someone/pairs[train[:2]], row 2"
+
+
+def test_media_columns_are_not_decoded():
+    dataset = Dataset.from_list([{**row, "picture": {"bytes": b"no image", "path": None}} for row in text_rows(1)])
+    dataset = dataset.cast_column("picture", datasets.Image())
+    assert pairs(normalize_preferences(dataset)) == text_rows(1)
+
+
+def test_max_rows(tmp_path):
+    path = write(tmp_path / "pairs.jsonl", text_rows(3))
+    assert pairs(load_preferences(path, max_rows=2)) == text_rows(2)
+    assert len(load_preferences(path)) == 3
+    with pytest.raises(ValueError, match="max_rows: expected None or at least 1, got 0"):
+        load_preferences(path, max_rows=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        (
+            "a.jsonl",
+            b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "cho\n',
+            "row 2: the line is no",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n\n[1]\n',
+            "row 3: expected a JSON object, got li",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "\xff", "chosen": "a", "rejected": "b"}\n',
+            "row 1: the line is not valid JSON.*utf-8",
+        ),
+        (
+            "a.jsonl",
+            b'{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt": "p", "chosen": "a"}',
+            "row 2: the field",
+        ),
+        ("a.jsonl", b'{"prompt": "p", "chosen": "a", "rejected": " "}\n', "row 1: the rejected response is empty"),
+        ("a.jsonl", b"", "there are no rows"),
+        (
+            "a.json",
+            b'[{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": ]',
+            "row 2: the element is not valid",
+        ),
+        ("a.json", b'[{"prompt": "p", "chosen": "a", "rejected": "b"}', "row 2: the element is not valid JSON"),
+        ("a.json", b'[{"prompt": "p", "chosen": "a", "rejected": "b"}] []', "array of 1 rows is followed by '\\[\\]'"),
+        ("a.json", b"[]", "there are no rows"),
+        ("a.json", b"[7]", "row 1: expected a JSON object, got int"),
+        ("a.json", b"[\xff]", "not UTF-8"),
+        ("a.csv", b"prompt,chosen,rejected\np,a,b\np,a\n", "row 2: the field 'rejected' is null"),
+        ("a.csv", b"prompt,chosen,rejected\np,a,b,c\n", "row 1: more cells than the header's 3"),
+        ("a.csv", b'prompt,chosen,rejected\np,a,b\np,"a,b\n', "row 2: the record is not valid CSV"),
+        ("a.csv", b"prompt,chosen,rejected\np,a,\n", "row 1: the rejected response is empty"),
+        (
+            "a.csv",
+            b"prompt,chosen,rejected\n\"[{'role': 'user'}]\",a,b\n",
+            "row 1: column 'prompt' looks like a list of me",
+        ),
+        ("a.parquet", b"PAR1 not really", "the file is not valid Parquet"),
+        (
+            "a.jsonl",
+            b'{"message_id": "1", "parent_id": null, "text": "p", "role": "prompter", "rank": null}',
+            "there is no preference pair among the rows, which have the layout 'openassistant'",
+        ),
+        ("a.jsonl", b'{"text": "p"}\n', r"columns found \(text\) are no known preference layout"),
+        ("a.jsonl", b'{"prompt": "p", "completion": "c", "label": true}', "unpaired.*KTO"),
+    ],
+)
+def test_unsound_files_are_named_with_the_row(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        load_preferences(path)
+    assert str(error.value).startswith(str(path))
+
+
+def test_errors_after_the_first_rows_are_named_too(tmp_path):
+    """Past the rows that recognition looks at, `datasets` wraps what its generators raise."""
+    path = write(tmp_path / "pairs.jsonl", [*text_rows(150), {"prompt": "p", "chosen": "", "rejected": "b"}])
+    with pytest.raises(ValueError) as error:
+        load_preferences(path)
+    assert str(error.value) == f"{path}, row 151: the chosen response is empty"
+
+
+def test_paths_that_are_not_there(tmp_path):
+    for missing in (tmp_path / "none.jsonl", "./none", "nowhere.csv"):
+        with pytest.raises(ValueError, match="there is no file or directory"):
+            load_preferences(missing)
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match="expected a file ending in .jsonl, .*got .*notes.txt"):
+        load_preferences(tmp_path / "notes.txt")
+    with pytest.raises(ValueError, match="no file ending in .* in the directory"):
+        load_preferences(tmp_path)
+    with pytest.raises(ValueError, match="expected one split, a datasets.Dataset, got DatasetDict"):
+        normalize_preferences(DatasetDict({"train": Dataset.from_list(text_rows())}))
+
+
+# The boundary
+
+
+def test_plain_text_is_tokenized_in_parts(tokenizer):
+    """Together, prompt and response would merge across the boundary: 'sk' + 'y' is one token here."""
+    joined = tokenizer("the sky")["input_ids"]
+    dataset = Dataset.from_list([{"prompt": "the sk", "chosen": "y", "rejected": "i"}])
+    (row,), report = tokenize_preferences(dataset, tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "the sk"
+    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["y", "<|im_end|>"]
+    assert row["prompt_ids"] + row["chosen_ids"][:1] != joined
+    assert report == DataReport(rows=1, kept=1, dropped={}, altered={})
+
+
+TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
+RESPONSE = TEXT.filter(lambda text: text.strip())
+
+
+@settings(max_examples=60, deadline=None)
+@given(prompt=TEXT.filter(bool), chosen=RESPONSE, rejected=RESPONSE)
+def test_decoding_gives_the_very_text_back(tokenizer, prompt, chosen, rejected):
+    row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    batch = pa.Table.from_pylist([row])
+    columns = tokenization._tokenize_batch(
+        batch, [0], tokenizer=tokenizer, max_length=None, truncation="drop", add_eos=False, template_kwargs={}
+    )
+    if chosen == rejected:
+        assert columns["dropped"] == [tokenization.IDENTICAL]
+    else:
+        assert [tokenizer.decode(columns[f"{key}_ids"][0]) for key in row] == [prompt, chosen, rejected]
+
+
+def test_conversations_go_through_the_template(tokenizer):
+    dataset = Dataset.from_list([chat_row("Say yes", "yes", "no, I say")])
+    (row,), _ = tokenize_preferences(dataset, tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nSay yes<|im_end|>\n<|im_start|>assistant\n"
+    assert tokenizer.decode(row["chosen_ids"]) == "yes<|im_end|>\n"
+    whole = tokenizer.apply_chat_template([user("Say yes"), assistant("no, I say")])["input_ids"]
+    assert row["prompt_ids"] + row["rejected_ids"] == whole
+
+
+def test_tools_and_template_arguments_reach_the_template(templated):
+    tokenizer = templated("{{ tools | tojson if tools }}{{ mood }}{% for m in messages %}|{{ m.content }}{% endfor %}")
+    rows = [{**chat_row(), "tools": TOOLS}, {**chat_row("p"), "tools": None}]
+    dataset, _ = tokenize_preferences(Dataset.from_list(rows), tokenizer, chat_template_kwargs={"mood": "!"})
+    assert tokenizer.decode(dataset[0]["prompt_ids"]) == json.dumps(TOOLS) + "!|q"
+    assert tokenizer.decode(dataset[1]["prompt_ids"]) == "!|p"
+    with pytest.raises(ValueError, match="chat_template_kwargs: tools are set by"):
+        tokenize_preferences(Dataset.from_list(rows), tokenizer, chat_template_kwargs={"tools": []})
+
+
+def test_renderings_that_part_early_move_the_boundary_and_are_reported(templated):
+    """As with templates that open a thinking block for generation, which the finished turn does not have."""
+    tokenizer = templated(
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>{% endif %}"
+    )
+    (row,), report = tokenize_preferences(Dataset.from_list([chat_row(chosen="<b>", rejected="<c>")]), tokenizer)
+    assert counts(report.altered) == {tokenization.REDRAWN: 1}
+    assert tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nq<|im_end|><|im_start|>assistant\n<"
+    assert tokenizer.decode(row["chosen_ids"]) == "b><|im_end|>"
+
+
+def test_alterations_of_dropped_pairs_are_not_counted(templated):
+    tokenizer = templated("{% for m in messages %}{{ m.content }}{% endfor %}{{ '<think>' if add_generation_prompt }}")
+    rows = [chat_row(), chat_row(chosen="long " * 30)]
+    with pytest.warns(UserWarning, match=tokenization.TOO_LONG):
+        _, report = tokenize_preferences(Dataset.from_list(rows), tokenizer, max_length=40, truncation="drop")
+    assert counts(report.dropped) == {tokenization.TOO_LONG: 1} and counts(report.altered) == {tokenization.REDRAWN: 1}
+
+
+def test_a_moved_boundary_does_not_cut_special_tokens(templated):
+    tokenizer = templated(
+        "{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>{% endif %}"
+    )
+    # Prompt: "q<|im_end|><|im_start|>", whole: "q<|im_end|><|im_en...": they part inside the special tokens.
+    dataset = Dataset.from_list([chat_row(chosen="<|im_end|>x", rejected="<|im_end|>y")])
+    (row,), report = tokenize_preferences(dataset, tokenizer)
+    assert counts(report.altered) == {tokenization.REDRAWN: 1}
+    assert tokenizer.convert_ids_to_tokens(row["prompt_ids"]) == ["q", "<|im_end|>"]
+    assert tokenizer.convert_ids_to_tokens(row["chosen_ids"]) == ["<|im_end|>", "x", "<|im_end|>"]
+
+
+def with_bos(**options):
+    """A byte-level tokenizer that puts BOS before and EOS after a text of its own accord."""
+    tokenizer = demo_tokenizer(TEXTS, 300)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", bos), ("</s>", eos)]
+    )
+    for name, value in options.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+@pytest.mark.parametrize("prompt", ["Say:", "<s>Say:"])
+def test_bos_once_before_the_prompt_and_eos_once_after_the_responses(prompt):
+    tokenizer = with_bos()
+    rows = [{"prompt": prompt, "chosen": " yes", "rejected": " no</s>"}]
+    (row,), _ = tokenize_preferences(Dataset.from_list(rows), tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "<s>Say:"
+    assert row["prompt_ids"].count(tokenizer.bos_token_id) == 1
+    assert [tokenizer.decode(row[key]) for key in ("chosen_ids", "rejected_ids")] == [" yes</s>", " no</s>"]
+
+
+def test_the_template_writes_bos_in_conversations():
+    template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    tokenizer = with_bos(chat_template=template.replace("{{ m.content }}", "{{ (':' if not loop.first) ~ m.content }}"))
+    (row,), report = tokenize_preferences(Dataset.from_list([chat_row()]), tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "<s>q:" and not report.altered
+    assert tokenizer.decode(row["chosen_ids"]) == "a</s>"  # the template ends no turn: EOS does
+
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ bos_token }}", "")
+    (row,), _ = tokenize_preferences(Dataset.from_list([chat_row()]), tokenizer)
+    assert tokenizer.decode(row["prompt_ids"]) == "q:"  # the template wants no BOS
+
+
+@pytest.mark.parametrize(
+    ("ending", "expected"),
+    [
+        ("<|im_end|>\n", "a<|im_end|>\n"),  # EOS and white space, as in ChatML
+        ("<turn>", "a<turn>"),  # an end of turn that is not EOS, as in Gemma and Llama 3
+        ("\n", "a\n<|im_end|>"),  # nothing to stop at
+    ],
+)
+def test_eos_unless_the_template_ends_the_turn(templated, ending, expected):
+    tokenizer = templated("{% for m in messages %}{{ m.content }}" + ending.replace("\n", "\\n") + "{% endfor %}")
+    tokenizer.chat_template = tokenizer.chat_template.replace("\\n", "{{ '\\n' }}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    (row,), _ = tokenize_preferences(Dataset.from_list([chat_row()]), tokenizer)
+    assert tokenizer.decode(row["chosen_ids"]) == expected
+    (row,), _ = tokenize_preferences(Dataset.from_list([chat_row()]), tokenizer, add_eos=False)
+    assert tokenizer.decode(row["chosen_ids"]) == "a" + ending
+
+
+def sentencepiece_like(kind):
+    """Tokenizers that put a space before every text, as the Llama 2 family does."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=False))
+    if kind == "normalizer":
+        backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=kind, split=kind == "first")
+    trainer = trainers.BpeTrainer(vocab_size=90, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    backend.train_from_iterator([*TEXTS, "\n:[]"], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["always", "first", "normalizer"])
+@pytest.mark.parametrize("response", [" yes", "yes", " the colour of the sky"])
+def test_no_space_is_put_before_a_response(kind, response):
+    tokenizer = sentencepiece_like(kind)
+    dataset = Dataset.from_list([{"prompt": "Say [yes]", "chosen": response, "rejected": " no"}])
+    (row,), report = tokenize_preferences(dataset, tokenizer)
+    pieces = "".join(tokenizer.convert_ids_to_tokens(row["chosen_ids"]))
+    assert pieces == response.replace(" ", "▁") + "</s>"
+    assert not report.altered
+    joined = tokenizer("Say [yes]" + response)["input_ids"]  # ']' merges with nothing here
+    assert row["prompt_ids"] + row["chosen_ids"][:-1] == joined
+
+
+# Truncation
+
+IDS = ([1, 2, 3, 4, 5, 6], [11, 12, 13, 14], [21, 22])
+CUT, END = tokenization.PROMPT_CUT, tokenization.RESPONSE_CUT
+
+
+@pytest.mark.parametrize(
+    ("policy", "max_length", "has_bos", "expected", "altered", "dropped"),
+    [
+        ("prompt_start", None, False, IDS, [], ""),
+        ("prompt_start", 10, False, IDS, [], ""),  # exactly fits
+        ("prompt_start", 9, False, ([2, 3, 4, 5, 6], *IDS[1:]), [CUT], ""),
+        ("prompt_start", 9, True, ([1, 3, 4, 5, 6], *IDS[1:]), [CUT], ""),
+        ("prompt_start", 6, True, ([1, 6], *IDS[1:]), [CUT], ""),
+        ("prompt_start", 5, True, ([6], *IDS[1:]), [CUT], ""),  # room for one: the newest, not BOS
+        ("prompt_start", 4, False, ([6], [11, 12, 13], [21, 22]), [CUT, END], ""),
+        ("prompt_start", 2, False, ([6], [11], [21]), [CUT, END], ""),
+        ("response_end", 9, False, (IDS[0], [11, 12, 13], [21, 22]), [END], ""),
+        ("response_end", 7, False, (IDS[0], [11], [21]), [END], ""),
+        ("response_end", 6, False, ([], [], []), [], tokenization.PROMPT_TOO_LONG),
+        ("drop", 10, False, IDS, [], ""),
+        ("drop", 9, False, ([], [], []), [], tokenization.TOO_LONG),
+        ("error", 9, False, ([], [], []), [], tokenization.TOO_LONG),
+    ],
+)
+def test_truncation(policy, max_length, has_bos, expected, altered, dropped):
+    assert tokenization._fit(IDS, has_bos, max_length, policy) == (expected, altered, dropped)
+
+
+def test_cutting_may_leave_no_difference():
+    assert (
+        tokenization._fit(([1, 2], [3, 4, 5], [3, 4, 6]), False, 4, "response_end")[2]
+        == tokenization.IDENTICAL_AFTER_CUT
+    )
+
+
+def test_truncation_error_names_the_rows(tokenizer):
+    rows = [*text_rows(1), {"prompt": "Say yes:", "chosen": " yes" * 20, "rejected": " no"}]
+    with pytest.raises(ValueError, match="longer than max_length 16\n.*\n.*dataset, row 2"):
+        tokenize_preferences(Dataset.from_list(rows), tokenizer, max_length=16, truncation="error")
+
+
+def test_only_the_pair_that_is_too_long_is_cut(tokenizer):
+    rows = [*text_rows(1), {"prompt": "Say yes: " * 9, "chosen": " yes", "rejected": " no, he says"}]
+    dataset, report = tokenize_preferences(Dataset.from_list(rows), tokenizer, max_length=32)
+    assert counts(report.altered) == {tokenization.PROMPT_CUT: 1}
+    assert report.altered[tokenization.PROMPT_CUT].examples == ("dataset, row 2",)
+    row = dataset[1]
+    assert len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) == 32
+    assert ("Say yes: " * 9).endswith(tokenizer.decode(row["prompt_ids"]))
+    assert tokenizer.decode(row["rejected_ids"]) == " no, he says<|im_end|>"
+
+
+# What is dropped, and the report
+
+
+def test_every_dropped_row_is_counted_with_its_reason(tmp_path, templated):
+    tokenizer = templated(
+        "{% for m in messages %}{% if m.content == 'refuse' %}{{ raise_exception('no such thing') }}{% endif %}"
+        "<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    )
+    shared = [user("p"), assistant("r")]
+    rows = [
+        chat_row(),
+        chat_row(chosen="same", rejected="same"),
+        chat_row(chosen=""),
+        {**chat_row(), "chosen": [user("x")]},
+        chat_row(prompt="refuse"),
+        {
+            "prompt": "p",
+            "chosen": [*shared, user("x"), assistant("a")],
+            "rejected": [*shared, user("y"), assistant("b")],
+        },
+        chat_row(chosen="long " * 30),
+        chat_row("kept too"),
+    ]
+    dataset = load_preferences(write(tmp_path / "pairs.jsonl", rows[:3] + rows[4:]), empty_response="drop")
+    with pytest.warns(UserWarning, match=tokenization.IDENTICAL):
+        tokenized, report = tokenize_preferences(dataset, tokenizer, max_length=50, truncation="drop")
+    assert counts(report.dropped) == {
+        tokenization.IDENTICAL: 1,
+        tokenization.EMPTY: 1,
+        tokenization.REFUSED + "no such thing": 1,
+        tokenization.OTHER_PROMPTS: 1,
+        tokenization.TOO_LONG: 1,
+    }
+    assert (report.rows, report.kept, report.altered) == (7, 2, {})
+    assert tokenized["index"][:] == [0, 6]
+    assert tokenized.column_names == ["index", "prompt_ids", "chosen_ids", "rejected_ids"]
+    file = tmp_path / "pairs.jsonl"
+    assert report.dropped[tokenization.EMPTY].examples == (f"{file}, row 3",)
+    assert f"dropped 1: {tokenization.EMPTY} ({file}, row 3)" in report.summary()
+    assert report.summary().startswith("2 of 7 preference pairs kept")
+
+
+def test_pairs_without_a_prompt_are_dropped(tokenizer):
+    dataset = Dataset.from_list([*text_rows(1), {"prompt": "", "chosen": "yes", "rejected": "no"}])
+    with pytest.warns(UserWarning, match="no prompt"):
+        tokenized, report = tokenize_preferences(dataset, tokenizer)
+    assert counts(report.dropped) == {tokenization.NO_PROMPT: 1} and len(tokenized) == 1
+    _, report = tokenize_preferences(dataset, with_bos())  # BOS predicts the first token
+    assert report.kept == 2
+
+
+def test_summary_names_a_few_rows_of_many(tokenizer):
+    dataset = Dataset.from_list(
+        [*text_rows(1), *({"prompt": f"{n}", "chosen": "a", "rejected": "a"} for n in range(7))]
+    )
+    with pytest.warns(UserWarning):
+        _, report = tokenize_preferences(dataset, tokenizer)
+    assert "dropped 7: " in report.summary()
+    assert "(dataset, row 2, row 3, row 4, row 5, row 6, ...)" in report.summary()
+
+
+def test_nothing_left_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match=f"no preference pair is left\n0 of 1 .*\n.*{tokenization.IDENTICAL}"):
+        tokenize_preferences(Dataset.from_list([{"prompt": "p", "chosen": "a", "rejected": "a"}]), tokenizer)
+
+
+def test_tokenizers_that_lack_something(templated):
+    chat, text = Dataset.from_list([chat_row()]), Dataset.from_list(text_rows())
+    with pytest.raises(ValueError, match="has no chat template, which conversations need"):
+        tokenize_preferences(chat, templated(None))
+    no_eos = templated("x", eos_token=None)
+    with pytest.raises(ValueError, match="has no EOS token.*add_eos=False"):
+        tokenize_preferences(text, no_eos)
+    (row, *_), _ = tokenize_preferences(text, no_eos, add_eos=False)
+    assert no_eos.decode(row["chosen_ids"]) == " yes 0"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_length": 1}, "max_length: expected None or at least 2, got 1"),
+        ({"truncation": "left"}, "truncation: expected one of .* got 'left'"),
+    ],
+)
+def test_options_out_of_range(tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        tokenize_preferences(Dataset.from_list(text_rows()), tokenizer, **options)
+
+
+# Cache
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Counts the batches that are really tokenized."""
+    seen = []
+    tokenize_batch = tokenization._tokenize_batch
+
+    def counting(*args, **kwargs):
+        seen.append(1)
+        return tokenize_batch(*args, **kwargs)
+
+    monkeypatch.setattr(tokenization, "_tokenize_batch", counting)
+    return seen
+
+
+def test_a_second_call_is_served_from_the_cache_report_included(tmp_path, batches):
+    rows = [*text_rows(4), {"prompt": "p", "chosen": "a", "rejected": "a"}, {**text_rows(1)[0], "prompt": "long " * 40}]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    results = []
+    for used in (False, True):
+        tokenizer = demo_tokenizer(TEXTS, 300)  # a new object with the same contents
+        if used:  # calls leave their padding and truncation behind in the tokenizer
+            tokenizer(["yes", "yes and no"], padding=True, truncation=True, max_length=4)
+        with pytest.warns(UserWarning, match=tokenization.IDENTICAL):
+            results.append(tokenize_preferences(load_preferences(path), tokenizer, max_length=32))
+    assert len(batches) == 1
+    (first, report), (second, again) = results
+    assert first[:] == second[:] and first._fingerprint == second._fingerprint
+    assert report == again and counts(report.altered) == {tokenization.PROMPT_CUT: 1}
+
+
+def test_whatever_changes_the_ids_changes_the_cache(tmp_path, batches):
+    rows = [chat_row(), chat_row("p")]
+    path = write(tmp_path / "pairs.jsonl", rows)
+    dataset, tokenizer = load_preferences(path), demo_tokenizer(TEXTS, 300)
+    tokenize_preferences(dataset, tokenizer)
+    for options in (
+        {"max_length": 512},
+        {"truncation": "drop"},
+        {"add_eos": False},
+        {"chat_template_kwargs": {"x": 1}},
+    ):
+        tokenize_preferences(dataset, tokenizer, **options)
+    tokenizer.chat_template += "."
+    tokenize_preferences(dataset, tokenizer)
+    tokenize_preferences(dataset, demo_tokenizer(TEXTS, 265))
+    write(path, [*rows, chat_row("r")])
+    changed, _ = tokenize_preferences(load_preferences(path), demo_tokenizer(TEXTS, 300))
+    assert len(batches) == 8 and len(changed) == 3
+
+
+def test_processes_give_the_same_rows(tmp_path, tokenizer):
+    dataset = load_preferences(write(tmp_path / "pairs.jsonl", text_rows(7)))
+    parallel, report = tokenize_preferences(dataset, tokenizer, num_proc=2)
+    single, _ = tokenize_preferences(Dataset.from_list(text_rows(7)), tokenizer)
+    assert parallel[:] == single[:] and report.kept == 7
+    assert (len(parallel.cache_files), len(single.cache_files)) == (2, 1)
+
+
+def test_fingerprints_are_the_same_in_another_process(tmp_path, tokenizer):
+    path = write(tmp_path / "pairs.jsonl", text_rows())
+    code = (
+        "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[2]\n"
+        "from dpo_kernels.data import *; from dpo_kernels.tokenization import *\n"
+        "from dpo_kernels.demo import demo_tokenizer\n"
+        f"dataset, _ = tokenize_preferences(load_preferences(sys.argv[1]), demo_tokenizer({TEXTS!r}, 300))\n"
+        "print(dataset._fingerprint)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "cache")], capture_output=True, text=True, check=True
+    )
+    here, _ = tokenize_preferences(load_preferences(path), tokenizer)
+    assert run.stdout.split()[-1] == here._fingerprint
+
+
+# Splitting
+
+
+def test_split_is_deterministic_and_keeps_prompts_together():
+    rows = [{"prompt": f"p{n // 3}", "chosen": f"a{n}", "rejected": "b"} for n in range(60)]
+    dataset = normalize_preferences(Dataset.from_list(rows))
+    train, held_out = split_train_eval(dataset, eval_fraction=0.2, seed=1)
+    assert len(held_out) == 12 and len(train) == 48
+    assert not set(train["prompt"]) & set(held_out["prompt"])
+    assert sorted(train["chosen"][:] + held_out["chosen"][:]) == sorted(row["chosen"] for row in rows)
+    assert split_train_eval(dataset, eval_fraction=0.2, seed=1)[1][:] == held_out[:]
+    assert split_train_eval(dataset, eval_fraction=0.2, seed=2)[1][:] != held_out[:]
+    assert len(split_train_eval(dataset, eval_rows=4)[1]) == 6  # two whole prompts
+
+
+def test_split_of_tokenized_pairs(tokenizer):
+    dataset, _ = tokenize_preferences(Dataset.from_list(text_rows(10)), tokenizer)
+    train, held_out = split_train_eval(dataset, eval_rows=3)
+    assert sorted(train["index"][:] + held_out["index"][:]) == list(range(10)) and len(held_out) == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "eval_fraction=None and eval_rows=None"),
+        ({"eval_fraction": 0.1, "eval_rows": 1}, "eval_fraction=0.1 and eval_rows=1"),
+        ({"eval_fraction": 1.0}, "eval_fraction: expected a number above 0 and below 1, got 1.0"),
+        ({"eval_rows": 3}, "eval_rows: expected 1 to 2 of 3 rows, got 3"),
+    ],
+)
+def test_split_options_out_of_range(options, message):
+    with pytest.raises(ValueError, match=message):
+        split_train_eval(Dataset.from_list(text_rows()), **options)
+
+
+def test_split_of_a_single_prompt():
+    rows = [{"prompt": "p", "chosen": f"a{n}", "rejected": "b"} for n in range(3)]
+    with pytest.raises(ValueError, match="3 rows with 1 different prompts leave nothing to train on"):
+        split_train_eval(Dataset.from_list(rows), eval_rows=1)
+
+
+# Real data
+
+
+@pytest.fixture(scope="module")
+def real():
+    path = REAL / "preferences_en.jsonl"
+    if not path.exists():
+        pytest.skip(f"no real preference data at {path}")
+    return load_preferences(path)
+
+
+def test_real_preferences_match_the_template_token_for_token(real):
+    tokenizer = demo_tokenizer((row["chosen"][0]["content"] for row in real), 600)
+    dataset, report = tokenize_preferences(real, tokenizer, max_length=None)
+    assert (report.rows, report.kept, report.dropped, report.altered) == (300, 300, {}, {})
+    for row, ids in zip(real, dataset, strict=True):
+        for key in ("chosen", "rejected"):
+            whole = tokenizer.apply_chat_template(row["prompt"] + row[key])["input_ids"]
+            assert ids["prompt_ids"] + ids[f"{key}_ids"] == whole
+    cut, report = tokenize_preferences(real, tokenizer, max_length=1024)
+    assert max(len(r["prompt_ids"]) + max(len(r["chosen_ids"]), len(r["rejected_ids"])) for r in cut) == 1024
+    assert report.kept == 300 and report.altered[tokenization.PROMPT_CUT].count > 0
+
+
+def test_real_unpaired_completions_are_refused():
+    path = REAL / "unpaired_en.jsonl"
+    if not path.exists():
+        pytest.skip(f"no real unpaired data at {path}")
+    with pytest.raises(ValueError, match=r"unpaired: its columns \(prompt, completion, label\)"):
+        load_preferences(path)
