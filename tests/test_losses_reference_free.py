@@ -351,6 +351,7 @@ TOKENS = torch.zeros(4, 6, dtype=torch.int64)
         (lambda: kto_loss(Z, Z, LABELS), "kl is required for loss_type 'kto'"),
         (lambda: kto_loss(Z, Z, LABELS, kl=0.0, loss_type="apo_zero_unpaired"), "kl must be None"),
         (lambda: kto_loss(Z, Z, LABELS, kl=Z), r"kl must be a scalar, got shape \(4,\)"),
+        (lambda: kto_loss(Z, Z, LABELS, kl=math.nan), "kl must be a finite scalar, got nan"),
         (lambda: kto_loss(Z, Z, LABELS.long(), kl=0.0), r"labels must be bool of shape \(4,\), got torch.int64"),
         (lambda: kto_loss(Z, Z, LABELS[:2], kl=0.0), "labels must be bool of shape"),
         (lambda: kto_loss(Z, Z, LABELS, kl=0.0, loss_type="bco"), "loss_type must be one of"),

@@ -1,0 +1,30 @@
+"""DPO log-probabilities and losses straight from hidden states: the vocabulary-sized logits never exist."""
+
+from dpo_kernels.head import LMHead
+from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
+from dpo_kernels.logps import SequenceLogps, linear_sequence_logps, sequence_logps
+from dpo_kernels.losses import (
+    PreferenceLoss,
+    cpo_loss,
+    dpo_loss,
+    kto_loss,
+    orpo_loss,
+    simpo_loss,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LMHead",
+    "LinearDPOOutput",
+    "PreferenceLoss",
+    "SequenceLogps",
+    "cpo_loss",
+    "dpo_loss",
+    "kto_loss",
+    "linear_dpo_loss",
+    "linear_sequence_logps",
+    "orpo_loss",
+    "sequence_logps",
+    "simpo_loss",
+]

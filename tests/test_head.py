@@ -1,0 +1,566 @@
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+transformers = pytest.importorskip("transformers")
+
+from dpo_kernels import linear_dpo_loss, linear_sequence_logps  # noqa: E402
+from dpo_kernels.head import LMHead  # noqa: E402
+
+VOCAB = 101
+# The names that different config classes have for the same sizes; a config is given those that it has.
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "n_embd": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "n_layer": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+
+# name: (classes' prefix or model class name, more of the config, logit_scale, softcap, bias?, dense transform?)
+MODELS = {
+    "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, 1.0, None, False, False),
+    "qwen3": ("Qwen3ForCausalLM", {}, 1.0, None, False, False),
+    "llama": ("LlamaForCausalLM", {}, 1.0, None, False, False),
+    "mistral": ("MistralForCausalLM", {}, 1.0, None, False, False),
+    "gemma2": ("Gemma2ForCausalLM", {"final_logit_softcapping": 0.8}, 1.0, 0.8, False, False),
+    "gemma3": ("Gemma3ForCausalLM", {"final_logit_softcapping": 0.7}, 1.0, 0.7, False, False),
+    "phi": ("PhiForCausalLM", {}, 1.0, None, True, False),
+    "cohere": ("CohereForCausalLM", {"logit_scale": 0.37}, 0.37, None, False, False),
+    "granite": ("GraniteForCausalLM", {"logits_scaling": 3.0}, 1 / 3, None, False, False),
+    "hyperclovax": ("HyperCLOVAXForCausalLM", {"logits_scaling": 3.0}, 3.0, None, False, False),
+    "mixtral": ("MixtralForCausalLM", {"num_local_experts": 4}, 1.0, None, False, False),
+    "recurrent_gemma": (
+        "RecurrentGemmaForCausalLM",
+        {"logits_soft_cap": 0.9, "lru_width": 32, "num_hidden_layers": 3, "attention_window_size": 8},
+        1.0,
+        0.9,
+        False,
+        False,
+    ),
+    "modernbert_decoder": ("ModernBertDecoderForCausalLM", {}, 1.0, None, True, True),
+    "gpt2": ("GPT2LMHeadModel", {}, 1.0, None, False, False),
+    "falcon_h1": ("FalconH1ForCausalLM", {"lm_head_multiplier": 0.4, **FALCON_H1}, 0.4, None, False, False),
+    "roberta": ("RobertaForCausalLM", {"is_decoder": True}, 1.0, None, True, True),
+    "bert": ("BertLMHeadModel", {"is_decoder": True}, 1.0, None, True, True),
+    "electra": ("ElectraForCausalLM", {"is_decoder": True, "embedding_size": 16}, 1.0, None, True, True),
+    # its forward calls the decoder inside its base model, past the base model's own forward
+    "opt": ("OPTForCausalLM", {"ffn_dim": 40, "word_embed_proj_dim": 16}, 1.0, None, False, False),
+    # the config value divides the hidden states, and the head has entries that the model drops
+    "inkling": ("InklingForCausalLM", {"unpadded_vocab_size": 97}, None, None, False, False),
+}
+
+
+def build(name, seed=0, **config):
+    """A tiny model with nothing at a value that could hide an omission: biases are not zero, nor norm weights one."""
+    torch.manual_seed(seed)
+    class_name, more, *_ = MODELS[name]
+    model_class = getattr(transformers, class_name)
+    defaults = model_class.config_class()
+    sizes = {key: value for key, value in SIZES.items() if hasattr(defaults, key)}
+    return randomised(model_class(model_class.config_class(**{**sizes, **more, **config})))
+
+
+def randomised(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+def batch(width=7):
+    """Two sequences, the second with padding on the right."""
+    input_ids = torch.randint(3, 95, (2, width), generator=torch.Generator().manual_seed(1))
+    attention_mask = torch.ones_like(input_ids)
+    attention_mask[1, 5:] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
+
+
+def logits_of(head, hidden):
+    hidden, weight, bias = head.operands(hidden)
+    logits = hidden @ weight.T if bias is None else hidden @ weight.T + bias
+    logits = head.logit_scale * logits
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
+
+
+def assert_close(actual, expected, tolerance=1e-5):
+    assert actual.shape == expected.shape
+    assert (actual - expected).abs().max().item() <= tolerance * expected.abs().max().item()
+
+
+def gradients(model):
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def assert_same_gradients(actual, expected):
+    assert expected and actual.keys() == expected.keys()
+    largest = max(float(gradient.abs().max()) for gradient in expected.values())
+    for name, gradient in expected.items():
+        assert float((actual[name] - gradient).abs().max()) <= 2e-5 * largest, name
+
+
+def eager_logps(logits, labels):
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, labels[:, 1:].clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return logps.masked_fill(labels[:, 1:] == -100, 0.0).sum(-1)
+
+
+def assert_agrees(model, head, inputs=None):
+    """Logits, and the gradient of every trainable parameter, against the model's own."""
+    inputs = inputs or batch()
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    torch.manual_seed(3)
+    hidden, _ = head.hidden_states(**inputs)
+    with torch.random.fork_rng():  # operands draw dropout, as would the call below
+        logits = logits_of(head, hidden)
+    logps = head.sequence_logps(hidden, labels, shift=True).logps
+    coefficients = torch.tensor([0.7, -0.4])
+    (logps * coefficients).sum().backward()
+    actual = gradients(model)
+    torch.manual_seed(3)
+    expected_logits = model(**inputs).logits
+    assert_close(logits, expected_logits)
+    expected = eager_logps(expected_logits, labels)
+    assert_close(logps, expected)
+    (expected * coefficients).sum().backward()
+    assert_same_gradients(actual, gradients(model))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_operands_give_the_models_logits(name):
+    _, _, scale, softcap, has_bias, has_transform = MODELS[name]
+    model = build(name)
+    if name == "inkling":
+        scale = 1 / model.config.logits_mup_width_multiplier
+        assert scale != 1
+    unchecked = LMHead.from_model(model, check=False)
+    assert (unchecked.logit_scale, unchecked.softcap) == (scale, softcap)  # read right, not only found by the check
+    head = LMHead.from_model(model)
+    assert (head.logit_scale, head.softcap) == (scale, softcap)
+    assert (head._transform() is not None) == has_transform
+    with torch.no_grad():
+        hidden, aux_loss = head.hidden_states(**batch())
+        logits = model(**batch()).logits
+        assert_close(logits_of(head, hidden), logits)
+        assert_close(logits_of(head, hidden[0, 2:4]), logits[0, 2:4])  # rows [N, H] will do
+    assert aux_loss is None
+    assert (head.operands(hidden).bias is not None) == has_bias
+
+
+# a tied head; a bias and partial rotary; a softcap; a transform; a scale that multiplies
+@pytest.mark.parametrize("name", ["qwen2", "phi", "gemma2", "modernbert_decoder", "roberta", "falcon_h1"])
+def test_gradients_are_those_of_the_model(name):
+    model = build(name)
+    assert_agrees(model, LMHead.from_model(model))
+
+
+def test_a_vision_language_model_goes_through_its_whole_base_model():
+    torch.manual_seed(0)
+    text = {k: v for k, v in SIZES.items() if not k.startswith("n_")}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config={**text, "final_logit_softcapping": None},
+        vision_config={**vision, "image_size": 16, "patch_size": 8},
+        mm_tokens_per_image=4,
+        image_token_index=100,
+        boi_token_index=98,
+        eoi_token_index=99,
+    )
+    model = randomised(transformers.Gemma3ForConditionalGeneration(config))
+    inputs = batch(width=8)
+    inputs["input_ids"][:, 1:5] = 100
+    inputs["token_type_ids"] = (inputs["input_ids"] == 100).long()
+    head = LMHead.from_model(model)
+    hidden = []
+    for seed in (1, 2):
+        inputs["pixel_values"] = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            hidden.append(head.hidden_states(**inputs)[0])
+            assert_close(logits_of(head, hidden[-1]), model(**inputs).logits)
+    assert not torch.equal(*hidden)  # the image reached the hidden states
+
+
+def test_losses_take_scale_softcap_and_bias_from_the_head():
+    model = build("phi")
+    head = LMHead.from_model(model)
+    head.logit_scale, head.softcap = 0.5, 3.0  # all three options at once
+    hidden = torch.randn(4, 6, 32)
+    labels = torch.randint(0, VOCAB, (4, 6))
+    options = {"bias": model.lm_head.bias, "logit_scale": 0.5, "softcap": 3.0, "shift": True}
+    ref_logps = torch.zeros(4)
+    logps = head.sequence_logps(hidden, labels, shift=True, reduction="mean", stats=("entropy",))
+    expected = linear_sequence_logps(
+        hidden, model.lm_head.weight, labels, reduction="mean", stats=("entropy",), **options
+    )
+    assert torch.equal(logps.logps, expected.logps) and torch.equal(logps.stats["entropy"], expected.stats["entropy"])
+    loss = head.dpo_loss(hidden, labels, ref_logps, shift=True, beta=0.3).loss
+    expected = linear_dpo_loss(hidden, model.lm_head.weight, labels, ref_logps, beta=0.3, **options).loss
+    assert torch.equal(loss, expected)
+
+
+def test_hidden_states_compute_no_logits_and_keep_no_cache():
+    model = build("qwen2")
+    head = LMHead.from_model(model)
+    seen = []
+    model.lm_head.register_forward_hook(lambda _, args, output: seen.append(output.numel()))
+    model.model.register_forward_hook(lambda _, args, output: seen.append(output.past_key_values))
+    hidden, _ = head.hidden_states(**batch())
+    assert seen == [None, 0]
+    assert torch.equal(hidden, model.model(**batch()).last_hidden_state)
+
+
+def test_hidden_states_of_a_model_without_logits_to_keep():
+    class Older(transformers.Qwen2ForCausalLM):
+        def forward(self, input_ids=None, attention_mask=None, use_cache=None):
+            return super().forward(input_ids, attention_mask, use_cache=use_cache)
+
+    model = randomised(Older(build("qwen2").config))
+    assert_agrees(model, LMHead.from_model(model))
+    with pytest.raises(ValueError, match="Older inside Wrapper.*no logits_to_keep"):
+        LMHead.from_model(Wrapper(model)).hidden_states(**batch())
+
+
+@pytest.mark.parametrize("wrong", [{"labels": torch.zeros(2, 7)}, {"logits_to_keep": 1}, {"input_ids": None}])
+def test_hidden_states_refuse_what_they_cannot_serve(wrong):
+    with pytest.raises(ValueError, match="input_ids or inputs_embeds.*not labels or logits_to_keep"):
+        LMHead.from_model(build("qwen2")).hidden_states(**{**batch(), **wrong})
+
+
+def test_auxiliary_loss_is_the_models_own():
+    model = build("mixtral", router_aux_loss_coef=0.02)
+    head = LMHead.from_model(model)
+    assert head.aux_loss_coef == 0.02
+    assert head.hidden_states(**batch())[1] is None
+    model.train()
+    _, aux_loss = head.hidden_states(**batch())
+    aux_loss.backward()
+    actual = gradients(model)
+    expected = model(**batch(), output_router_logits=True).aux_loss
+    expected.backward()
+    assert torch.equal(aux_loss, expected)
+    assert_same_gradients(actual, gradients(model))
+    assert head.hidden_states(**batch(), output_router_logits=False)[1] is None
+    model.eval()
+    model.config.output_router_logits = True
+    assert torch.equal(head.hidden_states(**batch())[1], expected)
+
+
+def test_no_auxiliary_loss_without_a_coefficient():
+    model = build("mixtral", router_aux_loss_coef=0.0).train()
+    head = LMHead.from_model(model)
+    assert head.aux_loss_coef == 0.0 and head.hidden_states(**batch())[1] is None
+
+
+class Wrapper(nn.Module):
+    """As DistributedDataParallel does, holds the model as `module` and must see the forward of a training step."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+        self.calls = 0
+
+    def forward(self, *args, **kwargs):
+        self.calls += 1
+        return self.module(*args, **kwargs)
+
+
+def test_wrapped_models_are_called_through_the_wrapper():
+    model = build("qwen2")
+    wrapper = Wrapper(model)
+    head = LMHead.from_model(wrapper)
+    assert head.model is model and wrapper.calls == 0
+    hidden, _ = head.hidden_states(**batch())
+    assert wrapper.calls == 1
+    assert_close(logits_of(head, hidden), model(**batch()).logits)
+    assert LMHead.from_model(Wrapper(torch.compile(model))).model is model
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_check_passes_in_other_dtypes(dtype):
+    model = build("gemma2", final_logit_softcapping=5.0).to(dtype)
+    head = LMHead.from_model(model)
+    assert head.softcap == 5.0
+    assert {t.dtype for t in head.operands(head.hidden_states(**batch())[0]) if t is not None} == {dtype}
+
+
+def test_check_allows_for_autocast_inside_the_forward():
+    model = build("gemma2", final_logit_softcapping=5.0)
+    forward = model.forward
+
+    def rounded_forward(self, *args, **kwargs):  # as accelerate does for mixed precision
+        with torch.autocast("cpu", torch.bfloat16):
+            output = forward(*args, **kwargs)
+        output.logits = output.logits.float()
+        return output
+
+    model.forward = types.MethodType(rounded_forward, model)
+    head = LMHead.from_model(model)
+    assert (head.logit_scale, head.softcap) == (1.0, 5.0)
+
+
+def test_check_leaves_training_mode_and_random_state_alone():
+    class Drawing(transformers.GPT2LMHeadModel):
+        def forward(self, *args, **kwargs):
+            torch.rand(1)
+            return super().forward(*args, **kwargs)
+
+    model = Drawing(build("gpt2").config).train()  # dropout 0.1 everywhere
+    model.transformer.h[1].eval()
+    modes = [module.training for module in model.modules()]
+    hooks = [len(module._forward_hooks) for module in model.modules()]
+    state = torch.get_rng_state()
+    LMHead.from_model(model)
+    assert [module.training for module in model.modules()] == modes
+    assert [len(module._forward_hooks) for module in model.modules()] == hooks
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_check_settles_what_the_config_leaves_open():
+    model = build("llama")
+    model.config.logit_scale, model.config.final_logit_softcapping = 0.5, 4.0  # Llama uses neither
+    head = LMHead.from_model(model)
+    assert (head.logit_scale, head.softcap) == (1.0, None)
+    model = build("cohere")
+    head = LMHead(model)
+    head.logit_scale = 1 / head.logit_scale  # a multiplier taken for a divisor
+    head.check()
+    assert head.logit_scale == pytest.approx(0.37)
+
+
+# each a thing that no reading of the config explains: an offset of one entry, an unknown factor, an unknown cap, an
+# entry masked out; in bf16 as well, where the rounding must not cover them
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z + 0.1 * nn.functional.one_hot(torch.tensor(5), z.shape[-1]),
+        lambda z: 1.1 * z,
+        lambda z: 50 * torch.tanh(z / 50),
+        lambda z: z.index_fill(-1, torch.tensor([7]), torch.finfo(z.dtype).min),
+        lambda z: z * float("nan"),
+        lambda z: z[..., :-1],
+    ],
+)
+def test_check_catches_a_model_that_does_something_else(change, dtype):
+    class Peculiar(transformers.Qwen2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = change(output.logits)
+            return output
+
+    model = Peculiar(build("qwen2").config).to(dtype)
+    with pytest.raises(ValueError, match="Peculiar"):
+        LMHead.from_model(model)
+    assert LMHead.from_model(model, check=False).logit_scale == 1.0
+
+
+def test_check_says_what_it_found_and_what_to_do():
+    class Peculiar(transformers.Gemma2ForCausalLM):
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = output.logits + 1
+            return output
+
+    with pytest.raises(ValueError) as error:
+        LMHead.from_model(Peculiar(build("gemma2").config))
+    for part in ("Peculiar", "largest difference is 1,", "Linear", "logit_scale 1,", "softcap 0.8", "no bias"):
+        assert part in str(error.value)
+    for part in ("no dense transform", "check=False", "sequence_logps"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: nn.Linear(2, 2), "must be a transformers causal language model.*got Linear"),
+        (lambda: build("qwen2").model, "no base model found on Qwen2Model.*base_model_prefix 'model'"),
+        (
+            lambda: transformers.Qwen2ForSequenceClassification(build("qwen2").config),
+            "no language-model head found on Qwen2ForSequenceClassification: tried get_output_embeddings.*'lm_head'",
+        ),
+        (
+            lambda: transformers.T5ForConditionalGeneration(
+                transformers.T5Config(vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+            ),
+            "decoder-only, got the encoder-decoder T5ForConditionalGeneration",
+        ),
+    ],
+)
+def test_models_without_a_head_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        LMHead.from_model(make())
+
+
+def test_a_weight_that_is_no_matrix_of_floats_is_refused():
+    model = build("llama")
+    head = LMHead.from_model(model)
+    model.lm_head.weight = nn.Parameter(torch.zeros(VOCAB * 16, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"\[V, 32\] in one piece.*Linear is a Parameter \[1616, 1\] of torch.uint8"):
+        head.operands(torch.zeros(1, 32))
+
+
+def test_importing_the_package_imports_neither_transformers_nor_peft():
+    code = "import sys, dpo_kernels.head; print({'transformers', 'peft'} & set(sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
+
+
+ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
+HEAD = {"target_modules": ["q_proj", "lm_head"], "r": 4, "init_lora_weights": False}
+ADAPTERS = {
+    "attention": ("LoraConfig", {**ATTENTION, "init_lora_weights": False}),
+    "head": ("LoraConfig", HEAD),
+    "head_rslora": ("LoraConfig", {**HEAD, "use_rslora": True}),
+    "head_bias": ("LoraConfig", {**HEAD, "lora_bias": True}),
+    "head_dora": ("LoraConfig", {**HEAD, "use_dora": True}),
+    "head_loha": ("LoHaConfig", {"target_modules": ["lm_head"], "r": 4, "init_weights": False}),
+    "head_ia3": (
+        "IA3Config",
+        {"target_modules": ["lm_head"], "feedforward_modules": ["lm_head"], "init_ia3_weights": False},
+    ),
+    "embeddings": ("LoraConfig", {**HEAD, "target_modules": ["embed_tokens"]}),
+    "embeddings_and_tied_head": (
+        "LoraConfig",
+        {**HEAD, "target_modules": ["embed_tokens", "lm_head"], "ensure_weight_tying": True},
+    ),
+    "modules_to_save": ("LoraConfig", {**ATTENTION, "modules_to_save": ["lm_head"]}),
+    "trainable_tokens": ("LoraConfig", {**ATTENTION, "trainable_token_indices": [1, 8, 40]}),
+}
+
+
+def adapt(model, name, **config):
+    """The model with an adapter; what begins as zeros or a copy is moved away from there."""
+    peft = pytest.importorskip("peft")
+    config_class, options = ADAPTERS[name]
+    model = peft.get_peft_model(model, getattr(peft, config_class)(**{**options, **config}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval()
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights and of merging with a bias
+@pytest.mark.parametrize("name", ADAPTERS)
+# without a bias and with one; PEFT's layer for the trainable tokens of a tied head leaves its bias out
+@pytest.mark.parametrize("base", ["qwen2", "phi"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_adapters(base, tied, name):
+    model = build(base, tie_word_embeddings=tied)
+    hidden = torch.randn(3, 32)
+    before = logits_of(LMHead.from_model(model), hidden)
+    model = adapt(model, name)
+    head = LMHead.from_model(model)
+    assert_agrees(model, head)
+    on_the_head = name not in ("attention", "embeddings") and (tied or name != "trainable_tokens")
+    assert torch.equal(logits_of(head, hidden), before) != on_the_head
+    with model.disable_adapter():
+        assert torch.equal(logits_of(head, hidden), before)
+        assert_close(logits_of(head, head.hidden_states(**batch())[0]), model(**batch()).logits)
+    model.train()
+    assert_agrees(model, head)
+
+
+def test_dropout_of_lora_on_the_head():
+    model = adapt(build("qwen2"), "head", lora_dropout=0.5).train()
+    head = LMHead.from_model(model)
+    hidden = torch.randn(2, 5, 32)
+    torch.manual_seed(4)
+    logits = logits_of(head, hidden)
+    torch.manual_seed(4)
+    assert_close(logits, model.base_model.model.lm_head(hidden))
+    torch.manual_seed(5)
+    assert not torch.allclose(logits, logits_of(head, hidden), rtol=1e-2)
+    assert_agrees(model, head)
+
+
+def test_several_adapters_switching_and_merging():
+    peft = pytest.importorskip("peft")
+    model = adapt(build("phi"), "head", lora_alpha=16)
+    model.add_adapter("second", peft.LoraConfig(**{**HEAD, "r": 3, "lora_alpha": 2}))
+    model.add_adapter("attention", peft.LoraConfig(**ATTENTION))
+    head = LMHead.from_model(model)
+    hidden = torch.randn(3, 32)
+    seen = []
+    for active in ("default", "second", ["default", "second"], "attention"):
+        model.base_model.set_adapter(active)
+        assert_agrees(model, head)
+        seen.append(logits_of(head, hidden))
+    assert all(not torch.allclose(a, b, rtol=1e-3) for a, b in zip(seen, seen[1:], strict=False))
+    assert head.operands(hidden).weight is model.base_model.model.lm_head.base_layer.weight  # no copy without need
+
+    model.base_model.set_adapter("default")
+    before, merged_head = logits_of(head, hidden), model.base_model.model.lm_head
+    model.merge_adapter()
+    assert_close(logits_of(head, hidden), before)
+    assert head.operands(hidden).weight is merged_head.base_layer.weight
+    with model.disable_adapter():
+        assert_close(logits_of(head, hidden), merged_head(hidden))
+        assert not torch.allclose(logits_of(head, hidden), before, rtol=1e-3)
+
+
+def test_modules_to_save_of_another_adapter():
+    peft = pytest.importorskip("peft")
+    model = adapt(build("llama"), "modules_to_save")
+    model.add_adapter("second", peft.LoraConfig(**ATTENTION))
+    head = LMHead.from_model(model)
+    wrapper = model.base_model.model.lm_head
+    hidden = torch.zeros(1, 32)
+    assert head.operands(hidden).weight is wrapper.modules_to_save["default"].weight
+    model.set_adapter("second")
+    assert head.operands(hidden).weight is wrapper.original_module.weight
+    assert_agrees(model, head)
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("head_loha", {"rank_dropout": 0.2}),
+        ("head_loha", {"module_dropout": 0.2}),
+        ("head_dora", {"lora_dropout": 0.2}),
+    ],
+)
+def test_other_adapters_with_dropout_are_refused_in_training(name, options):
+    model = adapt(build("llama"), name, **options)
+    head = LMHead.from_model(model)
+    assert_agrees(model, head)
+    model.train()
+    with pytest.raises(ValueError, match="with dropout on the head is not supported.*Set the adapter's dropout to 0"):
+        head.operands(torch.zeros(1, 32))
+
+
+def test_adapters_that_depend_on_the_position_are_refused():
+    with pytest.raises(ValueError, match="ALoraLinearVariant on the head is not supported"):
+        LMHead.from_model(adapt(build("llama"), "head", alora_invocation_tokens=[5]))
+
+
+def test_prompt_learning_is_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(build("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    with pytest.raises(ValueError, match=r"hidden states for \[2, 10\] positions, expected \[2, 7\]"):
+        LMHead.from_model(model).hidden_states(**batch())
+
+
+def test_half_precision_adapter_keeps_the_weights_dtype():
+    model = adapt(build("llama").to(torch.bfloat16), "head")  # PEFT holds the factors in fp32
+    head = LMHead.from_model(model)
+    hidden = torch.randn(3, 32, dtype=torch.bfloat16)
+    operands = head.operands(hidden)
+    assert operands.hidden.dtype == operands.weight.dtype == torch.bfloat16
+    assert operands.hidden.shape == (3, 36) and operands.weight.shape == (VOCAB, 36)
+    assert_close(logits_of(head, hidden), model.base_model.model.lm_head(hidden), tolerance=2**-7)
+    logits_of(head, hidden).sum().backward()
+    assert model.base_model.model.lm_head.lora_B["default"].weight.grad.abs().sum() > 0
