@@ -183,7 +183,9 @@ def linear_token_logps_bwd_impl(
     else:
         dhidden = dx.new_zeros(hidden.shape)
         dhidden[rows.sequence, rows.position] = dx
-    return dhidden, *(weight.new_empty(0) if grad is None else grad for grad in (dweight, dbias))
+    if dweight is None:
+        dweight = weight.new_empty(0)
+    return dhidden, dweight, weight.new_empty(0) if dbias is None else dbias
 
 
 linear_token_logps_bwd = torch.library.custom_op(
@@ -369,7 +371,7 @@ def _logits_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 token_logps.register_autograd(_logits_backward, setup_context=_logits_setup_context)
 
 # The plain functions behind the operators, for tools that must see the tensors made inside.
-IMPLEMENTATION_OF = {
+IMPLEMENTATION_OF: dict[str, Callable[..., Any]] = {
     "dpo_kernels::linear_token_logps": linear_token_logps_impl,
     "dpo_kernels::linear_token_logps_bwd": linear_token_logps_bwd_impl,
     "dpo_kernels::token_logps": token_logps_impl,

@@ -46,8 +46,9 @@ def head_inputs(
     """Random inputs whose logits have standard deviation `logit_std`. A fraction `labelled` of the positions counts;
     for a fraction `confident` of these, the hidden state is turned to its label until p_y is about 0.99 and more."""
     generator = torch.Generator().manual_seed(seed)
-    randn = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    hidden, weight, bias = randn(sequences, length, hidden_size), randn(vocab_size, hidden_size), randn(vocab_size)
+    hidden = torch.randn(sequences, length, hidden_size, generator=generator)
+    weight = torch.randn(vocab_size, hidden_size, generator=generator)
+    bias = torch.randn(vocab_size, generator=generator)
     weight *= logit_std / hidden_size**0.5
     labels = torch.randint(vocab_size, (sequences, length), generator=generator)
     is_confident = torch.rand(sequences, length, generator=generator) < confident
@@ -75,8 +76,8 @@ def assert_within_budget(ours: Tensor, eager: Tensor, oracle: Tensor, what: str,
 class Record(TorchDispatchMode):
     """Records, inside the custom operators too, every tensor's storage that comes to be and every matrix product.
 
-    `largest`: (bytes, operator, shape) of the largest new storage. `flops`: multiplications in matrix products with a
-    side of `vocab_size` entries or a block of them, so flops / (N * H * V) counts whole head products.
+    `largest`: (bytes, operator, shape) of the largest new storage. `multiplications`: of all matrix products; where
+    the head's are the only ones, `multiplications` / (N H V) counts how often its product was done.
     """
 
     def __init__(self) -> None:
