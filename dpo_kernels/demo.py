@@ -13,9 +13,9 @@ import torch
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
 
-EOS, PAD, TURN = "<|im_end|>", "<|pad|>", "<|im_start|>"
+EOS, TURN = "<|im_end|>", "<|im_start|>"
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -174,35 +174,25 @@ def _sentence(text: str) -> str:
     return ". ".join(part[:1].upper() + part[1:] for part in parts)
 
 
-def demo_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on `texts`: any text goes through it and comes back unchanged.
+def demo_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Qwen2Tokenizer:
+    """A byte-level BPE trained on `texts`: any text in Unicode's form NFC goes through it and comes back unchanged.
 
     It has an EOS (`<|im_end|>`, which ends a turn), a padding token of its own, no BOS, and a ChatML chat template.
     The vocabulary has `vocab_size` entries, or fewer where the texts offer too few merges.
 
+    It is of the class that transformers goes by where a tokenizer lies beside a Qwen2 model, whatever class was saved
+    there: another's normalization and word boundaries would be lost on the way.
+
     Raises `ValueError` for a `vocab_size` that does not hold the 256 bytes and the 3 special tokens.
     """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
+    from transformers import Qwen2Tokenizer
 
-    special = [PAD, TURN, EOS]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    if vocab_size < len(special) + len(alphabet):
-        raise ValueError(f"vocab_size: expected at least {len(special) + len(alphabet)}, got {vocab_size}")
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    if vocab_size < 256 + 3:
+        raise ValueError(f"vocab_size: expected at least {256 + 3}, got {vocab_size}")
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, vocab_size, new_special_tokens=[TURN, EOS], show_progress=False
     )
-    backend.train_from_iterator(texts, trainer)
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        eos_token=EOS,
-        pad_token=PAD,
-        additional_special_tokens=[TURN],
-        clean_up_tokenization_spaces=False,
-    )
+    tokenizer.eos_token = EOS
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 

@@ -73,9 +73,8 @@ def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset
         raise ValueError("eval_fraction: all pairs have the same prompt, so none can be held out: set it to 0")
     held_out: list[int] = []
     for group in np.random.default_rng(seed).permutation(len(groups))[:-1]:
-        if held_out and len(held_out) + len(groups[group]) > fraction * len(pairs):
-            break
-        held_out += groups[group]
+        if not held_out or len(held_out) + len(groups[group]) <= fraction * len(pairs):
+            held_out += groups[group]
     kept = sorted(set(range(len(pairs))) - set(held_out))
     return pairs.select(kept), pairs.select(sorted(held_out))
 

@@ -3,6 +3,7 @@
 import datasets
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 from dpo_kernels.batching import PairCollator
 from dpo_kernels.data import split_train_eval
@@ -52,6 +53,17 @@ def test_tokenizer_is_lossless_and_deterministic(preferences, tokenizer):
     assert again.get_vocab() == tokenizer.get_vocab()
     with pytest.raises(ValueError, match="vocab_size.*at least 259, got 258"):
         demo_tokenizer(["x"], 258)
+
+
+def test_tokenizer_comes_back_the_same_from_beside_a_model(tokenizer, tmp_path):
+    """AutoTokenizer goes by the model's type, not by the class that was saved."""
+    demo_model(len(tokenizer)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "It's 12+30, naïve café: déjà vu!\n\n<|im_end|>\n  日本語"
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"] and len(again) == len(tokenizer)
+    for name in ("eos_token_id", "pad_token_id", "chat_template"):
+        assert getattr(again, name) == getattr(tokenizer, name)
 
 
 def test_model_follows_its_seed_and_leaves_the_global_random_state_alone():

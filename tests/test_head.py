@@ -404,11 +404,21 @@ def test_models_without_a_head_are_refused(make, message):
         LMHead.from_model(make())
 
 
-def test_a_weight_that_is_no_matrix_of_floats_is_refused():
+# as 4-bit and 8-bit quantisation, sharding by rows of a flat buffer, and offloading leave it
+@pytest.mark.parametrize(
+    "weight, found",
+    [
+        (torch.zeros(VOCAB * 16, 1, dtype=torch.uint8), r"\[1616, 1\] of torch.uint8"),
+        (torch.zeros(VOCAB, 32, dtype=torch.int8), r"\[101, 32\] of torch.int8"),
+        (torch.zeros(VOCAB * 16), r"\[1616\] of torch.float32"),
+        (torch.zeros(VOCAB, 32, device="meta"), r"\[101, 32\] of torch.float32 on meta"),
+    ],
+)
+def test_a_weight_that_is_no_matrix_of_floats_is_refused(weight, found):
     model = build("llama")
     head = LMHead.from_model(model)
-    model.lm_head.weight = nn.Parameter(torch.zeros(VOCAB * 16, 1, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(ValueError, match=r"\[V, 32\] in one piece.*Linear is a Parameter \[1616, 1\] of torch.uint8"):
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=r"\[V, 32\] in one piece.*Linear is a Parameter " + found):
         head.operands(torch.zeros(1, 32))
 
 
@@ -416,6 +426,20 @@ def test_importing_the_package_imports_neither_transformers_nor_peft():
     code = "import sys, dpo_kernels.head; print({'transformers', 'peft'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"
+
+
+def test_a_plain_model_needs_no_peft(monkeypatch):
+    class NoPeft:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            if name.split(".")[0] == "peft":
+                raise ModuleNotFoundError(name)
+
+    model = build("llama")
+    for name in [name for name in sys.modules if name.split(".")[0] == "peft"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(sys, "meta_path", [NoPeft, *sys.meta_path])
+    LMHead.from_model(model).operands(torch.zeros(1, 32))
 
 
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}
