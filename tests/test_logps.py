@@ -20,13 +20,13 @@ SHAPES = {
     "one token": (1, 1, 8, 17),
     "two entries": (2, 3, 4, 2),
     "one entry": (2, 3, 4, 1),  # no entry but the label: logp 0
-    "long": (2, 200, 16, 700),  # several tiles in rows and columns under the small tile
+    "long": (2, 60, 16, 700),  # several tiles in rows and columns under the small tile
 }
 
 
-@pytest.fixture(params=[None, 4096], ids=["default tile", "4 KiB tile"])
+@pytest.fixture(params=[None, 16 * 1024], ids=["default tile", "16 KiB tile"])
 def tile(request, monkeypatch):
-    """The small tile splits rows and columns of every shape here; the default one takes each whole."""
+    """The small tile splits rows and columns of the larger shapes; the default one takes each whole."""
     if request.param is not None:
         monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", request.param)
 
