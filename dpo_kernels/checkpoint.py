@@ -1,0 +1,226 @@
+"""What a run leaves on disk so that it can go on: checkpoints that are complete or absent, and the metrics file."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+PREFIX = "checkpoint-"
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """Yields a temporary directory that becomes `path` when the block ends: whole, or, after a crash, not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    if temporary.exists():
+        shutil.rmtree(temporary)
+    temporary.mkdir(parents=True)
+    yield temporary
+    for file in [entry for entry in temporary.rglob("*") if entry.is_file()]:
+        _sync(file)
+    _sync(temporary)
+    discard(path)
+    temporary.rename(path)
+    _sync(path.parent)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Like `atomic_directory`, for one file; safe when several processes write it at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    yield temporary
+    _sync(temporary)
+    temporary.replace(path)
+    _sync(path.parent)
+
+
+def discard(directory: Path) -> None:
+    """Deletes a directory that another process may be looking for: it vanishes at once, not file by file."""
+    if directory.exists():
+        grave = directory.with_name(f".{directory.name}.old.tmp")
+        if grave.exists():
+            shutil.rmtree(grave)
+        directory.rename(grave)
+        shutil.rmtree(grave)
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return  # Windows opens no directories
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def list_checkpoints(output_dir: Path) -> list[Path]:
+    """The complete checkpoints in `output_dir`, oldest step first."""
+    found = [path for path in output_dir.glob(f"{PREFIX}[0-9]*") if (path / "progress.json").is_file()]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(json.loads((path / "progress.json").read_text())["step"])
+
+
+def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
+    """The checkpoint that `resume` ("auto", "never" or a path) means, or None for a fresh start.
+
+    Raises `ValueError` where going on would mix this run with the checkpoints of another.
+    """
+    existing = list_checkpoints(output_dir)
+    if resume == "auto":
+        return existing[-1] if existing else None
+    if resume == "never":
+        if existing:
+            raise ValueError(
+                f"resume: 'never' would start afresh in {output_dir}, which holds {existing[-1].name} of another run: "
+                "delete its checkpoints, give another output_dir, or resume 'auto' to go on"
+            )
+        return None
+    chosen = Path(resume)
+    if not (chosen / "progress.json").is_file():
+        raise ValueError(f"resume: expected 'auto', 'never' or the path of a checkpoint directory, got {resume!r}")
+    newer = [path.name for path in existing if _step(path) > _step(chosen)]
+    if newer:
+        raise ValueError(
+            f"resume: {chosen} is at step {_step(chosen)}, but {output_dir} also holds {', '.join(newer)}: "
+            "delete what is newer or give another output_dir"
+        )
+    return chosen
+
+
+def remove_leftovers(output_dir: Path) -> None:
+    """Deletes what a killed run was still writing."""
+    for name in (PREFIX, "best", "final", "base_model", "metrics.jsonl"):
+        for path in output_dir.glob(f".{name}*.tmp"):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+
+def save_checkpoint(
+    output_dir: Path,
+    weights: Mapping[str, torch.Tensor],
+    state: dict[str, Any],
+    progress: dict[str, Any],
+    limit: int | None,
+) -> Path:
+    """Writes `checkpoint-STEP` and deletes the oldest beyond `limit`.
+
+    `weights` are the trainable ones (safetensors), `state` holds tensors and plain values (optimizer, scheduler,
+    scaler, random generators), `progress` (JSON) at least the `step`.
+    """
+    from safetensors.torch import save_file
+
+    path = output_dir / f"{PREFIX}{progress['step']}"
+    with atomic_directory(path) as directory:
+        save_file(
+            {name: tensor.detach().contiguous() for name, tensor in weights.items()}, directory / "weights.safetensors"
+        )
+        torch.save(state, directory / "state.pt")
+        (directory / "progress.json").write_text(json.dumps(progress, indent=1))
+    for old in list_checkpoints(output_dir)[: -limit if limit else 0]:
+        discard(old)
+    return path
+
+
+def load_checkpoint(
+    path: Path, weights: Mapping[str, torch.Tensor], identity: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Copies the saved weights into `weights` and returns (state, progress), both as given to `save_checkpoint`.
+
+    Raises `ValueError` naming every entry of `identity`, which is what the trajectory follows from, that differs from
+    the checkpoint's `progress["identity"]`.
+    """
+    from safetensors.torch import load_file
+
+    progress = json.loads((path / "progress.json").read_text())
+    _check_unchanged(path, progress["identity"], identity)
+    saved = load_file(path / "weights.safetensors")
+    if saved.keys() != weights.keys():
+        odd = sorted(saved.keys() ^ weights.keys())
+        raise ValueError(f"{path} holds other trainable weights than this run: they differ in {', '.join(odd[:3])}")
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            tensor.copy_(saved[name])
+    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    return state, progress
+
+
+def _check_unchanged(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:
+    changed = [
+        f"{name} (was {saved[name]!r}, is {value!r})"
+        for name, value in current.items()
+        if name in saved and saved[name] != value
+    ]
+    if changed:
+        raise ValueError(
+            f"{path} cannot be resumed, since the run would not go on along its trajectory: {'; '.join(changed)}. "
+            "Undo the change or give another output_dir"
+        )
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The states of Python's, NumPy's, PyTorch's and the device's random generators, as plain values and tensors."""
+    name, keys, position, has_gauss, gauss = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, gauss],
+        "torch": torch.get_rng_state(),
+    }
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "get_rng_state"):
+        state["device"] = backend.get_rng_state()
+    return state
+
+
+def set_random_state(state: dict[str, Any], device: torch.device) -> None:
+    random.setstate(state["python"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if "device" in state:
+        getattr(torch, device.type).set_rng_state(state["device"])
+
+
+class MetricsLog:
+    """`metrics.jsonl`: one JSON object a line, on disk as soon as it is written.
+
+    A fresh run (`step` 0) starts it empty; a resumed one keeps the rows up to the checkpoint's `step` and drops the
+    rest, half a line of a killed process included, since it is about to write them again.
+    """
+
+    def __init__(self, path: Path, step: int = 0) -> None:
+        rows = [row for row in read_metrics(path) if row["step"] <= step] if step and path.exists() else []
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        self.file = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+
+    def sync(self) -> None:
+        """Makes the rows survive a power failure, as a checkpoint written next does."""
+        os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line without its end, which a killed process leaves, is no row."""
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]

@@ -1,0 +1,88 @@
+"""The command `dpo-kernels`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from dpo_kernels.config import add_flags, load_config, normalize_flags
+
+TRAIN_HELP = """\
+Trains a model on preference pairs, by DPO or a relative of it.
+
+Settings come from CONFIG, a YAML file of "name: value" lines, and from the flags, which win. Names may be written with
+hyphens or underscores; what is true or false may be given as --setting and --no-setting. Without CONFIG, and unless
+--model or --dataset is given, a tiny model learns an embedded preference set, in about two minutes on two CPU cores.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit status: 0, 1 where the run failed, 2 where the command line is wrong."""
+    parser = argparse.ArgumentParser(prog="dpo-kernels", description="DPO training that never holds the logits.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,env}")
+    train = commands.add_parser(
+        "train",
+        help="train a model on preference pairs",
+        usage="dpo-kernels train [CONFIG] [--setting value ...]",
+        description=TRAIN_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file with settings")
+    train.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
+    add_flags(train)
+    commands.add_parser("env", help="show what is available, what is chosen, and why not the rest")
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if arguments[:1] == ["train"]:
+            arguments = ["train", *normalize_flags(arguments[1:], besides=("help", "traceback"))]
+        options = vars(parser.parse_args(arguments))
+        if options.pop("command") == "env":
+            from dpo_kernels.env import report
+
+            print(report())
+            return 0
+        path, show_traceback = options.pop("config"), options.pop("traceback")
+        config = load_config(path, options)
+    except (ValueError, OSError, ImportError) as error:
+        print(f"dpo-kernels: error: {error}", file=sys.stderr)
+        return 2
+
+    _speak_plainly()
+    from dpo_kernels.train import train as run
+
+    try:
+        run(config)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        print(f"dpo-kernels: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _speak_plainly() -> None:
+    """What the package has to say as plain lines of text, warnings without lines of code, and one progress bar."""
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    package = logging.getLogger("dpo_kernels")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    elsewhere = warnings.showwarning
+
+    def show(message: Any, category: type[Warning], *where: Any) -> None:
+        if category is UserWarning:
+            print(f"warning: {message}", file=sys.stderr)
+        else:
+            elsewhere(message, category, *where)
+
+    warnings.showwarning = show  # type: ignore[assignment]

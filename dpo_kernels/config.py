@@ -1,0 +1,408 @@
+"""The settings of a training run: one dataclass, read from YAML, from command-line flags or from Python."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+REFERENCE_FREE = ("simpo", "orpo", "cpo")
+TRUE_WORDS = ("true", "yes", "on", "1")
+FALSE_WORDS = ("false", "no", "off", "0")
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] = (),
+    above: float | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    trajectory: bool = True,
+) -> Any:
+    """One setting. `trajectory=False` marks those that may change between a checkpoint and the run that resumes it,
+    because weights and rows of metrics stay what they would have been."""
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "above": above,
+        "minimum": minimum,
+        "maximum": maximum,
+        "trajectory": trajectory,
+    }
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """Everything that `train` needs to know; every field is a key in YAML and a flag on the command line.
+
+    Values are converted to the field's type on construction (`"5e-7"`, which YAML reads as a string, is a number here;
+    `"sigmoid,sft"` is a list) and checked; what does not fit raises a `ValueError` that names the key, what was
+    expected and what came.
+    """
+
+    # Model
+    model: str = option("demo", "hub name or path of the policy, config:FILE.json for random weights, or demo")
+    revision: str | None = option(None, "hub revision of the model: branch, tag or commit")
+    tokenizer: str | None = option(
+        None, "hub name or path, or train:SIZE for a byte-level BPE made from the dataset; default: the model's own"
+    )
+    trust_remote_code: bool = option(False, "run model code that comes with a hub repository")
+    dtype: str = option("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
+    attn_implementation: str | None = option(None, "attention implementation given to transformers, such as sdpa")
+
+    # Data
+    dataset: str = option("demo", "preference pairs: local jsonl, json, csv or parquet, a hub name, or demo")
+    dataset_config: str | None = option(None, "configuration name of a hub dataset")
+    dataset_split: str = option("train", "split of the dataset to train on")
+    eval_dataset: str | None = option(None, "held-out pairs, like dataset; default: eval_fraction of the dataset")
+    eval_split: str = option("train", "split of eval_dataset")
+    eval_fraction: float = option(
+        0.1, "share of the prompts held out when there is no eval_dataset; 0: no evaluation", minimum=0, maximum=0.9
+    )
+    max_length: int | None = option(1024, "most tokens in prompt and response together", minimum=2)
+    truncation: str = option(
+        "prompt_start",
+        "what becomes of longer pairs: cut the oldest prompt tokens, cut the ends of the responses, or",
+        choices=("prompt_start", "response_end", "drop", "error"),
+    )
+    add_eos: bool = option(True, "end each response with the end-of-sequence token")
+    ranked_pairs: str = option(
+        "best_vs_worst", "how ranked answers become pairs", choices=("best_vs_worst", "best_vs_each")
+    )
+    empty_response: str = option("error", "what becomes of rows with an empty response", choices=("error", "drop"))
+    max_rows: int | None = option(None, "take only the first rows of the dataset", minimum=1)
+    num_proc: int | None = option(None, "processes that tokenize; default: one", minimum=1, trajectory=False)
+
+    # Loss
+    loss_type: list[str] = option(["sigmoid"], "loss, or several separated by commas; simpo, orpo, cpo stand alone")
+    loss_weights: list[float] | None = option(None, "one weight a loss; default: all 1")
+    beta: float = option(0.1, "strength of the pull towards the reference; usually 0.01 to 0.5", above=0)
+    label_smoothing: float = option(0.0, "assumed share of flipped labels: cdpo, robust and others", minimum=0)
+    f_divergence: str = option(
+        "reverse_kl", "divergence from the reference", choices=("reverse_kl", "forward_kl", "js", "alpha")
+    )
+    f_alpha: float = option(0.5, "alpha of the alpha divergence", above=0)
+    discopop_tau: float = option(0.05, "temperature of the discopop loss", above=0)
+    ld_alpha: float | None = option(None, "length-desensitized DPO: weight of the tokens past the shorter response")
+    use_weighting: bool = option(False, "weighted preference optimization (WPO)")
+    simpo_gamma: float = option(0.5, "target margin of SimPO")
+    cpo_alpha: float = option(1.0, "weight of the likelihood term of CPO", minimum=0)
+    temperature: float = option(1.0, "divides the logits of policy and reference", above=0)
+
+    # Reference
+    reference: str = option(
+        "auto",
+        "copy: frozen copy of the policy; base: the model without its adapter; precompute: log-probabilities computed "
+        "once and cached; or a hub name or path; auto: base with LoRA, else copy",
+    )
+    allow_different_reference: bool = option(False, "accept a reference that is not the policy's starting checkpoint")
+    cache_dir: str = option("~/.cache/dpo_kernels", "where precomputed log-probabilities are kept", trajectory=False)
+
+    # LoRA
+    lora_r: int = option(0, "rank of the LoRA adapters; 0: train all weights", minimum=0)
+    lora_alpha: int = option(16, "LoRA scale: updates are multiplied by lora_alpha / lora_r", minimum=1)
+    lora_dropout: float = option(0.0, "dropout inside the adapters", minimum=0, maximum=0.99)
+    lora_target_modules: list[str] = option(["all-linear"], "names of the layers that get adapters, or all-linear")
+
+    # Optimisation
+    learning_rate: float = option(1e-6, "peak learning rate of AdamW; DPO usually takes 1e-7 to 5e-6", above=0)
+    schedule: str = option("linear", "decay after the warm-up", choices=("linear", "cosine", "constant"))
+    warmup_ratio: float = option(0.1, "share of the steps that warm up", minimum=0, maximum=1)
+    warmup_steps: int | None = option(None, "steps that warm up, instead of warmup_ratio", minimum=0)
+    weight_decay: float = option(0.0, "decoupled weight decay of matrices (none on biases and norms)", minimum=0)
+    adam_beta1: float = option(0.9, "AdamW's first moment decay", minimum=0, maximum=0.9999999)
+    adam_beta2: float = option(0.999, "AdamW's second moment decay", minimum=0, maximum=0.9999999)
+    adam_epsilon: float = option(1e-8, "AdamW's epsilon", above=0)
+    max_grad_norm: float = option(1.0, "clip the accumulated gradient to this norm; 0: no clipping", minimum=0)
+    epochs: float = option(1.0, "passes over the data; 1 to 3 are usual", above=0)
+    max_steps: int | None = option(None, "optimizer steps, instead of epochs", minimum=1)
+    per_device_batch_size: int = option(4, "pairs in one forward pass on each device", minimum=1)
+    per_device_eval_batch_size: int | None = option(None, "the same for evaluation; default: equal", minimum=1)
+    gradient_accumulation_steps: int = option(1, "forward passes on each device in one optimizer step", minimum=1)
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
+    mixed_precision: str = option("no", "autocast dtype", choices=("no", "bf16", "fp16"))
+    impl: str = option("auto", "implementation of the head", choices=("auto", "torch", "cpu", "triton", "cuda"))
+    chunk_bytes: int | None = option(None, "memory for one chunk of logits in the fused loss, in bytes", minimum=1)
+    seed: int = option(42, "seed of initial weights, held-out split, data order and dropout", minimum=0)
+    deterministic: bool = option(
+        True, "ask PyTorch for deterministic algorithms, for the same bits after a resume on a GPU; off may be faster"
+    )
+
+    # Output
+    output_dir: str = option("dpo-output", "directory of everything that the run writes", trajectory=False)
+    resume: str = option(
+        "auto",
+        "auto: from the newest checkpoint in output_dir, if there is one; never: afresh; or the path of a checkpoint",
+        trajectory=False,
+    )
+    logging_steps: int = option(10, "optimizer steps between two rows of metrics", minimum=1, trajectory=False)
+    eval_steps: int | None = option(None, "optimizer steps between evaluations; default: one an epoch", minimum=1)
+    save_steps: int = option(500, "optimizer steps between checkpoints; 0: none", minimum=0, trajectory=False)
+    save_total_limit: int | None = option(2, "newest checkpoints to keep; none: all", minimum=1, trajectory=False)
+    metric_for_best: str = option(
+        "loss",
+        "held-out metric that picks the best weights",
+        choices=("loss", "rewards/accuracies", "rewards/margins"),
+    )
+    load_best_model_at_end: bool = option(False, "final/ gets the best weights, not the last", trajectory=False)
+    trackers: list[str] = option([], "accelerate trackers, such as tensorboard or wandb", trajectory=False)
+    run_name: str = option("dpo", "name of the run for the trackers", trajectory=False)
+    progress_bar: bool = option(True, "show a progress bar", trajectory=False)
+
+    def __post_init__(self) -> None:
+        for name, kind in _kinds().items():
+            value = coerce(name, getattr(self, name), kind, _options()[name])
+            setattr(self, name, value)
+        _check_losses(self)
+        if self.load_best_model_at_end and not self.evaluates:
+            raise ValueError("load_best_model_at_end needs held-out pairs: give eval_dataset or an eval_fraction > 0")
+        if self.reference in ("base", "adapter-free") and not self.lora_r:
+            raise ValueError(f"reference {self.reference!r} needs a LoRA policy, got lora_r 0: use copy or precompute")
+        if self.mixed_precision == "fp16" and self.dtype != "float32":
+            raise ValueError(
+                f"mixed_precision 'fp16' scales the gradients of float32 weights, got dtype {self.dtype!r}"
+            )
+
+    @property
+    def evaluates(self) -> bool:
+        return self.eval_dataset is not None or self.eval_fraction > 0
+
+    @property
+    def reference_free(self) -> bool:
+        return self.loss_type[0] in REFERENCE_FREE
+
+    @property
+    def random_weights(self) -> bool:
+        return self.model == "demo" or self.model.startswith("config:")
+
+
+# What `dpo-kernels train` does without a configuration: a tiny random model learns the embedded preferences.
+DEMO: dict[str, Any] = {
+    "model": "demo",
+    "dataset": "demo",
+    "learning_rate": 1e-3,
+    "epochs": 3,
+    "output_dir": "dpo-demo",
+}
+
+
+def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+    """Reads a configuration and puts `overrides` (the flags, as strings or values) on top.
+
+    Without a path, and unless the overrides name a model or a dataset, it is the embedded demo.
+    Raises `ValueError` for unreadable YAML, for unknown keys (with the nearest known one), and for values that do not
+    fit; `FileNotFoundError` when there is no such file.
+    """
+    overrides = dict(overrides or {})
+    if path is not None:
+        values = read_yaml(Path(path))
+    else:
+        values = {} if "model" in overrides or "dataset" in overrides else dict(DEMO)
+    values.update(overrides)
+    for key in ("model", "dataset"):
+        if key not in values:
+            raise ValueError(f"{key} is missing: put it into {path or 'a YAML file'} or give --{key}")
+    return TrainConfig(**values)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError("reading a configuration needs PyYAML: pip install 'dpo_kernels[train]'") from error
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    if values is None:
+        values = {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold 'key: value' lines, got a {type(values).__name__}")
+    for key in values:
+        if key not in _kinds():
+            raise ValueError(f"unknown key {key!r} in {path}{nearest(str(key), _kinds())}")
+    return values
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of an error message about a name that nobody knows."""
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(sorted(known))}"
+
+
+def coerce(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
+    """`value` as the type `kind` of the field `name`, checked against the field's choices and limits."""
+    if isinstance(kind, types.UnionType):
+        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
+            return None
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is list:
+        items = value.split(",") if isinstance(value, str) else value
+        items = list(items) if isinstance(items, (list, tuple)) else [items]
+        items = [item.strip() if isinstance(item, str) else item for item in items]
+        return [coerce(name, item, typing.get_args(kind)[0], metadata) for item in items if item != ""]
+    if kind is str and value is False and "no" in metadata["choices"]:
+        value = "no"  # YAML 1.1 reads a bare `no` as false
+    converted = _convert(value, kind)
+    if converted is None:
+        expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
+        raise ValueError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
+    if metadata["choices"] and converted not in metadata["choices"]:
+        suffix = nearest(str(converted), metadata["choices"])
+        raise ValueError(f"{name}: expected one of {', '.join(metadata['choices'])}, got {value!r}{suffix}")
+    if metadata["above"] is not None and not converted > metadata["above"]:
+        raise ValueError(f"{name}: expected a number above {metadata['above']}, got {value!r}")
+    if metadata["minimum"] is not None and not converted >= metadata["minimum"]:
+        raise ValueError(f"{name}: expected at least {metadata['minimum']}, got {value!r}")
+    if metadata["maximum"] is not None and not converted <= metadata["maximum"]:
+        raise ValueError(f"{name}: expected at most {metadata['maximum']}, got {value!r}")
+    return converted
+
+
+def _convert(value: Any, kind: type) -> Any:
+    """`value` as `kind`, or None where that would change its meaning."""
+    if kind is bool:
+        if isinstance(value, str) and value.lower() in TRUE_WORDS + FALSE_WORDS:
+            return value.lower() in TRUE_WORDS
+        return value if isinstance(value, bool) else None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return None
+    if kind is int and isinstance(value, str) and value.strip().lstrip("+-").isdigit():
+        return int(value)  # not through float, which would round a large seed
+    try:
+        number = float(value)
+    except ValueError:
+        return None
+    if not math.isfinite(number) or (kind is int and number != int(number)):
+        return None
+    return value if kind is int and isinstance(value, int) else kind(number)
+
+
+def _check_losses(config: TrainConfig) -> None:
+    """The names here, so that those of the losses without a reference are known too; the rest as `dpo_loss` does."""
+    from dpo_kernels.losses import LOSSES, validate_dpo_options
+
+    known = (*LOSSES, *REFERENCE_FREE)
+    if not config.loss_type:
+        raise ValueError("loss_type: expected at least one loss, got an empty list")
+    for name in config.loss_type:
+        if name not in known:
+            raise ValueError(f"loss_type: unknown loss {name!r}{nearest(name, known)}")
+    if len(config.loss_type) > 1 and set(config.loss_type) & set(REFERENCE_FREE):
+        raise ValueError(f"loss_type: {', '.join(REFERENCE_FREE)} stand alone, got {','.join(config.loss_type)}")
+    if not config.reference_free:
+        validate_dpo_options(**dpo_options(config))
+        return
+    unused: dict[str, Any] = {
+        "loss_weights": None,
+        "ld_alpha": None,
+        "use_weighting": False,
+        "f_divergence": "reverse_kl",
+        "reference": "auto",
+    }
+    if config.loss_type == ["orpo"]:
+        unused["label_smoothing"] = 0.0
+    for name, value in unused.items():
+        if getattr(config, name) != value:
+            raise ValueError(f"{name}: loss_type {config.loss_type[0]!r} has none, got {getattr(config, name)!r}")
+
+
+def dpo_options(config: TrainConfig) -> dict[str, Any]:
+    """The settings that are options of `linear_dpo_loss` and say which loss it is."""
+    names = ("beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence", "f_alpha", "discopop_tau")
+    return {name: getattr(config, name) for name in (*names, "ld_alpha", "use_weighting")}
+
+
+def _options() -> dict[str, Mapping[str, Any]]:
+    return {entry.name: entry.metadata for entry in dataclasses.fields(TrainConfig)}
+
+
+def _kinds() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
+
+
+def trajectory_settings(config: TrainConfig) -> dict[str, Any]:
+    """The settings that a checkpoint and the run that resumes it must share."""
+    return {name: getattr(config, name) for name, metadata in _options().items() if metadata["trajectory"]}
+
+
+def practice_warnings(config: TrainConfig) -> list[str]:
+    """What practice says about settings that work but usually hurt."""
+    messages = []
+    fresh = " (this model starts from random weights, where such values are usual)" if config.random_weights else ""
+    if config.learning_rate > 1e-5:
+        usual = "LoRA takes about ten times that" if config.lora_r else "higher rates soon break the model"
+        messages.append(
+            f"learning_rate {config.learning_rate:g} is above 1e-5: DPO usually takes 1e-7 to 5e-6; {usual}{fresh}"
+        )
+    if config.max_steps is None and config.epochs > 3:
+        messages.append(f"epochs {config.epochs:g} is more than 3: DPO overfits faster than supervised training{fresh}")
+    if not 0.01 <= config.beta <= 0.5 and not config.reference_free:
+        effect = "hardly holds the policy to the reference" if config.beta < 0.01 else "hardly lets the policy move"
+        messages.append(f"beta {config.beta:g} is outside 0.01 to 0.5: it {effect}")
+    if config.loss_type == ["simpo"] and config.beta < 1:
+        messages.append(f"beta {config.beta:g} is below 1: SimPO, which averages over tokens, usually takes 2 to 10")
+    return messages
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One flag a field, in kebab case; the values stay strings, which `TrainConfig` converts."""
+    defaults = TrainConfig()
+    for name, kind in _kinds().items():
+        default, choices = getattr(defaults, name), _options()[name]["choices"]
+        shown = ",".join(map(str, default)) if isinstance(default, list) else str(default)
+        about = _options()[name]["help"] + (f": {', '.join(choices)}" if choices else "")
+        about += f" (default: {shown.lower() if kind is bool else shown})" if default not in (None, []) else ""
+        arguments: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": about.replace("%", "%%")}
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(flag, metavar="true|false", **arguments)
+            arguments["help"] = argparse.SUPPRESS
+            parser.add_argument(f"--no-{flag[2:]}", action="store_const", const="false", **arguments)
+        else:
+            parser.add_argument(flag, metavar=_metavar(kind), **arguments)
+
+
+def normalize_flags(arguments: Sequence[str], besides: Sequence[str] = ()) -> list[str]:
+    """Flags in kebab case, and booleans in one piece: a value may follow them, but the next argument may be another's.
+
+    Raises `ValueError` with the nearest name for a flag that is neither a field nor in `besides`.
+    """
+    kinds, normalized, rest = _kinds(), [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        name = name.replace("-", "_")
+        if not argument.startswith("--") or name in besides:
+            normalized.append(argument)
+            continue
+        negated = name.startswith("no_") and kinds.get(name[3:]) is bool
+        if name not in kinds and not negated:
+            known = [f"--{known.replace('_', '-')}" for known in (*kinds, *besides)]
+            raise ValueError(f"unknown flag {argument!r}{nearest('--' + name.replace('_', '-'), known)}")
+        if kinds.get(name) is bool and not equals:
+            equals, value = "=", rest.pop(0) if rest and rest[0].lower() in TRUE_WORDS + FALSE_WORDS else "true"
+        normalized.append(f"--{name.replace('_', '-')}{equals}{value}")
+    return normalized
+
+
+def _metavar(kind: Any) -> str:
+    if isinstance(kind, types.UnionType):
+        kind = typing.get_args(kind)[0]
+    if typing.get_origin(kind) is list:
+        return f"{typing.get_args(kind)[0].__name__.upper()},..."
+    return str(kind.__name__.upper())

@@ -1,0 +1,201 @@
+"""The reference's log-probabilities: from a frozen copy, from the model without its adapter, or computed once and kept.
+
+The reference of DPO is the checkpoint that the policy starts from. Under another model the loss still falls, towards
+nothing in particular, which is why a different reference has to be asked for.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpo_kernels.checkpoint import atomic_file
+from dpo_kernels.config import TrainConfig
+from dpo_kernels.head import LMHead
+from dpo_kernels.losses import length_desensitized_weights
+from dpo_kernels.pairs import data_fingerprint, pair_lengths
+from dpo_kernels.rows import shift_labels
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from datasets import Dataset
+
+logger = logging.getLogger(__name__)
+
+LOGP_COLUMNS = ("ref_chosen_logps", "ref_rejected_logps")
+
+
+class Reference:
+    """A frozen model that scores both responses of each pair.
+
+    Args:
+        head: of the frozen model, or of the policy if `adapter` is given.
+        adapter: the PEFT model whose adapters are off while it scores.
+        config: `ld_alpha`, `temperature` and `impl` are those of the loss.
+    """
+
+    def __init__(self, head: LMHead, config: TrainConfig, adapter: nn.Module | None = None) -> None:
+        self.head, self.config, self.adapter = head, config, adapter
+
+    @torch.no_grad()
+    def logps(self, batch: dict[str, Any]) -> Tensor:
+        """Log-probabilities [2B] fp32 of a batch of `PairCollator`, weighted by token as `ld_alpha` has it."""
+        with _without(self.adapter):
+            hidden, _ = self.head.hidden_states(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            labels = shift_labels(batch["labels"], -100)
+            weights = None
+            if self.config.ld_alpha is not None:
+                weights = length_desensitized_weights(labels, self.config.ld_alpha)
+            output = self.head.sequence_logps(
+                hidden,
+                labels,
+                token_weights=weights,
+                temperature=self.config.temperature,
+                num_labelled=batch["num_labelled"],
+                impl=self.config.impl,
+            )
+        return output.logps.float()
+
+
+@contextmanager
+def _without(adapter: Any) -> Iterator[None]:
+    """The adapters off and no dropout, which neither the policy's mode nor its random state notices."""
+    training = adapter is not None and adapter.training
+    if training:
+        adapter.eval()
+    with adapter.disable_adapter() if adapter is not None else nullcontext():
+        yield
+    if training:
+        adapter.train()
+
+
+def frozen_copy(model: nn.Module) -> nn.Module:
+    """The model as it is now, in evaluation mode and out of reach of the optimizer."""
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def parameter_digests(model: nn.Module) -> dict[str, str]:
+    """A SHA-256 of every parameter and buffer by name: equal for equal names, dtypes, shapes and bits alone."""
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+
+    def digest(tensor: Tensor) -> str:
+        hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return hasher.hexdigest()
+
+    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
+        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+
+
+def model_fingerprint(model: nn.Module, digests: dict[str, str]) -> str:
+    """Identifies what the model computes: its class, its configuration, and every bit of its weights."""
+    settings = model.config.to_dict()  # type: ignore[union-attr,operator]
+    for key in ("_name_or_path", "transformers_version", "_commit_hash"):
+        settings.pop(key, None)
+    return _digest([type(model).__name__, settings, sorted(digests.items())])
+
+
+def resolve(config: TrainConfig) -> str | None:
+    """What `config.reference` comes to: "base", "copy", "precompute", "other" (a model named there), or None."""
+    if config.reference_free:
+        return None
+    if config.reference == "auto":
+        return "base" if config.lora_r else "copy"
+    if config.reference == config.model:
+        return "copy"
+    return {"adapter-free": "base", "base": "base", "copy": "copy", "precompute": "precompute"}.get(
+        config.reference, "other"
+    )
+
+
+def check_same_checkpoint(config: TrainConfig, policy: dict[str, str], reference: dict[str, str]) -> None:
+    """Raises `ValueError` naming both models unless their digests agree or `allow_different_reference` is set."""
+    differing = sorted(name for name in policy.keys() | reference.keys() if policy.get(name) != reference.get(name))
+    if not differing:
+        return
+    found = f"{len(differing)} of their tensors differ, the first is {differing[0]}"
+    if not config.allow_different_reference:
+        raise ValueError(
+            f"reference: {config.reference!r} is not the checkpoint that the policy {config.model!r} starts from: "
+            f"{found}. DPO measures how far the policy moves from where it starts: use reference 'copy', or "
+            "allow_different_reference if another reference is what you mean"
+        )
+    logger.warning(
+        "the reference %r is not the policy's starting checkpoint %r: %s", config.reference, config.model, found
+    )
+
+
+def cached_logps(
+    reference: Reference,
+    dataset: Dataset,
+    collate: Any,
+    fingerprint: str,
+    accelerator: Accelerator,
+) -> Dataset:
+    """The dataset with the columns `ref_chosen_logps` and `ref_rejected_logps`, read from the cache or computed once.
+
+    The cache is keyed by the token ids, by the model (`fingerprint`, see `model_fingerprint`), and by everything else
+    that the values depend on but the order of floating-point sums: dtypes, attention, token weights, temperature,
+    implementation, device and versions.
+    """
+    from safetensors.torch import load_file, save_file
+
+    config = reference.config
+    key = {
+        "data": data_fingerprint(dataset),
+        "model": fingerprint,
+        "head": [reference.head.logit_scale, reference.head.softcap],
+        "device": accelerator.device.type,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        **{
+            name: getattr(config, name)
+            for name in ("dtype", "mixed_precision", "attn_implementation", "ld_alpha", "temperature", "impl")
+        },
+    }
+    path = Path(config.cache_dir).expanduser() / "reference" / f"{_digest(key)}.safetensors"
+    found = torch.tensor(float(path.exists()), device=accelerator.device)
+    if accelerator.reduce(found, "mean") == 1:  # processes on several machines need not share a cache
+        logger.info("reference log-probabilities of %d pairs: read from %s", len(dataset), path)
+        logps = load_file(path)["logps"]
+    else:
+        logger.info("reference log-probabilities of %d pairs: computing them once for %s", len(dataset), path)
+        logps = _score(reference, dataset, collate, accelerator)
+        if accelerator.is_local_main_process:
+            with atomic_file(path) as temporary:
+                save_file({"logps": logps}, temporary, metadata={"key": json.dumps(key, default=str)})
+    for column, values in zip(LOGP_COLUMNS, logps, strict=True):
+        dataset = dataset.add_column(column, values.numpy())
+    return dataset
+
+
+def _score(reference: Reference, dataset: Dataset, collate: Any, accelerator: Accelerator) -> Tensor:
+    """Log-probabilities [2, pairs], similar lengths together, the pairs shared out among the processes."""
+    from tqdm import tqdm
+
+    order = np.argsort(sum(pair_lengths(dataset).values()), kind="stable")
+    size = reference.config.per_device_eval_batch_size or reference.config.per_device_batch_size
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    logps = torch.zeros(2, len(dataset), device=accelerator.device)
+    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    show = reference.config.progress_bar and accelerator.is_main_process
+    for rows in tqdm(mine, desc="reference", unit="batch", disable=not show):
+        with accelerator.autocast():
+            values = reference.logps(collate(dataset, rows))
+        logps[:, torch.as_tensor(rows, device=logps.device)] = values.view(2, -1)
+    return accelerator.reduce(logps, "sum").cpu()
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()

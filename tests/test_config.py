@@ -1,0 +1,165 @@
+"""Settings from YAML, flags and Python: conversion, limits, and errors that name what is wrong."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dpo_kernels.config import (
+    DEMO,
+    TrainConfig,
+    add_flags,
+    load_config,
+    normalize_flags,
+    practice_warnings,
+    trajectory_settings,
+)
+
+
+def write(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_yaml_values_take_the_type_of_their_field(tmp_path):
+    # YAML 1.1 reads 5e-7 and 1e3 as strings and a bare `no` as false.
+    config = load_config(
+        write(
+            tmp_path,
+            "model: m\ndataset: d\nlearning_rate: 5e-7\nmax_steps: 1e3\nbeta: '0.2'\nepochs: 2\nmixed_precision: no\n"
+            "loss_type: sigmoid, sft\nloss_weights: [1, 0.5]\nmax_length: null\nadd_eos: 'false'\n",
+        )
+    )
+    assert (config.learning_rate, config.max_steps, config.beta, config.epochs) == (5e-7, 1000, 0.2, 2.0)
+    assert isinstance(config.max_steps, int) and isinstance(config.epochs, float)
+    assert (config.mixed_precision, config.max_length, config.add_eos) == ("no", None, False)
+    assert (config.loss_type, config.loss_weights) == (["sigmoid", "sft"], [1.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1e-6", r"unknown key 'learning_rat' .*did you mean 'learning_rate'\?"),
+        ("per_device_train_batch_size: 4", r"did you mean 'per_device_batch_size'\?"),
+        ("learning_rate: fast", r"learning_rate: expected a finite number, got 'fast' \(str\)"),
+        ("learning_rate: .nan", r"learning_rate: expected a finite number"),
+        ("learning_rate: 0", r"learning_rate: expected a number above 0, got 0"),
+        ("max_steps: 1.5", r"max_steps: expected a whole number, got 1.5 \(float\)"),
+        ("max_steps: true", r"max_steps: expected a whole number, got True \(bool\)"),
+        ("seed: null", r"seed: expected a whole number, got None"),
+        ("gradient_checkpointing: maybe", r"gradient_checkpointing: expected true or false, got 'maybe'"),
+        ("revision: 12345", r"revision: expected a string, got 12345 \(int\)"),
+        ("schedule: cosin", r"schedule: expected one of linear, cosine, constant, got 'cosin'; did you mean 'cosine'"),
+        ("lora_dropout: 2", r"lora_dropout: expected at most 0.99, got 2"),
+        ("loss_type: sigmod", r"loss_type: unknown loss 'sigmod'; did you mean 'sigmoid'\?"),
+        ("loss_type: [sigmoid, simpo]", r"loss_type: simpo, orpo, cpo stand alone"),
+        ("loss_type: []", r"loss_type: expected at least one loss"),
+        ("loss_weights: [1, 2]", r"loss_weights must have one weight for each"),
+        ("label_smoothing: 0.1", r"label_smoothing must be 0 for loss_type \['sigmoid'\].*'cdpo'"),
+        ("{loss_type: orpo, ld_alpha: 0.5}", r"ld_alpha: loss_type 'orpo' has none, got 0.5"),
+        ("{loss_type: simpo, reference: copy}", r"reference: loss_type 'simpo' has none, got 'copy'"),
+        ("reference: base", r"reference 'base' needs a LoRA policy"),
+        ("{eval_fraction: 0, load_best_model_at_end: true}", r"load_best_model_at_end needs held-out pairs"),
+        ("{mixed_precision: fp16, dtype: bfloat16}", r"mixed_precision 'fp16' scales the gradients of float32 weights"),
+        ("a: [", r"run.yaml is not valid YAML.*line 1"),
+        ("- a", r"run.yaml must hold 'key: value' lines, got a list"),
+    ],
+)
+def test_what_does_not_fit_is_named(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match=r"(?s)" + message):
+        load_config(path, {"model": "m", "dataset": "d"})
+
+
+def test_python_callers_get_the_same_errors():
+    with pytest.raises(ValueError, match="beta: expected a number above 0, got -1"):
+        TrainConfig(beta=-1)
+
+
+def test_without_a_file_it_is_the_demo_until_a_model_or_dataset_is_named(tmp_path):
+    demo = load_config(None)
+    assert all(getattr(demo, name) == value for name, value in DEMO.items())
+    assert load_config(None, {"beta": "0.3"}).learning_rate == DEMO["learning_rate"]
+    with pytest.raises(ValueError, match="dataset is missing"):
+        load_config(None, {"model": "m"})
+    assert load_config(None, {"model": "m", "dataset": "d"}).learning_rate == TrainConfig().learning_rate
+    with pytest.raises(ValueError, match="model is missing: put it into .*run.yaml"):
+        load_config(write(tmp_path, "dataset: d"))
+
+
+def parse(*arguments):
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("config", nargs="?")
+    add_flags(parser)
+    options = vars(parser.parse_args(normalize_flags(arguments)))
+    return options.pop("config"), options
+
+
+def test_every_field_is_a_flag_in_both_spellings_with_help():
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    text = parser.format_help()
+    for entry in dataclasses.fields(TrainConfig):
+        flag = f"--{entry.name.replace('_', '-')}"
+        assert f"{flag} " in text and entry.metadata["help"], flag
+        value = {"bool": "true", "bool | None": "true"}.get(entry.type, "1")
+        for spelling in (flag, f"--{entry.name}"):
+            assert parse(spelling, value)[1] == {entry.name: value}
+
+
+def test_boolean_flags_leave_the_next_argument_alone():
+    assert parse("--gradient-checkpointing", "run.yaml") == ("run.yaml", {"gradient_checkpointing": "true"})
+    assert parse("--gradient-checkpointing", "false", "run.yaml") == ("run.yaml", {"gradient_checkpointing": "false"})
+    assert parse("--no-add-eos", "--add_eos=true")[1] == {"add_eos": "true"}
+    assert parse("--no-add-eos")[1] == {"add_eos": "false"}
+
+
+def test_flags_override_the_file(tmp_path):
+    path = write(tmp_path, "model: m\ndataset: d\nbeta: 0.2\nloss_type: ipo\n")
+    config = load_config(path, parse("--loss-type", "sigmoid,sft", "--max_grad_norm=0.5")[1])
+    assert (config.beta, config.loss_type, config.max_grad_norm) == (0.2, ["sigmoid", "sft"], 0.5)
+
+
+@pytest.mark.parametrize(
+    ("flag", "nearest"), [("--learning-rat", "--learning-rate"), ("--lora_rank", "--lora-"), ("--no-seed", "--seed")]
+)
+def test_mistyped_flags_get_the_nearest_name(flag, nearest):
+    with pytest.raises(ValueError, match=f"unknown flag '{flag}'; did you mean '{nearest}"):
+        normalize_flags([flag, "1"])
+
+
+def test_practice_warnings():
+    quiet = TrainConfig(model="m", dataset="d")
+    assert practice_warnings(quiet) == []
+    for changed, start in (
+        ({"learning_rate": 2e-5}, "learning_rate 2e-05 is above 1e-5"),
+        ({"epochs": 4}, "epochs 4 is more than 3"),
+        ({"beta": 0.6}, "beta 0.6 is outside 0.01 to 0.5"),
+        ({"beta": 0.005}, "beta 0.005 is outside 0.01 to 0.5"),
+        ({"loss_type": "simpo", "beta": 0.1}, "beta 0.1 is below 1: SimPO"),
+    ):
+        (message,) = practice_warnings(dataclasses.replace(quiet, **changed))
+        assert message.startswith(start)
+    assert practice_warnings(dataclasses.replace(quiet, loss_type="simpo", beta=2.0)) == []
+    assert practice_warnings(dataclasses.replace(quiet, epochs=4, max_steps=10)) == []
+
+
+def test_where_the_output_goes_is_no_part_of_the_trajectory():
+    settings = trajectory_settings(TrainConfig())
+    assert {"learning_rate", "seed", "dataset", "eval_steps"} <= settings.keys()
+    assert not {"output_dir", "resume", "save_steps", "logging_steps", "trackers", "cache_dir"} & settings.keys()
+
+
+EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_read_and_follow_practice(path):
+    config = load_config(path, {"dataset": "pairs.jsonl"})
+    assert config.random_weights or practice_warnings(config) == []
+
+
+def test_there_are_examples():
+    assert {path.name for path in EXAMPLES} >= {"full.yaml", "lora.yaml", "tiny_qwen2.yaml"}

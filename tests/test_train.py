@@ -1,0 +1,548 @@
+"""The training loop against a loop written out with eager logits, and against itself after interruptions."""
+
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_kernels import train as train_module
+from dpo_kernels.checkpoint import MetricsLog, list_checkpoints, read_metrics
+from dpo_kernels.config import TrainConfig, load_config
+from dpo_kernels.demo import demo_model
+from dpo_kernels.pairs import check_vocabulary, load_data, pairs_of_step, split_by_prompt
+from dpo_kernels.policy import load_model
+from dpo_kernels.train import WALL_CLOCK, train
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+
+# 27 pairs to train on and 3 held out; 4 pairs a step, so that the last of the 7 steps of an epoch has only 3.
+TINY = {
+    "model": "demo",
+    "dataset": "demo",
+    "max_rows": 30,
+    "tokenizer": "train:300",
+    "max_length": 256,
+    "learning_rate": 1e-3,
+    "per_device_batch_size": 4,
+    "logging_steps": 1,
+    "save_steps": 0,
+    "progress_bar": False,
+}
+
+
+def run(directory, **settings):
+    """Trains in `directory` and returns the result and the rows of metrics without what the clock says."""
+    result = train(
+        TrainConfig(**TINY | {"output_dir": str(directory), "cache_dir": str(directory / "cache")} | settings)
+    )
+    return result, rows_of(directory)
+
+
+def rows_of(directory):
+    rows = read_metrics(directory / "metrics.jsonl")
+    return [{name: value for name, value in row.items() if name not in WALL_CLOCK} for row in rows]
+
+
+def weights_of(directory):
+    return load_file(next(directory.glob("final/*.safetensors")))
+
+
+def assert_same_run(left, right):
+    """To the last bit: weights, and the text of the metrics."""
+    assert json.dumps(rows_of(left)) == json.dumps(rows_of(right))
+    ours, theirs = weights_of(left), weights_of(right)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("plain")
+    return (*run(directory, eval_steps=3), directory)
+
+
+def test_a_run_leaves_metrics_curves_and_models(plain):
+    result, rows, directory = plain
+    training, held_out = ([row for row in rows if (key in row)] for key in ("loss", "eval/loss"))
+    assert [row["step"] for row in training] == list(range(1, 8))
+    assert [row["step"] for row in held_out] == [0, 3, 6, 7]  # before the first step, and after the last
+    names = {"loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"}
+    names |= {"logps/chosen", "logps/rejected"}
+    assert all(names | {"step", "epoch", "grad_norm", "lr"} == row.keys() for row in training)
+    assert all({f"eval/{name}" for name in names} | {"step", "epoch"} == row.keys() for row in held_out)
+    assert all(row[name] > 0 for row in read_metrics(result.metrics_path) if "loss" in row for name in WALL_CLOCK)
+    assert held_out[0]["eval/loss"] == pytest.approx(math.log(2)) and held_out[0]["eval/rewards/margins"] == 0
+    assert training[-1]["epoch"] == 1
+    assert (
+        result.before["eval/loss"] == held_out[0]["eval/loss"]
+        and result.after["eval/loss"] == held_out[-1]["eval/loss"]
+    )
+    assert result.curves_path.read_bytes().startswith(b"\x89PNG")
+    assert not list_checkpoints(directory) and not list(directory.glob(".*"))
+    assert load_config(directory / "config.yaml").max_rows == 30
+    best = min(held_out[1:], key=lambda row: row["eval/loss"])
+    summary = result.summary()
+    assert f"{held_out[-1]['eval/rewards/accuracies']:.4f}" in summary and str(result.final_dir) in summary
+
+    tokenizer = AutoTokenizer.from_pretrained(result.final_dir)
+    text = "Hello!\nWhat is 7 plus 15?"
+    assert tokenizer(text).input_ids == load_data(TrainConfig(**TINY))[0](text).input_ids
+    model = AutoModelForCausalLM.from_pretrained(result.final_dir)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hello"}], return_tensors="pt", return_dict=True)
+    assert torch.isfinite(model(**ids).logits).all()
+    assert (result.best_dir / "model.safetensors").is_file() and best["step"] in (3, 6, 7)
+
+
+def test_the_best_weights_can_be_the_final_ones(tmp_path):
+    # All held-out pairs are right from some step on, and the first such step stays the best.
+    settings = {"eval_steps": 1, "max_steps": 6, "learning_rate": 3e-3, "eval_fraction": 0.3}
+    settings |= {"metric_for_best": "rewards/accuracies"}
+    result, rows = run(tmp_path / "best", load_best_model_at_end=True, **settings)
+    accuracies = {row["step"]: row["eval/rewards/accuracies"] for row in rows if "eval/loss" in row and row["step"]}
+    best = max(accuracies, key=accuracies.get)
+    after = next(row for row in rows if row["step"] == best and "eval/loss" in row)
+    assert 1 < best < 6 and result.after["eval/loss"] == after["eval/loss"]
+    final, best_weights = (load_file(path / "model.safetensors") for path in (result.final_dir, result.best_dir))
+    assert all(torch.equal(final[name], best_weights[name]) for name in final)
+    run(tmp_path / "last", **settings)
+    last = weights_of(tmp_path / "last")
+    assert not any(torch.equal(final[name], last[name]) for name in final)
+
+
+def eager_step(model, reference, batch, loss_type, beta):
+    """Loss a pair and the metrics of chosen and rejected examples, from the whole logits."""
+
+    def score(network, ids, prompt):
+        tokens = torch.tensor([ids])
+        logps = network(input_ids=tokens).logits[0, :-1].log_softmax(-1).gather(-1, tokens[0, 1:, None])[:, 0]
+        return logps[len(prompt) - 1 :].sum()
+
+    sides = [
+        [score(model, e["prompt_ids"] + e[key], e["prompt_ids"]) for e in batch]
+        for key in ("chosen_ids", "rejected_ids")
+    ]
+    chosen, rejected = map(torch.stack, sides)
+    lengths = [torch.tensor([float(len(e[key])) for e in batch]) for key in ("chosen_ids", "rejected_ids")]
+    with torch.no_grad():
+        ref_chosen, ref_rejected = (
+            torch.stack([score(reference, e["prompt_ids"] + e[key], e["prompt_ids"]) for e in batch])
+            for key in ("chosen_ids", "rejected_ids")
+        )
+    rewards = beta * (chosen - ref_chosen).detach(), beta * (rejected - ref_rejected).detach()
+    if loss_type == "simpo":
+        rewards = (beta * chosen / lengths[0]).detach(), (beta * rejected / lengths[1]).detach()
+        loss = -F.logsigmoid(beta * (chosen / lengths[0] - rejected / lengths[1]) - 0.5).mean()
+    elif loss_type == "cpo":
+        rewards = beta * chosen.detach(), beta * rejected.detach()
+        loss = -F.logsigmoid(beta * (chosen - rejected)).mean() - chosen.sum() / lengths[0].sum()
+    else:
+        loss = -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
+        if "sft" in loss_type:
+            loss = loss - 0.5 * chosen.sum() / lengths[0].sum()
+    return loss, rewards, chosen.detach(), rejected.detach()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss_type": "sigmoid"},
+        {"loss_type": "sigmoid,sft", "loss_weights": [1.0, 0.5]},  # sft divides by the length of the whole step
+        {"loss_type": "simpo", "beta": 2.0},
+        {"loss_type": "cpo"},
+    ],
+    ids=lambda loss: loss["loss_type"],
+)
+def test_steps_equal_those_of_an_eager_loop(tmp_path, loss):
+    # Micro-batches of 2 and accumulation over 2, against one batch of 4; 7 steps, the last one of 3 pairs.
+    settings = {
+        "per_device_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_grad_norm": 0.5,
+        "eval_fraction": 0.1,
+    }
+    config = TrainConfig(**TINY | settings | loss)
+    _, rows = run(tmp_path, **settings, **loss)
+    rows = [row for row in rows if "loss" in row]
+
+    tokenizer, pairs, _ = load_data(config)
+    model = load_model(config, "demo", tokenizer).train()
+    reference = load_model(config, "demo", tokenizer).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    for step, row in enumerate(rows):
+        batch = [pairs[int(i)] for i in pairs_of_step(step, len(pairs), 4, config.seed)]
+        value, rewards, chosen, rejected = eager_step(model, reference, batch, loss["loss_type"], config.beta)
+        value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        rate = 1e-3 * (1.0 if step == 1 else 0.0 if step == 0 else (7 - step) / 6)  # one step of warm-up, then linear
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+        expected = {
+            "loss": value,
+            "rewards/chosen": rewards[0].mean(),
+            "rewards/rejected": rewards[1].mean(),
+            "rewards/margins": (rewards[0] - rewards[1]).mean(),
+            "logps/chosen": chosen.mean(),
+            "logps/rejected": rejected.mean(),
+            "grad_norm": norm,
+        }
+        assert row["lr"] == pytest.approx(rate)
+        for name, value in expected.items():
+            assert row[name] == pytest.approx(float(value), rel=2e-4, abs=2e-5), (step, name)
+        ties = (rewards[0] - rewards[1]).abs() < 1e-5
+        accurate = (rewards[0] > rewards[1]).float()
+        assert ties.any() or row["rewards/accuracies"] == accurate.mean()
+    assert len(rows) == 7
+
+
+def test_accumulated_gradients_do_not_depend_on_the_micro_batches(tmp_path):
+    # With a large epsilon AdamW's steps are proportional to the gradient instead of to its sign.
+    settings = {"learning_rate": 0.5, "adam_epsilon": 1.0, "loss_type": "ipo,sft", "eval_fraction": 0.1}
+    whole, rows = run(tmp_path / "whole", **settings)
+    single, rows_single = run(tmp_path / "single", per_device_batch_size=1, gradient_accumulation_steps=4, **settings)
+    start = demo_model(300, seed=TrainConfig().seed).state_dict()
+    ours, theirs = weights_of(tmp_path / "whole"), weights_of(tmp_path / "single")
+    moved = max((ours[name] - start[name]).abs().max() for name in ours)
+    apart = max((ours[name] - theirs[name]).abs().max() for name in ours)
+    assert apart < 1e-4 * moved
+    for row, row_single in zip(rows, rows_single, strict=True):
+        assert row == pytest.approx(row_single, rel=1e-4, abs=1e-4)
+
+
+def test_rows_are_means_over_their_window(tmp_path, plain):
+    _, rows = run(tmp_path, eval_steps=3, logging_steps=5)
+    singles = {row["step"]: row for row in plain[1] if "loss" in row}
+    pairs = {step: 3 if step == 7 else 4 for step in singles}
+    for row, steps in zip([row for row in rows if "loss" in row], ([1, 2, 3, 4, 5], [6, 7]), strict=True):
+        assert row["step"] == steps[-1] and row["lr"] == singles[steps[-1]]["lr"]
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "logps/chosen"):
+            mean = sum(singles[step][name] * pairs[step] for step in steps) / sum(pairs[step] for step in steps)
+            assert row[name] == pytest.approx(mean, rel=1e-6, abs=1e-9)
+        assert row["grad_norm"] == pytest.approx(np.mean([singles[step]["grad_norm"] for step in steps]), rel=1e-6)
+
+
+@pytest.mark.parametrize("lora", [{}, {"lora_r": 4, "lora_target_modules": "q_proj,v_proj"}], ids=["full", "lora"])
+def test_all_references_of_the_same_checkpoint_agree(tmp_path, lora, caplog):
+    settings = {"max_steps": 3, "eval_fraction": 0.1, "ld_alpha": 0.5, "reference": "copy"} | lora
+    _, rows = run(tmp_path / "copy", **settings)
+    # Policy and reference weigh the tokens alike: before the first step they agree.
+    assert rows[0]["eval/rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    assert rows[0]["eval/rewards/rejected"] == pytest.approx(0, abs=1e-4)
+    if lora:
+        _, others = run(tmp_path / "base", **settings | {"reference": "base"})
+        assert others == [pytest.approx(row, rel=1e-4, abs=1e-4) for row in rows]
+    with caplog.at_level(logging.INFO, "dpo_kernels"):
+        settings |= {"reference": "precompute", "cache_dir": str(tmp_path / "cache")}
+        _, others = run(tmp_path / "first", **settings)
+        assert others == [pytest.approx(row, rel=1e-4, abs=1e-4) for row in rows]
+        assert caplog.text.count("computing them once for") == 2 and "read from" not in caplog.text
+        caplog.clear()
+        _, again = run(tmp_path / "second", **settings)
+        assert caplog.text.count("read from") == 2 and "computing" not in caplog.text
+        assert again == others
+        caplog.clear()
+        run(tmp_path / "third", **settings | {"ld_alpha": 0.25})  # other token weights, other log-probabilities
+        assert caplog.text.count("computing them once for") == 2
+
+
+def test_another_reference_is_refused_and_the_same_one_is_not(tmp_path, caplog):
+    tokenizer, _, _ = load_data(TrainConfig(**TINY))
+    policy, other = tmp_path / "policy", tmp_path / "other"
+    demo_model(len(tokenizer), seed=1).save_pretrained(policy)
+    tokenizer.save_pretrained(policy)
+    shutil.copytree(policy, tmp_path / "copy_of_policy")
+    demo_model(len(tokenizer), seed=2).save_pretrained(other)
+    settings = {"model": str(policy), "max_steps": 1, "eval_fraction": 0}
+
+    run(tmp_path / "same", reference=str(tmp_path / "copy_of_policy"), **settings)
+    with pytest.raises(ValueError, match="is not the checkpoint that the policy") as error:
+        run(tmp_path / "refused", reference=str(other), **settings)
+    assert str(other) in str(error.value) and str(policy) in str(error.value) and "lm_head.weight" in str(error.value)
+    run(tmp_path / "allowed", reference=str(other), allow_different_reference=True, **settings)
+    assert "is not the policy's starting checkpoint" in caplog.text
+
+
+# Dropout makes the trajectory depend on the random state, and windows of 3 steps straddle checkpoints every 4.
+INTERRUPTED = {
+    "lora_r": 4,
+    "lora_dropout": 0.2,
+    "epochs": 3,
+    "logging_steps": 3,
+    "eval_steps": 5,
+    "save_steps": 4,
+    "gradient_accumulation_steps": 2,
+    "per_device_batch_size": 2,
+    "save_total_limit": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("uninterrupted")
+    run(directory, **INTERRUPTED)
+    return directory
+
+
+def test_a_killed_process_is_resumed_to_the_last_bit(tmp_path, uninterrupted):
+    settings = TINY | INTERRUPTED | {"output_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
+    script = f"from dpo_kernels.train import *; train(TrainConfig(**{settings!r}))"
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], env=environment)
+    metrics = tmp_path / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and '"step": 12' in metrics.read_text()):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
+    assert not (tmp_path / "final").exists() and list_checkpoints(tmp_path)
+    # What else a kill can leave: half a line, and a directory that was still being written.
+    with metrics.open("a") as file:
+        file.write('{"step": 13, "lo')
+    (tmp_path / ".checkpoint-16.tmp").mkdir(exist_ok=True)
+    (tmp_path / ".checkpoint-16.tmp" / "weights.safetensors").write_bytes(b"half")
+
+    run(tmp_path, **INTERRUPTED)
+    assert_same_run(tmp_path, uninterrupted)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-20"]
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("row", [1, 4])
+def test_any_row_can_be_the_last_one(tmp_path, uninterrupted, monkeypatch, row):
+    # Row 1 is the evaluation before the first step, row 4 comes before a checkpoint in the middle of a window.
+    written = []
+
+    def stop(self, values):
+        written.append(values)
+        if len(written) == row:
+            raise KeyboardInterrupt
+        write(self, values)
+
+    write = MetricsLog.write
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "write", stop)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **INTERRUPTED)
+    run(tmp_path, **INTERRUPTED)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+def test_evaluation_does_not_disturb_training(tmp_path, uninterrupted):
+    run(tmp_path, **INTERRUPTED | {"eval_steps": 1000, "logging_steps": 3})
+    rows, others = ([row for row in rows_of(path) if "loss" in row] for path in (tmp_path, uninterrupted))
+    assert rows == others
+
+
+def test_a_finished_run_is_found_finished(uninterrupted, tmp_path):
+    directory = tmp_path / "again"
+    shutil.copytree(uninterrupted, directory)
+    before = rows_of(directory)
+    run(directory, **INTERRUPTED)
+    assert_same_run(directory, uninterrupted) and rows_of(directory) == before
+
+
+def test_resuming_under_other_conditions_is_refused(tmp_path, uninterrupted):
+    directory = tmp_path / "run"
+    shutil.copytree(uninterrupted, directory)
+    with pytest.raises(ValueError, match=r"learning_rate \(was 0.001, is 0.002\)") as error:
+        run(directory, **INTERRUPTED | {"learning_rate": 2e-3, "lora_dropout": 0.1, "save_steps": 10})
+    assert "lora_dropout (was 0.2, is 0.1)" in str(error.value) and "save_steps" not in str(error.value)
+    with pytest.raises(ValueError, match=r"max_rows .*; the training data \(was"):
+        run(directory, **INTERRUPTED | {"max_rows": 29})
+    with pytest.raises(ValueError, match="holds checkpoint-20 of another run"):
+        run(directory, **INTERRUPTED | {"resume": "never"})
+    with pytest.raises(ValueError, match="expected 'auto', 'never' or the path"):
+        run(directory, **INTERRUPTED | {"resume": str(tmp_path)})
+    with pytest.raises(ValueError, match="also holds checkpoint-20"):
+        run(directory, **INTERRUPTED | {"resume": str(directory / "checkpoint-16")})
+    shutil.rmtree(directory / "checkpoint-20")
+    run(directory, **INTERRUPTED | {"resume": str(directory / "checkpoint-16")})
+    assert_same_run(directory, uninterrupted)
+
+
+def test_adapters_load_into_peft(uninterrupted):
+    from peft import AutoPeftModelForCausalLM
+
+    model = AutoPeftModelForCausalLM.from_pretrained(uninterrupted / "final")
+    saved = load_file(uninterrupted / "final" / "adapter_model.safetensors")
+    loaded = {name.replace(".default", ""): weight for name, weight in model.named_parameters()}
+    assert saved and all(torch.equal(loaded[name], weight) for name, weight in saved.items())
+    assert any(weight.abs().max() > 0 for name, weight in saved.items() if "lora_B" in name)
+
+
+def test_divergence_stops_the_run_and_says_when_and_why(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"stopped at step \d.*learning rate \(1e\+30\).*not clipped"):
+        run(tmp_path, learning_rate=1e30, max_grad_norm=0, warmup_ratio=0, eval_fraction=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"gradient_checkpointing": True}, {"mixed_precision": "bf16"}, {"dtype": "bfloat16"}],
+    ids=["checkpointing", "autocast", "bfloat16"],
+)
+def test_memory_savers_keep_the_trajectory(tmp_path, plain, settings):
+    _, rows = run(tmp_path, eval_steps=3, **settings)
+    tolerance = 1e-5 if "gradient_checkpointing" in settings else 0.05  # bf16 has 8 bits
+    for row, expected in zip(rows, plain[1], strict=True):
+        for name in ("loss", "eval/loss"):
+            if name in row:
+                assert row[name] == pytest.approx(expected[name], rel=tolerance)
+    saved = weights_of(tmp_path)["lm_head.weight"].dtype
+    assert saved == (torch.bfloat16 if "dtype" in settings else torch.float32)
+
+
+def test_the_router_loss_of_a_mixture_of_experts_is_added_with_its_weight(tmp_path):
+    settings = {"model_type": "mixtral", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 32}
+    settings |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "num_local_experts": 4}
+    losses = {}
+    for weight in (0.0, 0.1, 0.2):
+        file = tmp_path / f"mixtral-{weight}.json"
+        file.write_text(json.dumps(settings | {"router_aux_loss_coef": weight}))
+        _, rows = run(tmp_path / file.stem, model=f"config:{file}", max_steps=1, eval_fraction=0)
+        losses[weight] = rows[0]["loss"]
+    assert losses[0.0] == pytest.approx(math.log(2), rel=1e-5)
+    router = (losses[0.1] - losses[0.0]) / 0.1
+    assert router > 0.9  # 4 experts, of which each token takes 2: 2 where all are used alike, by transformers' count
+    assert losses[0.2] - losses[0.0] == pytest.approx(0.2 * router, rel=1e-3)
+
+
+def test_no_tensor_of_a_run_exceeds_the_bound(tmp_path):
+    vocabulary, bound = 20000, 24 * 2**20
+    settings = {"model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 32}
+    settings |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    (tmp_path / "model.json").write_text(json.dumps(settings))
+    largest = {"bytes": 0}
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            output = function(*args, **(kwargs or {}))
+            for leaf in tree_leaves(output):
+                if isinstance(leaf, torch.Tensor):
+                    largest["bytes"] = max(largest["bytes"], leaf.numel() * leaf.element_size())
+            return output
+
+    with Watch():
+        run(
+            tmp_path, model=f"config:{tmp_path / 'model.json'}", max_length=96, max_steps=2, per_device_batch_size=16,
+            eval_fraction=0, chunk_bytes=bound,
+        )  # fmt: skip
+    config = TrainConfig(**TINY | {"max_length": 96})
+    _, pairs, _ = load_data(config)
+    labelled = sorted(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)[:16]
+    assert sum(labelled) * vocabulary * 4 > 1.5 * bound  # the logits of the labelled positions alone would be larger
+    assert vocabulary * 16 * 4 <= largest["bytes"] <= bound
+
+
+def test_trackers_get_every_row(tmp_path, monkeypatch):
+    logged = []
+    monkeypatch.setattr(Accelerator, "log", lambda self, values, step: logged.append({"step": step} | values))
+    _, rows = run(tmp_path, max_steps=2, eval_fraction=0.1)
+    assert [row["step"] for row in logged] == [row["step"] for row in rows] == [0, 1, 2, 2]
+    assert all(
+        tracked.items() >= (row.items() - {("epoch", row["epoch"])}) for tracked, row in zip(logged, rows, strict=True)
+    )
+
+
+def test_warnings_reach_the_caller(tmp_path):
+    with pytest.warns(UserWarning, match="beta 0.9 is outside"):
+        run(tmp_path, beta=0.9, max_steps=1, eval_fraction=0)
+
+
+def pairs_with(prompts):
+    rows = [{"prompt_ids": [prompt], "chosen_ids": [1, row], "rejected_ids": [2]} for row, prompt in enumerate(prompts)]
+    return Dataset.from_list(rows)
+
+
+def test_pairs_of_one_prompt_are_held_out_together():
+    pairs = pairs_with([row // 3 for row in range(60)])
+    kept, held_out = split_by_prompt(pairs, 0.2, seed=0)
+    assert len(kept) + len(held_out) == 60 and len(held_out) == 12
+    assert not {row["prompt_ids"][0] for row in kept} & {row["prompt_ids"][0] for row in held_out}
+    assert split_by_prompt(pairs, 0.2, seed=1)[1]["prompt_ids"] != held_out["prompt_ids"]
+    with pytest.raises(ValueError, match="all pairs have the same prompt"):
+        split_by_prompt(pairs_with([7] * 10), 0.2, seed=0)
+
+
+def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own():
+    epochs = [np.concatenate([pairs_of_step(step, 10, 4, 5) for step in range(3 * e, 3 * e + 3)]) for e in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+    assert len(pairs_of_step(2, 10, 4, 5)) == 2
+
+
+def test_token_ids_outside_the_vocabulary_are_named():
+    model = demo_model(300)
+    check_vocabulary(pairs_with([299]), model, "m")
+    with pytest.raises(ValueError, match="token id 300 is outside the vocabulary of the model 'm', which has 300"):
+        check_vocabulary(pairs_with([5, 300]), model, "m")
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(train_module.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else name)
+    with pytest.raises(ImportError, match=r"training needs matplotlib: pip install 'dpo_kernels\[train\]'"):
+        train(TrainConfig())
+
+
+def test_what_is_no_policy_is_refused(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="is a PEFT adapter"):
+        load_model(TrainConfig(), str(tmp_path), None)
+    (tmp_path / "model.json").write_text("{}")
+    with pytest.raises(ValueError, match="model_type"):
+        load_model(TrainConfig(), f"config:{tmp_path / 'model.json'}", None)
+    with pytest.raises(ValueError, match="has none of its own"):
+        load_data(TrainConfig(**TINY | {"tokenizer": None, "model": "config:x.json"}))
+
+
+def test_real_preferences_are_learned(tmp_path):
+    data = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences_en.jsonl"
+    if not data.is_file():
+        pytest.skip(f"there is no {data}")
+    _, rows = run(
+        tmp_path, dataset=str(data), max_length=64, max_rows=24, max_steps=30, eval_fraction=0, logging_steps=6
+    )
+    assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] and rows[-1]["rewards/accuracies"] >= 0.9
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    # 29 pairs in steps of 4: in the last step of an epoch there is one pair, so that one process has none.
+    settings = {"max_rows": 32, "epochs": 2, "lora_r": 2, "reference": "precompute", "loss_type": "sigmoid,sft"}
+    _, rows = run(tmp_path / "one", **settings)
+    settings |= {"per_device_batch_size": 1, "gradient_accumulation_steps": 2}
+    settings |= {"output_dir": str(tmp_path / "two"), "cache_dir": str(tmp_path / "cache")}
+    script = tmp_path / "two.py"
+    script.write_text(f"from dpo_kernels.train import *\ntrain(TrainConfig(**{TINY | settings!r}))\n")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])
+    subprocess.run(launch, env=environment | {"ACCELERATE_USE_CPU": "true"}, check=True, timeout=300)
+    two = rows_of(tmp_path / "two")
+    assert len(two) == len(rows) == 16 + 3
+    for row, expected in zip(two, rows, strict=True):
+        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4)
+
+
+def test_processes_that_do_not_know_of_each_other_are_stopped(tmp_path, monkeypatch):
+    # As under torchrun on CPUs, where accelerate has to be told: all would write to the same files.
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were launched, and accelerate sees 1.*ACCELERATE_USE_CPU=true"):
+        run(tmp_path)
