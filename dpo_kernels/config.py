@@ -192,8 +192,10 @@ class TrainConfig:
 DEMO: dict[str, Any] = {
     "model": "demo",
     "dataset": "demo",
-    "learning_rate": 1e-3,
-    "epochs": 3,
+    "learning_rate": 2e-3,
+    "epochs": 2,
+    "per_device_batch_size": 8,
+    "eval_steps": 34,
     "output_dir": "dpo-demo",
 }
 

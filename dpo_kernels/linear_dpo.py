@@ -12,6 +12,7 @@ from dpo_kernels.dispatch import choose, load
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.logps import (
     check_linear_inputs,
+    check_num_labelled,
     linear_compute_dtype,
     linear_sequence_logps,
     prepare_labels,
@@ -25,7 +26,8 @@ from dpo_kernels.losses import (
     validate_dpo_options,
     wpo_weights,
 )
-from dpo_kernels.rows import GatherRows, ScatterRows, labelled_rows
+from dpo_kernels.ops import refuse_second_derivative
+from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows
 
 DEFAULT_CHUNK_BYTES = 2**30
 
@@ -103,10 +105,12 @@ def linear_dpo_loss(
     - nothing requires a gradient: 1;
     - the head (`weight`, `bias`) is frozen: 2;
     - the head is trained: 3. Whole pairs are taken in groups whose logits fit in `chunk_bytes`, and all gradients are
-      formed in the forward, so a second backward through the result is an error;
+      formed in the forward and kept until the backward multiplies them by the incoming one: a second backward is an
+      error, and bf16 gradients round a second time unless that factor is a power of two. Several groups make a CUDA
+      device wait for their sizes;
     - the head is trained and the loss is not a mean over pairs ("aot", "aot_unpaired"), or a single pair exceeds
       `chunk_bytes`, or the products are in fp16 (whose gradients must be formed after the loss scale), or the call is
-      being compiled: 4, within one tile of memory.
+      being compiled: 4, within a few tiles of memory.
 
     Args:
         hidden: [S, T, H] floating point; rows 0..B-1 chosen, B..2B-1 rejected. hidden[s, t] predicts labels[s, t].
@@ -128,6 +132,7 @@ def linear_dpo_loss(
             state that is not finite, with its sequence and position.
     """
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_num_labelled(num_labelled)
     _check_pairs(hidden, ref_logps, chunk_bytes)
     options = _LossOptions(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, ld_alpha, use_weighting,
@@ -146,15 +151,17 @@ def linear_dpo_loss(
     if (
         torch.is_grad_enabled()
         and head_trained
-        and compute_dtype != torch.float16
+        and torch.float16 not in (compute_dtype, weight.dtype, hidden.dtype)
         and not BATCH_LOSSES.intersection(options.names)
         and not torch.compiler.is_compiling()
     ):
-        rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled=num_labelled, hidden=hidden.detach())
-        groups = _plan_groups(rows, labels, weight, DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes)
+        rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
+        budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        groups = _plan_groups(rows, labels, weight, accumulate_dtype(compute_dtype), budget)
         if groups is not None:
             rows = _pair_major(rows, labels.shape[0] // 2)
             x = GatherRows.apply(hidden, *rows)
+            check_finite(x.detach(), rows, waits=num_labelled is None)
             grouped = _Grouped(rows, labels, ref_logps, groups, transform, compute_dtype, options, impl)
             return LinearDPOOutput(*_GroupedLoss.apply(x, weight, bias, grouped))
 
@@ -188,13 +195,15 @@ def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> 
     sequences = hidden.shape[0]
     if sequences == 0 or sequences % 2:
         raise ValueError(f"hidden: expected an even number of sequences, chosen then rejected, got {sequences}")
+    if not isinstance(ref_logps, Tensor):
+        raise ValueError(f"ref_logps: expected a tensor, got {type(ref_logps).__name__}")
     if ref_logps.shape != (sequences,):
         raise ValueError(f"ref_logps: expected shape [{sequences}], got {tuple(ref_logps.shape)}")
     if not ref_logps.is_floating_point():
         raise ValueError(f"ref_logps: expected a floating point dtype, got {ref_logps.dtype}")
     if ref_logps.device != hidden.device:
         raise ValueError(f"ref_logps: expected device {hidden.device}, that of hidden, got {ref_logps.device}")
-    if chunk_bytes is not None and chunk_bytes < 0:
+    if chunk_bytes is not None and not chunk_bytes >= 0:
         raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes}")
 
 
@@ -245,10 +254,11 @@ def _pair_major(rows: Rows, pairs: int) -> Rows:
     return Rows(rows.sequence[order], rows.position[order])
 
 
-def _plan_groups(rows: Rows, labels: Tensor, weight: Tensor, chunk_bytes: int) -> list[_Group] | None:
+def _plan_groups(
+    rows: Rows, labels: Tensor, weight: Tensor, dtype: torch.dtype, chunk_bytes: int
+) -> list[_Group] | None:
     """Whole pairs in groups whose logits fit in `chunk_bytes`; None if that cannot be, or there is nothing to group."""
     n, pairs = rows.sequence.shape[0], labels.shape[0] // 2
-    dtype = accumulate_dtype(weight.dtype)
     row_bytes = weight.shape[0] * dtype.itemsize
     if n == 0:
         return None
@@ -307,7 +317,8 @@ class _GroupedLoss(torch.autograd.Function):
             sequence, position = g.rows.sequence[rows], g.rows.position[rows]
             local = sequence % pairs - of.start + sequence // pairs * size
             shape = torch.Size((2 * size, length))
-            with torch.enable_grad():
+            # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here
+            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
                 leaf = row_logps.detach().requires_grad_()
                 loss, group_logps = _pair_losses(
                     ScatterRows.apply(leaf, local, position, shape),
@@ -343,6 +354,7 @@ class _GroupedLoss(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if grads[0] is None:
             return None, None, None, None
+        refuse_second_derivative()
         if ctx.grads is None:
             raise RuntimeError(
                 "linear_dpo_loss: its gradients were formed in the forward and handed out by the first backward; for a "

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_kernels import ops
 from dpo_kernels.dispatch import choose
 from dpo_kernels.impl.interface import STATS
-from dpo_kernels.rows import GatherRows, ScatterRows, labelled_rows, shift_labels
+from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows, shift_labels
 
 
 class SequenceLogps(NamedTuple):
@@ -56,8 +56,9 @@ def linear_sequence_logps(
     Only labelled positions are computed. Differentiable with respect to `hidden`, `weight`, `bias` and `token_weights`,
     through `logps` and `token_logps` alike. Nothing requires a gradient: one pass over the vocabulary. `weight` and
     `bias` frozen: the gradient with respect to `hidden` comes out of the same pass (2 matrix products in all).
-    Otherwise the backward computes each tile of logits again (4). Temporary memory is one tile, plus fp32 [N, H] for N
-    labelled positions. Under autocast operands are rounded to the autocast dtype, logits stay fp32.
+    Otherwise the backward computes each tile of logits again (4). Temporary memory is a few tiles (at most four), and
+    [N, H] for N labelled positions: their hidden states, and an fp32 gradient (of all positions, under torch.compile).
+    Under autocast operands are rounded to the autocast dtype, logits stay fp32. There are no second derivatives.
 
     Args:
         hidden: [S, T, H] floating point, need not be contiguous. hidden[s, t] predicts labels[s, t].
@@ -75,7 +76,7 @@ def linear_sequence_logps(
         stats: any of "entropy" (nats), "is_top1" (bool: the label is the first largest logit), "mean_logit" (over the
             vocabulary) and "log_sum_sq_probs" (log sum_v p_v^2).
         num_labelled: number of positions that count, after the shift, where the host knows it. A CUDA device is then
-            not waited for; labels are checked by assertions on the device, and hidden states that are not finite give
+            not waited for: labels are checked by assertions on it, and hidden states that are not finite give
             log-probabilities that are not.
         impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.
 
@@ -84,7 +85,7 @@ def linear_sequence_logps(
             state that is not finite, with its sequence and position.
     """
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
-    check_reduction(labels, token_weights, reduction, stats)
+    check_reduction(labels, token_weights, reduction, stats, num_labelled)
     impl = choose(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
@@ -99,10 +100,11 @@ def linear_sequence_logps(
         )
     else:
         # Rows are compacted out here where their number may decide shapes: only [N, H] is saved for the backward.
-        rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled=num_labelled, hidden=hidden.detach())
-        x, y = GatherRows.apply(hidden, *rows)[None], labels[rows.sequence, rows.position][None]
+        rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
+        x, y = GatherRows.apply(hidden, *rows), labels[rows.sequence, rows.position]
+        check_finite(x.detach(), rows, waits=num_labelled is None)
         row_logps, _, row_values, _ = ops.linear_token_logps(
-            x, weight, y, *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, impl
+            x[None], weight, y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, impl
         )
         token_logps = ScatterRows.apply(row_logps[0], *rows, labels.shape)
         values = row_values.new_zeros(len(stats), *labels.shape)
@@ -141,7 +143,9 @@ def sequence_logps(
             sequence and position.
     """
     check_labels(logits, labels, "logits", "[S, T, V]")
-    check_reduction(labels, token_weights, reduction, stats)
+    check_reduction(labels, token_weights, reduction, stats, num_labelled)
+    if logits.shape[2] == 0:
+        raise ValueError("logits: expected at least one vocabulary entry, got none")
     if inplace_backward and any(logits.stride(i) == 0 and logits.shape[i] > 1 for i in range(3)):
         raise ValueError("inplace_backward: expected logits whose elements share no memory, got an expanded view")
     impl = choose(impl, logits.device)
@@ -161,7 +165,10 @@ def _reduce(
     values: Tensor,
 ) -> SequenceLogps:
     num_tokens = (labels != ignore_index).sum(1)
-    logps = sum_tokens(token_logps if token_weights is None else token_logps * token_weights.to(token_logps.dtype))
+    weighted = token_logps
+    if token_weights is not None:  # whatever it holds at ignored positions
+        weighted = token_logps * token_weights.to(token_logps.dtype).masked_fill(labels == ignore_index, 0)
+    logps = sum_tokens(weighted)
     if reduction == "mean":
         logps = logps / num_tokens.clamp(min=1)
     values = values.detach()
@@ -183,7 +190,8 @@ def prepare_labels(
     if not shift:
         return labels, token_weights
     if token_weights is not None:
-        token_weights = torch.cat([token_weights[:, 1:], token_weights.new_zeros(token_weights.shape[0], 1)], dim=1)
+        sequences, length = labels.shape
+        token_weights = torch.cat([token_weights[:, 1:], token_weights.new_zeros(sequences, min(1, length))], dim=1)
     return shift_labels(labels, ignore_index), token_weights
 
 
@@ -194,13 +202,16 @@ def linear_compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
         return torch.get_autocast_dtype(device)
     if hidden.dtype != weight.dtype:
         raise ValueError(
-            f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one or use autocast"
+            f"weight: expected the dtype of hidden, {hidden.dtype}, got {weight.dtype}; cast one of them (autocast "
+            "does, unless hidden is fp64)"
         )
     return hidden.dtype
 
 
 def check_labels(scores: Tensor, labels: Tensor, name: str, shape: str) -> None:
     """`scores` (hidden states or logits) and `labels` fit each other."""
+    _check_tensor(name, scores)
+    _check_tensor("labels", labels)
     if scores.dim() != 3:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(scores.shape)}")
     if not scores.is_floating_point():
@@ -224,6 +235,7 @@ def check_linear_inputs(
 ) -> None:
     """The arguments that every function over hidden states and a head has in common."""
     check_labels(hidden, labels, "hidden", "[S, T, H]")
+    _check_tensor("weight", weight)
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
         raise ValueError(f"weight: expected shape [V, {hidden.shape[2]}] to fit hidden, got {tuple(weight.shape)}")
     if weight.shape[0] == 0:
@@ -237,15 +249,35 @@ def check_linear_inputs(
             f"bias: expected device {weight.device} and dtype {weight.dtype}, those of weight, "
             f"got {bias.device} and {bias.dtype}"
         )
-    if not -float("inf") < logit_scale < float("inf"):
-        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
-    if softcap is not None and not 0 < softcap < float("inf"):
-        raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
-    if not 0 < temperature < float("inf"):
-        raise ValueError(f"temperature: expected a positive number, got {temperature}")
+    if hidden.shape[2] == 0:
+        raise ValueError("hidden: expected a hidden size of at least 1, got 0")
+    if not _is_number(logit_scale) or not -float("inf") < logit_scale < float("inf"):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
+    if softcap is not None and not (_is_number(softcap) and 0 < softcap < float("inf")):
+        raise ValueError(f"softcap: expected a positive number or None, got {softcap!r}")
+    if not _is_number(temperature) or not 0 < temperature < float("inf"):
+        raise ValueError(f"temperature: expected a positive number, got {temperature!r}")
 
 
-def check_reduction(labels: Tensor, token_weights: Tensor | None, reduction: str, stats: Sequence[str]) -> None:
+def _is_number(value: object) -> bool:
+    """Not a tensor: its gradient would be lost."""
+    return isinstance(value, (int, float))
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_num_labelled(num_labelled: int | None) -> None:
+    if num_labelled is not None and num_labelled < 0:
+        raise ValueError(f"num_labelled: expected None or a count of at least 0, got {num_labelled}")
+
+
+def check_reduction(
+    labels: Tensor, token_weights: Tensor | None, reduction: str, stats: Sequence[str], num_labelled: int | None
+) -> None:
+    check_num_labelled(num_labelled)
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"token_weights: expected shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
     if reduction not in ("sum", "mean"):

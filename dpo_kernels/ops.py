@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_kernels.dispatch import load
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
-from dpo_kernels.rows import labelled_rows
+from dpo_kernels.rows import check_finite, labelled_rows
 
 # values of num_labelled beside a count
 UNKNOWN = -1
@@ -37,12 +37,11 @@ def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int, hidden: Tensor | None) -> Rows | None:
+def _rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int) -> Rows | None:
     """The labelled rows, or None where all are."""
     if num_labelled == COMPACTED:
         return None
-    known = None if num_labelled == UNKNOWN else num_labelled
-    return labelled_rows(labels, vocab_size, ignore_index, num_labelled=known, hidden=hidden)
+    return labelled_rows(labels, vocab_size, ignore_index, None if num_labelled == UNKNOWN else num_labelled)
 
 
 def _spread(values: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
@@ -57,6 +56,11 @@ def _spread(values: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
 def _pick(t: Tensor, rows: Rows | None) -> Tensor:
     """[S, T, ...] to [N, ...]."""
     return t.reshape(-1, *t.shape[2:]) if rows is None else t[rows.sequence, rows.position]
+
+
+def _pick_norm(norm: Tensor, rows: Rows | None) -> Tensor:
+    """[2, S, T] to [2, N]."""
+    return norm.reshape(2, -1) if rows is None else norm[:, rows.sequence, rows.position]
 
 
 @_without_autocast
@@ -75,9 +79,12 @@ def linear_token_logps_impl(
     with_dhidden: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = _rows(labels, weight.shape[0], ignore_index, num_labelled, hidden)
+    rows = _rows(labels, weight.shape[0], ignore_index, num_labelled)
+    x = _pick(hidden, rows)
+    if rows is not None:
+        check_finite(x, rows, waits=num_labelled == UNKNOWN)
     out = load(impl).linear_logps_fwd(
-        _pick(hidden, rows),
+        x,
         weight,
         bias,
         _pick(labels, rows),
@@ -95,7 +102,7 @@ def linear_token_logps_impl(
         dhidden[rows.sequence, rows.position] = out.dhidden
     return (
         _spread(out.logp, rows, labels.shape),
-        _spread(out.lse, rows, labels.shape),
+        _spread(out.norm, rows, labels.shape),
         _spread(out.stats, rows, labels.shape),
         dhidden,
     )
@@ -130,7 +137,7 @@ def _(
     dtype = accumulate_dtype(compute_dtype)
     return (
         labels.new_empty(labels.shape, dtype=dtype),
-        labels.new_empty(labels.shape, dtype=dtype),
+        labels.new_empty((2, *labels.shape), dtype=dtype),
         labels.new_empty((len(stats), *labels.shape), dtype=dtype),
         labels.new_empty(hidden.shape if with_dhidden else (0,), dtype=dtype),
     )
@@ -143,7 +150,7 @@ def linear_token_logps_bwd_impl(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
+    norm: Tensor,
     logps: Tensor,
     logit_scale: float,
     softcap: float | None,
@@ -156,7 +163,7 @@ def linear_token_logps_bwd_impl(
     need_dbias: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows(labels, weight.shape[0], ignore_index, num_labelled, None)
+    rows = _rows(labels, weight.shape[0], ignore_index, num_labelled)
     y = _pick(labels, rows)
     if y.shape[0] == 0:
         return (
@@ -170,7 +177,7 @@ def linear_token_logps_bwd_impl(
         weight,
         bias,
         y,
-        _pick(lse, rows),
+        _pick_norm(norm, rows),
         _pick(logps, rows),
         LogitTransform(logit_scale, softcap, temperature),
         compute_dtype=compute_dtype,
@@ -192,7 +199,7 @@ linear_token_logps_bwd = torch.library.custom_op(
     "dpo_kernels::linear_token_logps_bwd",
     linear_token_logps_bwd_impl,
     mutates_args=(),
-    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor lse, Tensor logps, "
+    schema="(Tensor grad, Tensor hidden, Tensor weight, Tensor labels, Tensor? bias, Tensor norm, Tensor logps, "
     "float logit_scale, float? softcap, float temperature, int ignore_index, SymInt num_labelled, "
     "ScalarType compute_dtype, bool need_dhidden, bool need_dweight, bool need_dbias, str impl) "
     "-> (Tensor, Tensor, Tensor)",
@@ -206,7 +213,7 @@ def _(
     weight: Tensor,
     labels: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
+    norm: Tensor,
     logps: Tensor,
     logit_scale: float,
     softcap: float | None,
@@ -226,28 +233,35 @@ def _(
     )
 
 
+def refuse_second_derivative() -> None:
+    """To be called in a backward, where gradients are recorded only if a graph of the gradients was asked for."""
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError("dpo_kernels has no second derivatives: call backward or grad without create_graph=True")
+
+
 def _linear_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, labels, bias, *scalars, _, with_dhidden, impl = inputs
-    logps, lse, _, dhidden = output
+    logps, norm, _, dhidden = output
     ctx.set_materialize_grads(False)
     ctx.with_dhidden, ctx.scalars, ctx.impl, ctx.dtype = with_dhidden, scalars, impl, hidden.dtype
     if with_dhidden:
         ctx.save_for_backward(dhidden)
     else:
-        ctx.save_for_backward(hidden, weight, labels, bias, lse, logps)
+        ctx.save_for_backward(hidden, weight, labels, bias, norm, logps)
 
 
 def _linear_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     nothing = (None,) * 13
     if grad is None:
         return nothing
+    refuse_second_derivative()
     if ctx.with_dhidden:
         (dhidden,) = ctx.saved_tensors
         return ((dhidden * grad[..., None]).to(ctx.dtype), *nothing[1:])
-    hidden, weight, labels, bias, lse, logps = ctx.saved_tensors
+    hidden, weight, labels, bias, norm, logps = ctx.saved_tensors
     need = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     grads = linear_token_logps_bwd(
-        grad, hidden, weight, labels, bias, lse, logps, *ctx.scalars, need[0], need[1], need[2], ctx.impl
+        grad, hidden, weight, labels, bias, norm, logps, *ctx.scalars, need[0], need[1], need[2], ctx.impl
     )
     dhidden, dweight, dbias = (g if wanted else None for g, wanted in zip(grads, need, strict=True))
     return (dhidden, dweight, None, dbias, *nothing[4:])
@@ -266,9 +280,9 @@ def token_logps_impl(
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     known = None if num_labelled == UNKNOWN else num_labelled
-    rows = labelled_rows(labels, logits.shape[-1], ignore_index, num_labelled=known)
+    rows = labelled_rows(labels, logits.shape[-1], ignore_index, known)
     out = load(impl).logps_fwd(logits, rows, _pick(labels, rows), stats=stats)
-    return tuple(_spread(t, rows, labels.shape) for t in (out.logp, out.lse, out.stats))  # type: ignore[return-value]
+    return tuple(_spread(t, rows, labels.shape) for t in (out.logp, out.norm, out.stats))  # type: ignore[return-value]
 
 
 token_logps = torch.library.custom_op(
@@ -293,24 +307,40 @@ def _(
     dtype = accumulate_dtype(logits.dtype)
     return (
         labels.new_empty(labels.shape, dtype=dtype),
-        labels.new_empty(labels.shape, dtype=dtype),
+        labels.new_empty((2, *labels.shape), dtype=dtype),
         labels.new_empty((len(stats), *labels.shape), dtype=dtype),
     )
 
 
 def _logits_bwd(
-    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str, out: Tensor
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    logps: Tensor,
+    ignore_index: int,
+    num_labelled: int,
+    impl: str,
+    out: Tensor,
 ) -> None:
-    rows = labelled_rows(labels, logits.shape[-1], ignore_index)
-    y, g, lse, logps = (_pick(t, rows) for t in (labels, grad, lse, logps))
-    load(impl).logps_bwd_(g, logits, rows, y, lse, logps, out)
+    known = None if num_labelled == UNKNOWN else num_labelled
+    rows = labelled_rows(labels, logits.shape[-1], ignore_index, known)
+    y, g, logps = (_pick(t, rows) for t in (labels, grad, logps))
+    load(impl).logps_bwd_(g, logits, rows, y, _pick_norm(norm, rows), logps, out)
 
 
 def token_logps_bwd_impl(
-    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    logps: Tensor,
+    ignore_index: int,
+    num_labelled: int,
+    impl: str,
 ) -> Tensor:
     dlogits = logits.new_zeros(logits.shape)
-    _logits_bwd(grad, logits, labels, lse, logps, ignore_index, impl, dlogits)
+    _logits_bwd(grad, logits, labels, norm, logps, ignore_index, num_labelled, impl, dlogits)
     return dlogits
 
 
@@ -318,20 +348,36 @@ token_logps_bwd = torch.library.custom_op(
     "dpo_kernels::token_logps_bwd",
     token_logps_bwd_impl,
     mutates_args=(),
-    schema="(Tensor grad, Tensor logits, Tensor labels, Tensor lse, Tensor logps, int ignore_index, str impl) "
-    "-> Tensor",
+    schema="(Tensor grad, Tensor logits, Tensor labels, Tensor norm, Tensor logps, int ignore_index, "
+    "SymInt num_labelled, str impl) -> Tensor",
 )
 
 
 @token_logps_bwd.register_fake
-def _(grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str) -> Tensor:
+def _(
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    logps: Tensor,
+    ignore_index: int,
+    num_labelled: int,
+    impl: str,
+) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
 def token_logps_bwd_inplace_impl(
-    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    logps: Tensor,
+    ignore_index: int,
+    num_labelled: int,
+    impl: str,
 ) -> None:
-    _logits_bwd(grad, logits, labels, lse, logps, ignore_index, impl, logits)
+    _logits_bwd(grad, logits, labels, norm, logps, ignore_index, num_labelled, impl, logits)
     logits.masked_fill_((labels == ignore_index)[..., None], 0)
 
 
@@ -339,32 +385,42 @@ token_logps_bwd_ = torch.library.custom_op(
     "dpo_kernels::token_logps_bwd_",
     token_logps_bwd_inplace_impl,
     mutates_args=("logits",),
-    schema="(Tensor grad, Tensor(a!) logits, Tensor labels, Tensor lse, Tensor logps, int ignore_index, str impl) "
-    "-> ()",
+    schema="(Tensor grad, Tensor(a!) logits, Tensor labels, Tensor norm, Tensor logps, int ignore_index, "
+    "SymInt num_labelled, str impl) -> ()",
 )
 
 
 @token_logps_bwd_.register_fake
-def _(grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, logps: Tensor, ignore_index: int, impl: str) -> None:
+def _(
+    grad: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    norm: Tensor,
+    logps: Tensor,
+    ignore_index: int,
+    num_labelled: int,
+    impl: str,
+) -> None:
     return None
 
 
 def _logits_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, ignore_index, _, _, inplace_backward, impl = inputs
+    logits, labels, ignore_index, num_labelled, _, inplace_backward, impl = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, labels, output[1], output[0])
-    ctx.ignore_index, ctx.inplace_backward, ctx.impl = ignore_index, inplace_backward, impl
+    ctx.inplace_backward, ctx.scalars = inplace_backward, (ignore_index, num_labelled, impl)
 
 
 def _logits_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 7
-    logits, labels, lse, logps = ctx.saved_tensors
+    refuse_second_derivative()
+    logits, labels, norm, logps = ctx.saved_tensors
     if ctx.inplace_backward:
-        token_logps_bwd_(grad, logits, labels, lse, logps, ctx.ignore_index, ctx.impl)
+        token_logps_bwd_(grad, logits, labels, norm, logps, *ctx.scalars)
         dlogits = logits
     else:
-        dlogits = token_logps_bwd(grad, logits, labels, lse, logps, ctx.ignore_index, ctx.impl)
+        dlogits = token_logps_bwd(grad, logits, labels, norm, logps, *ctx.scalars)
     return (dlogits, *(None,) * 6)
 
 

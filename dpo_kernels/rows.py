@@ -12,25 +12,19 @@ from dpo_kernels.impl.interface import Rows
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """Hugging Face labels [S, T] (labels[s, t] is the token at t) to predicted ones (labels[s, t] follows t)."""
-    return torch.cat([labels[:, 1:], labels.new_full((labels.shape[0], 1), ignore_index)], dim=1)
+    sequences, length = labels.shape
+    return torch.cat([labels[:, 1:], labels.new_full((sequences, min(1, length)), ignore_index)], dim=1)
 
 
-def labelled_rows(
-    labels: Tensor,
-    vocab_size: int,
-    ignore_index: int,
-    *,
-    num_labelled: int | None = None,
-    hidden: Tensor | None = None,
-) -> Rows:
+def labelled_rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int | None = None) -> Rows:
     """The labelled positions of [S, T] in row-major order, checked.
 
     With `num_labelled` given, a CUDA device is not waited for, and a wrong count or a label outside the vocabulary
     trips an assertion on the device instead of the errors below.
 
     Raises:
-        ValueError: a label outside [0, vocab_size), a hidden state at a labelled position that is not finite, or a
-            `num_labelled` that does not fit the labels. The message names sequence and position.
+        ValueError: a label outside [0, vocab_size), with its sequence and position, or a `num_labelled` that does not
+            fit the labels.
     """
     labelled = labels != ignore_index
     outside = labelled & ((labels < 0) | (labels >= vocab_size))
@@ -41,28 +35,36 @@ def labelled_rows(
         )
         return Rows(*torch.nonzero_static(labelled, size=num_labelled).unbind(1))
 
-    # A sum reads the hidden states once and makes nothing larger than [S, T]; it is finite only if they all are.
-    broken = outside if hidden is None else labelled & ~torch.isfinite(hidden.sum(-1, dtype=_sum_dtype(hidden)))
-    count, num_outside, num_broken = torch.stack([labelled.sum(), outside.sum(), broken.sum()]).tolist()
-    if num_outside:
+    rows = Rows(*torch.nonzero(labelled).unbind(1))
+    if outside.any():
         s, t = torch.nonzero(outside)[0].tolist()
         raise ValueError(
             f"labels: expected values in [0, {vocab_size}) or ignore_index={ignore_index}, got {labels[s, t].item()} "
-            f"for sequence {s}, position {t} ({num_outside} such label(s))"
+            f"for sequence {s}, position {t} ({int(outside.sum())} such label(s))"
         )
-    if num_broken:
-        s, t = torch.nonzero(broken)[0].tolist()
+    if num_labelled is not None and num_labelled != len(rows.sequence):
         raise ValueError(
-            f"hidden: expected finite values at labelled positions, got NaN or infinity for sequence {s}, position {t} "
-            f"({num_broken} such position(s))"
+            f"num_labelled: expected {len(rows.sequence)}, the number of predicted labels, got {num_labelled}"
         )
-    if num_labelled is not None and num_labelled != count:
-        raise ValueError(f"num_labelled: expected {count}, the number of predicted labels, got {num_labelled}")
-    return Rows(*torch.nonzero(labelled).unbind(1))
+    return rows
 
 
-def _sum_dtype(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
+def check_finite(x: Tensor, rows: Rows, waits: bool) -> None:
+    """Raises `ValueError`, naming sequence and position, for hidden states x [N, H] of `rows` that are not finite.
+
+    On an accelerator it looks only if that `waits` for the device anyway."""
+    if x.numel() == 0 or (x.device.type != "cpu" and not waits):
+        return
+    # the extremes: NaN is passed on, and nothing of the size of x is made
+    low, high = x.aminmax()
+    if low.isfinite() & high.isfinite():
+        return
+    broken = torch.nonzero(~x.isfinite().all(1))[:, 0]
+    s, t = rows.sequence[broken[0]].item(), rows.position[broken[0]].item()
+    raise ValueError(
+        f"hidden: expected finite values at labelled positions, got NaN or infinity for sequence {s}, position {t} "
+        f"({len(broken)} such position(s))"
+    )
 
 
 class GatherRows(torch.autograd.Function):

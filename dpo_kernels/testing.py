@@ -11,6 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from dpo_kernels.ops import IMPLEMENTATION_OF
 
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
 
 class HeadInputs(NamedTuple):
     """hidden [S, T, H], weight [V, H], labels [S, T] with ignored ones, bias [V], ref_logps [S] fp32."""
@@ -91,9 +93,9 @@ class Record(TorchDispatchMode):
         if name in IMPLEMENTATION_OF:
             with self:
                 return IMPLEMENTATION_OF[name](*args)
-        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
-            a, b = args[-2:]
-            self.multiplications += a.shape[0] * a.shape[1] * b.shape[1]
+        if func.overloadpacket in PRODUCTS:
+            a, b = [t for t in args if isinstance(t, Tensor)][-2:]
+            self.multiplications += a.numel() * b.shape[-1]
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **kwargs)
         for t in tree_leaves(out):

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
+import dpo_kernels.impl.torch as impl_torch
 from dpo_kernels import dpo_loss, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.losses import LOSSES, length_desensitized_weights, wpo_weights
@@ -152,13 +154,36 @@ def test_error_budget(dtype, chunk_bytes, confident):
 
 
 def test_fp16_gradients_survive_a_loss_scale():
-    """Gradients are formed after the scale is known: at 2^16 times the loss, small ones do not vanish in fp16."""
+    """Gradients are formed after the scale is known: at 2^12 times the loss, small ones do not vanish in fp16."""
     exact = head_inputs(4, 9, 32, 300).to(torch.float16).to(torch.float64)
     ours = exact.to(torch.float16)
     scale = 2.0**12
     (mine,) = torch.autograd.grad(fused(ours, beta=1e-4).loss * scale, ours.weight)
     (best,) = torch.autograd.grad(eager(exact, beta=1e-4)[0].losses.mean() * scale, exact.weight)
     assert ((mine.double() - best).norm() / best.norm()).item() < 2e-3
+
+
+def test_fp16_weights_are_formed_after_the_loss_scale_under_bf16_autocast_too():
+    inputs = head_inputs().to(torch.float16)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = fused(inputs).loss
+    loss.backward(retain_graph=True)
+    loss.backward()  # path C would refuse: its gradients are formed already
+
+
+def test_inside_a_checkpoint(monkeypatch):
+    """Under activation checkpointing: the right gradients, and the head not computed again for them."""
+    calls = []
+    grouped = impl_torch.linear_logps_grouped
+    monkeypatch.setattr(impl_torch, "linear_logps_grouped", lambda *a, **k: calls.append(1) or grouped(*a, **k))
+    inputs, plain = head_inputs(), head_inputs()
+    torch.utils.checkpoint.checkpoint(
+        lambda h: fused(inputs._replace(hidden=h)).loss, inputs.hidden, use_reentrant=False
+    ).backward()
+    assert len(calls) == 1
+    fused(plain).loss.backward()
+    torch.testing.assert_close(inputs.hidden.grad, plain.hidden.grad)
+    torch.testing.assert_close(inputs.weight.grad, plain.weight.grad)
 
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)

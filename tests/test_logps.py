@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import dpo_kernels.impl.torch as impl_torch
-from dpo_kernels import linear_sequence_logps, sequence_logps
+from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs, rms
 
@@ -74,10 +74,12 @@ def test_stats(tile, shape, transform):
             torch.testing.assert_close(got, expected[name], rtol=0, atol=1e-10)
 
 
-def test_is_top1_takes_the_first_of_equal_logits(tile):
-    # argmax semantics: entries 2 and 5 tie for the maximum, only the label 2 is the first
+@pytest.mark.parametrize("tile_bytes", [16, 2**20])  # four columns a tile: the tie lies in two of them
+def test_is_top1_takes_the_first_of_equal_logits(tile_bytes, monkeypatch):
+    monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", tile_bytes)
+    # argmax semantics: entries 2, 5 and 7 tie for the maximum, only the label 2 is the first
     logits = torch.zeros(1, 3, 8)
-    logits[..., [2, 5]] = 1.0
+    logits[..., [2, 5, 7]] = 1.0
     labels = torch.tensor([[2, 5, 0]])
     assert sequence_logps(logits, labels, stats=["is_top1"]).stats["is_top1"].tolist() == [[True, False, False]]
 
@@ -294,6 +296,45 @@ def test_num_labelled():
         linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, num_labelled=count + 1)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_second_derivatives_are_refused(frozen):
+    inputs = head_inputs()
+    inputs.weight.requires_grad_(not frozen)
+    logits = torch.randn(2, 3, 5, requires_grad=True)
+    labels = torch.ones(2, 3, dtype=torch.int64)
+    for loss, leaf in (
+        (linear_sequence_logps(*inputs[:3]).logps.square().sum(), inputs.hidden),
+        (linear_dpo_loss(*inputs[:3], inputs.ref_logps).loss, inputs.hidden),
+        (sequence_logps(logits, labels).logps.square().sum(), logits),
+    ):
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+def test_empty_and_odd_shapes():
+    assert linear_sequence_logps(*head_inputs(0, 9)[:3]).logps.shape == (0,)
+    for shift in (False, True):
+        out = linear_sequence_logps(*head_inputs(4, 0)[:3], shift=shift)
+        assert out.logps.tolist() == [0.0] * 4 and out.token_logps.shape == (4, 0)
+    inputs = head_inputs()
+    as_int32 = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels.int())
+    assert torch.equal(as_int32.logps, linear_sequence_logps(*inputs[:3]).logps)
+
+
+def test_what_ignored_positions_hold_does_not_matter():
+    inputs = head_inputs()
+    weights = torch.ones(inputs.labels.shape).masked_fill(inputs.labels == -100, torch.nan)
+    out = linear_sequence_logps(*inputs[:3], token_weights=weights)
+    assert torch.equal(out.logps, linear_sequence_logps(*inputs[:3]).logps)
+
+
+def test_large_finite_hidden_states_are_no_error():
+    hidden = torch.zeros(1, 1, 4)
+    hidden[..., :2] = 3e38  # their sum is not finite, they are
+    out = linear_sequence_logps(hidden, torch.zeros(5, 4), torch.zeros(1, 1, dtype=torch.int64))
+    torch.testing.assert_close(out.logps, torch.tensor([5.0]).log().neg())
+
+
 def broken(**changes):
     inputs = head_inputs()
     values = {"hidden": inputs.hidden, "weight": inputs.weight, "labels": inputs.labels, **changes}
@@ -321,6 +362,10 @@ def test_errors_name_the_argument():
         r"softcap: expected a positive": {"softcap": 0.0},
         r"temperature: expected a positive": {"temperature": 0.0},
         r"logit_scale: expected a finite": {"logit_scale": float("nan")},
+        r"logit_scale: expected a finite number, got tensor": {"logit_scale": torch.ones(())},
+        r"num_labelled: expected None or a count": {"num_labelled": -2},
+        r"weight: expected a tensor, got NoneType": {"weight": None},
+        r"hidden: expected a hidden size": {"hidden": inputs.hidden[..., :0], "weight": inputs.weight[:, :0]},
         r"reduction: expected": {"reduction": "none"},
         r"stats: expected": {"stats": ("entropi",)},
         r"token_weights: expected shape": {"token_weights": torch.ones(3)},

@@ -132,14 +132,53 @@ def test_from_logits_makes_no_second_logits(inplace):
     assert backward.largest[0] <= (TILE if inplace else logits.numel() * 2)
 
 
+def peak_bytes(fn):
+    """The most memory that the allocator had handed out at once while `fn` ran, beyond what was there before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = fn()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    running = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        running += event.nbytes()
+        peak = max(peak, running)
+    return peak, result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 4.0])
+@pytest.mark.parametrize("path", ["A", "B", "C", "D"])
+def test_peak_memory(path, dtype, softcap, monkeypatch):
+    """All that is alive at once: at most four tiles, [N, H] a few times, what is returned, and `chunk_bytes` for C."""
+    tile = 2**20
+    monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", tile)
+    inputs = make((8, 64, 64, 30000), frozen=path in "AB", dtype=dtype)
+    rows = int((inputs.labels != -100).sum())
+    logits_bytes = rows * 30000 * 4
+    chunk_bytes = {"C": logits_bytes // 3 + 4 * inputs.weight.numel() * (dtype != torch.float32), "D": 0}.get(path)
+
+    def step():
+        if path == "A":
+            with torch.no_grad():
+                return [logps_loss(inputs, softcap=softcap)]
+        loss = dpo_loss(inputs, softcap=softcap, chunk_bytes=chunk_bytes)
+        return torch.autograd.grad(loss, [t for t in inputs[:2] if t.requires_grad])
+
+    peak, results = peak_bytes(step)
+    bound = 4 * tile + 4 * rows * 64 * 4 + 64 * inputs.labels.numel() + sum(t.nbytes for t in results)
+    bound += chunk_bytes or 0
+    assert peak <= bound < logits_bytes + sum(t.nbytes for t in results), (
+        f"{peak / tile:.1f} of {bound / tile:.1f} tiles"
+    )
+
+
 def test_more_rows_and_columns_make_no_larger_tensor():
-    """`largest` does not depend on N and V, gradients apart."""
+    """Twice the rows or columns leave the largest tensor as it was."""
     largest = set()
     for shape in SHAPES.values():
-        inputs = make(shape, frozen=True, dtype=torch.bfloat16)
+        inputs = make(shape, frozen=True, dtype=torch.bfloat16, labelled=1.0)
         with torch.no_grad():
             largest.add(run(logps_loss, inputs, backward=False)[0].largest[0])
-    assert max(largest) <= TILE
+    assert largest == {TILE}
 
 
 def test_the_record_sees_eager_logits():

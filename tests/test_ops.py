@@ -31,10 +31,10 @@ def test_opcheck_linear(with_bias, frozen, dtype):
 def test_opcheck_linear_backward():
     inputs = head_inputs()
     hidden, weight, labels, bias, _ = (t.detach() for t in inputs)
-    logps, lse, _, _ = ops.linear_token_logps(*linear_args(inputs, inputs.bias, False, [], torch.float32))
+    logps, norm, _, _ = ops.linear_token_logps(*linear_args(inputs, inputs.bias, False, [], torch.float32))
     for need in ((True, True, True), (True, False, False), (False, True, False)):
         scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, torch.float32, *need, "torch")
-        args = (torch.rand(labels.shape), hidden, weight, labels, bias, lse.detach(), logps.detach(), *scalars)
+        args = (torch.rand(labels.shape), hidden, weight, labels, bias, norm.detach(), logps.detach(), *scalars)
         torch.library.opcheck(ops.linear_token_logps_bwd, args)
 
 
@@ -43,9 +43,11 @@ def test_opcheck_logits(inplace):
     labels = head_inputs().labels
     logits = torch.randn(*labels.shape, 123, requires_grad=True)
     torch.library.opcheck(ops.token_logps, (logits, labels, -100, ops.UNKNOWN, STATS, False, "torch"))
-    logps, lse, _ = ops.token_logps(logits.detach(), labels, -100, ops.UNKNOWN, [], False, "torch")
+    logps, norm, _ = ops.token_logps(logits.detach(), labels, -100, ops.UNKNOWN, [], False, "torch")
     backward = ops.token_logps_bwd_ if inplace else ops.token_logps_bwd
-    torch.library.opcheck(backward, (torch.rand(labels.shape), logits.detach(), labels, lse, logps, -100, "torch"))
+    torch.library.opcheck(
+        backward, (torch.rand(labels.shape), logits.detach(), labels, norm, logps, -100, ops.UNKNOWN, "torch")
+    )
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -44,7 +44,9 @@ class LinearLogps(NamedTuple):
     """What a pass over the vocabulary leaves for each row, in fp32 (fp64 for fp64 inputs)."""
 
     logp: torch.Tensor  # [N]
-    lse: torch.Tensor  # [N]
+    # [2, N]: a shift c near the largest logit, and sum_v exp(z_v - c). Apart, because lse = c + log(sum) in one number
+    # rounds at the size of c, and every probability with it.
+    norm: torch.Tensor
     stats: torch.Tensor  # [K, N], in the order asked for
     dhidden: torch.Tensor | None  # [N, H] d logp_n / d x_n, same dtype as logp
 

@@ -35,7 +35,7 @@ def eager_stats(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> dic
     logp = (logits if logits.dtype == torch.float64 else logits.float()).log_softmax(-1)
     labelled = labels != ignore_index
     stats = {
-        "entropy": -torch.special.entr(logp.exp()).neg().sum(-1),
+        "entropy": torch.special.entr(logp.exp()).sum(-1),
         "mean_logit": logits.to(logp.dtype).mean(-1),
         "log_sum_sq_probs": (2 * logp).logsumexp(-1),
     }

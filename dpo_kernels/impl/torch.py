@@ -9,6 +9,7 @@ The label's own entry never takes part in a row's running maximum m and sum s. T
     logp = -log1p(s exp(m - z_y)) where z_y > m        1 - p_y = -expm1(logp)
 
 keep their digits where the model is sure of the label, which is where DPO spends its time and where z_y - lse cancels.
+No tensor is larger than a tile, but a few live at a time: two, and four under a softcap.
 """
 
 from __future__ import annotations
@@ -53,10 +54,12 @@ def _mm(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """out (+)= a @ b without rounding the product below the dtype of `out`."""
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    elif accumulate:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
+    elif not accumulate:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
+    elif torch.__version__ >= "2.10":
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:  # which took no fp32 `out` beside half-precision operands
+        out.add_(torch.mm(a, b, out_dtype=out.dtype))
 
 
 def _tile(buffer: Tensor, n: int, v: int) -> Tensor:
@@ -111,6 +114,7 @@ class _Fold:
         rescale = torch.exp(old_max - new_max)
         z.sub_(new_max[:, None]).exp_()
         if "entropy" in self.names:
+            # clamped: at first old_max is the least number there is, and 0 times the difference is to be 0
             shifted = self.sum_ez[rows] + self.sum[rows] * (old_max - new_max).clamp(min=-1e4)
             self.sum_ez[rows] = shifted * rescale + torch.special.xlogy(z, z).sum(1)
         if "log_sum_sq_probs" in self.names:
@@ -120,17 +124,19 @@ class _Fold:
         return rescale
 
     def finish(self, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
-        """logp [N], lse [N] and the statistics [K, N]."""
+        """logp [N], norm [2, N] and the statistics [K, N]."""
         lead = self.target - self.max
-        log_sum = torch.log(self.sum + lead.exp())
-        logp = torch.where(lead > 0, -torch.log1p(self.sum * torch.exp(-lead)), lead - log_sum)
-        lse = torch.where(lead > 0, self.target - logp, self.max + log_sum)
+        logp = torch.where(
+            lead > 0, -torch.log1p(self.sum * torch.exp(-lead)), lead - torch.log(self.sum + torch.exp(lead))
+        )
+        shift = torch.maximum(self.max, self.target)
+        norm = torch.stack([shift, self.sum * torch.exp(self.max - shift) + torch.exp(self.target - shift)])
         values = []
         for name in self.names:
             if name == "entropy":
                 # -sum p log p: the label's term, and the others' with z = max + (z - max)
-                scale = torch.exp(self.max - lse)
-                values.append(-logp.exp() * logp - scale * (self.sum_ez + self.sum * (self.max - lse)))
+                own = torch.where(logp == -math.inf, 0.0, -logp.exp() * logp)
+                values.append(own - self.others(norm) * (self.sum_ez + self.sum * self.log_prob_of_max(norm)))
             elif name == "is_top1":
                 # argmax takes the first of equal entries
                 first = (self.target == self.max) & (self.y < self.argmax)
@@ -138,8 +144,15 @@ class _Fold:
             elif name == "mean_logit":
                 values.append(self.sum_z / vocab_size)
             else:
-                values.append(torch.logaddexp(self.sum_sq.log() + 2 * (self.max - lse), 2 * logp))
-        return logp, lse, torch.stack(values) if values else logp.new_empty(0, logp.shape[0])
+                values.append(torch.logaddexp(self.sum_sq.log() + 2 * self.log_prob_of_max(norm), 2 * logp))
+        return logp, norm, torch.stack(values) if values else logp.new_empty(0, logp.shape[0])
+
+    def log_prob_of_max(self, norm: Tensor) -> Tensor:
+        return (self.max - norm[0]) - norm[1].log()
+
+    def others(self, norm: Tensor) -> Tensor:
+        """What exp(z - max) is multiplied by to be a probability."""
+        return torch.exp(self.max - norm[0]) / norm[1]
 
 
 def _label_column(y: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +165,7 @@ def _dlogits_(
     z: Tensor,
     slope: Tensor | None,
     y: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     logp: Tensor,
     g: Tensor,
     start: int,
@@ -161,7 +174,7 @@ def _dlogits_(
     """Turns a tile of logits into -g p dz/da in place, with 0 at the labels. Returns column [n, 1] and value [n, 1] of
     the label's own entry g (1 - p_y) dz/da, 0 where the label lies in another block."""
     column, inside = _label_column(y, start, z.shape[1])
-    z.sub_(lse[:, None]).exp_().mul_((-transform.slope * g)[:, None])
+    z.sub_(norm[0, :, None]).exp_().mul_((-transform.slope * g / norm[1])[:, None])
     value = (-torch.expm1(logp) * g * transform.slope)[:, None]
     if slope is not None:
         z.mul_(slope)
@@ -217,12 +230,12 @@ def linear_logps_fwd(
                 column, inside = _label_column(y[span], block.start, z.shape[1])
                 label_slope[span] = torch.where(inside, slope.gather(1, column), label_slope[span, None]).squeeze(1)
             _mm(z.to(w.dtype), w, expected[span].mul_(rescale[:, None]), accumulate=True)
-    logp, lse, values = fold.finish(v)
+    logp, norm, values = fold.finish(v)
     if expected is not None:
-        expected.mul_((-transform.slope * torch.exp(fold.max - lse))[:, None])
+        expected.mul_((-transform.slope * fold.others(norm))[:, None])
         label = -torch.expm1(logp) * transform.slope * label_slope
         _add_label_rows_(expected, weight, y, label, compute_dtype, rows)
-    return LinearLogps(logp, lse, values, expected)
+    return LinearLogps(logp, norm, values, expected)
 
 
 class _Gradients:
@@ -283,7 +296,7 @@ def linear_logps_bwd(
     weight: Tensor,
     bias: Tensor | None,
     y: Tensor,
-    lse: Tensor,
+    norm: Tensor,
     logp: Tensor,
     transform: LogitTransform,
     *,
@@ -303,7 +316,7 @@ def linear_logps_bwd(
             z = _tile(buffer, x[span].shape[0], w.shape[0])
             _raw_logits_(z, x[span], w, bias, block, compute_dtype)
             _, slope = _transform_(z, transform, with_slope=True)
-            label = _dlogits_(z, slope, y[span], lse[span], logp[span], g[span], block.start, transform)
+            label = _dlogits_(z, slope, y[span], norm[:, span], logp[span], g[span], block.start, transform)
             grads.add_(z, label, w, span, block, first=span.start == 0)
         grads.round_block(block)
     return grads.finish(y, rows)
@@ -341,14 +354,14 @@ def linear_logps_grouped(
                 part = _raw_logits_(z[local, block], x[span], w, bias, block, compute_dtype)
                 tile = _tile(buffer, *part.shape).copy_(part)
                 fold.add_(_transform_(tile, transform)[0], local, block.start)
-        logp, lse, values = fold.finish(v)
+        logp, norm, values = fold.finish(v)
         g = coefficients(i, logp, values)
         for block in _spans(v, columns):
             w = _operand(weight[block], compute_dtype)
             for span in spans:
                 local = slice(span.start - group.start, span.stop - group.start)
                 part, slope = _transform_(z[local, block], transform, with_slope=True)
-                label = _dlogits_(part, slope, y[span], lse[local], logp[local], g[local], block.start, transform)
+                label = _dlogits_(part, slope, y[span], norm[:, local], logp[local], g[local], block.start, transform)
                 grads.add_(part, label, w, span, block, first=span.start == 0)
             if group.stop == n:
                 grads.round_block(block)
@@ -378,7 +391,7 @@ def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = (
     return LinearLogps(*fold.finish(v), None)
 
 
-def logps_bwd_(g: Tensor, logits: Tensor, rows: Rows, y: Tensor, lse: Tensor, logp: Tensor, out: Tensor) -> None:
+def logps_bwd_(g: Tensor, logits: Tensor, rows: Rows, y: Tensor, norm: Tensor, logp: Tensor, out: Tensor) -> None:
     """Path E: the gradient of sum_n g_n logp_n with respect to the logits, written to the labelled rows of `out`
     [S, T, V], which may be `logits`."""
     acc = accumulate_dtype(logits.dtype)
@@ -386,6 +399,6 @@ def logps_bwd_(g: Tensor, logits: Tensor, rows: Rows, y: Tensor, lse: Tensor, lo
     for span in _spans(y.shape[0], step):
         for block in _spans(logits.shape[-1], columns):
             z = _gather_logits(logits, rows, span, block, acc)
-            label = _dlogits_(z, None, y[span], lse[span], logp[span], g[span], block.start, LogitTransform())
+            label = _dlogits_(z, None, y[span], norm[:, span], logp[span], g[span], block.start, LogitTransform())
             _put_labels_(z, *label)
             out[:, :, block][rows.sequence[span], rows.position[span]] = z.to(out.dtype)

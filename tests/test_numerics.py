@@ -1,0 +1,132 @@
+"""Where precision is easily lost: confident tokens, logits far from zero, and operands rounded to half precision."""
+
+import pytest
+import torch
+
+import dpo_kernels.impl.torch as impl_torch
+from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels.impl.reference import eager_logits, eager_token_logps
+from dpo_kernels.testing import assert_within_budget, head_inputs
+
+PATHS = {"B": (True, None), "C": (False, None), "C in groups": (False, 300_000), "D": (False, 0)}
+
+
+@pytest.fixture
+def half_precision_operands(monkeypatch):
+    """Rounds where a GPU does: operands of every product stay in half precision, the product is fp32."""
+
+    def mm(a, b, out, accumulate=False):
+        product = a.to(out.dtype) @ b.to(out.dtype)
+        out.add_(product) if accumulate else out.copy_(product)
+
+    monkeypatch.setattr(impl_torch, "_mm", mm)
+    monkeypatch.setattr(impl_torch, "_operand", lambda t, compute_dtype: t.to(compute_dtype))
+
+
+def margin(logps, ref_logps):
+    """A loss that is a mean over pairs and linear in logps, so that every path has the same row weights."""
+    chosen, rejected = (logps - ref_logps).chunk(2)
+    return torch.relu(1 - 0.001 * (chosen - rejected)).mean()
+
+
+def gradients(inputs, path, **transform):
+    frozen, chunk_bytes = PATHS[path]
+    inputs.weight.requires_grad_(not frozen)
+    loss = linear_dpo_loss(
+        *inputs[:3], inputs.ref_logps, loss_type="hinge", beta=0.001, chunk_bytes=chunk_bytes, **transform
+    ).loss
+    return torch.autograd.grad(loss, [inputs.hidden] if frozen else [inputs.hidden, inputs.weight])
+
+
+def eager_gradients(inputs, path, **transform):
+    logps = eager_token_logps(eager_logits(inputs.hidden, inputs.weight, **transform), inputs.labels).sum(1)
+    wanted = [inputs.hidden] if PATHS[path][0] else [inputs.hidden, inputs.weight]
+    return torch.autograd.grad(margin(logps, inputs.ref_logps), wanted)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("confident", [0.0, 1.0])
+@pytest.mark.parametrize("transform", [{}, {"softcap": 5.0, "logit_scale": 0.7}], ids=["plain", "softcap"])
+def test_half_precision_operands_stay_in_the_budget(half_precision_operands, path, dtype, confident, transform):
+    exact = head_inputs(4, 40, 64, 500, confident=confident).to(dtype).to(torch.float64)
+    mine = gradients(exact.to(dtype), path, **transform)
+    theirs, best = eager_gradients(exact.to(dtype), path, **transform), eager_gradients(exact, path, **transform)
+    # fp16: coefficients of about 1e-4 leave the range where it keeps its digits, without a loss scale, on both sides
+    epsilon = 1e-6 if dtype == torch.bfloat16 else 2e-4
+    for name, ours, eager, oracle in zip(("hidden", "weight"), mine, theirs, best, strict=False):
+        assert_within_budget(ours, eager, oracle, f"d{name}", epsilon)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_each_confident_row_keeps_its_digits(half_precision_operands, path):
+    """dX of a row with p_y near 1 is a small difference of large terms. With the label's entry rounded into the tile
+    its relative error is about 1e-3 (that is eager's); apart, what is left is the rounding of the result to bf16."""
+    exact = head_inputs(4, 40, 64, 500, confident=1.0, labelled=1.0).to(torch.bfloat16).to(torch.float64)
+    (mine, *_), (best, *_) = gradients(exact.to(torch.bfloat16), path), eager_gradients(exact, path)
+    error = (mine.double() - best).norm(dim=-1) / best.norm(dim=-1)
+    assert error.median() < 2.2e-3 and error.max() < 4e-3  # bf16 rounds by at most 2**-8 = 3.9e-3 an entry
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("softcap", [None, 6.0])
+def test_each_confident_row_keeps_its_digits_in_fp32(path, softcap):
+    exact = head_inputs(4, 40, 64, 500, confident=1.0, labelled=1.0, logit_std=3.0).to(torch.float64)
+    (mine, *_) = gradients(exact.to(torch.float32), path, softcap=softcap)
+    (best, *_) = eager_gradients(exact, path, softcap=softcap)
+    error = (mine.double() - best).norm(dim=-1) / best.norm(dim=-1)
+    assert error.max() < 1e-4, error.max()
+
+
+@pytest.mark.parametrize("offset", [30.0, 1000.0, 1e4])
+def test_a_common_offset_of_the_logits_costs_nothing(offset):
+    """lse in one number would round at the size of the offset, and with it every probability."""
+    inputs = head_inputs(2, 20, 32, 300)
+    logits = (eager_logits(inputs.hidden, inputs.weight) + offset).detach()
+    exact, eager, ours = (
+        logits.to(d, copy=True).requires_grad_() for d in (torch.float64, torch.float32, torch.float32)
+    )
+    truth, theirs = eager_token_logps(exact, inputs.labels), eager_token_logps(eager, inputs.labels)
+    out = sequence_logps(ours, inputs.labels, stats=("entropy", "log_sum_sq_probs"))
+    assert_within_budget(out.token_logps, theirs, truth, "token_logps")
+    grads = [torch.autograd.grad(t.sum(), leaf)[0] for t, leaf in ((out.logps, ours), (theirs, eager), (truth, exact))]
+    assert_within_budget(*grads, "dlogits")
+    labelled = inputs.labels != -100
+    p = exact.detach().softmax(-1)
+    for name, best in (("entropy", torch.special.entr(p).sum(-1)), ("log_sum_sq_probs", p.square().sum(-1).log())):
+        torch.testing.assert_close(out.stats[name][labelled].double(), best[labelled], rtol=2e-6, atol=2e-6)
+
+
+def test_entropy_of_a_label_that_cannot_be():
+    logits = torch.tensor([[[0.0, 1.0, -torch.inf]]])
+    out = sequence_logps(logits, torch.tensor([[2]]), stats=("entropy",))
+    assert out.logps.item() == -torch.inf
+    torch.testing.assert_close(out.stats["entropy"], torch.special.entr(logits.softmax(-1)).sum(-1))
+
+
+def test_long_sums_are_wide():
+    """A thousand tokens of 1e-4 beside one of 1e4: fp32 sums would lose them all."""
+    logits = torch.zeros(1, 2001, 2)
+    logits[..., 1] = -9.0  # log p of label 0 is about -1.2e-4
+    logits[0, 0, 1] = 1e4
+    out = sequence_logps(logits, torch.zeros(1, 2001, dtype=torch.int64))
+    assert out.logps.item() == torch.tensor(-1e4 + 2000 * out.token_logps[0, 1].item()).item()
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_uninitialised_memory_is_never_read(monkeypatch, reduction):
+    """Every buffer made without contents holds NaN first."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", 16 * 1024)
+    torch.use_deterministic_algorithms(True)
+    try:
+        inputs = head_inputs(6, 20, 31, 523, labelled=0.4)
+        inputs.labels[1] = -100
+        out = linear_sequence_logps(*inputs[:3], bias=inputs.bias, reduction=reduction, softcap=4.0)
+        results = [out.logps, *torch.autograd.grad(out.logps.sum(), (inputs.hidden, inputs.weight, inputs.bias))]
+        for chunk_bytes in (None, 200_000, 0):
+            fused = linear_dpo_loss(*inputs[:3], inputs.ref_logps, bias=inputs.bias, chunk_bytes=chunk_bytes)
+            results += [*fused, *torch.autograd.grad(fused.loss, (inputs.hidden, inputs.weight, inputs.bias))]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(t).all() for t in results)
