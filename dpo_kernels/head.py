@@ -445,6 +445,11 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
 def _unwrap(model: Any) -> Any:
     """The model inside torch.compile (`_orig_mod`), DistributedDataParallel and its like (`module`), and PEFT."""
     children = getattr(model, "_modules", {})
+    if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
+        raise ValueError(
+            "model: expected DistributedDataParallel without static_graph, which reduces gradients only of losses made "
+            "from the model's own outputs, got static_graph=True"
+        )
     for name in ("_orig_mod", "module"):
         if name in children:
             return _unwrap(children[name])

@@ -27,7 +27,7 @@ DEMO_ROWS = 600
 
 def load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
     """The tokenizer, and the token ids of the training and of the held-out pairs."""
-    from dpo_kernels.data import load_preferences
+    from dpo_kernels.data import load_preferences, split_train_eval
     from dpo_kernels.tokenization import tokenize_preferences
 
     rows = {"ranked_pairs": config.ranked_pairs, "empty_response": config.empty_response}
@@ -59,24 +59,7 @@ def load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, Da
         return tokenizer, pairs, tokenize(load(config.eval_dataset, config.eval_split))
     if not config.eval_fraction:
         return tokenizer, pairs, None
-    return tokenizer, *split_by_prompt(pairs, config.eval_fraction, config.seed)
-
-
-def split_by_prompt(pairs: Dataset, fraction: float, seed: int) -> tuple[Dataset, Dataset]:
-    """Training and held-out pairs, the latter about `fraction`. Pairs of one prompt stay together: a model that has
-    trained on the other answers to a prompt has seen what it is asked."""
-    by_prompt: dict[bytes, list[int]] = {}
-    for row, prompt in enumerate(pairs["prompt_ids"]):
-        by_prompt.setdefault(np.asarray(prompt).tobytes(), []).append(row)
-    groups = list(by_prompt.values())
-    if len(groups) < 2:
-        raise ValueError("eval_fraction: all pairs have the same prompt, so none can be held out: set it to 0")
-    held_out: list[int] = []
-    for group in np.random.default_rng(seed).permutation(len(groups))[:-1]:
-        if not held_out or len(held_out) + len(groups[group]) <= fraction * len(pairs):
-            held_out += groups[group]
-    kept = sorted(set(range(len(pairs))) - set(held_out))
-    return pairs.select(kept), pairs.select(sorted(held_out))
+    return tokenizer, *split_train_eval(pairs, eval_fraction=config.eval_fraction, seed=config.seed)
 
 
 def pairs_of_step(step: int, pairs: int, pairs_per_step: int, seed: int) -> np.ndarray:

@@ -122,8 +122,8 @@ class PolicyLoss(nn.Module):
     def forward(self, batch: dict[str, Any], mean_chosen_length: float) -> tuple[Tensor, Tensor]:
         """The loss [] of B pairs, and the sums [len(METRICS)] over them.
 
-        `batch` is from `PairCollator`, with the pairs' own "mean_chosen_length" in tokens; the argument is that of the
-        effective batch which they are a part of, and over which the losses that divide by it average.
+        `batch` is from `PairCollator`; `mean_chosen_length` is that of the effective batch, in tokens, which the pairs
+        are a part of, and over which the losses that divide by it average.
         """
         hidden, aux_loss = self.head.hidden_states(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         try:
@@ -151,14 +151,7 @@ class PolicyLoss(nn.Module):
             scored = self.head.sequence_logps(hidden, batch["labels"], **options)
             result = self._reference_free_loss(scored.logps, scored.num_tokens, mean_chosen_length)
             return result.losses.mean(), scored.logps, (result.chosen_rewards, result.rejected_rewards)
-        options |= {"chunk_bytes": config.chunk_bytes} | dpo_options(config)
-        if "sft" in config.loss_type:
-            weights = config.loss_weights or [1.0] * len(config.loss_type)
-            share = batch["mean_chosen_length"] / mean_chosen_length
-            options["loss_weights"] = [
-                weight * share if name == "sft" else weight
-                for name, weight in zip(config.loss_type, weights, strict=True)
-            ]
+        options |= {"chunk_bytes": config.chunk_bytes, "mean_chosen_length": mean_chosen_length} | dpo_options(config)
         output = self.head.dpo_loss(hidden, batch["labels"], batch["ref_logps"], **options)
         return output.loss, output.logps, (output.chosen_rewards, output.rejected_rewards)
 

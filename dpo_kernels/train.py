@@ -195,9 +195,7 @@ def _train(config: TrainConfig) -> TrainResult:
     collator = PairCollator(next(token for token in padding if token is not None))
 
     def fetch(dataset: Dataset, rows: Iterable[int]) -> dict[str, Any]:
-        pairs = [dataset[int(row)] for row in rows]
-        batch = _to_device(collator(pairs), device)
-        return batch | {"mean_chosen_length": sum(len(pair["chosen_ids"]) for pair in pairs) / len(pairs)}
+        return _to_device(collator([dataset[int(row)] for row in rows]), device)
 
     model = load_model(config, config.model, tokenizer)
     for pairs in (train_set, eval_set) if eval_set else (train_set,):

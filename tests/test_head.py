@@ -588,3 +588,15 @@ def test_half_precision_adapter_keeps_the_weights_dtype():
     assert_close(logits_of(head, hidden), model.base_model.model.lm_head(hidden), tolerance=2**-7)
     logits_of(head, hidden).sum().backward()
     assert model.base_model.model.lm_head.lora_B["default"].weight.grad.abs().sum() > 0
+
+
+def test_a_static_graph_of_distributed_data_parallel_is_refused(tmp_path):
+    """It would reduce the gradients of the model's outputs only, and ours come from hidden states inside."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2), static_graph=True)
+        with pytest.raises(ValueError, match="static_graph"):
+            LMHead.from_model(wrapped)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -29,7 +29,7 @@ from dpo_kernels import train as train_module
 from dpo_kernels.checkpoint import MetricsLog, list_checkpoints, read_metrics
 from dpo_kernels.config import TrainConfig, load_config
 from dpo_kernels.demo import demo_model
-from dpo_kernels.pairs import check_vocabulary, load_data, pairs_of_step, split_by_prompt
+from dpo_kernels.pairs import check_vocabulary, load_data, pairs_of_step
 from dpo_kernels.policy import load_model
 from dpo_kernels.train import WALL_CLOCK, train
 
@@ -470,16 +470,6 @@ def test_warnings_reach_the_caller(tmp_path):
 def pairs_with(prompts):
     rows = [{"prompt_ids": [prompt], "chosen_ids": [1, row], "rejected_ids": [2]} for row, prompt in enumerate(prompts)]
     return Dataset.from_list(rows)
-
-
-def test_pairs_of_one_prompt_are_held_out_together():
-    pairs = pairs_with([row // 3 for row in range(60)])
-    kept, held_out = split_by_prompt(pairs, 0.2, seed=0)
-    assert len(kept) + len(held_out) == 60 and len(held_out) == 12
-    assert not {row["prompt_ids"][0] for row in kept} & {row["prompt_ids"][0] for row in held_out}
-    assert split_by_prompt(pairs, 0.2, seed=1)[1]["prompt_ids"] != held_out["prompt_ids"]
-    with pytest.raises(ValueError, match="all pairs have the same prompt"):
-        split_by_prompt(pairs_with([7] * 10), 0.2, seed=0)
 
 
 def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own():
