@@ -16,8 +16,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -31,6 +29,7 @@ from dpo_kernels.config import TrainConfig, load_config
 from dpo_kernels.demo import demo_model
 from dpo_kernels.pairs import check_vocabulary, load_data, pairs_of_step
 from dpo_kernels.policy import load_model
+from dpo_kernels.testing import Record
 from dpo_kernels.train import WALL_CLOCK, train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -426,21 +425,11 @@ def test_the_router_loss_of_a_mixture_of_experts_is_added_with_its_weight(tmp_pa
 
 
 def test_no_tensor_of_a_run_exceeds_the_bound(tmp_path):
-    vocabulary, bound = 20000, 24 * 2**20
+    vocabulary, bound = 32768, 40 * 2**20
     settings = {"model_type": "qwen2", "vocab_size": vocabulary, "hidden_size": 16, "intermediate_size": 32}
     settings |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
     (tmp_path / "model.json").write_text(json.dumps(settings))
-    largest = {"bytes": 0}
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            output = function(*args, **(kwargs or {}))
-            for leaf in tree_leaves(output):
-                if isinstance(leaf, torch.Tensor):
-                    largest["bytes"] = max(largest["bytes"], leaf.numel() * leaf.element_size())
-            return output
-
-    with Watch():
+    with Record() as record:  # which sees inside the custom operators
         run(
             tmp_path, model=f"config:{tmp_path / 'model.json'}", max_length=96, max_steps=2, per_device_batch_size=16,
             eval_fraction=0, chunk_bytes=bound,
@@ -449,7 +438,7 @@ def test_no_tensor_of_a_run_exceeds_the_bound(tmp_path):
     _, pairs, _ = load_data(config)
     labelled = sorted(len(pair["chosen_ids"]) + len(pair["rejected_ids"]) for pair in pairs)[:16]
     assert sum(labelled) * vocabulary * 4 > 1.5 * bound  # the logits of the labelled positions alone would be larger
-    assert vocabulary * 16 * 4 <= largest["bytes"] <= bound
+    assert vocabulary * 16 * 4 <= record.largest[0] <= bound
 
 
 def test_trackers_get_every_row(tmp_path, monkeypatch):
