@@ -119,21 +119,8 @@ linear_token_logps = torch.library.custom_op(
 
 
 @linear_token_logps.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    num_labelled: int,
-    compute_dtype: torch.dtype,
-    stats: Sequence[str],
-    with_dhidden: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(hidden: Tensor, weight: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, compute_dtype, stats, with_dhidden, _ = options
     dtype = accumulate_dtype(compute_dtype)
     return (
         labels.new_empty(labels.shape, dtype=dtype),
@@ -207,25 +194,8 @@ linear_token_logps_bwd = torch.library.custom_op(
 
 
 @linear_token_logps_bwd.register_fake
-def _(
-    grad: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    norm: Tensor,
-    logps: Tensor,
-    logit_scale: float,
-    softcap: float | None,
-    temperature: float,
-    ignore_index: int,
-    num_labelled: int,
-    compute_dtype: torch.dtype,
-    need_dhidden: bool,
-    need_dweight: bool,
-    need_dbias: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(grad: Tensor, hidden: Tensor, weight: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, need_dhidden, need_dweight, need_dbias, _ = options
     return (
         hidden.new_empty(hidden.shape if need_dhidden else (0,)),
         weight.new_empty(weight.shape if need_dweight else 0),
@@ -295,15 +265,8 @@ token_logps = torch.library.custom_op(
 
 
 @token_logps.register_fake
-def _(
-    logits: Tensor,
-    labels: Tensor,
-    ignore_index: int,
-    num_labelled: int,
-    stats: Sequence[str],
-    inplace_backward: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *_, stats, _, _ = options
     dtype = accumulate_dtype(logits.dtype)
     return (
         labels.new_empty(labels.shape, dtype=dtype),
@@ -354,16 +317,7 @@ token_logps_bwd = torch.library.custom_op(
 
 
 @token_logps_bwd.register_fake
-def _(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    norm: Tensor,
-    logps: Tensor,
-    ignore_index: int,
-    num_labelled: int,
-    impl: str,
-) -> Tensor:
+def _(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -391,16 +345,7 @@ token_logps_bwd_ = torch.library.custom_op(
 
 
 @token_logps_bwd_.register_fake
-def _(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    norm: Tensor,
-    logps: Tensor,
-    ignore_index: int,
-    num_labelled: int,
-    impl: str,
-) -> None:
+def _(*arguments: Any) -> None:
     return None
 
 

@@ -71,6 +71,8 @@ def load_model(config: TrainConfig, name: str, tokenizer: PreTrainedTokenizerBas
         return model
     if name.startswith("config:"):
         file = Path(name.removeprefix("config:"))
+        if not file.is_file():
+            raise ValueError(f"model: expected config:FILE with an existing file, got {name!r} in {Path.cwd()}")
         try:
             settings = json.loads(file.read_text())
         except json.JSONDecodeError as error:
