@@ -74,12 +74,18 @@ def _step(path: Path) -> int:
     return int(json.loads((path / "progress.json").read_text())["step"])
 
 
-def find_checkpoint(output_dir: Path, resume: str) -> Path | None:
+def find_checkpoint(output_dir: Path, resume: str, overwrite: bool = False) -> Path | None:
     """The checkpoint that `resume` ("auto", "never" or a path) means, or None for a fresh start.
 
-    Raises `ValueError` where going on would mix this run with the checkpoints of another.
+    Raises `ValueError` where going on would mix this run with the checkpoints of another, or, unless told to
+    `overwrite` it, replace one that has finished and left no checkpoint.
     """
     existing = list_checkpoints(output_dir)
+    if not existing and (output_dir / "final").exists() and not overwrite:
+        raise ValueError(
+            f"output_dir: {output_dir} holds a finished run (final/) without checkpoints to go on from: give another "
+            "output_dir, or overwrite to replace it"
+        )
     if resume == "auto":
         return existing[-1] if existing else None
     if resume == "never":

@@ -17,7 +17,7 @@ Trains a model on preference pairs, by DPO or a relative of it.
 
 Settings come from CONFIG, a YAML file of "name: value" lines, and from the flags, which win. Names may be written with
 hyphens or underscores; what is true or false may be given as --setting and --no-setting. Without CONFIG, and unless
---model or --dataset is given, a tiny model learns an embedded preference set, in about two minutes on two CPU cores.
+--model or --dataset is given, a tiny model learns an embedded preference set, in about a minute on two CPU cores.
 """
 
 
@@ -59,6 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     try:
         run(config)
+    except KeyboardInterrupt:
+        print(
+            f"dpo-kernels: interrupted; the same command goes on from the newest checkpoint in {config.output_dir}, "
+            f"which is written every {config.save_steps} steps, or starts afresh if there is none",
+            file=sys.stderr,
+        )
+        return 130
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if show_traceback:
             traceback.print_exc()

@@ -53,7 +53,9 @@ class TrainConfig:
     """
 
     # Model
-    model: str = option("demo", "hub name or path of the policy, config:FILE.json for random weights, or demo")
+    model: str = option(
+        "demo", "hub name or path of the policy, config:FILE.json for random weights, or demo", trajectory=False
+    )
     revision: str | None = option(None, "hub revision of the model: branch, tag or commit")
     tokenizer: str | None = option(
         None, "hub name or path, or train:SIZE for a byte-level BPE made from the dataset; default: the model's own"
@@ -63,11 +65,15 @@ class TrainConfig:
     attn_implementation: str | None = option(None, "attention implementation given to transformers, such as sdpa")
 
     # Data
-    dataset: str = option("demo", "preference pairs: local jsonl, json, csv or parquet, a hub name, or demo")
+    dataset: str = option(
+        "demo", "preference pairs: local jsonl, json, csv or parquet, a hub name, or demo", trajectory=False
+    )
     dataset_config: str | None = option(None, "configuration name of a hub dataset")
     dataset_split: str = option("train", "split of the dataset to train on")
-    eval_dataset: str | None = option(None, "held-out pairs, like dataset; default: eval_fraction of the dataset")
-    eval_split: str = option("train", "split of eval_dataset")
+    eval_dataset: str | None = option(
+        None, "held-out pairs, like dataset; default: eval_fraction of the dataset", trajectory=False
+    )
+    eval_split: str | None = option(None, "split of eval_dataset; default: train")
     eval_fraction: float = option(
         0.1, "share of the prompts held out when there is no eval_dataset; 0: no evaluation", minimum=0, maximum=0.9
     )
@@ -147,6 +153,7 @@ class TrainConfig:
         "auto: from the newest checkpoint in output_dir, if there is one; never: afresh; or the path of a checkpoint",
         trajectory=False,
     )
+    overwrite: bool = option(False, "replace the finished run that output_dir holds", trajectory=False)
     logging_steps: int = option(10, "optimizer steps between two rows of metrics", minimum=1, trajectory=False)
     eval_steps: int | None = option(None, "optimizer steps between evaluations; default: one an epoch", minimum=1)
     save_steps: int = option(500, "optimizer steps between checkpoints; 0: none", minimum=0, trajectory=False)
@@ -166,6 +173,7 @@ class TrainConfig:
             value = coerce(name, getattr(self, name), kind, _options()[name])
             setattr(self, name, value)
         _check_losses(self)
+        _check_unused(self)
         if self.load_best_model_at_end and not self.evaluates:
             raise ValueError("load_best_model_at_end needs held-out pairs: give eval_dataset or an eval_fraction > 0")
         if self.reference in ("base", "adapter-free") and not self.lora_r:
@@ -210,6 +218,9 @@ def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = N
     overrides = dict(overrides or {})
     if path is not None:
         values = read_yaml(Path(path))
+        file = str(values.get("model", "")).partition("config:")[2]
+        if file and (Path(path).parent / file).is_file():  # beside the file that names it
+            values["model"] = f"config:{Path(path).parent / file}"
     else:
         values = {} if "model" in overrides or "dataset" in overrides else dict(DEMO)
     values.update(overrides)
@@ -323,6 +334,23 @@ def _check_losses(config: TrainConfig) -> None:
             raise ValueError(f"{name}: loss_type {config.loss_type[0]!r} has none, got {getattr(config, name)!r}")
 
 
+def _check_unused(config: TrainConfig) -> None:
+    """A setting without effect is a misunderstanding: it is refused, with the setting that it belongs to."""
+    defaults = {entry.name: entry.default for entry in dataclasses.fields(TrainConfig)}
+    belongs = {
+        "eval_split": (config.eval_dataset is not None, "eval_dataset"),
+        "lora_alpha": (config.lora_r > 0, "lora_r above 0"),
+        "lora_dropout": (config.lora_r > 0, "lora_r above 0"),
+        "f_alpha": (config.f_divergence == "alpha", "f_divergence alpha"),
+        "discopop_tau": ("discopop" in config.loss_type, "loss_type discopop"),
+        "simpo_gamma": (config.loss_type == ["simpo"], "loss_type simpo"),
+        "cpo_alpha": (config.loss_type == ["cpo"], "loss_type cpo"),
+    }
+    for name, (used, what) in belongs.items():
+        if not used and getattr(config, name) != defaults[name]:
+            raise ValueError(f"{name}: has an effect only with {what}, got {getattr(config, name)!r} without it")
+
+
 def dpo_options(config: TrainConfig) -> dict[str, Any]:
     """The settings that are options of `linear_dpo_loss` and say which loss it is."""
     names = ("beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence", "f_alpha", "discopop_tau")
@@ -347,9 +375,14 @@ def practice_warnings(config: TrainConfig) -> list[str]:
     messages = []
     fresh = " (this model starts from random weights, where such values are usual)" if config.random_weights else ""
     if config.learning_rate > 1e-5:
-        usual = "LoRA takes about ten times that" if config.lora_r else "higher rates soon break the model"
+        usual = "adapters stand about ten times that" if config.lora_r else "higher rates soon break the model"
         messages.append(
             f"learning_rate {config.learning_rate:g} is above 1e-5: DPO usually takes 1e-7 to 5e-6; {usual}{fresh}"
+        )
+    if config.dtype != "float32" and not config.lora_r:
+        messages.append(
+            f"dtype {config.dtype!r} without LoRA: most updates at these learning rates are lost when they are rounded "
+            "into the weights; take dtype float32 with mixed_precision bf16"
         )
     if config.max_steps is None and config.epochs > 3:
         messages.append(f"epochs {config.epochs:g} is more than 3: DPO overfits faster than supervised training{fresh}")

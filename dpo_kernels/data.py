@@ -12,16 +12,13 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import numpy as np
 from datasets import Dataset, Features, Json, List, Value
 
 from . import layouts
-
-if TYPE_CHECKING:
-    pass
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
 _SPLIT_NAMES = {

@@ -54,12 +54,13 @@ def load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, Da
 
     dataset = load(config.dataset, config.dataset_split, config.max_rows)
     tokenizer = load_tokenizer(config, dataset)
-    pairs = tokenize(dataset)
     if config.eval_dataset:
-        return tokenizer, pairs, tokenize(load(config.eval_dataset, config.eval_split))
+        return tokenizer, tokenize(dataset), tokenize(load(config.eval_dataset, config.eval_split or "train"))
     if not config.eval_fraction:
-        return tokenizer, pairs, None
-    return tokenizer, *split_train_eval(pairs, eval_fraction=config.eval_fraction, seed=config.seed)
+        return tokenizer, tokenize(dataset), None
+    # before prompts are cut: pairs of one prompt stay together
+    train_rows, eval_rows = split_train_eval(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
+    return tokenizer, tokenize(train_rows), tokenize(eval_rows)
 
 
 def pairs_of_step(step: int, pairs: int, pairs_per_step: int, seed: int) -> np.ndarray:
@@ -88,8 +89,17 @@ def pair_lengths(pairs: Dataset) -> dict[str, np.ndarray]:
     return {column: np.concatenate(lengths[i :: len(TOKEN_COLUMNS)]) for i, column in enumerate(TOKEN_COLUMNS)}
 
 
-def check_vocabulary(pairs: Dataset, model: nn.Module, name: str) -> None:
-    """Raises `ValueError` where a token id has no row in the model's embeddings."""
+def check_fits(pairs: Dataset, model: nn.Module, name: str) -> None:
+    """Raises `ValueError` where a token id has no row in the model's embeddings, or a pair more tokens than the model
+    has positions."""
+    lengths = pair_lengths(pairs)
+    longest = int((lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])).max())
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"max_length: a pair has {longest} tokens, but the model {name!r} has {positions} positions: expected at "
+            f"most {positions}"
+        )
     entries = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
     for _, tokens in _columns(pairs):
         if len(tokens) and tokens.max() >= entries:

@@ -28,7 +28,9 @@ def plot_training_curves(metrics: Path, picture: Path) -> None:
         strict=False,
     ):
         _line(axis, rows, key, "train", CHOSEN)
-        _line(axis, rows, f"eval/{key}", "held out", EVAL, style="o--")
+        # rewards tie before the first step: there is no accuracy to show
+        held_out = [row for row in rows if row["step"] > 0] if key == "rewards/accuracies" else rows
+        _line(axis, held_out, f"eval/{key}", "held out", EVAL, style="o--")
         axis.set_title(title)
     accuracy, rewards = axes.flat[2], axes.flat[3]
     accuracy.set_ylim(-0.03, 1.03)

@@ -30,8 +30,9 @@ from dpo_kernels.checkpoint import (
     set_random_state,
 )
 from dpo_kernels.config import TrainConfig, practice_warnings, trajectory_settings
+from dpo_kernels.dispatch import choose
 from dpo_kernels.head import LMHead
-from dpo_kernels.pairs import TOKEN_COLUMNS, check_vocabulary, data_fingerprint, load_data, pair_lengths, pairs_of_step
+from dpo_kernels.pairs import TOKEN_COLUMNS, check_fits, data_fingerprint, load_data, pair_lengths, pairs_of_step
 from dpo_kernels.plots import plot_training_curves
 from dpo_kernels.policy import METRICS, PolicyLoss, add_lora, load_model, save_model
 
@@ -69,16 +70,19 @@ class TrainResult(NamedTuple):
     best_dir: Path | None
     metrics_path: Path
     curves_path: Path
+    starts_at_reference: bool
 
     def summary(self) -> str:
         lines = [f"{self.steps} optimizer steps"]
         if self.before and self.after:
             lines.append(f"{'held out':24}{'before':>12}{'after':>12}")
             for name in ("rewards/accuracies", "rewards/margins", "loss"):
-                values = "".join(f"{row[f'eval/{name}']:12.4f}" for row in (self.before, self.after))
-                lines.append(f"  {name:22}{values}")
-            if abs(self.before["eval/rewards/margins"]) < 1e-3:
-                lines.append("  (before training, policy and reference agree: rewards tie at 0, which is no success)")
+                start, end = (f"{row[f'eval/{name}']:.4f}" for row in (self.before, self.after))
+                if name == "rewards/accuracies" and self.starts_at_reference:
+                    start = "tie"  # the policy is the reference: all rewards are 0
+                lines.append(f"  {name:22}{start:>12}{end:>12}")
+            if not self.best_dir:
+                lines.append("  (no evaluation was better than the model that training started from)")
         lines.append(f"final model      {self.final_dir}")
         if self.best_dir:
             lines.append(f"best model       {self.best_dir}")
@@ -162,7 +166,7 @@ def _train(config: TrainConfig) -> TrainResult:
     from tqdm import tqdm
     from transformers import get_scheduler
 
-    from dpo_kernels import reference as references
+    from dpo_kernels import reference_model as references
 
     # Set-up
     AcceleratorState._reset_state()  # an earlier run in the same process may have had another precision
@@ -175,9 +179,10 @@ def _train(config: TrainConfig) -> TrainResult:
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     _check_accelerator(accelerator)
+    choose(config.impl, accelerator.device)  # an error now rather than after the models are loaded
     device, rank, processes = accelerator.device, accelerator.process_index, accelerator.num_processes
     output_dir = Path(config.output_dir)
-    checkpoint = find_checkpoint(output_dir, config.resume)
+    checkpoint = find_checkpoint(output_dir, config.resume, config.overwrite)
     if accelerator.is_main_process:
         for message in practice_warnings(config):
             warnings.warn(message, stacklevel=3)
@@ -199,11 +204,12 @@ def _train(config: TrainConfig) -> TrainResult:
 
     model = load_model(config, config.model, tokenizer)
     for pairs in (train_set, eval_set) if eval_set else (train_set,):
-        check_vocabulary(pairs, model, config.model)
+        check_fits(pairs, model, config.model)
     digests = references.parameter_digests(model)
     fingerprint = references.model_fingerprint(model, digests)
     identity = trajectory_settings(config) | {
         "the training data": data_fingerprint(train_set),
+        "the held-out data": data_fingerprint(eval_set) if eval_set else None,
         "the starting weights": fingerprint,
         "the number of processes": processes,
     }
@@ -353,7 +359,7 @@ def _train(config: TrainConfig) -> TrainResult:
             if eval_set and (step % (config.eval_steps or steps_per_epoch) == 0 or step == total_steps):
                 latest = evaluate(eval_set)
                 record(latest)
-                if best is None or _better(config.metric_for_best, latest, best):
+                if _better(config.metric_for_best, latest, best or before):
                     best = latest | {"step": step}
                     save_model(output_dir / "best", model, tokenizer, accelerator)
             if config.save_steps and step % config.save_steps == 0:
@@ -391,6 +397,7 @@ def _train(config: TrainConfig) -> TrainResult:
         best_dir=best_dir if best else None,
         metrics_path=output_dir / "metrics.jsonl",
         curves_path=output_dir / "training_curves.png",
+        starts_at_reference=reference is not None or kind == "precompute",
     )
     logger.info(result.summary())
     return result
@@ -465,7 +472,9 @@ def _diverged(what: str, step: int, config: TrainConfig) -> str:
     return f"training stopped at step {step}: {what}. Likely reasons: {'; '.join(reasons)}"
 
 
-def _better(metric: str, new: dict[str, float], old: dict[str, float]) -> bool:
+def _better(metric: str, new: dict[str, float], old: dict[str, float] | None) -> bool:
+    if old is None:
+        return True
     difference = new[f"eval/{metric}"] - old[f"eval/{metric}"]
     return difference < 0 if metric == "loss" else difference > 0
 
@@ -484,6 +493,12 @@ def _require_packages(config: TrainConfig) -> None:
     missing = [name for name in needed + ["peft"] * bool(config.lora_r) if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"training needs {', '.join(missing)}: pip install 'dpo_kernels[train]'")
+    if config.trackers:
+        from accelerate.tracking import get_available_trackers
+
+        available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+        for tracker in set(config.trackers) - available - {"all"}:
+            raise ImportError(f"trackers: {tracker!r} is not installed; found: {sorted(available) or 'none'}")
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:

@@ -57,10 +57,19 @@ def test_a_run_from_a_file_and_flags(tmp_path, capsys):
     flags = ["--output-dir", str(output), "--max_steps", "2", "--no-progress-bar", "--beta=0.6"]
     assert main(["train", str(config), *flags]) == 0
     printed = capsys.readouterr()
-    assert "20 of 20 preference pairs kept" in printed.out
+    assert "18 of 18 preference pairs kept" in printed.out
     assert "rewards/accuracies" in printed.out and str(output / "final") in printed.out
     assert "warning: beta 0.6 is outside 0.01 to 0.5" in printed.err
     assert (output / "metrics.jsonl").is_file() and (output / "final" / "model.safetensors").is_file()
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dpo_kernels.train.train", interrupted)
+    assert main(["train", "--output-dir", str(tmp_path)]) == 130
+    assert "interrupted; the same command goes on from the newest checkpoint" in capsys.readouterr().err
 
 
 def test_a_run_that_fails_has_status_1_and_a_traceback_on_demand(tmp_path, capsys):

@@ -138,6 +138,7 @@ def test_practice_warnings():
         ({"epochs": 4}, "epochs 4 is more than 3"),
         ({"beta": 0.6}, "beta 0.6 is outside 0.01 to 0.5"),
         ({"beta": 0.005}, "beta 0.005 is outside 0.01 to 0.5"),
+        ({"dtype": "bfloat16"}, "dtype 'bfloat16' without LoRA"),
         ({"loss_type": "simpo", "beta": 0.1}, "beta 0.1 is below 1: SimPO"),
     ):
         (message,) = practice_warnings(dataclasses.replace(quiet, **changed))
@@ -148,8 +149,34 @@ def test_practice_warnings():
 
 def test_where_the_output_goes_is_no_part_of_the_trajectory():
     settings = trajectory_settings(TrainConfig())
-    assert {"learning_rate", "seed", "dataset", "eval_steps"} <= settings.keys()
+    assert {"learning_rate", "seed", "max_length", "eval_steps"} <= settings.keys()
     assert not {"output_dir", "resume", "save_steps", "logging_steps", "trackers", "cache_dir"} & settings.keys()
+    # what these lead to is compared instead: the token ids and the starting weights
+    assert not {"model", "dataset", "eval_dataset"} & settings.keys()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "belongs"),
+    [
+        ("eval_split", "test", "eval_dataset"),
+        ("lora_alpha", 64, "lora_r"),
+        ("lora_dropout", 0.1, "lora_r"),
+        ("f_alpha", 0.2, "f_divergence alpha"),
+        ("discopop_tau", 0.1, "loss_type discopop"),
+        ("simpo_gamma", 3.0, "loss_type simpo"),
+        ("cpo_alpha", 0.5, "loss_type cpo"),
+    ],
+)
+def test_settings_without_effect_are_refused(setting, value, belongs):
+    with pytest.raises(ValueError, match=f"{setting}: has an effect only with {belongs}"):
+        TrainConfig(**{setting: value})
+
+
+def test_a_model_configuration_is_found_beside_the_file_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "run.yaml").write_text("model: config:tiny.json\ndataset: demo\n")
+    (tmp_path / "tiny.json").write_text("{}")
+    monkeypatch.chdir("/")
+    assert load_config(tmp_path / "run.yaml").model == f"config:{tmp_path / 'tiny.json'}"
 
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.yaml"))

@@ -27,7 +27,7 @@ from dpo_kernels import train as train_module
 from dpo_kernels.checkpoint import MetricsLog, list_checkpoints, read_metrics
 from dpo_kernels.config import TrainConfig, load_config
 from dpo_kernels.demo import demo_model
-from dpo_kernels.pairs import check_vocabulary, load_data, pairs_of_step
+from dpo_kernels.pairs import check_fits, load_data, pairs_of_step
 from dpo_kernels.policy import load_model
 from dpo_kernels.testing import Record
 from dpo_kernels.train import WALL_CLOCK, train
@@ -470,9 +470,51 @@ def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own():
 
 def test_token_ids_outside_the_vocabulary_are_named():
     model = demo_model(300)
-    check_vocabulary(pairs_with([299]), model, "m")
+    check_fits(pairs_with([299]), model, "m")
     with pytest.raises(ValueError, match="token id 300 is outside the vocabulary of the model 'm', which has 300"):
-        check_vocabulary(pairs_with([5, 300]), model, "m")
+        check_fits(pairs_with([5, 300]), model, "m")
+
+
+def test_pairs_longer_than_the_model_are_named():
+    with pytest.raises(ValueError, match="max_length: a pair has 3 tokens, but the model 'm' has 2 positions"):
+        check_fits(pairs_with([5]), demo_model(300, max_positions=2), "m")
+
+
+def test_cut_prompts_are_held_out_together(tmp_path):
+    """Four pairs a prompt, each cut by its own response's length: the same prompt with other token ids."""
+    prompts = [f"{n} " + "long " * 40 for n in range(10)]
+    rows = [{"prompt": prompt, "chosen": "yes " * (i + 1), "rejected": "no"} for prompt in prompts for i in range(4)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = TINY | {"dataset": str(file), "max_rows": None, "max_length": 1000, "eval_fraction": 0.2}
+    _, kept, held_out = load_data(TrainConfig(**settings))
+    whole = {tuple(ids) for ids in held_out["prompt_ids"]}
+    assert len(held_out) == 8 and not whole & {tuple(ids) for ids in kept["prompt_ids"]}
+    _, cut_kept, cut_held_out = load_data(TrainConfig(**settings | {"max_length": 35}))
+    assert cut_kept["chosen_ids"] == kept["chosen_ids"] and cut_held_out["chosen_ids"] == held_out["chosen_ids"]
+    assert len({tuple(ids) for ids in cut_held_out["prompt_ids"]}) > len(whole)  # the cut did make them differ
+
+
+def test_a_finished_run_is_not_overwritten_unless_told(tmp_path):
+    run(tmp_path, max_steps=1, eval_fraction=0)
+    before = weights_of(tmp_path)
+    with pytest.raises(ValueError, match="output_dir: .* holds a finished run"):
+        run(tmp_path, max_steps=2, eval_fraction=0)
+    assert all(torch.equal(before[name], weight) for name, weight in weights_of(tmp_path).items())
+    result, _ = run(tmp_path, max_steps=2, eval_fraction=0, overwrite=True)
+    assert result.steps == 2
+
+
+def test_an_evaluation_no_better_than_the_start_is_not_the_best(tmp_path):
+    result, rows = run(tmp_path, max_steps=2, eval_steps=1, learning_rate=1e-20)  # no weight changes
+    assert rows[-1]["eval/loss"] == rows[0]["eval/loss"]
+    assert result.best_dir is None and not (tmp_path / "best").exists()
+    assert "no evaluation was better" in result.summary()
+
+
+def test_missing_trackers_are_named(tmp_path):
+    with pytest.raises(ImportError, match="trackers: 'comet_ml' is not installed"):
+        run(tmp_path, trackers="comet_ml")
 
 
 def test_missing_packages_are_named(monkeypatch):
