@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_kernels.config import add_flags, load_config, normalize_flags
+from dpo_kernels.config import add_flags, load_config, normalize_flags, require_packages
 
 TRAIN_HELP = """\
 Trains a model on preference pairs, by DPO or a relative of it.
@@ -50,6 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 0
         path, show_traceback = options.pop("config"), options.pop("traceback")
         config = load_config(path, options)
+        require_packages(config)
     except (ValueError, OSError, ImportError) as error:
         print(f"dpo-kernels: error: {error}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib.util
 import math
 import types
 import typing
@@ -392,6 +393,20 @@ def practice_warnings(config: TrainConfig) -> list[str]:
     if config.loss_type == ["simpo"] and config.beta < 1:
         messages.append(f"beta {config.beta:g} is below 1: SimPO, which averages over tokens, usually takes 2 to 10")
     return messages
+
+
+def require_packages(config: TrainConfig) -> None:
+    """Raises `ImportError` that says what a run with these settings needs and is not installed."""
+    needed = ["numpy", "transformers", "datasets", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml"]
+    missing = [name for name in needed + ["peft"] * bool(config.lora_r) if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"training needs {', '.join(missing)}: pip install 'dpo_kernels[train]'")
+    if config.trackers:
+        from accelerate.tracking import get_available_trackers
+
+        available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
+        for tracker in set(config.trackers) - available - {"all"}:
+            raise ImportError(f"trackers: {tracker!r} is not installed; found: {sorted(available) or 'none'}")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import math
 import os
@@ -29,7 +28,7 @@ from dpo_kernels.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from dpo_kernels.config import TrainConfig, practice_warnings, trajectory_settings
+from dpo_kernels.config import TrainConfig, practice_warnings, require_packages, trajectory_settings
 from dpo_kernels.dispatch import choose
 from dpo_kernels.head import LMHead
 from dpo_kernels.pairs import TOKEN_COLUMNS, check_fits, data_fingerprint, load_data, pair_lengths, pairs_of_step
@@ -153,7 +152,7 @@ def train(config: TrainConfig) -> TrainResult:
         FloatingPointError: the loss is no longer a number.
         ImportError: a package of the extra `train` is missing.
     """
-    _require_packages(config)
+    require_packages(config)
     with deterministic_algorithms(config.deterministic):
         return _train(config)
 
@@ -486,19 +485,6 @@ def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         return (value.pin_memory() if device.type == "cuda" else value).to(device, non_blocking=True)
 
     return {name: move(value) for name, value in batch.items()}
-
-
-def _require_packages(config: TrainConfig) -> None:
-    needed = ["transformers", "datasets", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml"]
-    missing = [name for name in needed + ["peft"] * bool(config.lora_r) if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ImportError(f"training needs {', '.join(missing)}: pip install 'dpo_kernels[train]'")
-    if config.trackers:
-        from accelerate.tracking import get_available_trackers
-
-        available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
-        for tracker in set(config.trackers) - available - {"all"}:
-            raise ImportError(f"trackers: {tracker!r} is not installed; found: {sorted(available) or 'none'}")
 
 
 def _check_accelerator(accelerator: Accelerator) -> None:

@@ -1,5 +1,8 @@
 """The command: exit status, what it prints where, and how it is told what to do."""
 
+import subprocess
+import sys
+
 import pytest
 
 from dpo_kernels.cli import main
@@ -61,6 +64,26 @@ def test_a_run_from_a_file_and_flags(tmp_path, capsys):
     assert "rewards/accuracies" in printed.out and str(output / "final") in printed.out
     assert "warning: beta 0.6 is outside 0.01 to 0.5" in printed.err
     assert (output / "metrics.jsonl").is_file() and (output / "final" / "model.safetensors").is_file()
+
+
+def test_without_the_extra_the_package_works_and_training_says_what_is_missing():
+    """As after a plain `pip install .`: PyTorch, and nothing else."""
+    code = """
+import importlib.util, sys
+extras = ("transformers", "datasets", "accelerate", "peft", "safetensors", "matplotlib", "tqdm", "triton")
+for name in extras:
+    sys.modules[name] = None
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if name in extras else find_spec(name)
+import dpo_kernels
+from dpo_kernels.cli import main
+assert main(["env"]) == 0
+sys.exit(main(["train"]))
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert "training needs transformers" in ended.stderr and "pip install 'dpo_kernels[train]'" in ended.stderr
+    assert "auto picks" in ended.stdout
 
 
 def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):

@@ -23,7 +23,6 @@ from accelerate import Accelerator
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_kernels import train as train_module
 from dpo_kernels.checkpoint import MetricsLog, list_checkpoints, read_metrics
 from dpo_kernels.config import TrainConfig, load_config
 from dpo_kernels.demo import demo_model
@@ -518,7 +517,7 @@ def test_missing_trackers_are_named(tmp_path):
 
 
 def test_missing_packages_are_named(monkeypatch):
-    monkeypatch.setattr(train_module.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else name)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else name)
     with pytest.raises(ImportError, match=r"training needs matplotlib: pip install 'dpo_kernels\[train\]'"):
         train(TrainConfig())
 
