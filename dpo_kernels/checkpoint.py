@@ -81,6 +81,11 @@ def find_checkpoint(output_dir: Path, resume: str, overwrite: bool = False) -> P
     `overwrite` it, replace one that has finished and left no checkpoint.
     """
     existing = list_checkpoints(output_dir)
+    if existing and overwrite:
+        raise ValueError(
+            f"overwrite: {output_dir} holds {existing[-1].name}, which a run goes on from: delete its checkpoints, or "
+            "leave overwrite out to go on"
+        )
     if not existing and (output_dir / "final").exists() and not overwrite:
         raise ValueError(
             f"output_dir: {output_dir} holds a finished run (final/) without checkpoints to go on from: give another "

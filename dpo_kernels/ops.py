@@ -275,7 +275,8 @@ def _(logits: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor, Te
     )
 
 
-def _logits_bwd(
+def _write_dlogits(
+    out: Tensor,
     grad: Tensor,
     logits: Tensor,
     labels: Tensor,
@@ -284,7 +285,6 @@ def _logits_bwd(
     ignore_index: int,
     num_labelled: int,
     impl: str,
-    out: Tensor,
 ) -> None:
     known = None if num_labelled == UNKNOWN else num_labelled
     rows = labelled_rows(labels, logits.shape[-1], ignore_index, known)
@@ -292,18 +292,9 @@ def _logits_bwd(
     load(impl).logps_bwd_(g, logits, rows, y, _pick_norm(norm, rows), logps, out)
 
 
-def token_logps_bwd_impl(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    norm: Tensor,
-    logps: Tensor,
-    ignore_index: int,
-    num_labelled: int,
-    impl: str,
-) -> Tensor:
+def token_logps_bwd_impl(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
     dlogits = logits.new_zeros(logits.shape)
-    _logits_bwd(grad, logits, labels, norm, logps, ignore_index, num_labelled, impl, dlogits)
+    _write_dlogits(dlogits, grad, logits, *options)
     return dlogits
 
 
@@ -321,17 +312,9 @@ def _(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def token_logps_bwd_inplace_impl(
-    grad: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    norm: Tensor,
-    logps: Tensor,
-    ignore_index: int,
-    num_labelled: int,
-    impl: str,
-) -> None:
-    _logits_bwd(grad, logits, labels, norm, logps, ignore_index, num_labelled, impl, logits)
+def token_logps_bwd_inplace_impl(grad: Tensor, logits: Tensor, labels: Tensor, *options: Any) -> None:
+    _write_dlogits(logits, grad, logits, labels, *options)
+    *_, ignore_index, _, _ = options
     logits.masked_fill_((labels == ignore_index)[..., None], 0)
 
 

@@ -500,8 +500,10 @@ def test_a_finished_run_is_not_overwritten_unless_told(tmp_path):
     with pytest.raises(ValueError, match="output_dir: .* holds a finished run"):
         run(tmp_path, max_steps=2, eval_fraction=0)
     assert all(torch.equal(before[name], weight) for name, weight in weights_of(tmp_path).items())
-    result, _ = run(tmp_path, max_steps=2, eval_fraction=0, overwrite=True)
+    result, _ = run(tmp_path, max_steps=2, eval_fraction=0, overwrite=True, save_steps=1)
     assert result.steps == 2
+    with pytest.raises(ValueError, match="overwrite: .* holds checkpoint-2"):
+        run(tmp_path, max_steps=2, eval_fraction=0, overwrite=True)
 
 
 def test_an_evaluation_no_better_than_the_start_is_not_the_best(tmp_path):
