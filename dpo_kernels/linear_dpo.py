@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.dispatch import choose, load
+from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.logps import (
     check_linear_inputs,
@@ -334,7 +335,8 @@ class _GroupedLoss(torch.autograd.Function):
             return dlogp
 
         with torch.autocast(x.device.type, enabled=False):
-            ctx.grads = load(g.impl).linear_logps_grouped(
+            ctx.grads = paths.linear_logps_grouped(
+                load(g.impl),
                 x.detach(),
                 weight.detach(),
                 None if bias is None else bias.detach(),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.dispatch import load
+from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.rows import check_finite, labelled_rows
 
@@ -83,7 +84,8 @@ def linear_token_logps_impl(
     x = _pick(hidden, rows)
     if rows is not None:
         check_finite(x, rows, waits=num_labelled == UNKNOWN)
-    out = load(impl).linear_logps_fwd(
+    out = paths.linear_logps_fwd(
+        load(impl),
         x,
         weight,
         bias,
@@ -158,7 +160,8 @@ def linear_token_logps_bwd_impl(
             weight.new_zeros(weight.shape if need_dweight else 0),
             weight.new_zeros(weight.shape[0] if need_dbias else 0),
         )
-    dx, dweight, dbias = load(impl).linear_logps_bwd(
+    dx, dweight, dbias = paths.linear_logps_bwd(
+        load(impl),
         _pick(grad, rows),
         _pick(hidden, rows),
         weight,

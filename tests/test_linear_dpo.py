@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-import dpo_kernels.impl.torch as impl_torch
 from dpo_kernels import dpo_loss, linear_dpo_loss, linear_sequence_logps
+from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.losses import LOSSES, length_desensitized_weights, wpo_weights
 from dpo_kernels.testing import assert_within_budget, head_inputs
@@ -174,8 +174,8 @@ def test_fp16_weights_are_formed_after_the_loss_scale_under_bf16_autocast_too():
 def test_inside_a_checkpoint(monkeypatch):
     """Under activation checkpointing: the right gradients, and the head not computed again for them."""
     calls = []
-    grouped = impl_torch.linear_logps_grouped
-    monkeypatch.setattr(impl_torch, "linear_logps_grouped", lambda *a, **k: calls.append(1) or grouped(*a, **k))
+    grouped = paths.linear_logps_grouped
+    monkeypatch.setattr(paths, "linear_logps_grouped", lambda *a, **k: calls.append(1) or grouped(*a, **k))
     inputs, plain = head_inputs(), head_inputs()
     torch.utils.checkpoint.checkpoint(
         lambda h: fused(inputs._replace(hidden=h)).loss, inputs.hidden, use_reentrant=False

@@ -17,10 +17,10 @@ def half_precision_operands(monkeypatch):
 
     def mm(a, b, out, accumulate=False):
         product = a.to(out.dtype) @ b.to(out.dtype)
-        out.add_(product) if accumulate else out.copy_(product)
+        return out.add_(product) if accumulate else out.copy_(product)
 
-    monkeypatch.setattr(impl_torch, "_mm", mm)
-    monkeypatch.setattr(impl_torch, "_operand", lambda t, compute_dtype: t.to(compute_dtype))
+    monkeypatch.setattr(impl_torch, "product", mm)
+    monkeypatch.setattr(impl_torch, "operand", lambda t, compute_dtype: t.to(compute_dtype))
 
 
 def margin(logps, ref_logps):

@@ -1,21 +1,21 @@
 """What an implementation of the fused log-probabilities provides. Implementations never import one another.
 
-Dimensions: N labelled rows, H hidden size, V vocabulary size, K requested statistics. Every tensor that an
-implementation receives is compacted: row n has a label in [0, V).
+Dimensions: N labelled rows, H hidden size, V vocabulary size, K requested statistics, n rows and v vocabulary entries
+of one tile. Every tensor that an implementation receives is compacted: row n has a label in [0, V).
 
-An implementation is a module with these functions (`torch.py` is the one to read first):
-
-    linear_logps_fwd      paths A and B: hidden rows to log-probabilities, with the gradient of each if asked for
-    linear_logps_bwd      path D: the gradients, with each tile of logits computed again
-    linear_logps_grouped  path C: log-probabilities and gradients in one pass over groups of rows
-    logps_fwd, logps_bwd_ path E: from logits that exist already
+An implementation is a module with the functions of `TileKernels`. `paths.py` builds the algorithms A to D from the
+first six of them, the same for every implementation; `torch.py` is the one to read first.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
+from torch import Tensor
+
+from dpo_kernels.impl.fold import Fold
 
 STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
 
@@ -36,19 +36,75 @@ class LogitTransform(NamedTuple):
 class Rows(NamedTuple):
     """Where the labelled positions lie in [S, T]."""
 
-    sequence: torch.Tensor  # [N] int64
-    position: torch.Tensor  # [N] int64
+    sequence: Tensor  # [N] int64
+    position: Tensor  # [N] int64
 
 
 class LinearLogps(NamedTuple):
     """What a pass over the vocabulary leaves for each row, in fp32 (fp64 for fp64 inputs)."""
 
-    logp: torch.Tensor  # [N]
+    logp: Tensor  # [N]
     # [2, N]: a shift c near the largest logit, and sum_v exp(z_v - c). Apart, because lse = c + log(sum) in one number
     # rounds at the size of c, and every probability with it.
-    norm: torch.Tensor
-    stats: torch.Tensor  # [K, N], in the order asked for
-    dhidden: torch.Tensor | None  # [N, H] d logp_n / d x_n, same dtype as logp
+    norm: Tensor
+    stats: Tensor  # [K, N], in the order asked for
+    dhidden: Tensor | None  # [N, H] d logp_n / d x_n, same dtype as logp
+
+
+class Columns(NamedTuple):
+    """A block of the vocabulary."""
+
+    start: int
+    bias: Tensor | None  # [v] in the accumulation dtype
+
+
+class TileKernels(Protocol):
+    """The functions of an implementation. A tile `a` holds the products x.W of n rows and v vocabulary entries, in the
+    accumulation dtype and contiguous; a row of it costs one read, and one write where the tile is changed."""
+
+    def tile_bytes(self, device: torch.device) -> int:
+        """The size in bytes that no temporary tensor of paths A, B and D exceeds, whatever N and V."""
+
+    def operand(self, t: Tensor, compute_dtype: torch.dtype) -> Tensor:
+        """`t` rounded to the compute dtype, held in the dtype that the device multiplies in with fp32 accumulation."""
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+        """a @ b without rounding below the dtype of `out`: in `out`, or beside it in a new tensor that is returned;
+        out + a @ b, always in `out`, with `accumulate`."""
+
+    def new_fold(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
+        """What is kept of rows with labels y [N] during a sweep with tiles of `dtype`."""
+
+    def fold_(
+        self, fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool
+    ) -> None:
+        """Takes the tile of `rows` and `columns` into `fold`. `keep`: leaves the tile as it is."""
+
+    def fold_exp_(self, fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
+        """The same, and leaves exp(z - max), times the softcap's part of dz/da, in the tile, 0 at the label. Returns
+        the factor [n] that brings what was accumulated before to the new maximum."""
+
+    def dlogits_(
+        self,
+        a: Tensor,
+        y: Tensor,
+        norm: Tensor,
+        logp: Tensor,
+        g: Tensor,
+        columns: Columns,
+        transform: LogitTransform,
+    ) -> Tensor:
+        """Turns the tile into -g p dz/da, with 0 at the labels. Returns value [n] of the label's own entry
+        g (1 - p_y) dz/da, 0 where the label lies in another block. norm [2, n]; logp, g [n]."""
+
+    def logps_fwd(self, logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
+        """Path E: one read of the labelled rows of logits [S, T, V]."""
+
+    def logps_bwd_(
+        self, g: Tensor, logits: Tensor, rows: Rows, y: Tensor, norm: Tensor, logp: Tensor, out: Tensor
+    ) -> None:
+        """Path E: the gradient of sum_n g_n logp_n with respect to the logits, written to the labelled rows of `out`
+        [S, T, V], which may be `logits`."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

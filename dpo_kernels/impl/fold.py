@@ -1,0 +1,61 @@
+"""What a sweep over the vocabulary remembers of each row, and what follows from it at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class Fold:
+    """Running statistics of N rows over vocabulary blocks, the label's entry held apart.
+
+    The label never takes part in a row's running maximum m and sum s = sum_{v != y} exp(z_v - m). Then
+
+        logp = -log1p(s exp(m - z_y)) where z_y > m        1 - p_y = -expm1(logp)
+
+    keep their digits where the model is sure of the label, which is where DPO spends its time and where z_y - lse
+    cancels. The tile kernels of an implementation update the fields below; `finish` reads them.
+    """
+
+    def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
+        self.y, self.names = y, tuple(stats)
+        self.state = torch.zeros(7, *y.shape, dtype=dtype, device=y.device)
+        """[7, N]: the seven below, which are views of it."""
+        self.max, self.target, self.label_slope, self.sum, self.sum_z, self.sum_ez, self.sum_sq = self.state
+        # finite, so that a block of -inf alone leaves no inf - inf; in fp32, which holds the logits of all but fp64
+        self.max.fill_(torch.finfo(torch.float32).min)
+        self.target.fill_(-math.inf)  # z_y
+        self.label_slope.fill_(1.0)  # the softcap's part of dz/da at the label: 1 without one
+        self.argmax = torch.full_like(y, -1)
+        """[N] int64: where the maximum is, the first of equal ones; kept for "is_top1" alone."""
+
+    def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """logp [N], norm [2, N] and the statistics [K, N], in `dtype`; see `LinearLogps`."""
+        lead = self.target - self.max
+        self.logp = torch.where(
+            lead > 0, -torch.log1p(self.sum * torch.exp(-lead)), lead - torch.log(self.sum + torch.exp(lead))
+        )
+        shift = torch.maximum(self.max, self.target)
+        total = self.sum * torch.exp(self.max - shift) + torch.exp(self.target - shift)
+        self.others = torch.exp(self.max - shift) / total
+        """[N]: what exp(z - max) is multiplied by to be a probability."""
+        log_prob_of_max = (self.max - shift) - total.log()
+        values = []
+        for name in self.names:
+            if name == "entropy":
+                # -sum p log p: the label's term, and the others' with z = max + (z - max)
+                own = torch.where(self.logp == -math.inf, 0.0, -self.logp.exp() * self.logp)
+                values.append(own - self.others * (self.sum_ez + self.sum * log_prob_of_max))
+            elif name == "is_top1":
+                # argmax takes the first of equal entries
+                first = (self.target == self.max) & (self.y < self.argmax)
+                values.append(((self.target > self.max) | first).to(self.max.dtype))
+            elif name == "mean_logit":
+                values.append(self.sum_z / vocab_size)
+            else:
+                values.append(torch.logaddexp(self.sum_sq.log() + 2 * log_prob_of_max, 2 * self.logp))
+        stats = torch.stack(values) if values else self.max.new_empty(0, *self.max.shape)
+        return self.logp.to(dtype), torch.stack([shift, total]).to(dtype), stats.to(dtype)

@@ -1,0 +1,232 @@
+"""The algorithms A to D over tiles of logits: which products are done, in which order, and where they are summed.
+
+Dimensions: N labelled rows, H hidden size, V vocabulary size, v columns of one vocabulary block, n rows of one row
+block, K statistics. A *tile* is [n, v] in the accumulation dtype (fp32; fp64 for fp64 operands). No tensor made here
+exceeds `tile_bytes`, except the [N, H] accumulators and results, and the buffer of path C. What happens inside a tile,
+and the matrix products, are `k`'s: the implementation's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.impl.interface import Columns, LinearLogps, LogitTransform, TileKernels, accumulate_dtype
+
+# Below this many columns a matrix product wastes more than splitting the rows does.
+MIN_COLUMNS = 256
+
+
+def spans(size: int, step: int) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def _blocks(n: int, v: int, h: int, dtype: torch.dtype, tile_bytes: int) -> tuple[int, int]:
+    """Rows and columns of a tile, such that [rows, columns], [rows, H] and [columns, H] each fit in `tile_bytes`."""
+    numel = tile_bytes // dtype.itemsize
+    rows = max(1, min(n, numel // max(h, min(v, MIN_COLUMNS))))
+    return rows, max(1, min(v, numel // max(h, rows)))
+
+
+def _tile(buffer: Tensor, n: int, v: int) -> Tensor:
+    return buffer[: n * v].view(n, v)
+
+
+def _columns(bias: Tensor | None, block: slice, compute_dtype: torch.dtype) -> Columns:
+    """The bias rounded to the compute dtype as every operand is."""
+    b = None if bias is None else bias[block].to(compute_dtype).to(accumulate_dtype(compute_dtype))
+    return Columns(block.start, b)
+
+
+def _put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
+    """Adds value [n] to the label's own entry of each row whose label lies in the block; `value` is 0 elsewhere."""
+    column = (y - start).clamp(0, a.shape[1] - 1)[:, None]
+    # not scatter_add_, which adds with atomics on some devices
+    a.scatter_(1, column, a.gather(1, column) + value[:, None])
+
+
+def _add_label_rows_(
+    dx: Tensor, weight: Tensor, y: Tensor, label: Tensor, compute_dtype: torch.dtype, rows: int
+) -> None:
+    """dx_n += label_n W_y, a block of rows at a time."""
+    for span in spans(y.shape[0], rows):
+        dx[span].addcmul_(weight[y[span]].to(compute_dtype).to(dx.dtype), label[span, None])
+
+
+def linear_logps_fwd(
+    k: TileKernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    transform: LogitTransform,
+    *,
+    compute_dtype: torch.dtype,
+    stats: Sequence[str] = (),
+    with_dhidden: bool = False,
+) -> LinearLogps:
+    """Path A, and path B with `with_dhidden`: sum_v exp(z_v - m) dz/da W_v is accumulated with online rescaling in the
+    same sweep, as attention does with keys and values W."""
+    (n, h), v = x.shape, weight.shape[0]
+    acc = accumulate_dtype(compute_dtype)
+    rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
+    fold = k.new_fold(y, acc, stats)
+    expected = x.new_zeros(n, h, dtype=acc) if with_dhidden else None
+    buffer = x.new_empty(rows * columns, dtype=acc)
+    for block in spans(v, columns):
+        w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
+        for span in spans(n, rows):
+            x_rows = k.operand(x[span], compute_dtype)
+            a = k.product(x_rows, w.t(), _tile(buffer, x_rows.shape[0], w.shape[0]))
+            if expected is None:
+                k.fold_(fold, a, span, c, transform, keep=False)
+            else:
+                rescale = k.fold_exp_(fold, a, span, c, transform)
+                k.product(a.to(w.dtype), w, expected[span].mul_(rescale[:, None]), accumulate=True)
+    logp, norm, values = fold.finish(v, acc)
+    if expected is not None:
+        expected.mul_((-transform.slope * fold.others).to(acc)[:, None])
+        label = -torch.expm1(fold.logp) * transform.slope * fold.label_slope
+        _add_label_rows_(expected, weight, y, label.to(acc), compute_dtype, rows)
+    return LinearLogps(logp, norm, values, expected)
+
+
+class _Gradients:
+    """dX, dW and db while they are summed over tiles of dlogits, all in the accumulation dtype. A dW of a lower dtype
+    is summed apart and rounded once: block by block (`block_columns`), or whole where rows come in several groups."""
+
+    def __init__(
+        self,
+        k: TileKernels,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        compute_dtype: torch.dtype,
+        need: tuple[bool, bool, bool],
+        block_columns: int,
+    ):
+        acc = accumulate_dtype(compute_dtype)
+        (n, h), v = x.shape, weight.shape[0]
+        self.k, self.x, self.weight, self.compute_dtype = k, x, weight, compute_dtype
+        self.dx = x.new_zeros(n, h, dtype=acc) if need[0] else None
+        self.label = x.new_zeros(n, dtype=acc)
+        self.dw = weight.new_empty(v, h) if need[1] else None
+        self.dw_sum = self.dw if weight.dtype == acc or not need[1] else weight.new_empty(block_columns, h, dtype=acc)
+        self.db = bias.new_zeros(v, dtype=acc) if need[2] and bias is not None else None
+        self.db_dtype = weight.dtype if bias is None else bias.dtype
+
+    def add_(self, a: Tensor, y: Tensor, value: Tensor, w: Tensor, rows: slice, block: slice, first: bool) -> None:
+        """Adds the products of one tile of dlogits. The labels' entries stay out of dX, where they would be rounded at
+        their own size and then cancel (`finish` adds them), and are in dW and db. `first`: nothing is in this block
+        yet."""
+        if self.dx is not None:
+            self.k.product(a.to(w.dtype), w, self.dx[rows], accumulate=True)
+            self.label[rows] += value
+        if self.dw_sum is not None or self.db is not None:
+            _put_labels_(a, y, block.start, value)
+        if self.dw_sum is not None:
+            target = self.dw_sum[block] if self.dw_sum.shape[0] == self.weight.shape[0] else self.dw_sum[: a.shape[1]]
+            x = self.k.operand(self.x[rows], self.compute_dtype)
+            product = self.k.product(a.to(w.dtype).t(), x, target, accumulate=not first)
+            if product is not target:
+                target.copy_(product)
+        if self.db is not None:
+            self.db[block] += a.sum(0)
+
+    def round_block(self, block: slice) -> None:
+        """Once all rows are in a block: writes it to dW."""
+        if self.dw is not None and self.dw_sum is not None and self.dw_sum is not self.dw:
+            whole = self.dw_sum.shape[0] == self.weight.shape[0]
+            self.dw[block] = self.dw_sum[block] if whole else self.dw_sum[: block.stop - block.start]
+
+    def finish(self, y: Tensor, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Adds the labels' part of dX and gives the three, in the dtypes of what they are gradients of."""
+        if self.dx is not None:
+            _add_label_rows_(self.dx, self.weight, y, self.label, self.compute_dtype, rows)
+            self.dx = self.dx.to(self.x.dtype)
+        return self.dx, self.dw, None if self.db is None else self.db.to(self.db_dtype)
+
+
+def linear_logps_bwd(
+    k: TileKernels,
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    norm: Tensor,
+    logp: Tensor,
+    transform: LogitTransform,
+    *,
+    compute_dtype: torch.dtype,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Path D: gradients of sum_n g_n logp_n with respect to x, weight and bias, those that are needed. The vocabulary
+    is the outer loop, so each block of dW is summed over all rows and rounded once, straight into its place."""
+    (n, h), v = x.shape, weight.shape[0]
+    acc = accumulate_dtype(compute_dtype)
+    rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
+    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns)
+    buffer = x.new_empty(rows * columns, dtype=acc)
+    for block in spans(v, columns):
+        w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
+        for span in spans(n, rows):
+            x_rows = k.operand(x[span], compute_dtype)
+            a = k.product(x_rows, w.t(), _tile(buffer, x_rows.shape[0], w.shape[0]))
+            value = k.dlogits_(a, y[span], norm[:, span], logp[span], g[span], c, transform)
+            grads.add_(a, y[span], value, w, span, block, first=span.start == 0)
+        grads.round_block(block)
+    return grads.finish(y, rows)
+
+
+def linear_logps_grouped(
+    k: TileKernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    transform: LogitTransform,
+    groups: Sequence[slice],
+    coefficients: Callable[[int, Tensor, Tensor], Tensor],
+    *,
+    compute_dtype: torch.dtype,
+    need: tuple[bool, bool, bool],
+    stats: Sequence[str] = (),
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Path C: the gradients of a sum over groups of rows, each product computed once. The products of one group are
+    kept, tile by tile, in a buffer of n V while `coefficients(i, logp [n], stats [K, n])` says what each row of group i
+    weighs."""
+    (n, h), v = x.shape, weight.shape[0]
+    acc = accumulate_dtype(compute_dtype)
+    largest = max((group.stop - group.start for group in groups), default=0)
+    rows, columns = _blocks(largest, v, h, acc, k.tile_bytes(x.device))
+    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns if len(groups) == 1 else v)
+    buffer = x.new_empty(largest * v, dtype=acc)
+    for i, group in enumerate(groups):
+        local = list(spans(group.stop - group.start, rows))
+        span_of = {s.start: slice(group.start + s.start, group.start + s.stop) for s in local}
+        fold = k.new_fold(y[group], acc, stats)
+        kept, used = [], 0
+        for block in spans(v, columns):
+            w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
+            for s in local:
+                x_rows = k.operand(x[span_of[s.start]], compute_dtype)
+                place = _tile(buffer[used:], x_rows.shape[0], w.shape[0])
+                used += place.numel()
+                a = k.product(x_rows, w.t(), place)
+                k.fold_(fold, a, s, c, transform, keep=True)
+                kept.append(place if a is place else place.copy_(a))
+        logp, norm, values = fold.finish(v, acc)
+        g = coefficients(i, logp, values)
+        tiles = iter(kept)
+        for block in spans(v, columns):
+            w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
+            for s in local:
+                span, a = span_of[s.start], next(tiles)
+                value = k.dlogits_(a, y[span], norm[:, s], logp[s], g[s], c, transform)
+                grads.add_(a, y[span], value, w, span, block, first=span.start == 0)
+            if group.stop == n:
+                grads.round_block(block)
+    return grads.finish(y, rows)
