@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import importlib
-from types import ModuleType
+import importlib.util
+from typing import cast
 
 import torch
 
+from dpo_kernels.impl.interface import TileKernels
+
 IMPLEMENTATIONS = ("torch", "cpu", "triton", "cuda")
-_MODULES = {"torch": "dpo_kernels.impl.torch"}
+_MODULES = {"torch": "dpo_kernels.impl.torch", "cpu": "dpo_kernels.impl.native"}
+# What "auto" takes on a type of device: the first that can run there, "torch" at last.
+PREFERRED = {"cpu": ("cpu",)}
 
 
 def unavailable_reason(impl: str, device: torch.device) -> str | None:
     """Why `impl` cannot run on `device`, or None if it can."""
     if impl not in _MODULES:
         return f"this version of dpo_kernels has no {impl!r} implementation"
+    if impl == "cpu":
+        if device.type != "cpu":
+            return f"it computes on the CPU, not on {device.type!r}"
+        if importlib.util.find_spec("dpo_kernels._native") is None:
+            return (
+                "its extension was not built: install a C++ compiler, then dpo_kernels again with DPO_KERNELS_BUILD=cpu"
+            )
     return None
 
 
@@ -25,7 +37,8 @@ def choose(impl: str, device: torch.device) -> str:
         ValueError: `impl` is unknown, or cannot run on `device`; the message gives the reason.
     """
     if impl == "auto":
-        return next(name for name in reversed(IMPLEMENTATIONS) if unavailable_reason(name, device) is None)
+        candidates = (*PREFERRED.get(device.type, ()), "torch")
+        return next(name for name in candidates if unavailable_reason(name, device) is None)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
     reason = unavailable_reason(impl, device)
@@ -34,6 +47,6 @@ def choose(impl: str, device: torch.device) -> str:
     return impl
 
 
-def load(impl: str) -> ModuleType:
+def load(impl: str) -> TileKernels:
     """The module behind a resolved name."""
-    return importlib.import_module(_MODULES[impl])
+    return cast(TileKernels, importlib.import_module(_MODULES[impl]))

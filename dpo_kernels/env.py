@@ -8,8 +8,7 @@ import platform
 import torch
 
 import dpo_kernels
-from dpo_kernels.dispatch import IMPLEMENTATIONS, choose, unavailable_reason
-from dpo_kernels.impl.torch import tile_bytes
+from dpo_kernels.dispatch import IMPLEMENTATIONS, choose, load, unavailable_reason
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "peft", "trl")
 
@@ -40,8 +39,10 @@ def report() -> str:
     ]
     for device in devices():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        lines.append(f"\n{device} ({name}): auto picks {choose('auto', device)!r}")
-        lines.append(f"  temporary memory of one call: tiles of {tile_bytes(device) / 2**20:.0f} MiB")
+        picked = choose("auto", device)
+        lines.append(f"\n{device} ({name}): auto picks {picked!r}")
+        lines.append(f"  temporary memory of one call: tiles of {load(picked).tile_bytes(device) / 2**20:.0f} MiB")
         for impl in IMPLEMENTATIONS:
-            lines.append(f"  {impl:<7} {unavailable_reason(impl, device) or 'available'}")
+            reason = unavailable_reason(impl, device)
+            lines.append(f"  {impl:<7} {reason or load(impl).description()}")
     return "\n".join(lines)

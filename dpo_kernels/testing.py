@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from dpo_kernels.ops import IMPLEMENTATION_OF
 
-PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkldnn::_linear_pointwise")
 
 
 class HeadInputs(NamedTuple):
@@ -93,11 +93,11 @@ class Record(TorchDispatchMode):
         if name in IMPLEMENTATION_OF:
             with self:
                 return IMPLEMENTATION_OF[name](*args)
-        if func.overloadpacket in PRODUCTS:
-            a, b = [t for t in args if isinstance(t, Tensor)][-2:]
-            self.multiplications += a.numel() * b.shape[-1]
         known = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **kwargs)
+        if name.split(".")[0] in PRODUCTS:
+            a, _ = [t for t in args if isinstance(t, Tensor)][-2:]
+            self.multiplications += a.shape[-1] * out.numel()
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in known:
                 self.largest = max(self.largest, (t.untyped_storage().nbytes(), name, tuple(t.shape)))

@@ -10,6 +10,7 @@ from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.losses import LOSSES, length_desensitized_weights, wpo_weights
 from dpo_kernels.testing import assert_within_budget, head_inputs
 
+pytestmark = pytest.mark.usefixtures("impl")
 SMOOTHED = {"cdpo": 0.1, "robust": 0.1, "exo_pair": 0.1}
 ROW = 123 * 8  # bytes of one row of fp64 logits
 # all pairs at once; one pair or two at a time; none fits, so the logits are computed again

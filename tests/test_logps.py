@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-import dpo_kernels.impl.torch as impl_torch
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs, rms
 
+pytestmark = pytest.mark.usefixtures("impl")
 STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
 TRANSFORMS = {
     "plain": {},
@@ -25,10 +25,10 @@ SHAPES = {
 
 
 @pytest.fixture(params=[None, 16 * 1024], ids=["default tile", "16 KiB tile"])
-def tile(request, monkeypatch):
+def tile(request, set_tile_bytes):
     """The small tile splits rows and columns of the larger shapes; the default one takes each whole."""
     if request.param is not None:
-        monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", request.param)
+        set_tile_bytes(request.param)
 
 
 def oracle(inputs, **transform):
@@ -75,8 +75,8 @@ def test_stats(tile, shape, transform):
 
 
 @pytest.mark.parametrize("tile_bytes", [16, 2**20])  # four columns a tile: the tie lies in two of them
-def test_is_top1_takes_the_first_of_equal_logits(tile_bytes, monkeypatch):
-    monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", tile_bytes)
+def test_is_top1_takes_the_first_of_equal_logits(tile_bytes, set_tile_bytes):
+    set_tile_bytes(tile_bytes)
     # argmax semantics: entries 2, 5 and 7 tie for the maximum, only the label 2 is the first
     logits = torch.zeros(1, 3, 8)
     logits[..., [2, 5, 7]] = 1.0

@@ -4,7 +4,6 @@ and no more."""
 import pytest
 import torch
 
-import dpo_kernels.impl.torch as impl_torch
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import Record, SavedBytes, head_inputs
@@ -16,8 +15,8 @@ SHAPES = {"base": (4, 50, 16, 4000), "rows": (4, 100, 16, 4000), "columns": (4, 
 
 
 @pytest.fixture(autouse=True)
-def small_tile(monkeypatch):
-    monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", TILE)
+def small_tile(set_tile_bytes):
+    set_tile_bytes(TILE)
 
 
 def make(shape, frozen, dtype, labelled=0.5):
@@ -147,10 +146,10 @@ def peak_bytes(fn):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("path", ["A", "B", "C", "D"])
-def test_peak_memory(path, dtype, softcap, monkeypatch):
+def test_peak_memory(path, dtype, softcap, set_tile_bytes):
     """All that is alive at once: at most four tiles, [N, H] a few times, what is returned, and `chunk_bytes` for C."""
     tile = 2**20
-    monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", tile)
+    set_tile_bytes(tile)
     inputs = make((8, 64, 64, 30000), frozen=path in "AB", dtype=dtype)
     rows = int((inputs.labels != -100).sum())
     logits_bytes = rows * 30000 * 4

@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-import dpo_kernels.impl.torch as impl_torch
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs
 
+pytestmark = pytest.mark.usefixtures("impl")
 PATHS = {"B": (True, None), "C": (False, None), "C in groups": (False, 300_000), "D": (False, 0)}
 
 
 @pytest.fixture
-def half_precision_operands(monkeypatch):
+def half_precision_operands(impl, monkeypatch):
     """Rounds where a GPU does: operands of every product stay in half precision, the product is fp32."""
 
     def mm(a, b, out, accumulate=False):
         product = a.to(out.dtype) @ b.to(out.dtype)
         return out.add_(product) if accumulate else out.copy_(product)
 
-    monkeypatch.setattr(impl_torch, "product", mm)
-    monkeypatch.setattr(impl_torch, "operand", lambda t, compute_dtype: t.to(compute_dtype))
+    monkeypatch.setattr(impl, "product", mm)
+    monkeypatch.setattr(impl, "operand", lambda t, compute_dtype: t.to(compute_dtype))
 
 
 def margin(logps, ref_logps):
@@ -114,10 +114,10 @@ def test_long_sums_are_wide():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_uninitialised_memory_is_never_read(monkeypatch, reduction):
+def test_uninitialised_memory_is_never_read(monkeypatch, set_tile_bytes, reduction):
     """Every buffer made without contents holds NaN first."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
-    monkeypatch.setattr(impl_torch, "CPU_TILE_BYTES", 16 * 1024)
+    set_tile_bytes(16 * 1024)
     torch.use_deterministic_algorithms(True)
     try:
         inputs = head_inputs(6, 20, 31, 523, labelled=0.4)

@@ -5,15 +5,17 @@ import torch
 from torch.autograd import gradcheck
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, ops, sequence_logps
+from dpo_kernels.dispatch import choose
 from dpo_kernels.testing import head_inputs
 
+pytestmark = pytest.mark.usefixtures("impl")
 STATS = ["entropy", "is_top1", "mean_logit", "log_sum_sq_probs"]
 
 
 def linear_args(inputs, bias, with_dhidden, stats, dtype):
     return (
         *(inputs.hidden, inputs.weight, inputs.labels, bias),
-        *(0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, stats, with_dhidden, "torch"),
+        *(0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, stats, with_dhidden, choose("auto", torch.device("cpu"))),
     )
 
 
@@ -33,7 +35,7 @@ def test_opcheck_linear_backward():
     hidden, weight, labels, bias, _ = (t.detach() for t in inputs)
     logps, norm, _, _ = ops.linear_token_logps(*linear_args(inputs, inputs.bias, False, [], torch.float32))
     for need in ((True, True, True), (True, False, False), (False, True, False)):
-        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, torch.float32, *need, "torch")
+        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, torch.float32, *need, choose("auto", torch.device("cpu")))
         args = (torch.rand(labels.shape), hidden, weight, labels, bias, norm.detach(), logps.detach(), *scalars)
         torch.library.opcheck(ops.linear_token_logps_bwd, args)
 
@@ -42,11 +44,25 @@ def test_opcheck_linear_backward():
 def test_opcheck_logits(inplace):
     labels = head_inputs().labels
     logits = torch.randn(*labels.shape, 123, requires_grad=True)
-    torch.library.opcheck(ops.token_logps, (logits, labels, -100, ops.UNKNOWN, STATS, False, "torch"))
-    logps, norm, _ = ops.token_logps(logits.detach(), labels, -100, ops.UNKNOWN, [], False, "torch")
+    torch.library.opcheck(
+        ops.token_logps, (logits, labels, -100, ops.UNKNOWN, STATS, False, choose("auto", torch.device("cpu")))
+    )
+    logps, norm, _ = ops.token_logps(
+        logits.detach(), labels, -100, ops.UNKNOWN, [], False, choose("auto", torch.device("cpu"))
+    )
     backward = ops.token_logps_bwd_ if inplace else ops.token_logps_bwd
     torch.library.opcheck(
-        backward, (torch.rand(labels.shape), logits.detach(), labels, norm, logps, -100, ops.UNKNOWN, "torch")
+        backward,
+        (
+            torch.rand(labels.shape),
+            logits.detach(),
+            labels,
+            norm,
+            logps,
+            -100,
+            ops.UNKNOWN,
+            choose("auto", torch.device("cpu")),
+        ),
     )
 
 

@@ -4,7 +4,7 @@ Dimensions: N labelled rows, H hidden size, V vocabulary size, K requested stati
 of one tile. Every tensor that an implementation receives is compacted: row n has a label in [0, V).
 
 An implementation is a module with the functions of `TileKernels`. `paths.py` builds the algorithms A to D from the
-first six of them, the same for every implementation; `torch.py` is the one to read first.
+first functions, the same for every implementation; `torch.py` is the one to read first.
 """
 
 from __future__ import annotations
@@ -61,6 +61,9 @@ class Columns(NamedTuple):
 class TileKernels(Protocol):
     """The functions of an implementation. A tile `a` holds the products x.W of n rows and v vocabulary entries, in the
     accumulation dtype and contiguous; a row of it costs one read, and one write where the tile is changed."""
+
+    def description(self) -> str:
+        """What this machine runs it with, for people."""
 
     def tile_bytes(self, device: torch.device) -> int:
         """The size in bytes that no temporary tensor of paths A, B and D exceeds, whatever N and V."""

@@ -20,6 +20,10 @@ CPU_TILE_BYTES = 16 * 2**20
 DEVICE_TILE_BYTES = 128 * 2**20
 
 
+def description() -> str:
+    return "available"
+
+
 def tile_bytes(device: torch.device) -> int:
     return CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
 

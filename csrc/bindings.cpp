@@ -1,0 +1,130 @@
+// The module dpo_kernels._native: raw addresses and sizes in, nothing out. It knows no tensors, so one binary serves every
+// version of PyTorch; dpo_kernels/impl/native.py checks shapes, types and strides before it calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using namespace dpo_kernels;
+
+namespace {
+
+using Address = uintptr_t;
+
+template <class T>
+T* as(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// From the widest vectors to the narrowest.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+  for (const Kernels* k : {avx512_kernels(), avx2_kernels(), baseline_kernels()}) {
+    if (k) found.push_back(k);
+  }
+  return found;
+}
+
+const Kernels* kernels = available().front();
+
+void use_isa(const std::string& name) {
+  for (const Kernels* k : available()) {
+    if (name == k->name) {
+      kernels = k;
+      return;
+    }
+  }
+  throw std::invalid_argument("isa: this machine has no kernels named '" + name + "'");
+}
+
+DType dtype_of(const std::string& name) {
+  if (name == "float32") return DType::f32;
+  if (name == "float64") return DType::f64;
+  if (name == "bfloat16") return DType::bf16;
+  if (name == "float16") return DType::f16;
+  throw std::invalid_argument("dtype: expected float32, float64, bfloat16 or float16, got '" + name + "'");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+
+  py::class_<Transform>(m, "Transform").def(py::init<double, double, double>());
+  py::class_<FoldState>(m, "FoldState").def(py::init([](Address data, int64_t stride, Address argmax) {
+    return FoldState{as<double>(data), stride, as<int64_t>(argmax)};
+  }));
+  py::class_<Tile>(m, "Tile").def(
+      py::init([](Address a, int64_t n, int64_t v, int64_t start, Address y, Address bias, const Transform& transform) {
+        return Tile{as<void>(a), n, v, start, as<const int64_t>(y), as<const void>(bias), transform};
+      }));
+  py::class_<LogitsRows>(m, "LogitsRows").def(py::init([](Address data, int64_t s, int64_t t, int64_t v) {
+    return LogitsRows{as<void>(data), s, t, v};
+  }));
+  py::class_<Rows>(m, "Rows").def(
+      py::init([](Address sequence, Address position, Address y, int64_t n, int64_t v) {
+        return Rows{as<const int64_t>(sequence), as<const int64_t>(position), as<const int64_t>(y), n, v};
+      }));
+
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const Kernels* k : available()) names.push_back(k->name);
+    return names;
+  });
+  m.def("isa", [] { return std::string(kernels->name); });
+  m.def("use_isa", use_isa);
+  m.def("is_intel", [] {
+#if defined(__x86_64__)
+    return __builtin_cpu_is("intel") != 0;
+#else
+    return false;
+#endif
+  });
+  m.def("set_openmp", [](Address parallel, Address get_thread_num, Address get_num_threads) {
+    set_openmp({as<void(void (*)(void*), void*, unsigned, unsigned)>(parallel), as<int()>(get_thread_num),
+                as<int()>(get_num_threads)});
+  });
+
+  m.def(
+      "fold",
+      [](const std::string& dtype, const Tile& tile, const FoldState& state, Address rescale, bool stats, int threads) {
+        kernels->fold(dtype_of(dtype), tile, state, as<void>(rescale), stats, threads);
+      },
+      release_gil());
+  m.def(
+      "dlogits",
+      [](const std::string& dtype, const Tile& tile, Address norm, int64_t norm_stride, Address logp, Address g,
+         Address value, int threads) {
+        kernels->dlogits(dtype_of(dtype), tile, as<void>(norm), norm_stride, as<void>(logp), as<void>(g),
+                         as<void>(value), threads);
+      },
+      release_gil());
+  m.def(
+      "logits_fold",
+      [](const std::string& dtype, const LogitsRows& logits, const Rows& rows, const FoldState& state, bool stats,
+         int threads) { kernels->logits_fold(dtype_of(dtype), logits, rows, state, stats, threads); },
+      release_gil());
+  m.def(
+      "logits_bwd",
+      [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const Rows& rows, Address norm,
+         int64_t norm_stride, Address logp, Address g, int threads) {
+        kernels->logits_bwd(dtype_of(dtype), logits, out, rows, as<void>(norm), norm_stride, as<void>(logp),
+                            as<void>(g), threads);
+      },
+      release_gil());
+  m.def(
+      "transpose",
+      [](Address a, Address out, int64_t n, int64_t v, int threads) {
+        kernels->transpose(as<const float>(a), as<float>(out), n, v, threads);
+      },
+      release_gil());
+  m.def("exp", [](Address x, int64_t n) { kernels->exp(as<float>(x), n); }, release_gil());
+  m.def("tanh", [](Address x, Address slope, int64_t n) { kernels->tanh(as<float>(x), as<float>(slope), n); },
+        release_gil());
+}

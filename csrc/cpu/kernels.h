@@ -1,0 +1,75 @@
+// The CPU kernels as the bindings see them: one table of functions for each instruction set.
+//
+// Dimensions: N rows, V vocabulary size; a tile is n rows by v vocabulary entries, contiguous, fp32 or fp64.
+#pragma once
+
+#include <cstdint>
+
+#include "../arithmetic.h"
+
+namespace dpo_kernels {
+
+// What a sweep remembers of each of N rows: `row` k of [7, N] fp64 at `data + k * stride`, see dpo_kernels/impl/fold.py.
+struct FoldState {
+  double* data;
+  int64_t stride;
+  int64_t* argmax;  // [N]
+};
+
+// A tile of products a = x.W, with the vocabulary entries from `start` on and labels y [n] counted from 0.
+struct Tile {
+  void* a;
+  int64_t n, v, start;
+  const int64_t* y;
+  const void* bias;  // [v] of the tile's type, or null
+  Transform transform;
+};
+
+// Labelled rows of logits [S, T, V]: row r lies at sequence[r] * stride_s + position[r] * stride_t. Strides in elements.
+struct LogitsRows {
+  void* data;
+  int64_t stride_s, stride_t, stride_v;
+};
+struct Rows {
+  const int64_t *sequence, *position, *y;
+  int64_t n, v;
+};
+
+struct Kernels {
+  const char* name;
+  // Takes a tile into the state. With `rescale` [n], of the tile's type: leaves exp(z - max) times the softcap's slope
+  // in the tile, 0 at the label, and writes the factor that brings what was accumulated before to the new maximum.
+  void (*fold)(DType, const Tile&, const FoldState&, void* rescale, bool stats, int threads);
+  // Turns a tile into -g p dz/da, 0 at the label, whose own entry goes to value [n], or 0 where it is not in the tile.
+  // norm: shift [n] and, `norm_stride` further, sum [n]. All of the tile's type.
+  void (*dlogits)(DType, const Tile&, const void* norm, int64_t norm_stride, const void* logp, const void* g,
+                  void* value, int threads);
+  // From logits that exist: folds whole rows, and writes the gradient of sum g logp over rows of `out`.
+  void (*logits_fold)(DType, const LogitsRows&, const Rows&, const FoldState&, bool stats, int threads);
+  void (*logits_bwd)(DType, const LogitsRows&, const LogitsRows& out, const Rows&, const void* norm,
+                     int64_t norm_stride, const void* logp, const void* g, int threads);
+  // out [v, n] = a [n, v] transposed.
+  void (*transpose)(const float* a, float* out, int64_t n, int64_t v, int threads);
+  // Elementwise, in place, for tests of their accuracy.
+  void (*exp)(float*, int64_t n);
+  void (*tanh)(float*, float* slope, int64_t n);
+};
+
+// Null where this binary has no such kernels.
+const Kernels* baseline_kernels();
+const Kernels* avx2_kernels();
+const Kernels* avx512_kernels();
+
+// Functions of the OpenMP runtime that this process has loaded; all null until `set_openmp`.
+struct OpenMP {
+  void (*parallel)(void (*fn)(void*), void* data, unsigned threads, unsigned flags) = nullptr;  // GOMP_parallel
+  int (*get_thread_num)() = nullptr;
+  int (*get_num_threads)() = nullptr;
+};
+void set_openmp(const OpenMP& functions);
+
+// Runs fn on a team of up to `threads`, or in this thread alone where there is no OpenMP runtime. `size` is what the
+// team has really become.
+void run_team(void (*fn)(void* data, int rank, int size), void* data, int threads);
+
+}  // namespace dpo_kernels

@@ -1,0 +1,199 @@
+"""The C++ implementation for the CPU: the tile kernels and path E of `csrc/cpu`.
+
+Dimensions: N labelled rows, V vocabulary size, n rows and v vocabulary entries of one tile. Matrix products stay with
+the libraries that PyTorch brings; between them each tile is read once, and written once where it changes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import dpo_kernels._native as _native
+from dpo_kernels.impl.fold import Fold
+from dpo_kernels.impl.interface import Columns, LinearLogps, LogitTransform, Rows, accumulate_dtype
+
+TILE_BYTES = 8 * 2**20
+
+
+def description() -> str:
+    threads = f"{torch.get_num_threads()} threads" if HAS_THREADS else "one thread: this PyTorch has no OpenMP runtime"
+    return f"available: {_native.isa()} kernels, {threads}, fp32 products by {products_by()}"
+
+
+def tile_bytes(device: torch.device) -> int:
+    return TILE_BYTES
+
+
+def _borrow_openmp() -> bool:
+    """Hands the OpenMP runtime that PyTorch is linked with to the kernels; False where it has none."""
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    try:  # the library that is loaded already; symbols are then searched in what it is linked with
+        library = ctypes.CDLL(str(torch_cpu), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
+    except OSError:  # a PyTorch laid out differently: the symbols of the whole process
+        library = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    if not all(hasattr(library, name) for name in names):
+        return False
+    _native.set_openmp(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names))
+    return True
+
+
+HAS_THREADS = _borrow_openmp()
+
+
+def operand(t: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    return t.to(compute_dtype).to(accumulate_dtype(compute_dtype))
+
+
+def _onednn_is_faster() -> bool:
+    """MKL, behind `torch.mm`, leaves AVX-512 unused on processors that are not Intel's. oneDNN, which PyTorch brings
+    for half precision, uses it, and takes half the time for the same fp32 products."""
+    return (
+        torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and not _native.is_intel()
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+ONEDNN_IS_FASTER = _onednn_is_faster()
+
+
+def products_by() -> str:
+    """The library that multiplies fp32 matrices."""
+    return "oneDNN" if ONEDNN_IS_FASTER and torch.backends.mkldnn.enabled else "torch.mm"
+
+
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    if a.dtype != torch.float32 or products_by() != "oneDNN":
+        return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
+    # x [n, k] @ w [m, k].t(); w of any strides, but x slow unless its rows are contiguous
+    product = torch.ops.mkldnn._linear_pointwise(_row_major(a), b.t(), None, "none", [], "")
+    return out.add_(product) if accumulate else product
+
+
+def _row_major(a: Tensor) -> Tensor:
+    if a.is_contiguous() or not a.t().is_contiguous():
+        return a.contiguous()
+    out = a.new_empty(a.shape)
+    v, n = a.shape
+    _native.transpose(_address(a), _address(out), n, v, torch.get_num_threads())
+    return out
+
+
+def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
+    return Fold(y.contiguous(), torch.float64, stats)
+
+
+def _address(t: Tensor | None) -> int:
+    if t is None:
+        return 0
+    assert t.device.type == "cpu"
+    return t.data_ptr()
+
+
+def _type(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> _native.Tile:
+    assert a.is_contiguous() and y.is_contiguous() and y.dtype == torch.int64 and y.shape[0] == a.shape[0]
+    assert columns.bias is None or columns.bias.is_contiguous() and columns.bias.dtype == a.dtype
+    scale, softcap, temperature = transform
+    n, v = a.shape
+    return _native.Tile(
+        _address(a),
+        n,
+        v,
+        columns.start,
+        _address(y),
+        _address(columns.bias),
+        _native.Transform(scale, softcap or 0.0, temperature),
+    )
+
+
+def _state(fold: Fold, start: int) -> _native.FoldState:
+    """Of the rows from `start` on."""
+    state, argmax = fold.state[:, start:], fold.argmax[start:]
+    return _native.FoldState(_address(state), state.stride(0), _address(argmax))
+
+
+def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool) -> None:
+    _fold(fold, a, rows, columns, transform, None)
+
+
+def fold_exp_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
+    rescale = a.new_empty(a.shape[0])
+    _fold(fold, a, rows, columns, transform, rescale)
+    return rescale
+
+
+def _fold(
+    fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, rescale: Tensor | None
+) -> None:
+    tile = _tile(a, fold.y[rows], columns, transform)
+    _native.fold(_type(a), tile, _state(fold, rows.start), _address(rescale), bool(fold.names), torch.get_num_threads())
+
+
+def dlogits_(
+    a: Tensor, y: Tensor, norm: Tensor, logp: Tensor, g: Tensor, columns: Columns, transform: LogitTransform
+) -> Tensor:
+    value, logp, g = torch.empty_like(logp), logp.contiguous(), g.to(a.dtype).contiguous()
+    assert norm.stride(1) == 1 and norm.dtype == logp.dtype == a.dtype
+    _native.dlogits(
+        _type(a),
+        _tile(a, y.contiguous(), columns, transform),
+        _address(norm),
+        norm.stride(0),
+        _address(logp),
+        _address(g),
+        _address(value),
+        torch.get_num_threads(),
+    )
+    return value
+
+
+def _logits(logits: Tensor) -> _native.LogitsRows:
+    return _native.LogitsRows(_address(logits), *logits.stride())
+
+
+def _rows(rows: Rows, y: Tensor, v: int) -> tuple[_native.Rows, tuple[Tensor, ...]]:
+    """And the tensors that must live as long as it is used."""
+    kept = rows.sequence.contiguous(), rows.position.contiguous(), y.contiguous()
+    assert all(t.dtype == torch.int64 for t in kept)
+    sequence, position, labels = map(_address, kept)
+    return _native.Rows(sequence, position, labels, y.shape[0], v), kept
+
+
+def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
+    acc, v = accumulate_dtype(logits.dtype), logits.shape[-1]
+    fold = new_fold(y, acc, stats)
+    native_rows, _kept = _rows(rows, y, v)
+    _native.logits_fold(
+        _type(logits), _logits(logits), native_rows, _state(fold, 0), bool(stats), torch.get_num_threads()
+    )
+    return LinearLogps(*fold.finish(v, acc), None)
+
+
+def logps_bwd_(g: Tensor, logits: Tensor, rows: Rows, y: Tensor, norm: Tensor, logp: Tensor, out: Tensor) -> None:
+    assert out.dtype == logits.dtype and out.shape == logits.shape
+    acc = accumulate_dtype(logits.dtype)
+    native_rows, _kept = _rows(rows, y, logits.shape[-1])
+    norm, logp, g = norm.to(acc).contiguous(), logp.to(acc).contiguous(), g.to(acc).contiguous()
+    _native.logits_bwd(
+        _type(logits),
+        _logits(logits),
+        _logits(out),
+        native_rows,
+        _address(norm),
+        norm.stride(0),
+        _address(logp),
+        _address(g),
+        torch.get_num_threads(),
+    )
