@@ -1,0 +1,235 @@
+"""What is computed: inputs like those of a language model's head in a DPO step, and the right answers in fp64.
+
+S sequences of T positions, N of them labelled; H hidden size, V vocabulary size. A case is small and hashable, so that
+another process can make the same inputs from it.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpo_kernels.testing import head_inputs, rms
+
+# Reference log-probabilities are zero, since not every peer takes them as an input (what they are changes nothing in
+# the work). Whole responses then differ by thousands of nats, and only a small beta keeps the sigmoid from saturating.
+BETA = 1e-3
+SEQUENCES = 8
+LOGIT_STD, CONFIDENT = 3.0, 0.5
+
+
+class Result(NamedTuple):
+    """What one run gave; None where it does not have that."""
+
+    logps: Tensor | None = None  # [S]
+    token_logps: Tensor | None = None  # [S, T]
+    loss: Tensor | None = None
+    gradients: dict[str, Tensor] = {}
+
+
+class Buffers(NamedTuple):
+    """Where the bare products write."""
+
+    x: Tensor  # [N, H] labelled rows
+    logits: Tensor  # [N, V]
+    dx: Tensor
+    dweight: Tensor
+
+
+@dataclass
+class HeadInputs:
+    hidden: Tensor  # [S, T, H], a leaf
+    weight: Tensor  # [V, H], a leaf
+    labels: Tensor  # [S, T]: labels[s, t] is what hidden[s, t] predicts; -100: nothing
+    ref_logps: Tensor  # [S]
+    beta: float = BETA
+
+    @property
+    def labelled(self) -> Tensor:
+        return self.labels != -100
+
+    def prepare(self, overwrites: bool) -> None:
+        """Before every run; `overwrites`: the run does not leave its inputs as they were."""
+        assert not overwrites, "no contender overwrites hidden states"
+        self.hidden.grad = self.weight.grad = None
+
+    def gradients(self) -> dict[str, Tensor]:
+        leaves = {"hidden": self.hidden, "weight": self.weight}
+        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+    @cached_property
+    def buffers(self) -> Buffers:
+        x = self.hidden.detach()[self.labelled]
+        return Buffers(
+            x, x.new_empty(x.shape[0], self.weight.shape[0]), torch.empty_like(x), torch.empty_like(self.weight)
+        )
+
+
+@dataclass(frozen=True)
+class HeadCase:
+    """`tokens` labelled positions in `SEQUENCES` sequences; or, with `lengths`, one right-padded batch of pairs with
+    these (prompt, chosen, rejected) numbers of tokens, where only responses are labelled."""
+
+    tokens: int
+    hidden: int
+    vocab: int
+    lengths: tuple[tuple[int, int, int], ...] = ()
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def size(self) -> str:
+        batch = f", {len(self.lengths)} pairs padded to {self.labels().shape[1]}" if self.lengths else ""
+        return f"N={self.tokens} H={self.hidden} V={self.vocab}{batch}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.size}, {str(self.dtype).removeprefix('torch.')}"
+
+    def tiny(self) -> HeadCase:
+        """The same kind of case with next to no memory, to load and start whatever a first call does."""
+        return replace(
+            self, tokens=2 * SEQUENCES, hidden=8, vocab=64, lengths=((3, 2, 4), (2, 3, 1))[: len(self.lengths)]
+        )
+
+    def flops(self, products: int) -> float:
+        return 2.0 * products * self.tokens * self.hidden * self.vocab
+
+    def labels(self) -> Tensor:
+        """[S, T] with 0 where a label belongs."""
+        if not self.lengths:
+            return torch.zeros(SEQUENCES, self.tokens // SEQUENCES, dtype=torch.int64)
+        pairs = len(self.lengths)
+        longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.lengths)
+        labels = torch.full((2 * pairs, longest - 1), -100)
+        for pair, (prompt, chosen, rejected) in enumerate(self.lengths):
+            labels[pair, prompt - 1 : prompt - 1 + chosen] = 0
+            labels[pair + pairs, prompt - 1 : prompt - 1 + rejected] = 0
+        return labels
+
+    def inputs(self) -> HeadInputs:
+        labels = self.labels()
+        made = head_inputs(
+            *labels.shape, self.hidden, self.vocab, logit_std=LOGIT_STD, labelled=1.0, confident=CONFIDENT
+        )
+        hidden, weight = (t.detach().to(self.dtype).requires_grad_() for t in (made.hidden, made.weight))
+        return HeadInputs(hidden, weight, made.labels.where(labels == 0, -100), torch.zeros(len(labels)))
+
+    def oracle(self, inputs: HeadInputs) -> Result:
+        labelled = inputs.labelled
+        x, weight = (t.detach().double().requires_grad_() for t in (inputs.hidden[labelled], inputs.weight))
+        row_logps = (x @ weight.T).log_softmax(-1).gather(-1, inputs.labels[labelled][:, None])[:, 0]
+        token_logps = x.new_zeros(labelled.shape).masked_scatter(labelled, row_logps)
+        logps = token_logps.sum(1)
+        loss = sigmoid_loss(logps, inputs)
+        dx, dweight = torch.autograd.grad(loss, (x, weight))
+        dhidden = x.new_zeros(inputs.hidden.shape).masked_scatter(labelled[..., None], dx)
+        return Result(logps.detach(), token_logps.detach(), loss.detach(), {"hidden": dhidden, "weight": dweight})
+
+
+@dataclass
+class LogitsInputs:
+    logits: Tensor  # [S, T, V], a leaf
+    labels: Tensor  # [S, T]
+    dlogps: Tensor  # [S], what the backward starts from
+    original: Tensor | None = None
+
+    def prepare(self, overwrites: bool) -> None:
+        if self.original is not None:
+            self.logits.detach().copy_(self.original)
+        elif overwrites:
+            self.original = self.logits.detach().clone()
+
+
+@dataclass(frozen=True)
+class LogitsCase:
+    """Logits that exist already, every position labelled."""
+
+    tokens: int
+    vocab: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def name(self) -> str:
+        return f"N={self.tokens} V={self.vocab}, {str(self.dtype).removeprefix('torch.')}"
+
+    @property
+    def nbytes(self) -> int:
+        return self.tokens * self.vocab * self.dtype.itemsize
+
+    def tiny(self) -> LogitsCase:
+        return replace(self, tokens=2 * SEQUENCES, vocab=64)
+
+    def inputs(self) -> LogitsInputs:
+        generator = torch.Generator().manual_seed(0)
+        shape = (SEQUENCES, self.tokens // SEQUENCES)
+        logits = torch.randn(*shape, self.vocab, generator=generator).mul_(LOGIT_STD).to(self.dtype)
+        labels = torch.randint(self.vocab, shape, generator=generator)
+        return LogitsInputs(logits.requires_grad_(), labels, torch.linspace(-1, 1, SEQUENCES))
+
+    def oracle(self, inputs: LogitsInputs) -> Result:
+        logits = inputs.logits.detach().double().requires_grad_()
+        token_logps = logits.log_softmax(-1).gather(-1, inputs.labels[..., None])[..., 0]
+        (dlogits,) = torch.autograd.grad(token_logps.sum(1), logits, inputs.dlogps.double())
+        return Result(token_logps.detach().sum(1), token_logps.detach(), gradients={"logits": dlogits})
+
+
+def sigmoid_loss(logps: Tensor, inputs: HeadInputs) -> Tensor:
+    """DPO (arXiv 2305.18290, Eq. 7) from the log-probabilities of chosen, then rejected responses."""
+    chosen, rejected = (logps - inputs.ref_logps).chunk(2)
+    return -F.logsigmoid(inputs.beta * (chosen - rejected)).mean()
+
+
+def errors(result: Result, oracle: Result) -> dict[str, float]:
+    """rms error of log-probabilities in nats, error of the loss, and rms error of each gradient over its own rms."""
+    found = {}
+    for name in ("logps", "token_logps", "loss"):
+        value = getattr(result, name)
+        if value is not None:
+            found[name] = rms(value.detach().double() - getattr(oracle, name))
+    for name, gradient in result.gradients.items():
+        # a few rows at a time: a whole difference in fp64 would take gigabytes
+        pairs = zip(gradient.split(4096), oracle.gradients[name].split(4096), strict=True)
+        squares = [((ours.double() - right).square().sum(), right.square().sum()) for ours, right in pairs]
+        error, scale = (torch.stack(column).sum() for column in zip(*squares, strict=True))
+        found["d" + name] = (error / scale).sqrt().item()
+    return found
+
+
+def wrong(found: dict[str, float], case: HeadCase | LogitsCase) -> str | None:
+    """Which error no rounding explains. Logits rounded to bf16, as some peers have them, are let pass."""
+    logp, gradient = (1e-3, 1e-3) if case.dtype == torch.float32 else (0.2, 0.1)
+    logp *= case.tokens**0.5
+    limits = {"logps": logp, "token_logps": logp, "loss": max(BETA * logp, 1e-4)}
+    for name, error in found.items():
+        limit = limits.get(name, gradient)
+        if not error <= limit:  # NaN is wrong too
+            return f"wrong: error of {name} {error:.1e}, more than {limit:.1e}"
+    return None
+
+
+def batches(
+    path: Path, count: int, pairs: int, max_length: int, hidden: int, vocab: int, *, seed: int = 0
+) -> list[HeadCase]:
+    """Batches of pairs drawn from measured lengths; the start of a prompt, then the end of a response, is cut where
+    both exceed `max_length`."""
+    lengths = json.loads(path.read_text())["lengths"]
+    random.Random(seed).shuffle(lengths)
+    if count * pairs > len(lengths):
+        raise ValueError(f"batches: expected at most {len(lengths)} pairs, got {count} batches of {pairs}")
+    fitted = []
+    for prompt, chosen, rejected in lengths[: count * pairs]:
+        prompt = min(prompt, max(1, max_length - max(chosen, rejected)))
+        fitted.append((prompt, min(chosen, max_length - prompt), min(rejected, max_length - prompt)))
+    cases = []
+    for first in range(0, len(fitted), pairs):
+        batch = tuple(fitted[first : first + pairs])
+        cases.append(HeadCase(sum(chosen + rejected for _, chosen, rejected in batch), hidden, vocab, batch))
+    return cases
