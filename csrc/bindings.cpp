@@ -99,9 +99,9 @@ PYBIND11_MODULE(_native, m) {
       release_gil());
   m.def(
       "dlogits",
-      [](const std::string& dtype, const Tile& tile, Address norm, int64_t norm_stride, Address logp, Address g,
-         Address value, int threads) {
-        kernels->dlogits(dtype_of(dtype), tile, as<void>(norm), norm_stride, as<void>(logp), as<void>(g),
+      [](const std::string& dtype, const Tile& tile, Address out, Address norm, int64_t norm_stride, Address logp,
+         Address g, Address value, int threads) {
+        kernels->dlogits(dtype_of(dtype), tile, as<void>(out), as<void>(norm), norm_stride, as<void>(logp), as<void>(g),
                          as<void>(value), threads);
       },
       release_gil());

@@ -126,7 +126,8 @@ def linear_dpo_loss(
         mean_chosen_length: for "sft" on a part of a larger batch: the mean number of chosen tokens in all of it. These
             pairs' own if None.
         chunk_bytes: what the logits of one group, and a dW accumulator in fp32 where the head is of lower precision and
-            there are several groups, may take together; 1 GiB if None. 0 always takes the path of 4 products.
+            there are several groups, may take together; 1 GiB if None. A single group keeps the logits of H rows (H / 2
+            in half precision) in the memory of dW instead. 0 always takes the path of 4 products.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
@@ -158,7 +159,7 @@ def linear_dpo_loss(
     ):
         rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        groups = _plan_groups(rows, labels, weight, accumulate_dtype(compute_dtype), budget)
+        groups = _plan_groups(rows, labels, weight, accumulate_dtype(compute_dtype), budget, impl)
         if groups is not None:
             rows = _pair_major(rows, labels.shape[0] // 2)
             x = GatherRows.apply(hidden, *rows)
@@ -256,14 +257,15 @@ def _pair_major(rows: Rows, pairs: int) -> Rows:
 
 
 def _plan_groups(
-    rows: Rows, labels: Tensor, weight: Tensor, dtype: torch.dtype, chunk_bytes: int
+    rows: Rows, labels: Tensor, weight: Tensor, dtype: torch.dtype, chunk_bytes: int, impl: str
 ) -> list[_Group] | None:
     """Whole pairs in groups whose logits fit in `chunk_bytes`; None if that cannot be, or there is nothing to group."""
     n, pairs = rows.sequence.shape[0], labels.shape[0] // 2
     row_bytes = weight.shape[0] * dtype.itemsize
-    if n == 0:
+    if n == 0 or chunk_bytes == 0:
         return None
-    if n * row_bytes <= chunk_bytes:
+    free = paths.rows_kept_in_dw(load(impl), n, weight, dtype) if weight.requires_grad else 0
+    if (n - free) * row_bytes <= chunk_bytes:
         return [_Group(slice(0, n), slice(0, pairs))]
     if weight.requires_grad and weight.dtype != dtype:
         chunk_bytes -= weight.numel() * dtype.itemsize

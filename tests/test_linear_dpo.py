@@ -44,6 +44,25 @@ def eager(inputs, *, loss_type="sigmoid", ld_alpha=None, use_weighting=False, sh
     ), logps
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden_size", [16, 31])  # an odd size leaves blocks of bf16 dW unaligned for fp32
+@pytest.mark.parametrize("tile", [2**20, 6 * 1024])  # whole; several tiles in rows and columns
+def test_logits_kept_in_the_memory_of_dw(dtype, hidden_size, tile, set_tile_bytes, monkeypatch):
+    """Some rows there and the others in the buffer: the same loss and gradients as with the logits computed again."""
+    set_tile_bytes(tile)
+    monkeypatch.setattr(paths, "MIN_ROWS", 1)
+    inputs = head_inputs(4, 20, hidden_size, 123, dtype=dtype)
+    assert hidden_size < (inputs.labels != -100).sum()
+    wanted = (inputs.hidden, inputs.weight, inputs.bias)
+    once, again = fused(inputs), fused(inputs, chunk_bytes=0)
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}[dtype]
+    torch.testing.assert_close(once.logps, again.logps, rtol=tolerance, atol=0)
+    for mine, other in zip(
+        torch.autograd.grad(once.loss, wanted), torch.autograd.grad(again.loss, wanted), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+
+
 def fused(inputs, **options):
     return linear_dpo_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.ref_logps, bias=inputs.bias, **options)
 

@@ -96,6 +96,24 @@ def test_chunk_bytes_bounds_path_c(dtype, softcap, groups):
     assert saved <= 64 * inputs.labels.numel()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("labelled", [0.5, 1.0])
+def test_path_c_keeps_logits_in_the_memory_of_dw(dtype, labelled):
+    """H = 512 rows of fp32 logits fit in fp32 dW, and half of them in bf16: what is left is the buffer, and with a byte
+    less for it the rows come in several groups, or their logits are computed again."""
+    inputs = make((4, 128, 512, 2000), frozen=False, dtype=dtype, labelled=labelled)
+    rows = int((inputs.labels != -100).sum())
+    fit = 512 if dtype == torch.float32 else 255  # one less for alignment
+    left = 0 if rows <= fit else rows - fit // 32 * 32  # whole tiles, of 32 rows
+    chunk_bytes = max(1, left * 2000 * 4)
+    record, _ = run(lambda i: dpo_loss(i, chunk_bytes=chunk_bytes), inputs)
+    assert products(record, inputs) == pytest.approx(3)
+    assert record.largest[0] == max(chunk_bytes, inputs.weight.numel() * dtype.itemsize)
+    if left:
+        record, _ = run(lambda i: dpo_loss(i, chunk_bytes=chunk_bytes - 1), inputs)
+        assert products(record, inputs) == pytest.approx(4) or record.largest[0] != chunk_bytes
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [

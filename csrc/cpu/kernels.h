@@ -40,9 +40,9 @@ struct Kernels {
   // Takes a tile into the state. With `rescale` [n], of the tile's type: leaves exp(z - max) times the softcap's slope
   // in the tile, 0 at the label, and writes the factor that brings what was accumulated before to the new maximum.
   void (*fold)(DType, const Tile&, const FoldState&, void* rescale, bool stats, int threads);
-  // Turns a tile into -g p dz/da, 0 at the label, whose own entry goes to value [n], or 0 where it is not in the tile.
-  // norm: shift [n] and, `norm_stride` further, sum [n]. All of the tile's type.
-  void (*dlogits)(DType, const Tile&, const void* norm, int64_t norm_stride, const void* logp, const void* g,
+  // Writes -g p dz/da of a tile to `out`, which may be the tile, 0 at the label, whose own entry goes to value [n], or 0
+  // where it is not in the tile. norm: shift [n] and, `norm_stride` further, sum [n]. All of the tile's type.
+  void (*dlogits)(DType, const Tile&, void* out, const void* norm, int64_t norm_stride, const void* logp, const void* g,
                   void* value, int threads);
   // From logits that exist: folds whole rows, and writes the gradient of sum g logp over rows of `out`.
   void (*logits_fold)(DType, const LogitsRows&, const Rows&, const FoldState&, bool stats, int threads);

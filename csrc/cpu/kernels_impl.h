@@ -287,33 +287,34 @@ void fold(DType dtype, const Tile& tile, const FoldState& state, void* rescale, 
 }
 
 template <class T, bool kPlain>
-void dlogits_tile(const Tile& tile, const T* norm, int64_t norm_stride, const T* logp, const T* g, T* value,
+void dlogits_tile(const Tile& tile, T* out, const T* norm, int64_t norm_stride, const T* logp, const T* g, T* value,
                   int threads) {
   const double slope = tile.transform.slope();
   for_rows(tile.n, threads, [&](int64_t row) {
-    T* a = static_cast<T*>(tile.a) + row * tile.v;
     const int64_t label = tile.y[row] - tile.start;
-    const Logits<T, kPlain> z(a, tile.bias, tile.transform);
+    const Logits<T, kPlain> z(static_cast<const T*>(tile.a) + row * tile.v, tile.bias, tile.transform);
+    T* out_row = out + row * tile.v;
     T label_slope = 0;
     if (0 <= label && label < tile.v) z.at(label, &label_slope);
     value[row] = static_cast<T>(-::expm1(logp[row]) * g[row] * slope * label_slope);
     const T factor = static_cast<T>(-slope * g[row] / norm[norm_stride + row]);
-    for_segments(tile.v, [&](Range segment) { dlogits_segment(z, a, segment, label, norm[row], factor, T(0)); });
+    for_segments(tile.v, [&](Range segment) { dlogits_segment(z, out_row, segment, label, norm[row], factor, T(0)); });
   });
 }
 
 template <class T>
-void dlogits_tile(const Tile& tile, const void* norm, int64_t norm_stride, const void* logp, const void* g,
+void dlogits_tile(const Tile& tile, void* out, const void* norm, int64_t norm_stride, const void* logp, const void* g,
                   void* value, int threads) {
   const bool plain = tile.transform.is_identity() && !tile.bias;
   (plain ? dlogits_tile<T, true> : dlogits_tile<T, false>)(
-      tile, static_cast<const T*>(norm), norm_stride, static_cast<const T*>(logp), static_cast<const T*>(g),
+      tile, static_cast<T*>(out), static_cast<const T*>(norm), norm_stride, static_cast<const T*>(logp), static_cast<const T*>(g),
       static_cast<T*>(value), threads);
 }
 
-void dlogits(DType dtype, const Tile& tile, const void* norm, int64_t norm_stride, const void* logp, const void* g,
+void dlogits(DType dtype, const Tile& tile, void* out, const void* norm, int64_t norm_stride, const void* logp, const void* g,
              void* value, int threads) {
-  (dtype == DType::f64 ? dlogits_tile<double> : dlogits_tile<float>)(tile, norm, norm_stride, logp, g, value, threads);
+  (dtype == DType::f64 ? dlogits_tile<double> : dlogits_tile<float>)(tile, out, norm, norm_stride, logp, g, value,
+                                                                          threads);
 }
 
 constexpr Transform kIdentity{1, 0, 1};

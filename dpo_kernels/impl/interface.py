@@ -87,9 +87,10 @@ class TileKernels(Protocol):
         """The same, and leaves exp(z - max), times the softcap's part of dz/da, in the tile, 0 at the label. Returns
         the factor [n] that brings what was accumulated before to the new maximum."""
 
-    def dlogits_(
+    def dlogits(
         self,
         a: Tensor,
+        out: Tensor,
         y: Tensor,
         norm: Tensor,
         logp: Tensor,
@@ -97,8 +98,8 @@ class TileKernels(Protocol):
         columns: Columns,
         transform: LogitTransform,
     ) -> Tensor:
-        """Turns the tile into -g p dz/da, with 0 at the labels. Returns value [n] of the label's own entry
-        g (1 - p_y) dz/da, 0 where the label lies in another block. norm [2, n]; logp, g [n]."""
+        """Writes -g p dz/da to `out`, which may be the tile itself, with 0 at the labels. Returns value [n] of the
+        label's own entry g (1 - p_y) dz/da, 0 where the label lies in another block. norm [2, n]; logp, g [n]."""
 
     def logps_fwd(self, logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
         """Path E: one read of the labelled rows of logits [S, T, V]."""

@@ -141,14 +141,23 @@ def _fold(
     _native.fold(_type(a), tile, _state(fold, rows.start), _address(rescale), bool(fold.names), torch.get_num_threads())
 
 
-def dlogits_(
-    a: Tensor, y: Tensor, norm: Tensor, logp: Tensor, g: Tensor, columns: Columns, transform: LogitTransform
+def dlogits(
+    a: Tensor,
+    out: Tensor,
+    y: Tensor,
+    norm: Tensor,
+    logp: Tensor,
+    g: Tensor,
+    columns: Columns,
+    transform: LogitTransform,
 ) -> Tensor:
     value, logp, g = torch.empty_like(logp), logp.contiguous(), g.to(a.dtype).contiguous()
+    assert out.is_contiguous() and out.shape == a.shape and out.dtype == a.dtype
     assert norm.stride(1) == 1 and norm.dtype == logp.dtype == a.dtype
     _native.dlogits(
         _type(a),
         _tile(a, y.contiguous(), columns, transform),
+        _address(out),
         _address(norm),
         norm.stride(0),
         _address(logp),

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from dpo_kernels.impl.interface import Columns, LinearLogps, LogitTransform, TileKernels, accumulate_dtype
 
-# Below this many columns a matrix product wastes more than splitting the rows does.
+# Below these a matrix product wastes more than splitting the other dimension does, or than a buffer costs.
 MIN_COLUMNS = 256
+MIN_ROWS = 128
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
@@ -135,6 +136,14 @@ class _Gradients:
         if self.db is not None:
             self.db[block] += a.sum(0)
 
+    def spare(self, block: slice) -> Tensor:
+        """The memory of a block of dW, which nothing is in yet, as numbers of the accumulation dtype."""
+        assert self.dw is not None
+        per_number = max(1, self.label.dtype.itemsize // self.dw.dtype.itemsize)
+        flat = self.dw[block].view(-1)
+        flat = flat[-flat.storage_offset() % per_number :]
+        return flat[: flat.numel() // per_number * per_number].view(self.label.dtype)
+
     def round_block(self, block: slice) -> None:
         """Once all rows are in a block: writes it to dW."""
         if self.dw is not None and self.dw_sum is not None and self.dw_sum is not self.dw:
@@ -175,10 +184,29 @@ def linear_logps_bwd(
         for span in spans(n, rows):
             x_rows = k.operand(x[span], compute_dtype)
             a = k.product(x_rows, w.t(), _tile(buffer, x_rows.shape[0], w.shape[0]))
-            value = k.dlogits_(a, y[span], norm[:, span], logp[span], g[span], c, transform)
+            value = k.dlogits(a, a, y[span], norm[:, span], logp[span], g[span], c, transform)
             grads.add_(a, y[span], value, w, span, block, first=span.start == 0)
         grads.round_block(block)
     return grads.finish(y, rows)
+
+
+def _grouped_blocks(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, alone: bool) -> tuple[int, int, int]:
+    """Rows and columns of path C's tiles, and how many of the n rows of a group that is `alone` have their logits kept
+    in the memory of dW, block by block: a block of dW, [v, H], is written when the block's logits have been read."""
+    v, h = weight.shape
+    rows, columns = _blocks(n, v, h, acc, k.tile_bytes(weight.device))
+    fit = h * weight.dtype.itemsize // acc.itemsize
+    if weight.dtype.itemsize < acc.itemsize:
+        fit = (h - 1) * weight.dtype.itemsize // acc.itemsize  # some may be lost to alignment
+    if not alone or fit < min(n, MIN_ROWS):
+        return rows, columns, 0
+    rows, fit = min(rows, fit), min(n, fit)
+    return rows, columns, n if fit == n else fit - fit % rows
+
+
+def rows_kept_in_dw(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype) -> int:
+    """How many of n rows' logits path C keeps without a buffer of their own, if dW is wanted and they are one group."""
+    return _grouped_blocks(k, n, weight, acc, alone=True)[2]
 
 
 def linear_logps_grouped(
@@ -196,36 +224,49 @@ def linear_logps_grouped(
     stats: Sequence[str] = (),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path C: the gradients of a sum over groups of rows, each product computed once. The products of one group are
-    kept, tile by tile, in a buffer of n V while `coefficients(i, logp [n], stats [K, n])` says what each row of group i
-    weighs."""
-    (n, h), v = x.shape, weight.shape[0]
+    kept, tile by tile, while `coefficients(i, logp [n], stats [K, n])` says what each row of group i weighs: in the
+    memory that dW is going to take, for `rows_kept_in_dw`, else in a buffer."""
+    n, v = x.shape[0], weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     largest = max((group.stop - group.start for group in groups), default=0)
-    rows, columns = _blocks(largest, v, h, acc, k.tile_bytes(x.device))
+    alone = len(groups) == 1 and need[1]
+    rows, columns, in_dw = _grouped_blocks(k, largest, weight, acc, alone)
     grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns if len(groups) == 1 else v)
-    buffer = x.new_empty(largest * v, dtype=acc)
+    buffer = x.new_empty((largest - in_dw) * v, dtype=acc)
+    scratch = x.new_empty(in_dw * columns, dtype=acc)
     for i, group in enumerate(groups):
         local = list(spans(group.stop - group.start, rows))
-        span_of = {s.start: slice(group.start + s.start, group.start + s.stop) for s in local}
+        of_x = [slice(group.start + s.start, group.start + s.stop) for s in local]
         fold = k.new_fold(y[group], acc, stats)
-        kept, used = [], 0
+
+        def tiles(block: slice, local: list[slice] = local) -> Iterator[Tensor]:
+            """Where the products of this block's tiles are kept, one for each slice of rows."""
+            width = block.stop - block.start
+            for s in local:
+                n_rows = s.stop - s.start
+                if s.stop <= in_dw:
+                    yield _tile(grads.spare(block)[s.start * width :], n_rows, width)
+                else:
+                    behind = (block.start * (local[-1].stop - in_dw)) + (s.start - in_dw) * width
+                    yield _tile(buffer[behind:], n_rows, width)
+
         for block in spans(v, columns):
             w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
-            for s in local:
-                x_rows = k.operand(x[span_of[s.start]], compute_dtype)
-                place = _tile(buffer[used:], x_rows.shape[0], w.shape[0])
-                used += place.numel()
-                a = k.product(x_rows, w.t(), place)
+            for s, span, place in zip(local, of_x, tiles(block), strict=True):
+                a = k.product(k.operand(x[span], compute_dtype), w.t(), place)
                 k.fold_(fold, a, s, c, transform, keep=True)
-                kept.append(place if a is place else place.copy_(a))
+                if a is not place:
+                    place.copy_(a)
         logp, norm, values = fold.finish(v, acc)
         g = coefficients(i, logp, values)
-        tiles = iter(kept)
         for block in spans(v, columns):
             w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
-            for s in local:
-                span, a = span_of[s.start], next(tiles)
-                value = k.dlogits_(a, y[span], norm[:, s], logp[s], g[s], c, transform)
+            dlogits = []
+            for s, span, a in zip(local, of_x, tiles(block), strict=True):
+                out = _tile(scratch[s.start * a.shape[1] :], *a.shape) if s.stop <= in_dw else a
+                value = k.dlogits(a, out, y[span], norm[:, s], logp[s], g[s], c, transform)
+                dlogits.append((out, value))
+            for (a, value), span in zip(dlogits, of_x, strict=True):
                 grads.add_(a, y[span], value, w, span, block, first=span.start == 0)
             if group.stop == n:
                 grads.round_block(block)

@@ -113,10 +113,17 @@ def fold_exp_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: L
     return rescale
 
 
-def dlogits_(
-    a: Tensor, y: Tensor, norm: Tensor, logp: Tensor, g: Tensor, columns: Columns, transform: LogitTransform
+def dlogits(
+    a: Tensor,
+    out: Tensor,
+    y: Tensor,
+    norm: Tensor,
+    logp: Tensor,
+    g: Tensor,
+    columns: Columns,
+    transform: LogitTransform,
 ) -> Tensor:
-    z, slope = _transform_(a, columns.bias, transform, with_slope=True)
+    z, slope = _transform_(a if out is a else out.copy_(a), columns.bias, transform, with_slope=True)
     column, inside = _label_column(y, columns.start, z.shape[1])
     z.sub_(norm[0, :, None]).exp_().mul_((-transform.slope * g / norm[1])[:, None])
     value = (-torch.expm1(logp) * g * transform.slope)[:, None]
@@ -156,7 +163,7 @@ def logps_bwd_(g: Tensor, logits: Tensor, rows: Rows, y: Tensor, norm: Tensor, l
         for block in spans(logits.shape[-1], columns):
             z = _gather_logits(logits, rows, span, block, acc)
             of_rows = y[span], norm[:, span], logp[span], g[span]
-            value = dlogits_(z, *of_rows, Columns(block.start, None), LogitTransform())
+            value = dlogits(z, z, *of_rows, Columns(block.start, None), LogitTransform())
             column, _ = _label_column(y[span], block.start, z.shape[1])
             # not scatter_add_, which adds with atomics on some devices
             z.scatter_(1, column, z.gather(1, column) + value[:, None])
