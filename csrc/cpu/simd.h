@@ -240,17 +240,21 @@ inline void store_partial(S* p, typename Arithmetic<S>::V x, int count) {
 // The lanes of a and b taken in turns, from the first (kHigh 0) or the second half of each.
 template <int kHigh>
 inline F32 interleave(F32 a, F32 b) {
-#if defined(__AVX512F__)
-  constexpr int h = kHigh * 8;
-  return __builtin_shufflevector(a, b, h, h + 16, h + 1, h + 17, h + 2, h + 18, h + 3, h + 19, h + 4, h + 20, h + 5,
-                                 h + 21, h + 6, h + 22, h + 7, h + 23);
-#elif defined(__AVX2__)
-  constexpr int h = kHigh * 4;
-  return __builtin_shufflevector(a, b, h, h + 8, h + 1, h + 9, h + 2, h + 10, h + 3, h + 11);
-#else
-  constexpr int h = kHigh * 2;
-  return __builtin_shufflevector(a, b, h, h + 4, h + 1, h + 5);
+  constexpr int h = kHigh * kLanes / 2, other = h + kLanes;
+#if defined(__clang__)
+#define DPO_SHUFFLE(...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else  // GCC before 12 knows this form alone
+#define DPO_SHUFFLE(...) __builtin_shuffle(a, b, I32{__VA_ARGS__})
 #endif
+#if defined(__AVX512F__)
+  return DPO_SHUFFLE(h, other, h + 1, other + 1, h + 2, other + 2, h + 3, other + 3, h + 4, other + 4, h + 5,
+                     other + 5, h + 6, other + 6, h + 7, other + 7);
+#elif defined(__AVX2__)
+  return DPO_SHUFFLE(h, other, h + 1, other + 1, h + 2, other + 2, h + 3, other + 3);
+#else
+  return DPO_SHUFFLE(h, other, h + 1, other + 1);
+#endif
+#undef DPO_SHUFFLE
 }
 
 // Transposes a square of lanes in registers: each step interleaves a row with the one half the square below it.
