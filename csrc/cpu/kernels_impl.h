@@ -400,18 +400,24 @@ void logits_bwd(DType dtype, const LogitsRows& logits, const LogitsRows& out, co
   }
 }
 
-// Squares of registers, because columns a power of two apart would evict each other from the cache.
+// Squares of registers, because columns a power of two apart would evict each other from the cache. Four side by side
+// use what a row's page was opened for, and the rows after the next ones are asked for ahead.
 void transpose(const float* a, float* out, int64_t n, int64_t v, int threads) {
-  const int64_t strips = (v + kLanes - 1) / kLanes;
-  for_rows(strips, threads, [&](int64_t strip) {
-    const int64_t column = strip * kLanes;
-    const int columns = static_cast<int>(v - column < kLanes ? v - column : kLanes);
+  constexpr int64_t width = 4 * kLanes;
+  for_rows((v + width - 1) / width, threads, [&](int64_t strip) {
+    const int64_t first = strip * width, last = first + width < v ? first + width : v;
     for (int64_t row = 0; row < n; row += kLanes) {
       const int rows = static_cast<int>(n - row < kLanes ? n - row : kLanes);
-      F32 square[kLanes] = {};
-      for (int i = 0; i < rows; ++i) square[i] = load_some(a + (row + i) * v + column, columns);
-      transpose_square(square);
-      for (int j = 0; j < columns; ++j) store_some(out + (column + j) * n + row, square[j], rows);
+      for (int64_t ahead = row + kLanes; ahead < row + 2 * kLanes && ahead < n; ++ahead) {
+        for (int64_t column = first; column < last; column += 16) __builtin_prefetch(a + ahead * v + column);
+      }
+      for (int64_t column = first; column < last; column += kLanes) {
+        const int columns = static_cast<int>(last - column < kLanes ? last - column : kLanes);
+        F32 square[kLanes] = {};
+        for (int i = 0; i < rows; ++i) square[i] = load_some(a + (row + i) * v + column, columns);
+        transpose_square(square);
+        for (int j = 0; j < columns; ++j) store_some(out + (column + j) * n + row, square[j], rows);
+      }
     }
   });
 }
