@@ -159,7 +159,8 @@ inline double fold_segment(RowFold& fold, const Logits<S, kPlain>& z, Range segm
   const double old_max = f[RowFold::kMax], new_max = segment_max > old_max ? segment_max : old_max;
   if (kStats && segment_max > old_max) {
     for (int64_t i = segment.first; i < segment.last; ++i) {
-      if (i != label && first_lane(z.biased(i, 1)) * direction == extreme) {
+      // by logits, which can be equal where products are not
+      if (i != label && first_lane(z(i, 1, &unused)) == segment_max) {
         fold.argmax = offset + i;
         break;
       }

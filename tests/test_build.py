@@ -1,0 +1,205 @@
+"""How the extension is built, and the kernels under AddressSanitizer and UndefinedBehaviorSanitizer."""
+
+import ast
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NATIVE = ROOT / "tests" / "native"
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+pytest.importorskip("pybind11", reason="pybind11, which the extension is built with, is not installed")
+if not (ROOT / "csrc").is_dir():
+    pytest.skip("the sources are not beside the tests", allow_module_level=True)
+
+
+def instruction_sets():
+    """The table of setup.py, read without running it."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {}
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == "INSTRUCTION_SETS":
+            return ast.literal_eval(node.value)
+    raise AssertionError("setup.py has no INSTRUCTION_SETS")
+
+
+def run(*args, cwd=None, timeout=300, **environment):
+    command = list(map(str, args))
+    env = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=timeout)
+
+
+def succeeds(*args, **options):
+    done = run(*args, **options)
+    assert done.returncode == 0, f"{args}: exit status {done.returncode}\n{done.stdout[-3000:]}{done.stderr[-6000:]}"
+    return done
+
+
+def build_module(out, sources, *flags, compiler="g++"):
+    """Compiles csrc as setup.py does, but with flags of its own, to the module `out`."""
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    files, flags_of = [sources / "bindings.cpp", *sorted((sources / "cpu").glob("*.cpp"))], instruction_sets()
+    common = [compiler, "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags]
+    objects = [out.with_name(f"{file.stem}.o") for file in files]
+
+    def compile_one(file, obj):
+        succeeds(*common, *flags_of.get(file.name, []), *includes, "-c", file, "-o", obj)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, files, objects))
+    succeeds(*common, "-shared", *objects, "-o", out)
+
+
+def test_sanitizers(tmp_path):
+    """Every kernel, storage type and instruction set; each tensor in an allocation of its very size. The driver ends
+    only after each kernel has overstepped by one entry and the sanitizer has killed it for that."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    libraries = [run("g++", f"-print-file-name={name}").stdout.strip() for name in ("libasan.so", "libubsan.so")]
+    if not all(os.path.isabs(library) for library in libraries):
+        pytest.skip("g++ has no libasan or libubsan")
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
+    build_module(tmp_path / f"_native{SUFFIX}", ROOT / "csrc", "-O1", "-g1", *sanitize)
+    # libstdc++ too, whose exceptions libasan must find when it starts
+    libraries.append(run("g++", "-print-file-name=libstdc++.so.6").stdout.strip())
+    done = succeeds(
+        sys.executable,
+        NATIVE / "with_module.py",
+        tmp_path / f"_native{SUFFIX}",
+        NATIVE / "edges.py",
+        "malloc",
+        PYTHONPATH=str(ROOT),
+        LD_PRELOAD=":".join(libraries),
+        ASAN_OPTIONS="detect_leaks=0",
+        UBSAN_OPTIONS="print_stacktrace=1",
+    )
+    assert "all kernels stayed inside, all oversteps were noticed" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A function that copies what a source distribution has to a place of its own, without a built extension."""
+
+    def make(name):
+        place = tmp_path_factory.mktemp(name)
+        for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+            shutil.copy(ROOT / file, place)
+        shutil.copytree(ROOT / "csrc", place / "csrc")
+        shutil.copytree(
+            ROOT / "dpo_kernels", place / "dpo_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+        )
+        return place
+
+    return make
+
+
+def build(place, choice, **environment):
+    return run(sys.executable, "setup.py", "build", cwd=place, DPO_KERNELS_BUILD=choice, **environment)
+
+
+def built_modules(place):
+    return list((place / "build").rglob(f"_native{SUFFIX}"))
+
+
+BROKEN = {"CC": "/bin/false", "CXX": "/bin/false"}
+
+
+@pytest.mark.parametrize("choice", ["none", None, ""])
+def test_without_an_extension(copy, choice):
+    """None asked for, or no compiler that works and none demanded: the package is built, the extension is not."""
+    place = copy("without")
+    done = build(place, choice, **BROKEN)
+    assert done.returncode == 0, done.stderr
+    assert not built_modules(place) and list((place / "build").rglob("dispatch.py"))
+    asked_for_compiler = "/bin/false" in done.stdout + done.stderr
+    assert asked_for_compiler == (choice != "none" and sys.platform.startswith("linux"))
+
+
+def test_a_demanded_extension_that_does_not_compile_is_an_error(copy):
+    place = copy("demanded")
+    done = build(place, "cpu", **BROKEN)
+    assert done.returncode != 0 and "/bin/false" in done.stderr and not built_modules(place)
+
+
+def test_unknown_choice_is_an_error(copy):
+    done = build(copy("unknown"), "nonsense", **BROKEN)
+    assert done.returncode != 0 and "DPO_KERNELS_BUILD: expected none or cpu, or nothing, got 'nonsense'" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def built(copy):
+    """The root of a tree whose extension setup.py has built."""
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler")
+    place = copy("built")
+    done = build(place, "cpu")
+    assert done.returncode == 0, done.stderr[-6000:]
+    return place
+
+
+def tool(name, *args):
+    if shutil.which(name) is None:
+        pytest.skip(f"no {name}")
+    return succeeds(name, *args).stdout
+
+
+def test_module_brings_no_openmp_and_exports_its_entry_alone(built):
+    (module,) = built_modules(built)
+    needed = [line for line in tool("readelf", "-d", module).splitlines() if "NEEDED" in line]
+    assert any("libc.so" in line for line in needed) and not any("omp" in line for line in needed), needed
+    # weak ones are templates of libstdc++, which are visible whatever -fvisibility says
+    exported = [line.split()[-2:] for line in tool("nm", "-D", "--defined-only", module).splitlines()]
+    assert [name for kind, name in exported if kind not in "WVu"] == ["PyInit__native"]
+    assert not any("dpo_kernels" in name for _, name in exported)
+
+
+def test_wide_instructions_stay_in_their_files(built):
+    """Nothing compiled for a wider instruction set runs before that set is known to be there: no wide registers in the
+    other objects, no symbol that the linker could merge, and the function that asks the processor uses none."""
+    if not instruction_sets():
+        pytest.skip("not x86-64")
+    objects = {path.stem: path for path in (built / "build").rglob("*.o")}
+    assert {"bindings", "team", "kernels_baseline", "kernels_avx2", "kernels_avx512"} == objects.keys()
+    for name, path in objects.items():
+        wide = "%ymm" in (code := tool("objdump", "-d", "--no-show-raw-insn", path)) or "%zmm" in code
+        assert wide == (name in ("kernels_avx2", "kernels_avx512")), name
+        if name.startswith("kernels"):
+            isa = name.removeprefix("kernels_")
+            (symbol,) = tool("nm", "--defined-only", "--extern-only", path).splitlines()
+            assert symbol.split()[1] == "T" and f"{isa}_kernels" in symbol
+            asking = tool("objdump", "-d", "--no-show-raw-insn", f"--disassemble={symbol.split()[2]}", path)
+            mnemonics = [
+                line.split()[1] for line in asking.splitlines() if line.startswith("  ") and len(line.split()) > 1
+            ]
+            assert "ret" in mnemonics and not [m for m in mnemonics if m.startswith("v")], asking
+
+
+@pytest.mark.parametrize("compiler", ["g++", "clang++", "aarch64-linux-gnu-g++"])
+def test_kernels_compile_without_warnings(compiler):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"no {compiler}")
+    flags_of = {} if "aarch64" in compiler else instruction_sets()
+    for file in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+        flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", *flags_of.get(file.name, [])]
+        succeeds(compiler, *flags, "-fsyntax-only", file)
+
+
+def test_exp_on_neon(tmp_path):
+    """The baseline's exp as AArch64 computes it."""
+    compiler = "aarch64-linux-gnu-g++"
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    if shutil.which(compiler) is None or emulator is None:
+        pytest.skip(f"no {compiler} or no qemu-aarch64")
+    sources = [NATIVE / "exp_error.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    succeeds(compiler, "-std=c++17", "-O1", "-static", f"-I{ROOT / 'csrc'}", *sources, "-o", tmp_path / "exp_error")
+    name, _, normal, _, _, _, subnormal, *_ = succeeds(emulator, tmp_path / "exp_error", 20011).stdout.split()
+    assert name == "baseline" and 0.5 <= float(normal) <= 1.05 and float(subnormal) <= 2
