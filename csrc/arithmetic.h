@@ -5,9 +5,9 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define DPO_HOST_DEVICE __host__ __device__
-#else
-#define DPO_HOST_DEVICE
+#define DPO_HOST_DEVICE __host__ __device__ inline
+#else  // inlined always: a copy compiled for one instruction set must not serve the files of another
+#define DPO_HOST_DEVICE __attribute__((always_inline)) inline
 #endif
 
 namespace dpo_kernels {
@@ -32,7 +32,7 @@ struct Half {
 
 // Type punning that the optimizer sees through.
 template <class To, class From>
-DPO_HOST_DEVICE inline To bit_cast(const From& from) {
+DPO_HOST_DEVICE To bit_cast(const From& from) {
   static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");
   To to;
   memcpy(&to, &from, sizeof to);

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 from pathlib import Path
@@ -469,7 +470,7 @@ def test_transpose(isa, threads, set_threads):
 
 
 class Operators(TorchDispatchMode):
-    """The names of the operators that run."""
+    """The names of the operators that run. oneDNN's product must get operands that it has fast code for."""
 
     def __init__(self):
         super().__init__()
@@ -477,6 +478,9 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.names.add(func.name())
+        if "_linear_pointwise" in func.name():
+            x, w, *_ = args
+            assert x.is_contiguous() and (w.is_contiguous() or w.t().is_contiguous())
         return func(*args, **(kwargs or {}))
 
 
@@ -508,7 +512,12 @@ def test_product(library):
     a, b = torch.randn(9, 31, generator=seeded()), torch.randn(31, 17, generator=seeded(1))
     exact = a.double() @ b.double()
     for left in (a, a.t().contiguous().t(), torch.cat([a, a], 1)[:, :31]):
-        for right in (b, b.t().contiguous().t()):
+        for right in (
+            b,
+            b.t().contiguous().t(),
+            torch.cat([b, b], 1)[:, :17],
+            torch.cat([b.t(), b.t()], 1)[:, :31].t(),
+        ):
             for enabled in (True, False):
                 with torch.backends.mkldnn.flags(enabled=enabled), Operators() as operators:
                     used = native.products_by()
@@ -545,12 +554,15 @@ def test_cpu_on_another_device_is_an_error():
 
 
 WITHOUT_EXTENSION = """
+import sys
+# an editable install's finder would find the extension of the tree it points to
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 import torch
 from dpo_kernels import dispatch, env, sequence_logps
 cpu = torch.device("cpu")
 assert dispatch.choose("auto", cpu) == "torch"
 reason = dispatch.unavailable_reason("cpu", cpu)
-assert "DPO_KERNELS_BUILD=cpu" in reason and "compiler" in reason, reason
+assert "DPO_KERNELS_BUILD=cpu" in reason and sys.argv[1] in reason, reason
 assert reason in env.report(), env.report()
 logits, labels = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.int64)
 expected = logits.log_softmax(-1)[..., 1].sum(1)
@@ -563,10 +575,43 @@ except ValueError as error:
 """
 
 
-def test_without_the_extension(tmp_path):
+@pytest.mark.parametrize(("broken", "says"), [(False, "compiler"), (True, "does not load")])
+def test_without_the_extension(tmp_path, broken, says):
+    """None there, or one that does not load: "auto" goes on without it and the reason can be read."""
     leave_out = shutil.ignore_patterns("_native.*.so", "_native.so", "__pycache__")
     shutil.copytree(Path(dispatch.__file__).parent, tmp_path / "dpo_kernels", ignore=leave_out)
-    assert "named the reason" in run_python("-c", WITHOUT_EXTENSION, root=tmp_path)
+    if broken:
+        (tmp_path / "dpo_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no library")
+    assert "named the reason" in run_python("-c", WITHOUT_EXTENSION, says, root=tmp_path)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bias_and_weight_of_unusual_strides(frozen):
+    hidden, weight, labels, bias, ref_logps = head_inputs(4, 9, 16, 60, logit_std=1.0)
+    wide = torch.stack([weight.detach(), weight.detach()], 1).flatten(1)[:, :16].requires_grad_(not frozen)
+    for b in (torch.stack([bias.detach()] * 2, 1)[:, 0], torch.ones(1).expand(60), torch._neg_view(bias.detach())):
+        ours, theirs = (
+            linear_dpo_loss(hidden, wide, labels, ref_logps, bias=b, impl=impl).loss for impl in ("cpu", "torch")
+        )
+        torch.testing.assert_close(ours, theirs)
+        for mine, other in zip(torch.autograd.grad(ours, hidden), torch.autograd.grad(theirs, hidden), strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-6)
+
+
+def test_dlogits_of_strided_rows():
+    """Copies that the kernel is given addresses of live until it has run."""
+    generator = seeded()
+    a, y = torch.randn(64, 50, generator=generator), torch.randint(50, (64, 2), generator=generator)
+    norm = torch.stack([a.max(1).values, (a - a.max(1, keepdim=True).values).exp().sum(1)])
+    logp, g = a.log_softmax(1).gather(1, y[:, :1])[:, 0], torch.rand(64, 2, generator=generator)
+    strided_norm = torch.stack([norm, norm], 2)[..., 0]
+    columns = Columns(0, None)
+    results = [
+        (out := torch.empty_like(a), k.dlogits(a, out, y[:, 0], strided_norm, logp, g[:, 0], columns, LogitTransform()))
+        for k in (native, plain)
+    ]
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
 
 
 THREADS = """

@@ -7,7 +7,6 @@ the libraries that PyTorch brings; between them each tile is read once, and writ
 from __future__ import annotations
 
 import ctypes
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,13 +30,13 @@ def tile_bytes(device: torch.device) -> int:
 
 
 def _borrow_openmp() -> bool:
-    """Hands the OpenMP runtime that PyTorch is linked with to the kernels; False where it has none."""
-    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
-    try:  # the library that is loaded already; symbols are then searched in what it is linked with
-        library = ctypes.CDLL(str(torch_cpu), mode=os.RTLD_NOLOAD | os.RTLD_LAZY)
-    except OSError:  # a PyTorch laid out differently: the symbols of the whole process
-        library = ctypes.CDLL(None)
+    """Hands the OpenMP runtime that PyTorch uses to the kernels; False where it has none."""
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    # what the whole process sees, as PyTorch does: a preloaded runtime comes before the one PyTorch is linked with
+    library = ctypes.CDLL(None)
+    torch_cpu = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
+    if not all(hasattr(library, name) for name in names) and torch_cpu.exists():
+        library = ctypes.CDLL(str(torch_cpu))  # loaded already; its symbols and those of what it is linked with
     if not all(hasattr(library, name) for name in names):
         return False
     _native.set_openmp(*(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in names))
@@ -73,9 +72,10 @@ def products_by() -> str:
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     if a.dtype != torch.float32 or products_by() != "oneDNN":
         return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    # x [n, k] @ w [m, k].t(); w of any strides, but x slow unless its rows are contiguous
-    product = torch.ops.mkldnn._linear_pointwise(_row_major(a), b.t(), None, "none", [], "")
-    return out.add_(product) if accumulate else product
+    # a [n, k] row-major, b [k, m] either way; with any other strides oneDNN takes its slow reference code
+    w = b.t() if b.is_contiguous() else b.t().contiguous()
+    ab = torch.ops.mkldnn._linear_pointwise(_row_major(a), w, None, "none", [], "")
+    return out.add_(ab) if accumulate else ab
 
 
 def _row_major(a: Tensor) -> Tensor:
@@ -103,6 +103,7 @@ def _type(t: Tensor) -> str:
 
 
 def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> _native.Tile:
+    assert a.dtype in (torch.float32, torch.float64)
     assert a.is_contiguous() and y.is_contiguous() and y.dtype == torch.int64 and y.shape[0] == a.shape[0]
     assert columns.bias is None or columns.bias.is_contiguous() and columns.bias.dtype == a.dtype
     scale, softcap, temperature = transform
@@ -151,12 +152,14 @@ def dlogits(
     columns: Columns,
     transform: LogitTransform,
 ) -> Tensor:
-    value, logp, g = torch.empty_like(logp), logp.contiguous(), g.to(a.dtype).contiguous()
+    # bound to names: an address alone keeps no copy alive
+    y, norm, logp, g = y.contiguous(), norm.contiguous(), logp.contiguous(), g.to(a.dtype).contiguous()
+    value = torch.empty_like(logp)
     assert out.is_contiguous() and out.shape == a.shape and out.dtype == a.dtype
-    assert norm.stride(1) == 1 and norm.dtype == logp.dtype == a.dtype
+    assert norm.dtype == logp.dtype == a.dtype
     _native.dlogits(
         _type(a),
-        _tile(a, y.contiguous(), columns, transform),
+        _tile(a, y, columns, transform),
         _address(out),
         _address(norm),
         norm.stride(0),

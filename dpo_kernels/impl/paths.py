@@ -37,8 +37,10 @@ def _tile(buffer: Tensor, n: int, v: int) -> Tensor:
 
 def _columns(bias: Tensor | None, block: slice, compute_dtype: torch.dtype) -> Columns:
     """The bias rounded to the compute dtype as every operand is."""
-    b = None if bias is None else bias[block].to(compute_dtype).to(accumulate_dtype(compute_dtype))
-    return Columns(block.start, b)
+    if bias is None:
+        return Columns(block.start, None)
+    b = bias[block].to(compute_dtype).to(accumulate_dtype(compute_dtype))
+    return Columns(block.start, b.resolve_neg().contiguous())
 
 
 def _put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
