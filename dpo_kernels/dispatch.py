@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import importlib.util
 from typing import cast
@@ -24,11 +23,10 @@ def unavailable_reason(impl: str, device: torch.device) -> str | None:
     if impl == "cpu":
         if device.type != "cpu":
             return f"it computes on the CPU, not on {device.type!r}"
-        return _extension_problem()
+        return EXTENSION_PROBLEM
     return None
 
 
-@functools.cache
 def _extension_problem() -> str | None:
     if importlib.util.find_spec("dpo_kernels._native") is None:
         return "its extension was not built: install a C++ compiler, then dpo_kernels again with DPO_KERNELS_BUILD=cpu"
@@ -37,6 +35,10 @@ def _extension_problem() -> str | None:
     except ImportError as error:  # built against libraries that this machine lacks
         return f"its extension does not load, install dpo_kernels again with DPO_KERNELS_BUILD=cpu: {error}"
     return None
+
+
+# Asked once, here: torch.compile cannot trace an import.
+EXTENSION_PROBLEM = _extension_problem()
 
 
 def choose(impl: str, device: torch.device) -> str:
