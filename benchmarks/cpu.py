@@ -67,6 +67,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--impl", default="auto", help="implementation of dpo_kernels (default: %(default)s)")
     add("--only", default=",".join(PARTS), help="parts to run (default: %(default)s)")
+    add("--peers", nargs="+", metavar="NAME", help="of the peers only these, as the tables name them")
     add("--rounds", type=int, default=5, help="timed runs of each contender (default: %(default)s)")
     add("--batch-rounds", type=int, default=2, help="the same, on each real batch (default: %(default)s)")
     add("--tokens", type=int, help="labelled positions; one size instead of the two default ones")
@@ -84,6 +85,8 @@ def arguments() -> argparse.Namespace:
     args.only = args.only.split(",")
     if unknown := set(args.only) - set(PARTS):
         parser.error(f"--only: expected some of {','.join(PARTS)}, got {','.join(sorted(unknown))}")
+    if unknown := set(args.peers or ()) - set(peers.peers(padded=True)):
+        parser.error(f"--peers: expected some of {list(peers.peers(padded=True))}, got {sorted(unknown)}")
     if args.quick:
         args.tokens, args.hidden, args.vocab = args.tokens or 64, args.hidden or 32, args.vocab or 512
         args.batches, args.pairs, args.max_length, args.rounds = 2, 2, 24, 2
@@ -115,7 +118,7 @@ def tables(args: argparse.Namespace) -> Iterator[Row]:
 
 
 def all_labelled(case: HeadCase, ours: dict[str, peers.Contender], wanted: list[str], args: argparse.Namespace) -> Row:
-    others = peers.peers(padded=False) if "peers" in args.only else {}
+    others = chosen(peers.peers(padded=False), args) if "peers" in args.only else {}
     if others and "C" not in wanted:  # what the peers are held against
         wanted = [*wanted, "C"]
     counts = sorted({ours[key].products for key in wanted})
@@ -125,6 +128,10 @@ def all_labelled(case: HeadCase, ours: dict[str, peers.Contender], wanted: list[
         entries.append(Entry(ours[key].name, ours[key], case, limit, target=LIMIT_TARGETS[key]))
     entries += held_against_c(others, case, ours, PEER_TARGETS)
     return compare(f"Every position labelled: {case.name}", entries, args.rounds, args)
+
+
+def chosen(others: dict[str, peers.Contender], args: argparse.Namespace) -> dict[str, peers.Contender]:
+    return {name: other for name, other in others.items() if args.peers is None or name in args.peers}
 
 
 def held_against_c(
@@ -141,7 +148,7 @@ def real_batches(size: tuple[int, int, int], ours: dict[str, peers.Contender], a
     for case in batches(args.lengths, args.batches, args.pairs, args.max_length, hidden, vocab):
         limits = [Entry(peers.LIMITS[count].name, peers.LIMITS[count], case) for count in (3, 4)]
         mine = [Entry(ours[k].name, ours[k], case, peers.LIMITS[ours[k].products].name) for k in ("C", "D")]
-        others = held_against_c(peers.peers(padded=True), case, ours, BATCH_TARGETS)
+        others = held_against_c(chosen(peers.peers(padded=True), args), case, ours, BATCH_TARGETS)
         entries = [*limits, *mine, *others]
         found.append(compare(case.name, entries, args.batch_rounds, args, memory=not found))
     rows = []

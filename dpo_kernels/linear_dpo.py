@@ -366,4 +366,6 @@ class _GroupedLoss(torch.autograd.Function):
             )
         # In place: a second [V, H] would double the memory of the gradient.
         formed, ctx.grads = ctx.grads, None
+        if grads[0].device.type == "cpu" and grads[0] == 1:  # on other devices looking would be waiting
+            return (*formed, None)
         return (*(None if grad is None else grad.mul_(grads[0]) for grad in formed), None)

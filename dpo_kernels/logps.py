@@ -13,6 +13,8 @@ from dpo_kernels.dispatch import choose
 from dpo_kernels.impl.interface import STATS
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows, shift_labels
 
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
 
 class SequenceLogps(NamedTuple):
     """Log-probabilities of S sequences of T positions, in nats."""
@@ -214,8 +216,8 @@ def check_labels(scores: Tensor, labels: Tensor, name: str, shape: str) -> None:
     _check_tensor("labels", labels)
     if scores.dim() != 3:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(scores.shape)}")
-    if not scores.is_floating_point():
-        raise ValueError(f"{name}: expected a floating point dtype, got {scores.dtype}")
+    if scores.dtype not in DTYPES:
+        raise ValueError(f"{name}: expected float64, float32, bfloat16 or float16, got {scores.dtype}")
     if labels.shape != scores.shape[:2]:
         raise ValueError(f"labels: expected shape {tuple(scores.shape[:2])} to fit {name}, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dpo_kernels.dispatch import load
 from dpo_kernels.impl import paths
-from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
+from dpo_kernels.impl.interface import GradRows, LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.rows import check_finite, labelled_rows
 
 # values of num_labelled beside a count
@@ -162,13 +162,10 @@ def linear_token_logps_bwd_impl(
         )
     dx, dweight, dbias = paths.linear_logps_bwd(
         load(impl),
-        _pick(grad, rows),
         _pick(hidden, rows),
         weight,
         bias,
-        y,
-        _pick_norm(norm, rows),
-        _pick(logps, rows),
+        GradRows(y, _pick_norm(norm, rows), _pick(logps, rows), _pick(grad, rows)),
         LogitTransform(logit_scale, softcap, temperature),
         compute_dtype=compute_dtype,
         need=(need_dhidden, need_dweight, need_dbias),
@@ -291,8 +288,8 @@ def _write_dlogits(
 ) -> None:
     known = None if num_labelled == UNKNOWN else num_labelled
     rows = labelled_rows(labels, logits.shape[-1], ignore_index, known)
-    y, g, logps = (_pick(t, rows) for t in (labels, grad, logps))
-    load(impl).logps_bwd_(g, logits, rows, y, _pick_norm(norm, rows), logps, out)
+    of = GradRows(_pick(labels, rows), _pick_norm(norm, rows), _pick(logps, rows), _pick(grad, rows))
+    load(impl).logps_bwd_(logits, rows, of, out)
 
 
 def token_logps_bwd_impl(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:

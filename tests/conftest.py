@@ -1,6 +1,9 @@
 """Settings for all tests: nothing is fetched from a hub, and parallel workers share the cores."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -27,3 +30,17 @@ def impl(request, monkeypatch):
 def set_tile_bytes(impl, monkeypatch):
     """A function that sets the tile size of that implementation."""
     return lambda size: monkeypatch.setattr(impl, "tile_bytes", lambda device: size)
+
+
+@pytest.fixture
+def run_python():
+    """A function that runs Python in a process of its own, with the package of `root`, or this one's; its output."""
+
+    def run(*args, root=None):
+        path = os.pathsep.join([str(root or Path(dispatch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
+        command, env = [sys.executable, *map(str, args)], {**os.environ, "PYTHONPATH": path}
+        done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+        return done.stdout
+
+    return run

@@ -357,6 +357,7 @@ def test_errors_name_the_argument():
         r"weight: expected shape \[V, 31\]": {"weight": inputs.weight[:, 1:]},
         r"weight: expected the dtype of hidden": {"weight": inputs.weight.double()},
         r"labels: expected shape \(4, 9\)": {"labels": inputs.labels[:, 1:]},
+        r"hidden: expected float64.*got torch.float8_e5m2": {"hidden": inputs.hidden.to(torch.float8_e5m2)},
         r"labels: expected an integer": {"labels": inputs.labels.float()},
         r"bias: expected shape \[123\]": {"bias": inputs.bias[1:]},
         r"softcap: expected a positive": {"softcap": 0.0},

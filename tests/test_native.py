@@ -1,23 +1,15 @@
 """The C++ kernels beyond what every implementation is tested for: each instruction set by itself, accuracy over all of
-fp32, every tail length, threads, memory bounds, strides."""
+fp32, every tail length, memory bounds, strides."""
 
-import os
-import re
-import shutil
-import subprocess
-import sys
-import sysconfig
-import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl import torch as plain
-from dpo_kernels.impl.interface import STATS, Columns, LogitTransform, Rows
+from dpo_kernels.impl.interface import STATS, Columns, GradRows, LogitTransform, Rows
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.losses import dpo_loss
 from dpo_kernels.testing import assert_within_budget, head_inputs
@@ -170,7 +162,7 @@ def test_every_half_is_stored_right(isa, dtype):
     out = torch.zeros(1, n, v, dtype=dtype)
     label = torch.arange(n) % v
     norm, logp = torch.tensor([[0.0], [1.0]]).expand(2, n).contiguous(), torch.full((n,), -torch.inf)
-    native.logps_bwd_(g, torch.zeros(1, n, v, dtype=dtype), one_row_each(n), label, norm, logp, out)
+    native.logps_bwd_(torch.zeros(1, n, v, dtype=dtype), one_row_each(n), GradRows(label, norm, logp, g), out)
     is_label = torch.arange(v) == label[:, None]
     expected = torch.where(is_label, g[:, None], -g[:, None]).to(dtype)
     torch.testing.assert_close(out[0].float(), expected.float(), rtol=0, atol=0, equal_nan=True)
@@ -210,12 +202,12 @@ class TileCase:
                     found["label_slope"] = fold.label_slope
             for field in ("max", "target", "sum", "sum_z", "sum_ez", "sum_sq", "argmax"):
                 found[f"{name}.{field}"] = getattr(fold, field)
-        of_rows = self.y, self.norm.to(dtype), self.logp.to(dtype), self.g.to(dtype)
+        of_rows = GradRows(self.y, self.norm.to(dtype), self.logp.to(dtype), self.g.to(dtype))
         a, found["dlogits"] = self.second.to(dtype, copy=True), torch.full(self.second.shape, torch.nan, dtype=dtype)
-        found["value"] = impl.dlogits(a, found["dlogits"], *of_rows, here, self.transform)
+        found["value"] = impl.dlogits(a, found["dlogits"], of_rows, here, self.transform)
         if impl is native:
             assert torch.equal(a, self.second.to(dtype))
-            assert torch.equal(impl.dlogits(a, a, *of_rows, here, self.transform), found["value"])
+            assert torch.equal(impl.dlogits(a, a, of_rows, here, self.transform), found["value"])
             assert torch.equal(a, found["dlogits"])  # in place
         return found
 
@@ -394,7 +386,7 @@ def test_no_rows(isa, set_threads):
             native.fold_(fold, a, slice(0, 0), columns, LogitTransform(), keep=False)
             assert native.fold_exp_(fold, a, slice(0, 0), columns, LogitTransform()).shape == (0,)
             norm, row = torch.empty(2, 0, dtype=dtype), torch.empty(0, dtype=dtype)
-            assert native.dlogits(a, a, none, norm, row, row, columns, LogitTransform()).shape == (0,)
+            assert native.dlogits(a, a, GradRows(none, norm, row, row), columns, LogitTransform()).shape == (0,)
         for labels in (torch.full((2, 3), -100), torch.empty(2, 0, dtype=torch.int64)):
             logits = torch.randn(*labels.shape, 9, requires_grad=True)
             out = sequence_logps(logits, labels, impl="cpu")
@@ -402,17 +394,8 @@ def test_no_rows(isa, set_threads):
             assert torch.equal(torch.autograd.grad(out.logps.sum(), logits)[0], torch.zeros_like(logits))
 
 
-def run_python(*args, root=None):
-    """In a process of its own, with the package of `root`, or this one's; its output."""
-    path = os.pathsep.join([str(root or Path(dispatch.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])
-    command, env = [sys.executable, *map(str, args)], {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
-    return done.stdout
-
-
 @pytest.mark.parametrize("place", ["behind", "before"])
-def test_nothing_outside_the_tensors_is_touched(place):
+def test_nothing_outside_the_tensors_is_touched(place, run_python):
     """Tensors end, or begin, at a page that can be neither read nor written. The driver ends with one step over the
     edge for each kernel, which must kill it."""
     assert "all kernels stayed inside, all oversteps were noticed" in run_python(HERE / "native" / "edges.py", place)
@@ -442,18 +425,18 @@ def test_strides_do_not_matter(isa, dtype, view, v):
     assert all(torch.equal(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
 
     g = torch.randn(5, generator=seeded(1), dtype=expected.logp.dtype)
-    of_rows = rows, y, expected.norm, expected.logp
+    of_rows = rows, GradRows(y, expected.norm, expected.logp, g)
     truth = torch.full_like(packed, 7.0)
-    native.logps_bwd_(g, packed, *of_rows, truth)
+    native.logps_bwd_(packed, *of_rows, truth)
     assert (truth == 7.0).all(-1).sum() == 12 - 5  # rows without a label are left alone
     for other in VIEWS.values():  # any stride in with any stride out
         out = other(torch.full_like(packed, 7.0))
         if 0 in out.stride():
             continue  # rows that share memory cannot all be written
-        native.logps_bwd_(g, logits, *of_rows, out)
+        native.logps_bwd_(logits, *of_rows, out)
         assert torch.equal(out, truth)
     if 0 not in logits.stride():
-        native.logps_bwd_(g, logits, *of_rows, logits)
+        native.logps_bwd_(logits, *of_rows, logits)
         assert torch.equal(logits[rows], truth[rows])
 
 
@@ -507,8 +490,10 @@ def test_paths_with_either_library_of_products(library, path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # PyTorch's own, about its switch
-def test_product(library):
+@pytest.mark.parametrize("max_terms", [256, 12])
+def test_product(library, max_terms, monkeypatch):
     """Whatever the operands' layout, with the library that was chosen and no other; PyTorch's switch is honoured."""
+    monkeypatch.setattr(native, "MAX_TERMS", max_terms)
     a, b = torch.randn(9, 31, generator=seeded()), torch.randn(31, 17, generator=seeded(1))
     exact = a.double() @ b.double()
     for left in (a, a.t().contiguous().t(), torch.cat([a, a], 1)[:, :31]):
@@ -532,57 +517,11 @@ def test_product(library):
     torch.testing.assert_close(double, exact, rtol=1e-12, atol=1e-12)
 
 
-def test_auto_picks_cpu(monkeypatch):
-    assert dispatch.choose("auto", torch.device("cpu")) == "cpu"
-    logits, labels = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.int64)
-    calls, fold = [], _native.logits_fold
-    monkeypatch.setattr(_native, "logits_fold", lambda *args: (calls.append(args), fold(*args)))
-    assert torch.equal(sequence_logps(logits, labels).logps, sequence_logps(logits, labels, impl="cpu").logps)
-    assert len(calls) == 2
-    sequence_logps(logits, labels, impl="torch")
-    assert len(calls) == 2
-
-
-def test_cpu_on_another_device_is_an_error():
-    message = "impl: 'cpu' cannot run on device 'meta': it computes on the CPU, not on 'meta'"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        dispatch.choose("cpu", torch.device("meta"))
-    with pytest.raises(ValueError, match=re.escape(message)):
-        sequence_logps(
-            torch.randn(2, 3, 5, device="meta"), torch.ones(2, 3, dtype=torch.int64, device="meta"), impl="cpu"
-        )
-
-
-WITHOUT_EXTENSION = """
-import sys
-# an editable install's finder would find the extension of the tree it points to
-sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
-import torch
-from dpo_kernels import dispatch, env, sequence_logps
-cpu = torch.device("cpu")
-assert dispatch.choose("auto", cpu) == "torch"
-reason = dispatch.unavailable_reason("cpu", cpu)
-assert "DPO_KERNELS_BUILD=cpu" in reason and sys.argv[1] in reason, reason
-assert reason in env.report(), env.report()
-logits, labels = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.int64)
-expected = logits.log_softmax(-1)[..., 1].sum(1)
-torch.testing.assert_close(sequence_logps(logits, labels).logps, expected)
-try:
-    sequence_logps(logits, labels, impl="cpu")
-except ValueError as error:
-    assert reason in str(error), error
-    print("named the reason")
-"""
-
-
-@pytest.mark.parametrize(("broken", "says"), [(False, "compiler"), (True, "does not load")])
-def test_without_the_extension(tmp_path, broken, says):
-    """None there, or one that does not load: "auto" goes on without it and the reason can be read."""
-    leave_out = shutil.ignore_patterns("_native.*.so", "_native.so", "__pycache__")
-    shutil.copytree(Path(dispatch.__file__).parent, tmp_path / "dpo_kernels", ignore=leave_out)
-    if broken:
-        (tmp_path / "dpo_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no library")
-    assert "named the reason" in run_python("-c", WITHOUT_EXTENSION, says, root=tmp_path)
+def test_long_sums_of_logits_lose_little(library):
+    """2048 terms in chains of 256 and not in one: 2.9e-7 rms with oneDNN's products, and not 5.7e-7."""
+    x, w = torch.randn(64, 2048, generator=seeded()), torch.randn(500, 2048, generator=seeded(1)).div_(2048**0.5)
+    error = native.product(x, w.t(), torch.empty(64, 500)).double() - x.double() @ w.double().t()
+    assert error.square().mean().sqrt() < 4e-7
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -605,61 +544,9 @@ def test_dlogits_of_strided_rows():
     norm = torch.stack([a.max(1).values, (a - a.max(1, keepdim=True).values).exp().sum(1)])
     logp, g = a.log_softmax(1).gather(1, y[:, :1])[:, 0], torch.rand(64, 2, generator=generator)
     strided_norm = torch.stack([norm, norm], 2)[..., 0]
-    columns = Columns(0, None)
+    of = GradRows(y[:, 0], strided_norm, logp, g[:, 0])
     results = [
-        (out := torch.empty_like(a), k.dlogits(a, out, y[:, 0], strided_norm, logp, g[:, 0], columns, LogitTransform()))
-        for k in (native, plain)
+        (out := torch.empty_like(a), k.dlogits(a, out, of, Columns(0, None), LogitTransform())) for k in (native, plain)
     ]
     for mine, other in zip(*results, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-5, atol=1e-6)
-
-
-THREADS = """
-import os, re, sys
-import torch
-from dpo_kernels.impl import native
-from dpo_kernels.impl.interface import Columns, LogitTransform
-
-def tasks():
-    return len(os.listdir("/proc/self/task"))
-
-torch.set_num_threads(int(sys.argv[1]))
-a = torch.empty(64, 4096)  # not filled: nothing has run on several threads yet
-fold = native.new_fold(torch.arange(64), torch.float32, ())
-before = tasks()
-native.fold_(fold, a, slice(0, 64), Columns(0, None), LogitTransform(), keep=False)
-print(tasks() - before)
-torch.randn(512, 512) @ torch.randn(512, 512)
-runtimes = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib(gomp|omp|iomp5)\\b[^/]*$", line)}
-assert len(runtimes) == 1, runtimes
-"""
-
-
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-@pytest.mark.parametrize("threads", [1, 2, 7])
-def test_threads_are_those_of_pytorchs_openmp(threads):
-    """As many as PyTorch was told, this one among them, from the only OpenMP runtime in the process."""
-    if not native.HAS_THREADS:
-        pytest.skip("this PyTorch has no OpenMP")
-    assert int(run_python("-c", THREADS, threads)) == threads - 1
-
-
-def test_other_python_threads_run_meanwhile():
-    ticks, stop = [], threading.Event()
-
-    def tick():
-        while not stop.wait(0.001):
-            ticks.append(time.monotonic())
-
-    # 16 million entries in fp64, one row of memory
-    logits, n = torch.randn(1, 1, 8192, dtype=torch.float64).expand(1, 2000, 8192), 2000
-    other = threading.Thread(target=tick)
-    other.start()
-    start = time.monotonic()
-    native.logps_fwd(logits, one_row_each(n), torch.zeros(n, dtype=torch.int64))
-    end = time.monotonic()
-    stop.set()
-    other.join()
-    # those of the middle, where nothing but the kernel runs
-    margin = (end - start) / 5
-    assert sum(start + margin < t < end - margin for t in ticks) >= 3, f"{len(ticks)} ticks in {end - start:.3f} s"

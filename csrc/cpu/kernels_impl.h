@@ -308,14 +308,14 @@ void dlogits_tile(const Tile& tile, void* out, const void* norm, int64_t norm_st
                   void* value, int threads) {
   const bool plain = tile.transform.is_identity() && !tile.bias;
   (plain ? dlogits_tile<T, true> : dlogits_tile<T, false>)(
-      tile, static_cast<T*>(out), static_cast<const T*>(norm), norm_stride, static_cast<const T*>(logp), static_cast<const T*>(g),
-      static_cast<T*>(value), threads);
+      tile, static_cast<T*>(out), static_cast<const T*>(norm), norm_stride, static_cast<const T*>(logp),
+      static_cast<const T*>(g), static_cast<T*>(value), threads);
 }
 
-void dlogits(DType dtype, const Tile& tile, void* out, const void* norm, int64_t norm_stride, const void* logp, const void* g,
-             void* value, int threads) {
-  (dtype == DType::f64 ? dlogits_tile<double> : dlogits_tile<float>)(tile, out, norm, norm_stride, logp, g, value,
-                                                                          threads);
+void dlogits(DType dtype, const Tile& tile, void* out, const void* norm, int64_t norm_stride, const void* logp,
+             const void* g, void* value, int threads) {
+  const auto kernel = dtype == DType::f64 ? dlogits_tile<double> : dlogits_tile<float>;
+  kernel(tile, out, norm, norm_stride, logp, g, value, threads);
 }
 
 constexpr Transform kIdentity{1, 0, 1};
@@ -425,7 +425,9 @@ void transpose(const float* a, float* out, int64_t n, int64_t v, int threads) {
 
 void exp_all(float* x, int64_t n) {
   int nothing[kUnroll];
-  for_vectors<kLanes>({0, n}, nothing, [&](int&, int64_t i, int count) { store_some(x + i, exp(load_some(x + i, count)), count); });
+  for_vectors<kLanes>({0, n}, nothing, [&](int&, int64_t i, int count) {
+    store_some(x + i, exp(load_some(x + i, count)), count);
+  });
 }
 
 void tanh_all(float* x, float* slope, int64_t n) {

@@ -51,6 +51,18 @@ class LinearLogps(NamedTuple):
     dhidden: Tensor | None  # [N, H] d logp_n / d x_n, same dtype as logp
 
 
+class GradRows(NamedTuple):
+    """What the gradients of n rows need of them beside their logits."""
+
+    y: Tensor  # [n] int64, labels
+    norm: Tensor  # [2, n] and
+    logp: Tensor  # [n], as the forward left them
+    g: Tensor  # [n] gradient with respect to logp
+
+    def part(self, rows: slice) -> GradRows:
+        return GradRows(self.y[rows], self.norm[:, rows], self.logp[rows], self.g[rows])
+
+
 class Columns(NamedTuple):
     """A block of the vocabulary."""
 
@@ -87,26 +99,14 @@ class TileKernels(Protocol):
         """The same, and leaves exp(z - max), times the softcap's part of dz/da, in the tile, 0 at the label. Returns
         the factor [n] that brings what was accumulated before to the new maximum."""
 
-    def dlogits(
-        self,
-        a: Tensor,
-        out: Tensor,
-        y: Tensor,
-        norm: Tensor,
-        logp: Tensor,
-        g: Tensor,
-        columns: Columns,
-        transform: LogitTransform,
-    ) -> Tensor:
+    def dlogits(self, a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: LogitTransform) -> Tensor:
         """Writes -g p dz/da to `out`, which may be the tile itself, with 0 at the labels. Returns value [n] of the
-        label's own entry g (1 - p_y) dz/da, 0 where the label lies in another block. norm [2, n]; logp, g [n]."""
+        label's own entry g (1 - p_y) dz/da, 0 where the label lies in another block."""
 
     def logps_fwd(self, logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
         """Path E: one read of the labelled rows of logits [S, T, V]."""
 
-    def logps_bwd_(
-        self, g: Tensor, logits: Tensor, rows: Rows, y: Tensor, norm: Tensor, logp: Tensor, out: Tensor
-    ) -> None:
+    def logps_bwd_(self, logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
         """Path E: the gradient of sum_n g_n logp_n with respect to the logits, written to the labelled rows of `out`
         [S, T, V], which may be `logits`."""
 

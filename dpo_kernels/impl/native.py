@@ -15,7 +15,8 @@ from torch import Tensor
 
 import dpo_kernels._native as _native
 from dpo_kernels.impl.fold import Fold
-from dpo_kernels.impl.interface import Columns, LinearLogps, LogitTransform, Rows, accumulate_dtype
+from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, Rows, accumulate_dtype
+from dpo_kernels.impl.paths import spans
 
 TILE_BYTES = 8 * 2**20
 
@@ -69,13 +70,31 @@ def products_by() -> str:
     return "oneDNN" if ONEDNN_IS_FASTER and torch.backends.mkldnn.enabled else "torch.mm"
 
 
+# oneDNN sums its products in longer chains than MKL does, and what a logit loses to that reaches every gradient.
+MAX_TERMS = 256
+
+
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
     if a.dtype != torch.float32 or products_by() != "oneDNN":
         return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     # a [n, k] row-major, b [k, m] either way; with any other strides oneDNN takes its slow reference code
-    w = b.t() if b.is_contiguous() else b.t().contiguous()
-    ab = torch.ops.mkldnn._linear_pointwise(_row_major(a), w, None, "none", [], "")
-    return out.add_(ab) if accumulate else ab
+    if accumulate or b.is_contiguous():
+        ab = _onednn(_row_major(a), b.t() if b.is_contiguous() else b.t().contiguous())
+        return out.add_(ab) if accumulate else ab
+    first, *rest = spans(a.shape[1], MAX_TERMS)
+    ab = _onednn_terms(a, b, first)
+    for terms in rest:
+        ab = torch.add(ab, _onednn_terms(a, b, terms), out=out)
+    return ab
+
+
+def _onednn_terms(a: Tensor, b: Tensor, terms: slice) -> Tensor:
+    return _onednn(a[:, terms].contiguous(), b[terms].t().contiguous())
+
+
+def _onednn(a: Tensor, w: Tensor) -> Tensor:
+    """a [n, k] @ w [m, k]^T."""
+    return torch.ops.mkldnn._linear_pointwise(a, w, None, "none", [], "")
 
 
 def _row_major(a: Tensor) -> Tensor:
@@ -142,29 +161,24 @@ def _fold(
     _native.fold(_type(a), tile, _state(fold, rows.start), _address(rescale), bool(fold.names), torch.get_num_threads())
 
 
-def dlogits(
-    a: Tensor,
-    out: Tensor,
-    y: Tensor,
-    norm: Tensor,
-    logp: Tensor,
-    g: Tensor,
-    columns: Columns,
-    transform: LogitTransform,
-) -> Tensor:
-    # bound to names: an address alone keeps no copy alive
-    y, norm, logp, g = y.contiguous(), norm.contiguous(), logp.contiguous(), g.to(a.dtype).contiguous()
-    value = torch.empty_like(logp)
+def _contiguous(of: GradRows, dtype: torch.dtype) -> GradRows:
+    """To be bound to a name: an address alone keeps no copy alive."""
+    return GradRows(of.y.contiguous(), *(t.to(dtype).contiguous() for t in of[1:]))
+
+
+def _norm_logp_g(of: GradRows) -> tuple[int, int, int, int]:
+    return _address(of.norm), of.norm.stride(0), _address(of.logp), _address(of.g)
+
+
+def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: LogitTransform) -> Tensor:
+    of = _contiguous(of, a.dtype)
+    value = torch.empty_like(of.logp)
     assert out.is_contiguous() and out.shape == a.shape and out.dtype == a.dtype
-    assert norm.dtype == logp.dtype == a.dtype
     _native.dlogits(
         _type(a),
-        _tile(a, y, columns, transform),
+        _tile(a, of.y, columns, transform),
         _address(out),
-        _address(norm),
-        norm.stride(0),
-        _address(logp),
-        _address(g),
+        *_norm_logp_g(of),
         _address(value),
         torch.get_num_threads(),
     )
@@ -193,19 +207,15 @@ def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = (
     return LinearLogps(*fold.finish(v, acc), None)
 
 
-def logps_bwd_(g: Tensor, logits: Tensor, rows: Rows, y: Tensor, norm: Tensor, logp: Tensor, out: Tensor) -> None:
+def logps_bwd_(logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
     assert out.dtype == logits.dtype and out.shape == logits.shape
-    acc = accumulate_dtype(logits.dtype)
-    native_rows, _kept = _rows(rows, y, logits.shape[-1])
-    norm, logp, g = norm.to(acc).contiguous(), logp.to(acc).contiguous(), g.to(acc).contiguous()
+    of = _contiguous(of, accumulate_dtype(logits.dtype))
+    native_rows, _kept = _rows(rows, of.y, logits.shape[-1])
     _native.logits_bwd(
         _type(logits),
         _logits(logits),
         _logits(out),
         native_rows,
-        _address(norm),
-        norm.stride(0),
-        _address(logp),
-        _address(g),
+        *_norm_logp_g(of),
         torch.get_num_threads(),
     )

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpo_kernels.impl.interface import Columns, LinearLogps, LogitTransform, TileKernels, accumulate_dtype
+from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, TileKernels, accumulate_dtype
 
 # Below these a matrix product wastes more than splitting the other dimension does, or than a buffer costs.
 MIN_COLUMNS = 256
@@ -162,13 +162,10 @@ class _Gradients:
 
 def linear_logps_bwd(
     k: TileKernels,
-    g: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    y: Tensor,
-    norm: Tensor,
-    logp: Tensor,
+    of: GradRows,
     transform: LogitTransform,
     *,
     compute_dtype: torch.dtype,
@@ -186,10 +183,10 @@ def linear_logps_bwd(
         for span in spans(n, rows):
             x_rows = k.operand(x[span], compute_dtype)
             a = k.product(x_rows, w.t(), _tile(buffer, x_rows.shape[0], w.shape[0]))
-            value = k.dlogits(a, a, y[span], norm[:, span], logp[span], g[span], c, transform)
-            grads.add_(a, y[span], value, w, span, block, first=span.start == 0)
+            value = k.dlogits(a, a, of.part(span), c, transform)
+            grads.add_(a, of.y[span], value, w, span, block, first=span.start == 0)
         grads.round_block(block)
-    return grads.finish(y, rows)
+    return grads.finish(of.y, rows)
 
 
 def _grouped_blocks(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, alone: bool) -> tuple[int, int, int]:
@@ -260,13 +257,13 @@ def linear_logps_grouped(
                 if a is not place:
                     place.copy_(a)
         logp, norm, values = fold.finish(v, acc)
-        g = coefficients(i, logp, values)
+        of = GradRows(y[group], norm, logp, coefficients(i, logp, values))
         for block in spans(v, columns):
             w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
             dlogits = []
-            for s, span, a in zip(local, of_x, tiles(block), strict=True):
+            for s, a in zip(local, tiles(block), strict=True):
                 out = _tile(scratch[s.start * a.shape[1] :], *a.shape) if s.stop <= in_dw else a
-                value = k.dlogits(a, out, y[span], norm[:, s], logp[s], g[s], c, transform)
+                value = k.dlogits(a, out, of.part(s), c, transform)
                 dlogits.append((out, value))
             for (a, value), span in zip(dlogits, of_x, strict=True):
                 grads.add_(a, y[span], value, w, span, block, first=span.start == 0)

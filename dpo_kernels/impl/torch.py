@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.impl.fold import Fold
-from dpo_kernels.impl.interface import Columns, LinearLogps, LogitTransform, Rows, accumulate_dtype
+from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.impl.paths import spans
 
 CPU_TILE_BYTES = 16 * 2**20
@@ -113,20 +113,11 @@ def fold_exp_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: L
     return rescale
 
 
-def dlogits(
-    a: Tensor,
-    out: Tensor,
-    y: Tensor,
-    norm: Tensor,
-    logp: Tensor,
-    g: Tensor,
-    columns: Columns,
-    transform: LogitTransform,
-) -> Tensor:
+def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: LogitTransform) -> Tensor:
     z, slope = _transform_(a if out is a else out.copy_(a), columns.bias, transform, with_slope=True)
-    column, inside = _label_column(y, columns.start, z.shape[1])
-    z.sub_(norm[0, :, None]).exp_().mul_((-transform.slope * g / norm[1])[:, None])
-    value = (-torch.expm1(logp) * g * transform.slope)[:, None]
+    column, inside = _label_column(of.y, columns.start, z.shape[1])
+    z.sub_(of.norm[0, :, None]).exp_().mul_((-transform.slope * of.g / of.norm[1])[:, None])
+    value = (-torch.expm1(of.logp) * of.g * transform.slope)[:, None]
     if slope is not None:
         z.mul_(slope)
         value = value * slope.gather(1, column)
@@ -156,15 +147,14 @@ def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = (
     return LinearLogps(*fold.finish(v, acc), None)
 
 
-def logps_bwd_(g: Tensor, logits: Tensor, rows: Rows, y: Tensor, norm: Tensor, logp: Tensor, out: Tensor) -> None:
+def logps_bwd_(logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
     acc = accumulate_dtype(logits.dtype)
-    step, columns = _logits_blocks(y.shape[0], logits.shape[-1], acc, logits.device)
-    for span in spans(y.shape[0], step):
+    step, columns = _logits_blocks(of.y.shape[0], logits.shape[-1], acc, logits.device)
+    for span in spans(of.y.shape[0], step):
         for block in spans(logits.shape[-1], columns):
             z = _gather_logits(logits, rows, span, block, acc)
-            of_rows = y[span], norm[:, span], logp[span], g[span]
-            value = dlogits(z, z, *of_rows, Columns(block.start, None), LogitTransform())
-            column, _ = _label_column(y[span], block.start, z.shape[1])
+            value = dlogits(z, z, of.part(span), Columns(block.start, None), LogitTransform())
+            column, _ = _label_column(of.y[span], block.start, z.shape[1])
             # not scatter_add_, which adds with atomics on some devices
             z.scatter_(1, column, z.gather(1, column) + value[:, None])
             out[:, :, block][rows.sequence[span], rows.position[span]] = z.to(out.dtype)

@@ -1,0 +1,122 @@
+"""The C++ kernels as part of a process: how they are chosen, what happens without them, and whose threads they use."""
+
+import re
+import shutil
+import sys
+import sysconfig
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpo_kernels import dispatch, sequence_logps
+
+_native = pytest.importorskip("dpo_kernels._native", reason="the extension was not built")
+native = pytest.importorskip("dpo_kernels.impl.native")
+
+
+def test_auto_picks_cpu(monkeypatch):
+    assert dispatch.choose("auto", torch.device("cpu")) == "cpu"
+    logits, labels = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.int64)
+    calls, fold = [], _native.logits_fold
+    monkeypatch.setattr(_native, "logits_fold", lambda *args: (calls.append(args), fold(*args)))
+    assert torch.equal(sequence_logps(logits, labels).logps, sequence_logps(logits, labels, impl="cpu").logps)
+    assert len(calls) == 2
+    sequence_logps(logits, labels, impl="torch")
+    assert len(calls) == 2
+
+
+def test_cpu_on_another_device_is_an_error():
+    message = "impl: 'cpu' cannot run on device 'meta': it computes on the CPU, not on 'meta'"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        dispatch.choose("cpu", torch.device("meta"))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        sequence_logps(
+            torch.randn(2, 3, 5, device="meta"), torch.ones(2, 3, dtype=torch.int64, device="meta"), impl="cpu"
+        )
+
+
+WITHOUT_EXTENSION = """
+import sys
+# an editable install's finder would find the extension of the tree it points to
+sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
+import torch
+from dpo_kernels import dispatch, env, sequence_logps
+cpu = torch.device("cpu")
+assert dispatch.choose("auto", cpu) == "torch"
+reason = dispatch.unavailable_reason("cpu", cpu)
+assert "DPO_KERNELS_BUILD=cpu" in reason and sys.argv[1] in reason, reason
+assert reason in env.report(), env.report()
+logits, labels = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.int64)
+expected = logits.log_softmax(-1)[..., 1].sum(1)
+torch.testing.assert_close(sequence_logps(logits, labels).logps, expected)
+try:
+    sequence_logps(logits, labels, impl="cpu")
+except ValueError as error:
+    assert reason in str(error), error
+    print("named the reason")
+"""
+
+
+@pytest.mark.parametrize(("broken", "says"), [(False, "compiler"), (True, "does not load")])
+def test_without_the_extension(tmp_path, broken, says, run_python):
+    """None there, or one that does not load: "auto" goes on without it and the reason can be read."""
+    leave_out = shutil.ignore_patterns("_native.*.so", "_native.so", "__pycache__")
+    shutil.copytree(Path(dispatch.__file__).parent, tmp_path / "dpo_kernels", ignore=leave_out)
+    if broken:
+        (tmp_path / "dpo_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no library")
+    assert "named the reason" in run_python("-c", WITHOUT_EXTENSION, says, root=tmp_path)
+
+
+THREADS = """
+import os, re, sys
+import torch
+from dpo_kernels.impl import native
+from dpo_kernels.impl.interface import Columns, LogitTransform
+
+def tasks():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(int(sys.argv[1]))
+a = torch.empty(64, 4096)  # not filled: nothing has run on several threads yet
+fold = native.new_fold(torch.arange(64), torch.float32, ())
+before = tasks()
+native.fold_(fold, a, slice(0, 64), Columns(0, None), LogitTransform(), keep=False)
+print(tasks() - before)
+torch.randn(512, 512) @ torch.randn(512, 512)
+runtimes = {line.split()[-1] for line in open("/proc/self/maps") if re.search(r"/lib(gomp|omp|iomp5)\\b[^/]*$", line)}
+assert len(runtimes) == 1, runtimes
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_threads_are_those_of_pytorchs_openmp(threads, run_python):
+    """As many as PyTorch was told, this one among them, from the only OpenMP runtime in the process."""
+    if not native.HAS_THREADS:
+        pytest.skip("this PyTorch has no OpenMP")
+    assert int(run_python("-c", THREADS, threads)) == threads - 1
+
+
+def test_other_python_threads_run_meanwhile():
+    ticks, stop = [], threading.Event()
+
+    def tick():
+        while not stop.wait(0.001):
+            ticks.append(time.monotonic())
+
+    # 16 million entries in fp64, one row of memory
+    logits = torch.randn(1, 1, 8192, dtype=torch.float64).expand(1, 2000, 8192)
+    labels = torch.zeros(1, 2000, dtype=torch.int64)
+    other = threading.Thread(target=tick)
+    other.start()
+    start = time.monotonic()
+    sequence_logps(logits, labels, impl="cpu")
+    end = time.monotonic()
+    stop.set()
+    other.join()
+    # those of the middle, where nothing but the kernel runs
+    margin = (end - start) / 5
+    assert sum(start + margin < t < end - margin for t in ticks) >= 3, f"{len(ticks)} ticks in {end - start:.3f} s"
