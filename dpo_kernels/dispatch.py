@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 from typing import cast
 
 import torch
@@ -11,7 +12,11 @@ import torch
 from dpo_kernels.impl.interface import TileKernels
 
 IMPLEMENTATIONS = ("torch", "cpu", "triton", "cuda")
-_MODULES = {"torch": "dpo_kernels.impl.torch", "cpu": "dpo_kernels.impl.native"}
+_MODULES = {
+    "torch": "dpo_kernels.impl.torch",
+    "cpu": "dpo_kernels.impl.native",
+    "triton": "dpo_kernels.impl.triton",
+}
 # What "auto" takes on a type of device: the first that can run there, "torch" at last.
 PREFERRED = {"cpu": ("cpu",)}
 
@@ -24,6 +29,11 @@ def unavailable_reason(impl: str, device: torch.device) -> str | None:
         if device.type != "cpu":
             return f"it computes on the CPU, not on {device.type!r}"
         return EXTENSION_PROBLEM
+    if impl == "triton":
+        if not HAS_TRITON:
+            return "Triton is not installed: pip install triton"
+        if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return f"it needs a GPU, or TRITON_INTERPRET=1 in the environment for tests on the CPU, not {device.type!r}"
     return None
 
 
@@ -38,6 +48,7 @@ def _extension_problem() -> str | None:
 
 
 # Asked once, here: torch.compile cannot trace an import.
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 EXTENSION_PROBLEM = _extension_problem()
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on the CPU
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
@@ -15,15 +16,30 @@ import torch  # noqa: E402
 
 from dpo_kernels import dispatch  # noqa: E402
 
+if dispatch.HAS_TRITON:
+    import interpreter
 
-@pytest.fixture(params=["torch", "cpu"])
+    interpreter.correct()
+
+
+@pytest.fixture(params=["torch", "cpu", "triton"])
 def impl(request, monkeypatch):
     """Runs a test once with each implementation as what "auto" picks; its module."""
     reason = dispatch.unavailable_reason(request.param, torch.device("cpu"))
     if reason is not None:
         pytest.skip(f"impl {request.param!r}: {reason}")
     monkeypatch.setattr(dispatch, "PREFERRED", {"cpu": (request.param,)})
-    return dispatch.load(request.param)
+    module = dispatch.load(request.param)
+    if request.param == "triton":
+        monkeypatch.setattr(module, "BLOCK_N", 32)  # the interpreter takes its time for each program
+    return module
+
+
+@pytest.fixture
+def not_interpreted(impl):
+    """For what Triton's interpreter is too slow for, and for memory: it copies what it is given."""
+    if impl.__name__ == "dpo_kernels.impl.triton" and os.environ["TRITON_INTERPRET"] == "1":
+        pytest.skip("Triton's interpreter is slow, and copies what it is given")
 
 
 @pytest.fixture

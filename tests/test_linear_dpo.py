@@ -255,7 +255,7 @@ def test_errors_name_the_argument():
         (r"loss_type.*sigmoid", (hidden, weight, labels, ref_logps), {"loss_type": "sigmoidal"}),
         (r"beta", (hidden, weight, labels, ref_logps), {"beta": 0.0}),
         (r"ld_alpha", (hidden, weight, labels, ref_logps), {"ld_alpha": 2.0}),
-        (r"impl: 'triton' cannot run", (hidden, weight, labels, ref_logps), {"impl": "triton"}),
+        (r"impl: 'cuda' cannot run", (hidden, weight, labels, ref_logps), {"impl": "cuda"}),
     ]
     for message, args, options in cases:
         with pytest.raises(ValueError, match=message):

@@ -98,6 +98,7 @@ def test_chunk_bytes_bounds_path_c(dtype, softcap, groups):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("labelled", [0.5, 1.0])
+@pytest.mark.usefixtures("not_interpreted")
 def test_path_c_keeps_logits_in_the_memory_of_dw(dtype, labelled):
     """H = 512 rows of fp32 logits fit in fp32 dW, and half of them in bf16: what is left is the buffer, and with a byte
     less for it the rows come in several groups, or their logits are computed again."""
@@ -138,6 +139,7 @@ def test_products_of_the_fused_op(options, expected):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.usefixtures("not_interpreted")
 def test_from_logits_makes_no_second_logits(inplace):
     labels = head_inputs(4, 50).labels
     logits = torch.randn(4, 50, 4000, dtype=torch.bfloat16, requires_grad=True)

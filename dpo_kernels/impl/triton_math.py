@@ -1,0 +1,55 @@
+"""What the Triton kernels compute of single numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from dpo_kernels.impl.interface import LogitTransform
+
+
+@triton.jit
+def _tanh(x):
+    """tanh x, and 1 - tanh^2 x, which keeps its digits where tanh reaches 1."""
+    t = tl.abs(x)
+    e = tl.exp(-2.0 * t)
+    inverse = 1.0 / (1.0 + e)
+    magnitude = (1.0 - e) * inverse
+    if x.dtype == tl.float32:  # below 0.625, where 1 - e cancels: t + t^3 p(t^2), derived in csrc/README.md
+        s = x * x
+        p = s * -5.704978e-3 + 2.06390787e-2
+        p = p * s + -5.37397116e-2
+        p = p * s + 1.33314416e-1
+        p = p * s + -3.33332807e-1
+        magnitude = tl.where(t < 0.625, t * s * p + t, magnitude)
+    return tl.where(x < 0, -magnitude, magnitude), 4.0 * e * inverse * inverse
+
+
+@triton.jit
+def to_logits(a, INNER: tl.constexpr, OUTER: tl.constexpr):
+    """Of x.W + b: the logits, and the softcap's part of dz/da."""
+    if INNER == 0.0:
+        z = a * OUTER
+        slope = tl.zeros_like(z) + 1.0
+    else:
+        z, slope = _tanh(a * INNER)
+        z = z * OUTER
+    return z, slope
+
+
+@triton.jit
+def one_minus_exp(x):
+    """1 - exp(x) for x <= 0, with nothing that cancels."""
+    series = tl.zeros_like(x) + 1.0
+    for k in tl.static_range(14, 1, -1):
+        series = 1.0 + series * x / k
+    return tl.where(x > -0.35, -x * series, 1.0 - tl.exp(x))
+
+
+def transform_constants(transform: LogitTransform) -> dict[str, Any]:
+    scale, softcap, temperature = transform
+    if softcap is None:
+        return {"INNER": 0.0, "OUTER": transform.slope}
+    return {"INNER": scale / softcap, "OUTER": softcap / temperature}
