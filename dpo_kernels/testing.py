@@ -43,21 +43,23 @@ def head_inputs(
     confident: float = 0.0,
     ignore_index: int = -100,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device | None = None,
 ) -> HeadInputs:
     """Random inputs whose logits have standard deviation `logit_std`. A fraction `labelled` of the positions counts;
-    for a fraction `confident` of these, the hidden state is turned to its label until p_y is about 0.99 and more."""
-    generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(sequences, length, hidden_size, generator=generator)
-    weight = torch.randn(vocab_size, hidden_size, generator=generator)
-    bias = torch.randn(vocab_size, generator=generator)
+    for a fraction `confident` of these, the hidden state is turned to its label until p_y is about 0.99 and more. The
+    numbers are the same on every device; PyTorch's default one is meant where none is named."""
+    drawn: dict[str, Any] = {"generator": torch.Generator("cpu").manual_seed(seed), "device": "cpu"}
+    hidden = torch.randn(sequences, length, hidden_size, **drawn)
+    weight = torch.randn(vocab_size, hidden_size, **drawn)
+    bias = torch.randn(vocab_size, **drawn)
     weight *= logit_std / hidden_size**0.5
-    labels = torch.randint(vocab_size, (sequences, length), generator=generator)
-    is_confident = torch.rand(sequences, length, generator=generator) < confident
+    labels = torch.randint(vocab_size, (sequences, length), **drawn)
+    is_confident = torch.rand(sequences, length, **drawn) < confident
     toward = weight[labels] / weight[labels].square().sum(-1, keepdim=True)
     hidden = torch.where(is_confident[..., None], hidden + toward * (4 * logit_std + 6), hidden)
-    labels[torch.rand(sequences, length, generator=generator) >= labelled] = ignore_index
-    ref_logps = -labels.ne(ignore_index).sum(1) * (2.0 + torch.rand(sequences, generator=generator))
+    labels[torch.rand(sequences, length, **drawn) >= labelled] = ignore_index
+    ref_logps = -labels.ne(ignore_index).sum(1) * (2.0 + torch.rand(sequences, **drawn))
+    device = torch.get_default_device() if device is None else device
     hidden, weight, bias = (t.to(device, dtype).requires_grad_() for t in (hidden, weight, bias))
     return HeadInputs(hidden, weight, labels.to(device), bias, ref_logps.to(device))
 

@@ -1,4 +1,7 @@
-"""Settings for all tests: nothing is fetched from a hub, and parallel workers share the cores."""
+"""Settings for all tests: nothing is fetched from a hub, and parallel workers share the cores.
+
+DPO_KERNELS_TEST_DEVICE=cuda runs what uses the fixture `impl` on a GPU: tensors that name no device are made there.
+"""
 
 import os
 import subprocess
@@ -7,7 +10,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels on the CPU
+DEVICE = os.environ.get("DPO_KERNELS_TEST_DEVICE", "cpu")
+os.environ.setdefault("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")  # Triton's kernels on the CPU
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
@@ -16,19 +20,21 @@ import torch  # noqa: E402
 
 from dpo_kernels import dispatch  # noqa: E402
 
-if dispatch.HAS_TRITON:
+if dispatch.HAS_TRITON and DEVICE == "cpu":
     import interpreter
 
     interpreter.correct()
+if DEVICE != "cpu":
+    torch.set_default_device(DEVICE)
 
 
 @pytest.fixture(params=["torch", "cpu", "triton"])
 def impl(request, monkeypatch):
     """Runs a test once with each implementation as what "auto" picks; its module."""
-    reason = dispatch.unavailable_reason(request.param, torch.device("cpu"))
+    reason = dispatch.unavailable_reason(request.param, torch.device(DEVICE))
     if reason is not None:
         pytest.skip(f"impl {request.param!r}: {reason}")
-    monkeypatch.setattr(dispatch, "PREFERRED", {"cpu": (request.param,)})
+    monkeypatch.setattr(dispatch, "PREFERRED", {DEVICE: (request.param,)})
     module = dispatch.load(request.param)
     if request.param == "triton":
         monkeypatch.setattr(module, "BLOCK_N", 32)  # the interpreter takes its time for each program

@@ -185,7 +185,7 @@ def test_fp16_gradients_survive_a_loss_scale():
 
 def test_fp16_weights_are_formed_after_the_loss_scale_under_bf16_autocast_too():
     inputs = head_inputs().to(torch.float16)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         loss = fused(inputs).loss
     loss.backward(retain_graph=True)
     loss.backward()  # path C would refuse: its gradients are formed already
@@ -210,7 +210,7 @@ def test_inside_a_checkpoint(monkeypatch):
 def test_autocast(chunk_bytes):
     inputs = head_inputs(6, 9)
     rounded = inputs.to(torch.bfloat16).to(torch.float64)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = fused(inputs, chunk_bytes=chunk_bytes)
     expected = eager(rounded)[0].losses.mean()
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=1e-6)

@@ -52,7 +52,8 @@ def test_fp64_equals_eager(tile, shape, transform, with_bias, frozen):
     assert torch.equal(out.num_tokens, (inputs.labels != -100).sum(1))
 
     wanted = [t for t in (inputs.hidden, inputs.weight, bias) if t is not None and t.requires_grad]
-    weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator(expected.device).manual_seed(1)
+    weights = torch.randn(expected.shape, dtype=torch.float64, generator=generator)
     # through both outputs, with a coefficient of its own for each token
     ours = torch.autograd.grad((out.token_logps * weights).sum() + out.logps.square().sum(), wanted)
     theirs = torch.autograd.grad((expected * weights).sum() + expected.sum(1).square().sum(), wanted)
@@ -236,7 +237,7 @@ def test_autocast_rounds_operands_and_keeps_fp32_logits(frozen):
     inputs = head_inputs(4, 40, 64, 500)
     inputs.weight.requires_grad_(not frozen)
     rounded = [t.detach().bfloat16().double().requires_grad_() for t in (inputs.hidden, inputs.weight)]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
         out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels)
     truth = eager_token_logps(eager_logits(*rounded), inputs.labels)
     assert out.logps.dtype == torch.float32

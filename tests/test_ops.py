@@ -15,7 +15,7 @@ STATS = ["entropy", "is_top1", "mean_logit", "log_sum_sq_probs"]
 def linear_args(inputs, bias, with_dhidden, stats, dtype):
     return (
         *(inputs.hidden, inputs.weight, inputs.labels, bias),
-        *(0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, stats, with_dhidden, choose("auto", torch.device("cpu"))),
+        *(0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, stats, with_dhidden, choose("auto", torch.get_default_device())),
     )
 
 
@@ -35,7 +35,7 @@ def test_opcheck_linear_backward():
     hidden, weight, labels, bias, _ = (t.detach() for t in inputs)
     logps, norm, _, _ = ops.linear_token_logps(*linear_args(inputs, inputs.bias, False, [], torch.float32))
     for need in ((True, True, True), (True, False, False), (False, True, False)):
-        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, torch.float32, *need, choose("auto", torch.device("cpu")))
+        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, torch.float32, *need, choose("auto", torch.get_default_device()))
         args = (torch.rand(labels.shape), hidden, weight, labels, bias, norm.detach(), logps.detach(), *scalars)
         torch.library.opcheck(ops.linear_token_logps_bwd, args)
 
@@ -45,10 +45,10 @@ def test_opcheck_logits(inplace):
     labels = head_inputs().labels
     logits = torch.randn(*labels.shape, 123, requires_grad=True)
     torch.library.opcheck(
-        ops.token_logps, (logits, labels, -100, ops.UNKNOWN, STATS, False, choose("auto", torch.device("cpu")))
+        ops.token_logps, (logits, labels, -100, ops.UNKNOWN, STATS, False, choose("auto", torch.get_default_device()))
     )
     logps, norm, _ = ops.token_logps(
-        logits.detach(), labels, -100, ops.UNKNOWN, [], False, choose("auto", torch.device("cpu"))
+        logits.detach(), labels, -100, ops.UNKNOWN, [], False, choose("auto", torch.get_default_device())
     )
     backward = ops.token_logps_bwd_ if inplace else ops.token_logps_bwd
     torch.library.opcheck(
@@ -61,7 +61,7 @@ def test_opcheck_logits(inplace):
             logps,
             -100,
             ops.UNKNOWN,
-            choose("auto", torch.device("cpu")),
+            choose("auto", torch.get_default_device()),
         ),
     )
 

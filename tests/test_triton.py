@@ -16,8 +16,8 @@ from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs
 
 triton = pytest.importorskip("triton", reason="Triton is not installed")
-if os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("TRITON_INTERPRET is not 1: these kernels are for a GPU", allow_module_level=True)
+if reason := dispatch.unavailable_reason("triton", torch.get_default_device()):
+    pytest.skip(reason, allow_module_level=True)
 kernels = dispatch.load("triton")
 linear = pytest.importorskip("dpo_kernels.impl.triton_linear")
 COMPILE = Path(__file__).with_name("gpu") / "compile.py"
