@@ -9,8 +9,10 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 
 device=cuda
+limit=300
 if [ "${1:-}" = --dry-run ]; then
   device=cpu
+  limit=1800
   shift
 fi
 out=${1:?"usage: gpu_runbook.sh [--dry-run] OUT"}
@@ -31,7 +33,7 @@ echo "$(git rev-parse HEAD 2> /dev/null), $device" >> "$out/summary.txt"
 step build 120 env DPO_KERNELS_BUILD=cpu python setup.py build_ext --inplace
 step environment 60 python -m dpo_kernels env
 kernels=$(printf "tests/test_%s.py " logps linear_dpo memory numerics ops triton)
-step tests 300 python -m pytest -q -p no:cacheprovider $kernels
+step tests $limit python -m pytest -q -p no:cacheprovider $kernels
 if [ $device = cuda ]; then
   for tool in memcheck racecheck; do
     # PyTorch's caching allocator would hide what lies beyond a tensor
