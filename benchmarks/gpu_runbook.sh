@@ -30,14 +30,14 @@ step() {
 }
 
 echo "$(git rev-parse HEAD 2> /dev/null), $device" >> "$out/summary.txt"
-step build 120 env DPO_KERNELS_BUILD=cpu python setup.py build_ext --inplace
-step environment 60 python -m dpo_kernels env
+step build 90 env DPO_KERNELS_BUILD=cpu python setup.py build_ext --inplace
+step environment 30 python -m dpo_kernels env
 kernels=$(printf "tests/test_%s.py " logps linear_dpo memory numerics ops triton)
 step tests $limit python -m pytest -q -p no:cacheprovider $kernels
 if [ $device = cuda ]; then
   for tool in memcheck racecheck; do
     # PyTorch's caching allocator would hide what lies beyond a tensor
-    step "$tool" 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    step "$tool" 80 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       python -m pytest -q -p no:cacheprovider tests/test_triton.py -k "rows_of_several_blocks or fused_forward"
   done
 fi

@@ -44,13 +44,9 @@ def statistics(logits, labels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    "transform", [{}, {"softcap": 5.0, "logit_scale": -0.7, "temperature": 1.3}], ids=["plain", "all"]
-)
+@pytest.mark.parametrize("transform", [{}, ALL], ids=["plain", "all"])
 @pytest.mark.parametrize("stats", [(), STATS], ids=["", "stats"])
-@pytest.mark.parametrize(
-    "shape", [(4, 9, 31, 123), (2, 1, 16, 32), (2, 20, 40, 700)], ids=str
-)  # tails; one block; many
+@pytest.mark.parametrize("shape", [(4, 9, 31, 123), (2, 1, 16, 32), (2, 20, 40, 700)], ids=str)  # tails, one, many
 def test_fused_forward(small_blocks, monkeypatch, dtype, transform, stats, shape):
     monkeypatch.setattr(kernels, "FUSED_FORWARD", True)
     monkeypatch.setattr(kernels, "fold_", None)  # no tiles
@@ -82,6 +78,30 @@ def test_fused_forward_does_not_depend_on_the_splits(small_blocks, monkeypatch):
         torch.testing.assert_close(other.token_logps, found[0].token_logps, rtol=0, atol=2e-6)
         assert torch.equal(other.stats["is_top1"], found[0].stats["is_top1"])
         torch.testing.assert_close(other.stats["entropy"], found[0].stats["entropy"], rtol=1e-5, atol=1e-5)
+
+
+def test_equal_maxima_of_two_splits(small_blocks, monkeypatch):
+    """The first of equal logits is the top one, be it the label (40) or the other (70)."""
+    monkeypatch.setattr(kernels, "FUSED_FORWARD", True)
+    monkeypatch.setattr(linear, "splits_of", lambda *_: 4)
+    weight = torch.zeros(128, 16, dtype=torch.float16)
+    weight[:, 0] = -1.0
+    weight[[40, 70], 0] = 1.0
+    hidden = torch.ones(2, 1, 16, dtype=torch.float16)
+    with torch.no_grad():
+        out = linear_sequence_logps(hidden, weight, torch.tensor([[40], [70]]), stats=("is_top1",), impl="triton")
+    assert out.stats["is_top1"].flatten().tolist() == [1.0, 0.0]
+
+
+def test_a_frozen_heads_gradient_needs_tiles(small_blocks, monkeypatch):
+    monkeypatch.setattr(kernels, "FUSED_FORWARD", True)
+    inputs = head_inputs(2, 9, 31, 123).to(torch.bfloat16)
+    inputs.weight.requires_grad_(False)
+    found = []
+    for impl in ("triton", "torch"):
+        logps = linear_sequence_logps(*inputs[:3], impl=impl).logps
+        found.append(torch.autograd.grad(logps.sum(), inputs.hidden)[0])
+    torch.testing.assert_close(*found, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("n, v", [(1, 256000), (300, 151936), (8192, 128256), (32768, 32000), (8192, 100)])
