@@ -19,7 +19,7 @@ from torch import Tensor
 from dpo_kernels.dispatch import load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import GradRows, LogitTransform, Rows, accumulate_dtype
-from dpo_kernels.rows import check_finite, labelled_rows
+from dpo_kernels.rows import check_finite, labelled_rows, unlabelled_rows
 
 # values of num_labelled beside a count
 UNKNOWN = -1
@@ -290,10 +290,11 @@ def _write_dlogits(
     rows = labelled_rows(labels, logits.shape[-1], ignore_index, known)
     of = GradRows(_pick(labels, rows), _pick_norm(norm, rows), _pick(logps, rows), _pick(grad, rows))
     load(impl).logps_bwd_(logits, rows, of, out)
+    load(impl).zero_rows_(out, unlabelled_rows(labels, ignore_index, of.y.shape[0]))
 
 
 def token_logps_bwd_impl(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
-    dlogits = logits.new_zeros(logits.shape)
+    dlogits = logits.new_empty(logits.shape)
     _write_dlogits(dlogits, grad, logits, *options)
     return dlogits
 
@@ -314,8 +315,6 @@ def _(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:
 
 def token_logps_bwd_inplace_impl(grad: Tensor, logits: Tensor, labels: Tensor, *options: Any) -> None:
     _write_dlogits(logits, grad, logits, labels, *options)
-    *_, ignore_index, _, _ = options
-    logits.masked_fill_((labels == ignore_index)[..., None], 0)
 
 
 token_logps_bwd_ = torch.library.custom_op(

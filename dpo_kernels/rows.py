@@ -49,6 +49,14 @@ def labelled_rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labell
     return rows
 
 
+def unlabelled_rows(labels: Tensor, ignore_index: int, num_labelled: int) -> Rows:
+    """The other positions, for which a device is not waited for either; `num_labelled` is right."""
+    unlabelled = labels == ignore_index
+    if labels.device.type == "cuda":
+        return Rows(*torch.nonzero_static(unlabelled, size=labels.numel() - num_labelled).unbind(1))
+    return Rows(*torch.nonzero(unlabelled).unbind(1))
+
+
 def check_finite(x: Tensor, rows: Rows, waits: bool) -> None:
     """Raises `ValueError`, naming sequence and position, for hidden states x [N, H] of `rows` that are not finite.
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import Record, SavedBytes, head_inputs
 
@@ -209,3 +210,21 @@ def test_the_record_sees_eager_logits():
     logits_bytes = inputs.labels.numel() * 4000 * 4
     assert record.largest[0] >= logits_bytes and saved >= logits_bytes
     assert products(record, inputs) == pytest.approx(3)
+
+
+def test_blocks_of_operands_that_are_read_in_place():
+    """The tile is full and never overfull, and rows have equal shares; the traffic is near the least there is."""
+    for n, v, tile in [
+        (8192, 128256, 2**27),
+        (1, 256000, 2**27),
+        (300, 151936, 2**27),
+        (32768, 1000, 2**20),
+        (7, 5, 64),
+    ]:
+        rows, columns = paths._traffic_blocks(n, v, torch.float32, tile)
+        numel = tile // 4
+        assert 1 <= rows <= n and 1 <= columns <= v and rows * columns <= numel
+        assert rows - -(-n // -(-n // rows)) < 2, "equal shares"
+        shapes = [(rows, columns), *((r, min(v, numel // r)) for r in range(1, n + 1) if numel // r)]
+        traffic = [8 * n * -(-v // c) + 2 * v * -(-n // r) for r, c in shapes]
+        assert traffic[0] <= 1.5 * min(traffic), (n, v)

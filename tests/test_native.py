@@ -197,7 +197,8 @@ class TileCase:
                     impl.fold_(fold, a, rows, columns, self.transform, keep=True)
                     assert torch.equal(a, tile.to(dtype))
                 else:
-                    found["rescale"] = impl.fold_exp_(fold, a, a, rows, columns, self.transform)
+                    found["sums"] = torch.ones(a.shape[0], 3, dtype=a.dtype)
+                    impl.fold_exp_(fold, a, a, rows, columns, self.transform, found["sums"])
                     found["exp"] = a
                     found["label_slope"] = fold.label_slope
             for field in ("max", "target", "sum", "sum_z", "sum_ez", "sum_sq", "argmax"):
@@ -384,7 +385,7 @@ def test_no_rows(isa, set_threads):
             fold = native.new_fold(none, dtype, STATS)
             a, columns = torch.empty(0, 9, dtype=dtype), Columns(0, None)
             native.fold_(fold, a, slice(0, 0), columns, LogitTransform(), keep=False)
-            assert native.fold_exp_(fold, a, a, slice(0, 0), columns, LogitTransform()).shape == (0,)
+            native.fold_exp_(fold, a, a, slice(0, 0), columns, LogitTransform(), torch.empty(0, 4, dtype=dtype))
             norm, row = torch.empty(2, 0, dtype=dtype), torch.empty(0, dtype=dtype)
             assert native.dlogits(a, a, GradRows(none, norm, row, row), columns, LogitTransform()).shape == (0,)
         for labels in (torch.full((2, 3), -100), torch.empty(2, 0, dtype=torch.int64)):

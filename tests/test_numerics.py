@@ -8,6 +8,7 @@ from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs
 
 pytestmark = pytest.mark.usefixtures("impl")
+# C and D with all rows in one tile: dW comes out of one product
 PATHS = {"B": (True, None), "C": (False, None), "C in groups": (False, 300_000), "D": (False, 0)}
 
 
@@ -22,7 +23,8 @@ def half_precision_operands(impl, monkeypatch):
         return t.to(compute_dtype).to(torch.float32) if in_fp32 else t.to(compute_dtype)
 
     def mm(a, b, out, accumulate=False):
-        a, b = (t.to(rounded_to[0]).to(out.dtype) for t in (a, b))
+        assert a.dtype == b.dtype == (torch.float32 if in_fp32 else rounded_to[0]), "no GPU multiplies others"
+        a, b = (t.to(rounded_to[0]).to(torch.promote_types(out.dtype, torch.float32)) for t in (a, b))
         product = a @ b
         return out.add_(product) if accumulate else out.copy_(product)
 
@@ -55,8 +57,12 @@ def eager_gradients(inputs, path, **transform):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("confident", [0.0, 1.0])
 @pytest.mark.parametrize("transform", [{}, {"softcap": 5.0, "logit_scale": 0.7}], ids=["plain", "softcap"])
-def test_half_precision_operands_stay_in_the_budget(half_precision_operands, path, dtype, confident, transform):
-    exact = head_inputs(4, 40, 64, 500, confident=confident).to(dtype).to(torch.float64)
+# H = 320: path C keeps logits in the memory of dW; V = 504: half-precision results may go where the logits were
+@pytest.mark.parametrize(("hidden_size", "vocab_size"), [(64, 500), (64, 504), (320, 504)])
+def test_half_precision_operands_stay_in_the_budget(
+    half_precision_operands, path, dtype, confident, transform, hidden_size, vocab_size
+):
+    exact = head_inputs(4, 40, hidden_size, vocab_size, confident=confident).to(dtype).to(torch.float64)
     mine = gradients(exact.to(dtype), path, **transform)
     theirs, best = eager_gradients(exact.to(dtype), path, **transform), eager_gradients(exact, path, **transform)
     # fp16: coefficients of about 1e-4 leave the range where it keeps its digits, without a loss scale, on both sides

@@ -73,7 +73,7 @@ class Columns(NamedTuple):
 class TileKernels(Protocol):
     """The functions of an implementation. A tile `a` holds the products x.W of n rows and v vocabulary entries, in the
     accumulation dtype and contiguous; a row of it costs one read, and one write of what comes of it. That goes to `out`
-    [n, v], in the dtype of an operand: the tile itself where the dtypes are one, or memory of its own."""
+    [n, v], in the dtype of an operand, which `out_tile` gave, or which is contiguous memory of its own."""
 
     def description(self) -> str:
         """What this machine runs it with, for people."""
@@ -87,6 +87,10 @@ class TileKernels(Protocol):
     def product(self, a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
         """a @ b without rounding below the dtype of `out`: in `out`, or beside it in a new tensor that is returned;
         out + a @ b, always in `out`, with `accumulate`."""
+
+    def out_tile(self, a: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where `fold_exp_` and `dlogits` are to write what comes of tile `a`, as an operand of this dtype: the tile's
+        own memory, or where they cannot do that, new memory."""
 
     def new_fold(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
         """What is kept of rows with labels y [N] during a sweep with tiles of `dtype`."""
@@ -109,10 +113,10 @@ class TileKernels(Protocol):
         """Takes the tile of `rows` and `columns` into `fold`. `keep`: leaves the tile as it is."""
 
     def fold_exp_(
-        self, fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform
-    ) -> Tensor:
-        """The same, and writes exp(z - max), times the softcap's part of dz/da, to `out`, 0 at the label. Returns the
-        factor [n] that brings what was accumulated before to the new maximum."""
+        self, fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform, sums: Tensor
+    ) -> None:
+        """The same, and writes exp(z - max), times the softcap's part of dz/da, to `out`, 0 at the label. Brings
+        `sums` [n, H], what was accumulated of earlier blocks, to the new maximum."""
 
     def dlogits(self, a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: LogitTransform) -> Tensor:
         """Writes -g p dz/da to `out`, with 0 at the labels. Returns value [n] of the label's own entry
@@ -124,6 +128,9 @@ class TileKernels(Protocol):
     def logps_bwd_(self, logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
         """Path E: the gradient of sum_n g_n logp_n with respect to the logits, written to the labelled rows of `out`
         [S, T, V], which may be `logits`."""
+
+    def zero_rows_(self, out: Tensor, rows: Rows) -> None:
+        """Writes 0 to these rows of `out` [S, T, V]."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -106,6 +106,11 @@ def _row_major(a: Tensor) -> Tensor:
     return out
 
 
+def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
+    assert a.dtype == dtype
+    return a
+
+
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
     return Fold(y.contiguous(), torch.float64, stats)
 
@@ -154,11 +159,13 @@ def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: Logit
     _fold(fold, a, rows, columns, transform, None)
 
 
-def fold_exp_(fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
+def fold_exp_(
+    fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform, sums: Tensor
+) -> None:
     assert out is a
     rescale = a.new_empty(a.shape[0])
     _fold(fold, a, rows, columns, transform, rescale)
-    return rescale
+    sums.mul_(rescale[:, None])
 
 
 def _fold(
@@ -226,3 +233,7 @@ def logps_bwd_(logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
         *_norm_logp_g(of),
         torch.get_num_threads(),
     )
+
+
+def zero_rows_(out: Tensor, rows: Rows) -> None:
+    out[rows.sequence, rows.position] = 0

@@ -8,6 +8,7 @@ and the matrix products, are `k`'s: the implementation's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -18,6 +19,8 @@ from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTran
 # Below these a matrix product wastes more than splitting the other dimension does, or than a buffer costs.
 MIN_COLUMNS = 256
 MIN_ROWS = 128
+# Columns of a tile are a multiple of this, but for the last: its rows then begin where wide loads and products like it.
+ALIGNED = 64
 
 
 def spans(size: int, step: int) -> Iterator[slice]:
@@ -28,16 +31,29 @@ def _blocks(n: int, v: int, h: int, dtype: torch.dtype, tile_bytes: int) -> tupl
     """Rows and columns of a tile, such that [rows, columns], [rows, H] and [columns, H] each fit in `tile_bytes`."""
     numel = tile_bytes // dtype.itemsize
     rows = max(1, min(n, numel // max(h, min(v, MIN_COLUMNS))))
-    return rows, max(1, min(v, numel // max(h, rows)))
+    columns = max(1, numel // max(h, rows))
+    if columns >= v:
+        return rows, max(1, v)
+    return rows, columns - columns % ALIGNED if columns > ALIGNED else columns
+
+
+def _traffic_blocks(n: int, v: int, dtype: torch.dtype, tile_bytes: int) -> tuple[int, int]:
+    """The same where operands are read in place, so that [rows, columns] alone must fit. A row of tiles reads W once,
+    2 bytes a number, and a column of tiles reads and writes the sums [N, H], 8 bytes: least where columns = 4 rows."""
+    numel = tile_bytes // dtype.itemsize
+    most = max(1, math.isqrt(numel // 4))
+    rows = math.ceil(n / math.ceil(n / most))
+    columns = min(v, max(1, numel // rows))
+    return rows, columns if columns == v or columns <= ALIGNED else columns - columns % ALIGNED
+
+
+def _reads_in_place(t: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether operands of products are no copies."""
+    return t.device.type == "cuda" and t.dtype == compute_dtype
 
 
 def _tile(buffer: Tensor, n: int, v: int) -> Tensor:
     return buffer[: n * v].view(n, v)
-
-
-def _out(a: Tensor, operand_dtype: torch.dtype) -> Tensor:
-    """Where what becomes of a tile goes, as an operand of the next product."""
-    return a if a.dtype == operand_dtype else torch.empty_like(a, dtype=operand_dtype)
 
 
 def _columns(bias: Tensor | None, block: slice, compute_dtype: torch.dtype) -> Columns:
@@ -80,6 +96,8 @@ def linear_logps_fwd(
     (n, h), v = x.shape, weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
+    if n and _reads_in_place(weight, compute_dtype):
+        rows, columns = _traffic_blocks(n, v, acc, k.tile_bytes(x.device))
     fold = k.new_fold(y, acc, stats)
     if not with_dhidden and k.linear_fold_(fold, x, weight, bias, transform, compute_dtype):
         return LinearLogps(*fold.finish(v, acc), None)
@@ -93,9 +111,9 @@ def linear_logps_fwd(
             if expected is None:
                 k.fold_(fold, a, span, c, transform, keep=False)
             else:
-                e = _out(a, w.dtype)
-                rescale = k.fold_exp_(fold, a, e, span, c, transform)
-                k.product(e, w, expected[span].mul_(rescale[:, None]), accumulate=True)
+                e = k.out_tile(a, w.dtype)
+                k.fold_exp_(fold, a, e, span, c, transform, expected[span])
+                k.product(e, w, expected[span], accumulate=True)
     logp, norm, values = fold.finish(v, acc)
     if expected is not None:
         expected.mul_((-transform.slope * fold.others).to(acc)[:, None])
@@ -106,7 +124,8 @@ def linear_logps_fwd(
 
 class _Gradients:
     """dX, dW and db while they are summed over tiles of dlogits, all in the accumulation dtype. A dW of a lower dtype
-    is summed apart and rounded once: block by block (`block_columns`), or whole where rows come in several groups."""
+    is rounded once: by its product, if there is one for all rows (`one_tile`) of operands in that dtype; else it is
+    summed apart, block by block (`block_columns`), or whole where rows come in several groups."""
 
     def __init__(
         self,
@@ -117,6 +136,7 @@ class _Gradients:
         compute_dtype: torch.dtype,
         need: tuple[bool, bool, bool],
         block_columns: int,
+        one_tile: bool,
     ):
         acc = accumulate_dtype(compute_dtype)
         (n, h), v = x.shape, weight.shape[0]
@@ -124,7 +144,10 @@ class _Gradients:
         self.dx = x.new_zeros(n, h, dtype=acc) if need[0] else None
         self.label = x.new_zeros(n, dtype=acc)
         self.dw = weight.new_empty(v, h) if need[1] else None
-        self.dw_sum = self.dw if weight.dtype == acc or not need[1] else weight.new_empty(block_columns, h, dtype=acc)
+        rounded_by_product = one_tile and k.operand(weight[:0], compute_dtype).dtype == weight.dtype
+        self.dw_sum = self.dw
+        if need[1] and weight.dtype != acc and not rounded_by_product:
+            self.dw_sum = weight.new_empty(block_columns, h, dtype=acc)
         self.db = bias.new_zeros(v, dtype=acc) if need[2] and bias is not None else None
         self.db_dtype = weight.dtype if bias is None else bias.dtype
 
@@ -184,14 +207,14 @@ def linear_logps_bwd(
     (n, h), v = x.shape, weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
-    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns)
+    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns, one_tile=rows >= n)
     buffer = x.new_empty(rows * columns, dtype=acc)
     for block in spans(v, columns):
         w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
         for span in spans(n, rows):
             x_rows = k.operand(x[span], compute_dtype)
             a = k.product(x_rows, w.t(), _tile(buffer, x_rows.shape[0], w.shape[0]))
-            d = _out(a, w.dtype)
+            d = k.out_tile(a, w.dtype)
             value = k.dlogits(a, d, of.part(span), c, transform)
             grads.add_(d, of.y[span], value, w, span, block, first=span.start == 0)
         grads.round_block(block)
@@ -239,9 +262,10 @@ def linear_logps_grouped(
     largest = max((group.stop - group.start for group in groups), default=0)
     alone = len(groups) == 1 and need[1]
     rows, columns, in_dw = _grouped_blocks(k, largest, weight, acc, alone)
-    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns if len(groups) == 1 else v)
+    one_tile = len(groups) == 1 and rows >= n
+    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns if len(groups) == 1 else v, one_tile)
     buffer = x.new_empty((largest - in_dw) * v, dtype=acc)
-    scratch = x.new_empty(in_dw * columns, dtype=acc)
+    scratch = x.new_empty(in_dw * columns, dtype=k.operand(weight[:0], compute_dtype).dtype)
     for i, group in enumerate(groups):
         local = list(spans(group.stop - group.start, rows))
         of_x = [slice(group.start + s.start, group.start + s.stop) for s in local]
@@ -271,7 +295,8 @@ def linear_logps_grouped(
             w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
             dlogits = []
             for s, a in zip(local, tiles(block), strict=True):
-                d = _tile(scratch[s.start * a.shape[1] :], *a.shape) if s.stop <= in_dw else _out(a, w.dtype)
+                kept_in_dw = s.stop <= in_dw  # where the products that d is for may write
+                d = _tile(scratch[s.start * a.shape[1] :], *a.shape) if kept_in_dw else k.out_tile(a, w.dtype)
                 dlogits.append((d, k.dlogits(a, d, of.part(s), c, transform)))
             for (d, value), span in zip(dlogits, of_x, strict=True):
                 grads.add_(d, y[span], value, w, span, block, first=span.start == 0)

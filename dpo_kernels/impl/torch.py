@@ -16,7 +16,9 @@ from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.impl.paths import spans
 from dpo_kernels.impl.products import operand as operand
+from dpo_kernels.impl.products import out_tile as out_tile
 from dpo_kernels.impl.products import product as product
+from dpo_kernels.impl.products import zero_rows_ as zero_rows_
 
 CPU_TILE_BYTES = 16 * 2**20
 DEVICE_TILE_BYTES = 128 * 2**20
@@ -94,7 +96,9 @@ def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: Logit
     _add_logits_(fold, z, rows, columns.start)
 
 
-def fold_exp_(fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
+def fold_exp_(
+    fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform, sums: Tensor
+) -> None:
     z, slope = _transform_(a, columns.bias, transform, with_slope=True)
     rescale = _add_logits_(fold, z, rows, columns.start)
     if slope is not None:
@@ -103,7 +107,7 @@ def fold_exp_(fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns,
         own = torch.where(inside, slope.gather(1, column), fold.label_slope[rows, None])
         fold.label_slope[rows] = own.squeeze(1)
     _move(z, out)
-    return rescale
+    sums.mul_(rescale[:, None])
 
 
 def _move(tile: Tensor, out: Tensor) -> None:

@@ -18,13 +18,15 @@ from dpo_kernels.impl import triton_linear
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.impl.products import operand as operand
+from dpo_kernels.impl.products import out_tile as out_tile
 from dpo_kernels.impl.products import product as product
-from dpo_kernels.impl.triton_math import one_minus_exp, to_logits, transform_constants
+from dpo_kernels.impl.products import zero_rows_ as zero_rows_
+from dpo_kernels.impl.triton_math import exp, one_minus_exp, to_logits, transform_constants
 
 TILE_BYTES = 128 * 2**20
 # Path A in half precision as one fused kernel instead of products of tiles: no GPU has yet said which is faster.
 FUSED_FORWARD = False
-BLOCK_N, MAX_BLOCK_V = 1, {"fold": 4096, "dlogits": 2048}
+BLOCK_N, MAX_BLOCK_V, MAX_BLOCK_H = 1, 4096, 1024
 
 # The fields of a Fold's state that the kernels name.
 SUM: tl.constexpr = tl.constexpr(3)
@@ -65,26 +67,31 @@ def _offset(n, inside, sequence_ptr, position_ptr, stride_s, stride_t, GATHER: t
     return n * stride_t
 
 
-@triton.jit(do_not_specialize=["start"])
+# Triton compiles a kernel anew for every pattern of what is a multiple of 16, or 1: left out is what changes from tile
+# to tile and makes no load wider.
+@triton.jit(
+    do_not_specialize=["start", "N", "stride_field"],
+    do_not_specialize_on_alignment=["y_ptr", "sequence_ptr", "position_ptr", "state_ptr", "argmax_ptr"],
+)
 def fold_fwd_kernel(
-    a_ptr, out_ptr, bias_ptr, y_ptr, sequence_ptr, position_ptr, state_ptr, argmax_ptr, rescale_ptr,
-    stride_as, stride_at, stride_av, stride_on, stride_field, start, N, V,
+    a_ptr, out_ptr, bias_ptr, y_ptr, sequence_ptr, position_ptr, state_ptr, argmax_ptr, sums_ptr,
+    stride_as, stride_at, stride_av, stride_on, stride_field, stride_sums, start, N, V, H,
     ACC: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, GATHER: tl.constexpr,
-    STATS: tl.constexpr, WRITE_EXP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    STATS: tl.constexpr, WRITE_EXP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     n = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = n < N
     row_ptr = a_ptr + _offset(n, is_row, sequence_ptr, position_ptr, stride_as, stride_at, GATHER)
-    label = tl.load(y_ptr + n, mask=is_row, other=0) - start
+    label = (tl.load(y_ptr + n, mask=is_row, other=0) - start).to(tl.int32)
     state = state_ptr + n
-    old_max = tl.load(state, mask=is_row, other=0.0)
-    top = old_max.to(ACC)
+    old_top = tl.load(state, mask=is_row, other=0.0).to(ACC)
+    top = old_top
     total = tl.load(state + SUM * stride_field, mask=is_row, other=0.0)
     if STATS:
         sum_z = tl.load(state + SUM_Z * stride_field, mask=is_row, other=0.0)
         sum_ez = tl.load(state + SUM_EZ * stride_field, mask=is_row, other=0.0)
         sum_sq = tl.load(state + SUM_SQ * stride_field, mask=is_row, other=0.0)
-        argmax = tl.load(argmax_ptr + n, mask=is_row, other=0)
+        argmax = tl.full([BLOCK_N], -1, tl.int32)  # none in this tile
 
     has_label = is_row & (label >= 0) & (label < V)
     at_label = _load(row_ptr, label, has_label, stride_av, bias_ptr, ACC, HAS_BIAS)
@@ -96,16 +103,17 @@ def fold_fwd_kernel(
         columns = (first + tl.arange(0, BLOCK_V))[None, :]
         inside = is_row[:, None] & (columns < V)
         z, _ = to_logits(_load(row_ptr[:, None], columns, inside, stride_av, bias_ptr, ACC, HAS_BIAS), INNER, OUTER)
+        if STATS:
+            sum_z += tl.sum(z, axis=1)  # 0 behind the last entry
         beside = tl.where(inside & (columns != label[:, None]), z, float("-inf"))
         block_top = tl.max(beside, axis=1)
         new_top = tl.maximum(top, block_top)
-        rescale = tl.exp((top - new_top).to(tl.float64))
+        rescale = tl.exp(top - new_top).to(tl.float64)
         shifted = beside - new_top[:, None]
-        e = tl.exp(shifted)
+        e = exp(shifted)
         if STATS:
             place = tl.min(tl.where(beside == block_top[:, None], columns, V), axis=1)  # of equal ones the first
-            argmax = tl.where(block_top > top, start + place.to(tl.int64), argmax)
-            sum_z += tl.sum(tl.where(inside, z, 0.0), axis=1)
+            argmax = tl.where(block_top > top, place, argmax)
             # exp has reached 0 long before -1e4, and 0 times -inf, or the first maximum's distance, is to be 0
             sum_ez = (sum_ez + total * tl.maximum(top - new_top, -1e4)) * rescale
             sum_ez += tl.sum(e * tl.maximum(shifted, -1e4), axis=1)
@@ -114,7 +122,6 @@ def fold_fwd_kernel(
         top = new_top
 
     if WRITE_EXP:
-        tl.store(rescale_ptr + n, tl.exp(old_max - top).to(ACC), mask=is_row)
         out_row_ptr = (out_ptr + n * stride_on)[:, None]
         for first in range(0, V, BLOCK_V):  # from the cache
             columns = (first + tl.arange(0, BLOCK_V))[None, :]
@@ -122,8 +129,15 @@ def fold_fwd_kernel(
             z, slope = to_logits(
                 _load(row_ptr[:, None], columns, inside, stride_av, bias_ptr, ACC, HAS_BIAS), INNER, OUTER
             )
-            e = tl.where(columns == label[:, None], 0.0, tl.exp(z - top[:, None]) * slope)
+            e = tl.where(columns == label[:, None], 0.0, exp(z - top[:, None]) * slope)
             tl.store(out_row_ptr + columns, e.to(out_ptr.dtype.element_ty), mask=inside)
+        rescale = tl.exp(old_top - top)[:, None]
+        sums_row_ptr = (sums_ptr + n * stride_sums)[:, None]
+        for first in range(0, H, BLOCK_H):
+            h = (first + tl.arange(0, BLOCK_H))[None, :]
+            changed = (is_row & (top > old_top))[:, None] & (h < H)  # most rows soon keep their maximum
+            sums = tl.load(sums_row_ptr + h, mask=changed, other=0.0)
+            tl.store(sums_row_ptr + h, sums * rescale, mask=changed)
 
     tl.store(state, top, mask=is_row)
     tl.store(state + SUM * stride_field, total, mask=is_row)
@@ -131,10 +145,15 @@ def fold_fwd_kernel(
         tl.store(state + SUM_Z * stride_field, sum_z, mask=is_row)
         tl.store(state + SUM_EZ * stride_field, sum_ez, mask=is_row)
         tl.store(state + SUM_SQ * stride_field, sum_sq, mask=is_row)
-        tl.store(argmax_ptr + n, argmax, mask=is_row)
+        tl.store(argmax_ptr + n, start + argmax, mask=is_row & (argmax >= 0))
 
 
-@triton.jit(do_not_specialize=["start"])
+@triton.jit(
+    do_not_specialize=["start", "N", "stride_norm"],
+    do_not_specialize_on_alignment=[
+        "y_ptr", "sequence_ptr", "position_ptr", "norm_ptr", "logp_ptr", "g_ptr", "value_ptr"
+    ],
+)  # fmt: skip
 def dlogits_bwd_kernel(
     a_ptr, out_ptr, bias_ptr, y_ptr, sequence_ptr, position_ptr, norm_ptr, logp_ptr, g_ptr, value_ptr,
     stride_as, stride_at, stride_av, stride_os, stride_ot, stride_ov, stride_norm, start, N, V,
@@ -147,7 +166,7 @@ def dlogits_bwd_kernel(
     block = tl.program_id(1)
     row_ptr = a_ptr + _offset(n, is_row, sequence_ptr, position_ptr, stride_as, stride_at, GATHER)
     out_row_ptr = out_ptr + _offset(n, is_row, sequence_ptr, position_ptr, stride_os, stride_ot, GATHER)
-    label = tl.load(y_ptr + n, mask=is_row, other=0) - start
+    label = (tl.load(y_ptr + n, mask=is_row, other=0) - start).to(tl.int32)
     shift = tl.load(norm_ptr + n, mask=is_row, other=0.0)
     g = tl.load(g_ptr + n, mask=is_row, other=0.0) * SLOPE
     factor = -g / tl.load(norm_ptr + stride_norm + n, mask=is_row, other=1.0)
@@ -156,7 +175,7 @@ def dlogits_bwd_kernel(
     columns = (block * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
     inside = is_row[:, None] & (columns < V)
     z, slope = to_logits(_load(row_ptr[:, None], columns, inside, stride_av, bias_ptr, ACC, HAS_BIAS), INNER, OUTER)
-    d = tl.exp(z - shift[:, None]) * factor[:, None] * slope
+    d = exp(z - shift[:, None]) * factor[:, None] * slope
     is_label = columns == label[:, None]
     own_entry = own[:, None] * slope
     if GATHER:
@@ -170,8 +189,8 @@ def dlogits_bwd_kernel(
     tl.store(out_row_ptr[:, None] + columns.to(tl.int64) * stride_ov, d.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def _launch(kernel: str, dtype: torch.dtype, v: int) -> dict[str, Any]:
-    block = min(triton.next_power_of_2(v), MAX_BLOCK_V[kernel])
+def _launch(dtype: torch.dtype, v: int) -> dict[str, Any]:
+    block = min(triton.next_power_of_2(v), MAX_BLOCK_V)
     acc = tl.float64 if accumulate_dtype(dtype) == torch.float64 else tl.float32
     return {"ACC": acc, "BLOCK_N": BLOCK_N, "BLOCK_V": block, "num_warps": 8 if block > 1024 else 4}
 
@@ -185,45 +204,55 @@ def _run(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, **consta
 def linear_fold_(
     fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
 ) -> bool:
-    if not FUSED_FORWARD or compute_dtype not in (torch.bfloat16, torch.float16) or x.shape[0] == 0:
+    if not FUSED_FORWARD or x.shape[0] == 0 or not triton_linear.can_take(x, weight, compute_dtype):
         return False
-    triton_linear.linear_fold_(fold, x, weight, bias, transform, compute_dtype)
+    triton_linear.linear_fold_(fold, x, weight, bias, transform)
     return True
 
 
 def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool) -> None:
-    _fold_tile(fold, a, None, rows, columns, transform)
+    _fold_tile(fold, a, None, rows, columns, transform, None)
 
 
-def fold_exp_(fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform) -> Tensor:
-    return _fold_tile(fold, a, out, rows, columns, transform)
+def fold_exp_(
+    fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform, sums: Tensor
+) -> None:
+    assert out.is_contiguous() and out.shape == a.shape
+    assert sums.stride(1) == 1 and sums.dtype == a.dtype and sums.shape[0] == a.shape[0]
+    _fold_tile(fold, a, out, rows, columns, transform, sums)
 
 
 def _fold_tile(
-    fold: Fold, a: Tensor, out: Tensor | None, rows: slice, columns: Columns, transform: LogitTransform
-) -> Tensor:
+    fold: Fold,
+    a: Tensor,
+    out: Tensor | None,
+    rows: slice,
+    columns: Columns,
+    transform: LogitTransform,
+    sums: Tensor | None,
+) -> None:
     n, v = a.shape
-    assert a.is_contiguous() and (out is None or out.is_contiguous() and out.shape == a.shape)
-    rescale = a.new_empty(n if out is not None else 0)
+    assert a.is_contiguous()
     state, argmax, y = fold.state[:, rows], fold.argmax[rows], fold.y[rows]
+    stride_sums, h = (0, 0) if sums is None else (sums.stride(0), sums.shape[1])
     if n:
         _run(
             fold_fwd_kernel, (triton.cdiv(n, BLOCK_N),), a,
-            a, out, columns.bias, y, None, None, state, argmax, rescale,
-            0, v, 1, v, state.stride(0), columns.start, n, v,
+            a, out, columns.bias, y, None, None, state, argmax, sums,
+            0, v, 1, v, state.stride(0), stride_sums, columns.start, n, v, h,
             **transform_constants(transform), HAS_BIAS=columns.bias is not None, GATHER=False, STATS=bool(fold.names),
-            WRITE_EXP=out is not None, **_launch("fold", a.dtype, v),
+            WRITE_EXP=sums is not None, BLOCK_H=min(triton.next_power_of_2(max(h, 1)), MAX_BLOCK_H),
+            **_launch(a.dtype, v),
         )  # fmt: skip
-    return rescale
 
 
 def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: LogitTransform) -> Tensor:
     n, v = a.shape
-    assert a.is_contiguous() and out.is_contiguous() and out.shape == a.shape
-    y, norm, logp, g = (t.contiguous() for t in of)
+    assert a.is_contiguous() and out.is_contiguous() and out.shape == a.shape and of.norm.stride(1) == 1
+    norm, (y, logp, g) = of.norm, (t.contiguous() for t in (of.y, of.logp, of.g))
     value = torch.empty_like(logp)
     if n:
-        launch = _launch("dlogits", a.dtype, v)
+        launch = _launch(a.dtype, v)
         _run(
             dlogits_bwd_kernel, (triton.cdiv(n, BLOCK_N), triton.cdiv(v, launch["BLOCK_V"])), a,
             a, out, columns.bias, y, None, None, norm, logp, g, value,
@@ -242,9 +271,9 @@ def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = (
         _run(
             fold_fwd_kernel, (triton.cdiv(y.shape[0], BLOCK_N),), logits,
             logits, None, None, fold.y, sequence, position, fold.state, fold.argmax, None,
-            *logits.stride(), 0, fold.state.stride(0), 0, y.shape[0], v,
+            *logits.stride(), 0, fold.state.stride(0), 0, 0, y.shape[0], v, 0,
             **transform_constants(LogitTransform()), HAS_BIAS=False, GATHER=True, STATS=bool(stats), WRITE_EXP=False,
-            **_launch("fold", logits.dtype, v),
+            BLOCK_H=1, **_launch(logits.dtype, v),
         )  # fmt: skip
     return LinearLogps(*fold.finish(v, acc), None)
 
@@ -255,7 +284,7 @@ def logps_bwd_(logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
     y, norm, logp, g = (t.contiguous() if t is of.y else t.to(acc).contiguous() for t in of)
     sequence, position = (t.contiguous() for t in rows)
     if y.shape[0]:
-        launch = _launch("dlogits", logits.dtype, v)
+        launch = _launch(logits.dtype, v)
         _run(
             dlogits_bwd_kernel, (triton.cdiv(y.shape[0], BLOCK_N), triton.cdiv(v, launch["BLOCK_V"])), logits,
             logits, out, None, y, sequence, position, norm, logp, g, None,

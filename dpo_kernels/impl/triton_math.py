@@ -9,12 +9,20 @@ import triton.language as tl
 
 from dpo_kernels.impl.interface import LogitTransform
 
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exp(x):
+    """e^x in fewer instructions than tl.exp, for what is done to every entry."""
+    return tl.exp2(x * LOG2_E)
+
 
 @triton.jit
 def _tanh(x):
     """tanh x, and 1 - tanh^2 x, which keeps its digits where tanh reaches 1."""
     t = tl.abs(x)
-    e = tl.exp(-2.0 * t)
+    e = exp(-2.0 * t)
     inverse = 1.0 / (1.0 + e)
     magnitude = (1.0 - e) * inverse
     if x.dtype == tl.float32:  # below 0.625, where 1 - e cancels: t + t^3 p(t^2), derived in csrc/README.md
@@ -29,8 +37,8 @@ def _tanh(x):
 
 @triton.jit
 def to_logits(a, INNER: tl.constexpr, OUTER: tl.constexpr):
-    """Of x.W + b: the logits, and the softcap's part of dz/da."""
-    if INNER == 0.0:
+    """Of x.W + b: the logits, and the softcap's part of dz/da. INNER None: no softcap."""
+    if INNER is None:
         z = a * OUTER
         slope = tl.zeros_like(z) + 1.0
     else:
@@ -51,5 +59,5 @@ def one_minus_exp(x):
 def transform_constants(transform: LogitTransform) -> dict[str, Any]:
     scale, softcap, temperature = transform
     if softcap is None:
-        return {"INNER": 0.0, "OUTER": transform.slope}
+        return {"INNER": None, "OUTER": transform.slope}
     return {"INNER": scale / softcap, "OUTER": softcap / temperature}
