@@ -1,4 +1,4 @@
-"""The compiled module of csrc/bindings.cpp: addresses and strides as integers, dtypes by PyTorch's names."""
+"""The compiled module of csrc/cpu: addresses and strides as integers, dtypes by PyTorch's names."""
 
 class Transform:
     def __init__(self, scale: float, softcap: float, temperature: float) -> None: ...

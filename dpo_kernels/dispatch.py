@@ -16,19 +16,24 @@ _MODULES = {
     "torch": "dpo_kernels.impl.torch",
     "cpu": "dpo_kernels.impl.native",
     "triton": "dpo_kernels.impl.triton",
+    "cuda": "dpo_kernels.impl.cuda",
 }
 # What "auto" takes on a type of device: the first that can run there, "torch" at last.
 PREFERRED = {"cpu": ("cpu",)}
+# The devices that compiled CUDA kernels are for.
+CUDA_DEVICE = "cuda"
 
 
 def unavailable_reason(impl: str, device: torch.device) -> str | None:
     """Why `impl` cannot run on `device`, or None if it can."""
-    if impl not in _MODULES:
-        return f"this version of dpo_kernels has no {impl!r} implementation"
     if impl == "cpu":
         if device.type != "cpu":
             return f"it computes on the CPU, not on {device.type!r}"
-        return EXTENSION_PROBLEM
+        return CPU_PROBLEM
+    if impl == "cuda":
+        if device.type != CUDA_DEVICE:
+            return f"it needs a GPU of NVIDIA's, not {device.type!r}"
+        return "it needs a GPU of NVIDIA's, and this PyTorch is for AMD's" if torch.version.hip else CUDA_PROBLEM
     if impl == "triton":
         if not HAS_TRITON:
             return "Triton is not installed: pip install triton"
@@ -37,19 +42,21 @@ def unavailable_reason(impl: str, device: torch.device) -> str | None:
     return None
 
 
-def _extension_problem() -> str | None:
-    if importlib.util.find_spec("dpo_kernels._native") is None:
-        return "its extension was not built: install a C++ compiler, then dpo_kernels again with DPO_KERNELS_BUILD=cpu"
+def _extension_problem(name: str, compiler: str, build: str) -> str | None:
+    again = f"dpo_kernels again with DPO_KERNELS_BUILD={build}"
+    if importlib.util.find_spec(name) is None:
+        return f"its extension was not built: install {compiler}, then {again}"
     try:
-        importlib.import_module("dpo_kernels._native")
+        importlib.import_module(name)
     except ImportError as error:  # built against libraries that this machine lacks
-        return f"its extension does not load, install dpo_kernels again with DPO_KERNELS_BUILD=cpu: {error}"
+        return f"its extension does not load, install {again}: {error}"
     return None
 
 
 # Asked once, here: torch.compile cannot trace an import.
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-EXTENSION_PROBLEM = _extension_problem()
+CPU_PROBLEM = _extension_problem("dpo_kernels._native", "a C++ compiler", "cpu")
+CUDA_PROBLEM = _extension_problem("dpo_kernels._cuda", "the CUDA toolkit", "cuda")
 
 
 def choose(impl: str, device: torch.device) -> str:

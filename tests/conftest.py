@@ -15,6 +15,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")  # Tr
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
+import emulation  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
@@ -28,9 +29,11 @@ if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 
 
-@pytest.fixture(params=["torch", "cpu", "triton"])
+@pytest.fixture(params=["torch", "cpu", "triton", "cuda"])
 def impl(request, monkeypatch):
     """Runs a test once with each implementation as what "auto" picks; its module."""
+    if request.param == "cuda" and DEVICE == "cpu":
+        request.getfixturevalue("emulated_cuda")
     reason = dispatch.unavailable_reason(request.param, torch.device(DEVICE))
     if reason is not None:
         pytest.skip(f"impl {request.param!r}: {reason}")
@@ -42,16 +45,35 @@ def impl(request, monkeypatch):
 
 
 @pytest.fixture
+def emulated_cuda(monkeypatch):
+    """The CUDA implementation with its kernels compiled for the CPU."""
+    reason = emulation.unavailable_reason()
+    if reason is not None:
+        pytest.skip(f"impl 'cuda': {reason}")
+    monkeypatch.setitem(sys.modules, "dpo_kernels._cuda", emulation.cuda_module())
+    monkeypatch.setattr(dispatch, "CUDA_DEVICE", "cpu")
+    monkeypatch.setattr(dispatch, "CUDA_PROBLEM", None)
+    module = dispatch.load("cuda")
+    monkeypatch.setattr(module, "_cuda", emulation.cuda_module())
+    return module
+
+
+@pytest.fixture
 def not_interpreted(impl):
-    """For what Triton's interpreter is too slow for, and for memory: it copies what it is given."""
-    if impl.__name__ == "dpo_kernels.impl.triton" and os.environ["TRITON_INTERPRET"] == "1":
-        pytest.skip("Triton's interpreter is slow, and copies what it is given")
+    """For what takes too long without a GPU, and for memory: Triton's interpreter copies what it is given."""
+    if DEVICE == "cpu" and impl.__name__ in ("dpo_kernels.impl.triton", "dpo_kernels.impl.cuda"):
+        pytest.skip("takes too long without a GPU, or more memory than on one")
 
 
 @pytest.fixture
 def set_tile_bytes(impl, monkeypatch):
-    """A function that sets the tile size of that implementation."""
-    return lambda size: monkeypatch.setattr(impl, "tile_bytes", lambda device: size)
+    """A function that sets the tile size of that implementation, and has it use tiles."""
+
+    def set_size(size):
+        monkeypatch.setattr(impl, "tile_bytes", lambda device: size)
+        monkeypatch.setattr(impl, "FUSED_FORWARD", False, raising=False)
+
+    return set_size
 
 
 @pytest.fixture

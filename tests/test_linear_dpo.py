@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from dpo_kernels import dpo_loss, linear_dpo_loss, linear_sequence_logps
+from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.losses import LOSSES, length_desensitized_weights, wpo_weights
@@ -244,7 +244,8 @@ def test_gradients_accumulate_into_leaves():
     torch.testing.assert_close(inputs.weight.grad, 2 * once)
 
 
-def test_errors_name_the_argument():
+def test_errors_name_the_argument(monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_PROBLEM", "it was not built")
     inputs = head_inputs()
     hidden, weight, labels, _, ref_logps = inputs
     cases = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs, rms
 
@@ -344,7 +344,8 @@ def broken(**changes):
     )  # the rest are options
 
 
-def test_errors_name_the_argument():
+def test_errors_name_the_argument(monkeypatch):
+    monkeypatch.setattr(dispatch, "CUDA_PROBLEM", "it was not built")
     inputs = head_inputs()
     labels = inputs.labels.clone()
     labels[2, 3] = 123

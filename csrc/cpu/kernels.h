@@ -5,35 +5,9 @@
 
 #include <cstdint>
 
-#include "../arithmetic.h"
+#include "../tiles.h"
 
 namespace dpo_kernels {
-
-// What a sweep remembers of each of N rows: `row` k of [7, N] fp64 at `data + k * stride`, see dpo_kernels/impl/fold.py.
-struct FoldState {
-  double* data;
-  int64_t stride;
-  int64_t* argmax;  // [N]
-};
-
-// A tile of products a = x.W, with the vocabulary entries from `start` on and labels y [n] counted from 0.
-struct Tile {
-  void* a;
-  int64_t n, v, start;
-  const int64_t* y;
-  const void* bias;  // [v] of the tile's type, or null
-  Transform transform;
-};
-
-// Labelled rows of logits [S, T, V]: row r lies at sequence[r] * stride_s + position[r] * stride_t. Strides in elements.
-struct LogitsRows {
-  void* data;
-  int64_t stride_s, stride_t, stride_v;
-};
-struct Rows {
-  const int64_t *sequence, *position, *y;
-  int64_t n, v;
-};
 
 struct Kernels {
   const char* name;

@@ -111,7 +111,6 @@ struct Logits {
 
 // A row's state while it is worked on.
 struct RowFold {
-  enum Field { kMax, kTarget, kLabelSlope, kSum, kSumZ, kSumEz, kSumSq, kFields };
   double field[kFields];
   int64_t argmax;
 
@@ -136,9 +135,9 @@ inline double fold_segment(RowFold& fold, const Logits<S, kPlain>& z, Range segm
   double* f = fold.field;
   if (beside.has_label) {
     T label_slope;
-    f[RowFold::kTarget] = z.at(label, &label_slope);
-    f[RowFold::kLabelSlope] = label_slope;
-    if (kStats) f[RowFold::kSumZ] += f[RowFold::kTarget];
+    f[kTarget] = z.at(label, &label_slope);
+    f[kLabelSlope] = label_slope;
+    if (kStats) f[kSumZ] += f[kTarget];
     if (kWrite) store_partial(out + label, broadcast(T(0)), 1);
   }
   if (beside.empty()) return 1;
@@ -156,7 +155,7 @@ inline double fold_segment(RowFold& fold, const Logits<S, kPlain>& z, Range segm
   const T extreme = static_cast<T>(max_lanes(top));
   V unused;
   const double segment_max = first_lane(z.transformed(broadcast(extreme * direction), &unused));
-  const double old_max = f[RowFold::kMax], new_max = segment_max > old_max ? segment_max : old_max;
+  const double old_max = f[kMax], new_max = segment_max > old_max ? segment_max : old_max;
   if (kStats && segment_max > old_max) {
     for (int64_t i = segment.first; i < segment.last; ++i) {
       // by logits, which can be equal where products are not
@@ -198,14 +197,14 @@ inline double fold_segment(RowFold& fold, const Logits<S, kPlain>& z, Range segm
       sum_ez += sum_lanes(s.ez);
       sum_sq += sum_lanes(s.sq);
     }
-    f[RowFold::kSumZ] += sum_z;
-    f[RowFold::kSumEz] = (f[RowFold::kSumEz] + f[RowFold::kSum] * fall) * rescale + sum_ez;
-    f[RowFold::kSumSq] = f[RowFold::kSumSq] * rescale * rescale + sum_sq;
+    f[kSumZ] += sum_z;
+    f[kSumEz] = (f[kSumEz] + f[kSum] * fall) * rescale + sum_ez;
+    f[kSumSq] = f[kSumSq] * rescale * rescale + sum_sq;
   }
   double sum = 0;
   for (const Sums& s : sums) sum += sum_lanes(s.e);
-  f[RowFold::kSum] = f[RowFold::kSum] * rescale + sum;
-  f[RowFold::kMax] = new_max;
+  f[kSum] = f[kSum] * rescale + sum;
+  f[kMax] = new_max;
   return rescale;
 }
 

@@ -1,26 +1,17 @@
-// The module dpo_kernels._native: raw addresses and sizes in, nothing out. It knows no tensors, so one binary serves every
-// version of PyTorch; dpo_kernels/impl/native.py checks shapes, types and strides before it calls.
+// The module dpo_kernels._native: the kernels of the widest instruction set that this machine has.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "../operands.h"
+#include "kernels.h"
 
-namespace py = pybind11;
 using namespace dpo_kernels;
 
 namespace {
-
-using Address = uintptr_t;
-
-template <class T>
-T* as(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 // From the widest vectors to the narrowest.
 std::vector<const Kernels*> available() {
@@ -43,34 +34,12 @@ void use_isa(const std::string& name) {
   throw std::invalid_argument("isa: this machine has no kernels named '" + name + "'");
 }
 
-DType dtype_of(const std::string& name) {
-  if (name == "float32") return DType::f32;
-  if (name == "float64") return DType::f64;
-  if (name == "bfloat16") return DType::bf16;
-  if (name == "float16") return DType::f16;
-  throw std::invalid_argument("dtype: expected float32, float64, bfloat16 or float16, got '" + name + "'");
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
 
-  py::class_<Transform>(m, "Transform").def(py::init<double, double, double>());
-  py::class_<FoldState>(m, "FoldState").def(py::init([](Address data, int64_t stride, Address argmax) {
-    return FoldState{as<double>(data), stride, as<int64_t>(argmax)};
-  }));
-  py::class_<Tile>(m, "Tile").def(
-      py::init([](Address a, int64_t n, int64_t v, int64_t start, Address y, Address bias, const Transform& transform) {
-        return Tile{as<void>(a), n, v, start, as<const int64_t>(y), as<const void>(bias), transform};
-      }));
-  py::class_<LogitsRows>(m, "LogitsRows").def(py::init([](Address data, int64_t s, int64_t t, int64_t v) {
-    return LogitsRows{as<void>(data), s, t, v};
-  }));
-  py::class_<Rows>(m, "Rows").def(
-      py::init([](Address sequence, Address position, Address y, int64_t n, int64_t v) {
-        return Rows{as<const int64_t>(sequence), as<const int64_t>(position), as<const int64_t>(y), n, v};
-      }));
+  define_operands(m);
 
   m.def("isas", [] {
     std::vector<std::string> names;

@@ -1,0 +1,88 @@
+// The module dpo_kernels._cuda. Every call puts its kernels on `stream`, which is of the current device, and returns.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../operands.h"
+#include "kernels.h"
+
+namespace py = pybind11;
+using namespace dpo_kernels;
+
+PYBIND11_MODULE(_cuda, m) {
+  using release_gil = py::call_guard<py::gil_scoped_release>;
+  define_operands(m);
+
+  m.attr("CLUSTER_BLOCKS") = cuda::kClusterBlocks;
+  m.attr("CLUSTER_ROWS") = cuda::kClusterRows;
+  m.attr("BLOCK_COLUMNS") = cuda::kBlockColumns;
+  m.attr("PART_FIELDS") = static_cast<int>(cuda::kPartFields);
+  m.attr("PART_STATS_FIELDS") = static_cast<int>(cuda::kPartStatsFields);
+
+  const auto local = py::module_local();
+  py::class_<cuda::GradRows>(m, "GradRows", local)
+      .def(py::init([](Address norm, int64_t norm_stride, Address logp, Address g) {
+        return cuda::GradRows{as<const void>(norm), norm_stride, as<const void>(logp), as<const void>(g)};
+      }));
+  py::class_<cuda::Matrix>(m, "Matrix", local)
+      .def(py::init([](Address data, int64_t rows, int64_t columns, int64_t stride) {
+        return cuda::Matrix{as<void>(data), rows, columns, stride};
+      }));
+
+  m.def(
+      "fold",
+      [](const std::string& dtype, const Tile& tile, const FoldState& state, const std::string& out_dtype,
+         const cuda::Matrix& out, const cuda::Matrix& sums, bool stats, Address stream) {
+        cuda::fold(dtype_of(dtype), tile, state, dtype_of(out_dtype), out, sums, stats, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "dlogits",
+      [](const std::string& dtype, const Tile& tile, const std::string& out_dtype, const cuda::Matrix& out,
+         const cuda::GradRows& grad, Address value, Address stream) {
+        cuda::dlogits(dtype_of(dtype), tile, dtype_of(out_dtype), out, grad, as<void>(value), as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "zero_rows",
+      [](const std::string& dtype, const LogitsRows& out, const Rows& rows, Address stream) {
+        cuda::zero_rows(dtype_of(dtype), out, rows, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "finish",
+      [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
+         const std::vector<int>& stats, Address logp, Address norm, Address values, Address stream) {
+        cuda::Stats asked{static_cast<int>(stats.size()), {}};
+        if (stats.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
+        std::copy(stats.begin(), stats.end(), asked.names);
+        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, asked, as<void>(logp), as<void>(norm),
+                     as<void>(values), as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "logits_fold",
+      [](const std::string& dtype, const LogitsRows& logits, const Rows& rows, const FoldState& state, bool stats,
+         Address stream) { cuda::logits_fold(dtype_of(dtype), logits, rows, state, stats, as<CUstream_st>(stream)); },
+      release_gil());
+  m.def(
+      "logits_bwd",
+      [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const Rows& rows,
+         const cuda::GradRows& grad,
+         Address stream) { cuda::logits_bwd(dtype_of(dtype), logits, out, rows, grad, as<CUstream_st>(stream)); },
+      release_gil());
+  m.def(
+      "linear_fold",
+      [](const std::string& dtype, const cuda::Matrix& x, const cuda::Matrix& w, Address bias, Address y,
+         const Transform& transform, const FoldState& state, int splits, Address part, Address part_argmax, bool stats,
+         int processors, Address stream) {
+        const cuda::LinearFold args{x,         w,      as<const void>(bias), as<const int64_t>(y),
+                                    transform, splits, as<float>(part),      as<int64_t>(part_argmax)};
+        cuda::linear_fold(dtype_of(dtype), args, state, stats, processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+}

@@ -1,0 +1,70 @@
+"""The compiled module of csrc/cuda: addresses and strides are integers, and PyTorch's names stand for dtypes."""
+
+CLUSTER_BLOCKS: int
+CLUSTER_ROWS: int
+BLOCK_COLUMNS: int
+PART_FIELDS: int
+PART_STATS_FIELDS: int
+
+class Transform:
+    def __init__(self, scale: float, softcap: float, temperature: float) -> None: ...
+
+class FoldState:
+    def __init__(self, data: int, stride: int, argmax: int) -> None: ...
+
+class Tile:
+    def __init__(self, a: int, n: int, v: int, start: int, y: int, bias: int, transform: Transform) -> None: ...
+
+class LogitsRows:
+    def __init__(self, data: int, stride_s: int, stride_t: int, stride_v: int) -> None: ...
+
+class Rows:
+    def __init__(self, sequence: int, position: int, y: int, n: int, v: int) -> None: ...
+
+class GradRows:
+    def __init__(self, norm: int, norm_stride: int, logp: int, g: int) -> None: ...
+
+class Matrix:
+    def __init__(self, data: int, rows: int, columns: int, stride: int) -> None: ...
+
+def fold(
+    dtype: str,
+    tile: Tile,
+    state: FoldState,
+    out_dtype: str,
+    out: Matrix,
+    sums: Matrix,
+    stats: bool,
+    stream: int,
+) -> None: ...
+def dlogits(dtype: str, tile: Tile, out_dtype: str, out: Matrix, grad: GradRows, value: int, stream: int) -> None: ...
+def zero_rows(dtype: str, out: LogitsRows, rows: Rows, stream: int) -> None: ...
+def finish(
+    dtype: str,
+    state: FoldState,
+    y: int,
+    n: int,
+    v: int,
+    stats: list[int],
+    logp: int,
+    norm: int,
+    values: int,
+    stream: int,
+) -> None: ...
+def logits_fold(dtype: str, logits: LogitsRows, rows: Rows, state: FoldState, stats: bool, stream: int) -> None: ...
+def logits_bwd(dtype: str, logits: LogitsRows, out: LogitsRows, rows: Rows, grad: GradRows, stream: int) -> None: ...
+def linear_fold(
+    dtype: str,
+    x: Matrix,
+    w: Matrix,
+    bias: int,
+    y: int,
+    transform: Transform,
+    state: FoldState,
+    splits: int,
+    part: int,
+    part_argmax: int,
+    stats: bool,
+    processors: int,
+    stream: int,
+) -> None: ...

@@ -1,0 +1,250 @@
+"""The CUDA implementation: the tile kernels, path E and Hopper's fused forward of `csrc/cuda`.
+
+Dimensions: N labelled rows, H hidden size, V vocabulary size, K requested statistics, n rows and v vocabulary entries
+of one tile. Kernels go to the current stream of their tensors' device, and nothing here waits for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+import dpo_kernels._cuda as _cuda
+from dpo_kernels.impl.fold import Fold
+from dpo_kernels.impl.interface import (
+    STATS,
+    Columns,
+    GradRows,
+    LinearLogps,
+    LogitTransform,
+    Rows,
+    accumulate_dtype,
+)
+from dpo_kernels.impl.products import operand as operand
+from dpo_kernels.impl.products import product as product
+
+TILE_BYTES = 128 * 2**20
+# Path A in half precision on Hopper as one fused kernel instead of products of tiles.
+FUSED_FORWARD = True
+
+
+def description() -> str:
+    return 'available by name: compiled CUDA kernels; "auto" takes them once measurements on a GPU speak for it'
+
+
+def tile_bytes(device: torch.device) -> int:
+    return TILE_BYTES
+
+
+def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
+    if a.dtype == dtype:
+        return a
+    n, v = a.shape
+    if v % 8 or a.data_ptr() % 16:  # rows that are not read in whole pieces of 16 bytes cannot be overwritten
+        return torch.empty_like(a, dtype=dtype)
+    return a.view(dtype)[:, :v]  # the first half of each row
+
+
+class CudaFold(Fold):
+    """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E."""
+
+    def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.y.shape[0]
+        self.logp, self.norm, values = (
+            self.state.new_empty(*shape, dtype=dtype) for shape in ((n,), (2, n), (len(self.names), n))
+        )
+        asked = [STATS.index(name) for name in self.names]
+        with torch.cuda.device_of(self.y):
+            _cuda.finish(
+                _type(self.logp), _state(self), _address(self.y), n, vocab_size, asked, _address(self.logp),
+                _address(self.norm), _address(values), _stream(self.y),
+            )  # fmt: skip
+        return self.logp, self.norm, values
+
+    @property
+    def others(self) -> Tensor:
+        shift, total = self.norm.double()
+        return torch.exp(self.max - shift) / total
+
+
+def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
+    return CudaFold(y.contiguous(), torch.float64, stats)
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _type(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def _stream(t: Tensor) -> int:
+    """The current one of its device. (On the CPU, where tests run the kernels, there is none.)"""
+    return torch.cuda.current_stream(t.device).cuda_stream if t.device.type == "cuda" else 0
+
+
+def _machine(device: torch.device) -> tuple[bool, int]:
+    """Whether it is a Hopper GPU, and its number of multiprocessors."""
+    if device.type != "cuda":
+        return True, 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major == 9, properties.multi_processor_count
+
+
+def _transform(transform: LogitTransform) -> _cuda.Transform:
+    scale, softcap, temperature = transform
+    return _cuda.Transform(scale, softcap or 0.0, temperature)
+
+
+def _state(fold: Fold, rows: slice = slice(None)) -> _cuda.FoldState:
+    state, argmax = fold.state[:, rows], fold.argmax[rows]
+    return _cuda.FoldState(_address(state), state.stride(0), _address(argmax))
+
+
+def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> _cuda.Tile:
+    assert a.dtype in (torch.float32, torch.float64)
+    assert a.is_contiguous() and y.is_contiguous() and y.dtype == torch.int64 and y.shape[0] == a.shape[0]
+    assert columns.bias is None or columns.bias.is_contiguous() and columns.bias.dtype == a.dtype
+    n, v = a.shape
+    return _cuda.Tile(_address(a), n, v, columns.start, _address(y), _address(columns.bias), _transform(transform))
+
+
+@functools.lru_cache
+def splits_of(n: int, v: int, multiprocessors: int) -> int:
+    """How many parts of the vocabulary keep the clusters busiest, the fewest that come within 1% of the best."""
+    clusters = max(1, multiprocessors // _cuda.CLUSTER_BLOCKS)
+    groups_of_rows, column_blocks = math.ceil(n / _cuda.CLUSTER_ROWS), math.ceil(v / _cuda.BLOCK_COLUMNS)
+    # blocks of columns that the busiest cluster goes through
+    blocks = [
+        math.ceil(groups_of_rows * splits / clusters) * math.ceil(column_blocks / splits)
+        for splits in range(1, min(column_blocks, 4 * clusters) + 1)
+    ]
+    enough = 1.01 * min(blocks)
+    return 1 + next(i for i, count in enumerate(blocks) if count <= enough)
+
+
+def _matrix(t: Tensor) -> _cuda.Matrix:
+    return _cuda.Matrix(_address(t), t.shape[0], t.shape[1], t.stride(0))
+
+
+def _can_be_copied_in_boxes(t: Tensor, dtype: torch.dtype) -> bool:
+    """What the tensor memory accelerator asks of a matrix."""
+    rows = t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0
+    return t.dtype == dtype and t.stride(1) == 1 and rows and t.data_ptr() % 16 == 0
+
+
+def linear_fold_(
+    fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
+) -> bool:
+    hopper, multiprocessors = _machine(x.device)
+    (n, _), v = x.shape, weight.shape[0]
+    if (
+        not (FUSED_FORWARD and hopper and n)
+        or compute_dtype not in (torch.bfloat16, torch.float16)
+        or not all(_can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight))
+        or (transform.softcap is None and abs(transform.slope) < torch.finfo(torch.float32).tiny)  # 0 times infinity
+    ):
+        return False
+    stats = bool(fold.names)
+    splits = splits_of(n, v, multiprocessors)
+    part = x.new_empty(_cuda.PART_STATS_FIELDS if stats else _cuda.PART_FIELDS, splits, n, dtype=torch.float32)
+    part_argmax = fold.y.new_empty(splits if stats else 0, n)
+    rounded_bias = None if bias is None else bias.to(compute_dtype).contiguous()
+    with torch.cuda.device_of(x):
+        _cuda.linear_fold(
+            _type(x), _matrix(x), _matrix(weight), _address(rounded_bias), _address(fold.y), _transform(transform),
+            _state(fold), splits, _address(part), _address(part_argmax), stats, multiprocessors, _stream(x),
+        )  # fmt: skip
+    return True
+
+
+def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool) -> None:
+    _fold_tile(fold, a, a, rows, columns, transform, None)
+
+
+def fold_exp_(
+    fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform, sums: Tensor
+) -> None:
+    assert out.stride(1) == 1 and out.shape == a.shape
+    assert sums.stride(1) == 1 and sums.shape[0] == a.shape[0] and sums.dtype == a.dtype
+    _fold_tile(fold, a, out, rows, columns, transform, sums)
+
+
+def _fold_tile(
+    fold: Fold, a: Tensor, out: Tensor, rows: slice, columns: Columns, transform: LogitTransform, sums: Tensor | None
+) -> None:
+    with torch.cuda.device_of(a):
+        _cuda.fold(
+            _type(a),
+            _tile(a, fold.y[rows], columns, transform),
+            _state(fold, rows),
+            _type(out),
+            _matrix(out),
+            _cuda.Matrix(0, 0, 0, 0) if sums is None else _matrix(sums),
+            bool(fold.names),
+            _stream(a),
+        )
+
+
+def _contiguous(of: GradRows, dtype: torch.dtype) -> GradRows:
+    """To be bound to a name: an address alone keeps no copy alive."""
+    y, norm, logp, g = of
+    norm = norm.to(dtype)
+    rows = norm if norm.stride(1) == 1 else norm.contiguous()
+    return GradRows(y.contiguous(), rows, logp.to(dtype).contiguous(), g.to(dtype).contiguous())
+
+
+def _grad_rows(of: GradRows) -> _cuda.GradRows:
+    return _cuda.GradRows(_address(of.norm), of.norm.stride(0), _address(of.logp), _address(of.g))
+
+
+def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: LogitTransform) -> Tensor:
+    of = _contiguous(of, a.dtype)
+    value = torch.empty_like(of.logp)
+    assert out.stride(1) == 1 and out.shape == a.shape
+    with torch.cuda.device_of(a):
+        _cuda.dlogits(
+            _type(a), _tile(a, of.y, columns, transform), _type(out), _matrix(out), _grad_rows(of), _address(value),
+            _stream(a),
+        )  # fmt: skip
+    return value
+
+
+def _logits(logits: Tensor) -> _cuda.LogitsRows:
+    return _cuda.LogitsRows(_address(logits), *logits.stride())
+
+
+def _rows(rows: Rows, y: Tensor, v: int) -> tuple[_cuda.Rows, tuple[Tensor, ...]]:
+    """And the tensors that must live until the kernel has its place in the stream."""
+    kept = rows.sequence.contiguous(), rows.position.contiguous(), y.contiguous()
+    assert all(t.dtype == torch.int64 for t in kept)
+    sequence, position, labels = map(_address, kept)
+    return _cuda.Rows(sequence, position, labels, y.shape[0], v), kept
+
+
+def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
+    acc, v = accumulate_dtype(logits.dtype), logits.shape[-1]
+    fold = new_fold(y, acc, stats)
+    native_rows, _kept = _rows(rows, y, v)
+    with torch.cuda.device_of(logits):
+        _cuda.logits_fold(_type(logits), _logits(logits), native_rows, _state(fold), bool(stats), _stream(logits))
+    return LinearLogps(*fold.finish(v, acc), None)
+
+
+def logps_bwd_(logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
+    assert out.dtype == logits.dtype and out.shape == logits.shape
+    of = _contiguous(of, accumulate_dtype(logits.dtype))
+    native_rows, _kept = _rows(rows, of.y, logits.shape[-1])
+    with torch.cuda.device_of(logits):
+        _cuda.logits_bwd(_type(logits), _logits(logits), _logits(out), native_rows, _grad_rows(of), _stream(logits))
+
+
+def zero_rows_(out: Tensor, rows: Rows) -> None:
+    native_rows, _kept = _rows(rows, rows.sequence, out.shape[-1])
+    with torch.cuda.device_of(out):
+        _cuda.zero_rows(_type(out), _logits(out), native_rows, _stream(out))
