@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import math
 import multiprocessing
 import os
 import platform
@@ -21,6 +22,9 @@ from typing import Any, NamedTuple
 import torch
 
 MIB = 2**20
+CPU = torch.device("cpu")
+MIN_ROUNDS = 3
+FLUSH_BYTES, FLUSHES = 2**29, 4  # about half a millisecond on an H200
 
 
 class Run(NamedTuple):
@@ -34,28 +38,82 @@ def interleaved(
     runs: list[Run],
     rounds: int,
     *,
-    synchronize: Callable[[], None] = lambda: None,
+    device: torch.device = CPU,
+    seconds: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
-) -> list[list[float]]:
+) -> list[list[float] | str]:
     """Seconds of each run, in every round once and in an order that rotates, so that a machine that slows down slows
-    all of them. Runs are warm already. `synchronize` waits for a device."""
+    all of them; or why a run failed. Runs are warm already. After `seconds` no round beyond the third
+    begins."""
     samples: list[list[float]] = [[] for _ in runs]
+    failures: dict[int, str] = {}
+    timed = _by_events(device) if device.type == "cuda" else _by_clock
     gc.collect()
     gc.freeze()  # what imports left behind: looking through it again and again takes longer than a small run
+    deadline = time.monotonic() + seconds
     for number in range(rounds):
+        if number >= MIN_ROUNDS and time.monotonic() > deadline:
+            break
         progress(f"round {number + 1} of {rounds}")
         for step in range(len(runs)):
             index = (number + step) % len(runs)
+            if index in failures:
+                continue
             runs[index].prepare()
             gc.collect()
-            synchronize()
-            start = time.perf_counter()
-            result = runs[index].call()
-            synchronize()
-            samples[index].append(time.perf_counter() - start)
-            del result
+            try:
+                samples[index].append(timed(runs[index].call))
+            except Exception as error:  # it may fail in any way
+                failures[index] = described(error)
+            if index in failures:
+                recover(device)
     gc.unfreeze()
-    return samples
+    return [failures.get(index, times) for index, times in enumerate(samples)]
+
+
+def _by_clock(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    result = call()
+    seconds = time.perf_counter() - start
+    del result
+    return seconds
+
+
+def _by_events(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """Between two events on the device. Before, it is kept busy writing to memory that is not used: this takes what a
+    run left out of its caches, and lets the host get ahead, as it is in a training step."""
+    unused = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
+
+    def timed(call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        synchronize(device)
+        for _ in range(FLUSHES):
+            unused.zero_()
+        start.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        del result
+        return start.elapsed_time(end) / 1e3
+
+    return timed
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def recover(device: torch.device) -> None:
+    """After a failure, memory that it may have left in pieces goes back. Raises if the device is of no more use."""
+    synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def described(error: Exception) -> str:
+    """One line. Kept instead of the error, which keeps the tensors of the frames it came through."""
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -96,8 +154,26 @@ def _peak_memory(contender: Any, case: Any, threads: int) -> float:
     before = _status_bytes("VmRSS")
     result = contender.run(inputs)
     grown = _status_bytes("VmHWM") - before
-    returned = sum(gradient.nbytes for gradient in result.gradients.values() if not _is_input(gradient, inputs))
-    return (grown - returned) / MIB
+    return (grown - _returned_bytes(result, inputs)) / MIB
+
+
+def peak_allocated(contender: Any, inputs: Any, device: torch.device) -> float | str:
+    """The same on a CUDA device, of a call that has been made before: what PyTorch allocates there, at its highest."""
+    inputs.prepare(contender.overwrites)
+    gc.collect()
+    synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    try:
+        result = contender.run(inputs)
+        synchronize(device)
+    except Exception as error:
+        return described(error)
+    return (torch.cuda.max_memory_allocated(device) - before - _returned_bytes(result, inputs)) / MIB
+
+
+def _returned_bytes(result: Any, inputs: Any) -> int:
+    return sum(gradient.nbytes for gradient in result.gradients.values() if not _is_input(gradient, inputs))
 
 
 def _is_input(tensor: torch.Tensor, inputs: Any) -> bool:
@@ -110,11 +186,12 @@ def _status_bytes(key: str) -> int:
 
 
 def environment(packages: Iterable[str]) -> dict[str, Any]:
-    """What the figures depend on."""
+    """What the figures depend on. DPO_KERNELS_COMMIT names the commit of a copy without its repository."""
+    changes = _git("status", "--porcelain")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "commit": _git("rev-parse", "HEAD") or os.environ.get("DPO_KERNELS_COMMIT"),
+        "uncommitted_changes": None if changes is None else bool(changes),
         "cpu": _cpu_name(),
         "cpus": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -125,10 +202,22 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def gpu() -> dict[str, str] | None:
+    """What nvidia-smi says of the first GPU now; None without it."""
+    fields = ["name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem"]
+    fields += ["power.draw", "power.limit", "temperature.gpu"]
+    said = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    return dict(zip(fields, said.splitlines()[0].split(", "), strict=True)) if said else None
+
+
 def _git(*arguments: str) -> str | None:
     """What git says of the benchmark's own repository; None without one."""
+    return _output("git", *arguments)
+
+
+def _output(*command: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None

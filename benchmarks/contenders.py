@@ -1,0 +1,196 @@
+"""What is compared, peers apart, one plain function each: the bare products and copies that are the limit, and ours.
+
+A run takes the inputs of a case, does one forward (and backward) and returns what it found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from cases import HeadInputs, LogitsInputs, Loss, Result, sigmoid_loss
+from torch import Tensor
+
+from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps, sequence_logps
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to do it. `run` must be picklable: memory is measured in another process."""
+
+    name: str
+    run: Callable[[Any], Result]
+    package: str = "torch"
+    products: int = 3  # of [N, H] by [H, V] that the task takes at least, where it has a matrix product
+    compiled: bool = False  # by torch.compile, which takes memory of its own in the first call
+    overwrites: bool = False  # its inputs
+    loss: Loss = sigmoid_loss  # what its gradients are of
+
+
+# The limit
+
+
+def products(inputs: HeadInputs, *, count: int) -> Result:
+    """x W^T; then dlogits W; then dlogits^T x; and with four, x W^T once more: nothing but matrix products."""
+    x, logits, dx, dweight = inputs.buffers
+    with torch.no_grad():
+        for _ in range(2 if count == 4 else 1):
+            torch.mm(x, inputs.weight.T, out=logits)
+        if count >= 2:
+            torch.mm(logits, inputs.weight, out=dx)
+        if count >= 3:
+            torch.mm(logits.T, x, out=dweight)
+    return Result()
+
+
+def product_fp32_out(inputs: HeadInputs) -> Result:
+    """x W^T without the rounding of its result."""
+    with torch.no_grad():
+        torch.mm(inputs.buffers.x, inputs.weight.T, out_dtype=torch.float32)
+    return Result()
+
+
+LIMITS = {
+    count: Contender(f"{count} x torch.mm", partial(products, count=count), products=count) for count in range(1, 5)
+}
+FP32_OUT = Contender("1 x torch.mm, fp32 out", product_fp32_out, products=1)
+
+
+# Ours
+
+
+def path_a(inputs: HeadInputs, *, impl: str, fused: bool | None = None) -> Result:
+    """Forward only; `fused`: by one kernel, without tiles, where the implementation leaves the choice."""
+    with torch.no_grad(), _setting(impl, "FUSED_FORWARD", fused):
+        out = linear_sequence_logps(
+            inputs.hidden, inputs.weight, inputs.labels, num_labelled=inputs.num_labelled, impl=impl
+        )
+    return Result(out.logps, out.token_logps)
+
+
+@contextmanager
+def _setting(impl: str, name: str, value: Any) -> Iterator[None]:
+    """Of an implementation's module, for as long as it is entered; None leaves it."""
+    if value is None:
+        yield
+        return
+    module = dispatch.load(impl)
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
+def with_tiles(inputs: HeadInputs, *, run: Callable[..., Result], impl: str, tile_bytes: int) -> Result:
+    """A path without a fused forward, with tiles of this size."""
+    fused = False if hasattr(dispatch.load(impl), "FUSED_FORWARD") else None
+    with _setting(impl, "tile_bytes", lambda device: tile_bytes), _setting(impl, "FUSED_FORWARD", fused):
+        return run(inputs)
+
+
+def path_b(inputs: HeadInputs, *, impl: str) -> Result:
+    """Frozen head, any loss."""
+    return _any_loss(inputs, inputs.weight.detach(), impl)
+
+
+def path_c(inputs: HeadInputs, *, impl: str, chunk_bytes: int | None = None) -> Result:
+    """Trained head, the fused loss."""
+    out = linear_dpo_loss(
+        inputs.hidden,
+        inputs.weight,
+        inputs.labels,
+        inputs.ref_logps,
+        beta=inputs.beta,
+        num_labelled=inputs.num_labelled,
+        chunk_bytes=chunk_bytes,
+        impl=impl,
+    )
+    out.loss.backward()
+    return Result(out.logps, None, out.loss, inputs.gradients())
+
+
+def path_d(inputs: HeadInputs, *, impl: str) -> Result:
+    """Trained head, any loss."""
+    return _any_loss(inputs, inputs.weight, impl)
+
+
+def _any_loss(inputs: HeadInputs, weight: Tensor, impl: str) -> Result:
+    out = linear_sequence_logps(inputs.hidden, weight, inputs.labels, num_labelled=inputs.num_labelled, impl=impl)
+    loss = dpo_loss(*out.logps.chunk(2), *inputs.ref_logps.chunk(2), beta=inputs.beta).losses.mean()
+    loss.backward()
+    return Result(out.logps, out.token_logps, loss, inputs.gradients())
+
+
+def paths(impl: str) -> dict[str, Contender]:
+    described = {
+        "A": ("A forward", path_a, 1),
+        "B": ("B frozen head", path_b, 2),
+        "C": ("C fused loss", path_c, 3),
+        "D": ("D any loss", path_d, 4),
+    }
+    return {
+        key: Contender(name, partial(run, impl=impl), "dpo_kernels", products=count)
+        for key, (name, run, count) in described.items()
+    }
+
+
+# From logits
+
+
+def read_logits(inputs: LogitsInputs) -> Result:
+    """One read."""
+    inputs.logits.detach().sum()
+    return Result()
+
+
+def read_and_scale_logits(inputs: LogitsInputs) -> Result:
+    """One read, and one read and write."""
+    inputs.logits.detach().sum()
+    inputs.logits.detach().mul_(1.0)
+    return Result()
+
+
+def copy_logits(inputs: LogitsInputs) -> Result:
+    """One read, and one write elsewhere."""
+    torch.empty_like(inputs.logits.detach()).copy_(inputs.logits.detach())
+    return Result()
+
+
+def ours_from_logits(inputs: LogitsInputs, *, impl: str, backward: bool, inplace: bool = False) -> Result:
+    with torch.set_grad_enabled(backward):
+        out = sequence_logps(
+            inputs.logits, inputs.labels, inplace_backward=inplace, num_labelled=inputs.labels.numel(), impl=impl
+        )
+    return _finish_logits(inputs, out.token_logps, out.logps)
+
+
+def eager_from_logits(inputs: LogitsInputs, *, backward: bool, upcast: bool = False) -> Result:
+    with torch.set_grad_enabled(backward):
+        logits = inputs.logits.float() if upcast else inputs.logits
+        token_logps = logits.log_softmax(-1).gather(-1, inputs.labels[..., None])[..., 0]
+        return _finish_logits(inputs, token_logps, token_logps.sum(1))
+
+
+def _finish_logits(inputs: LogitsInputs, token_logps: Tensor, logps: Tensor) -> Result:
+    if not logps.requires_grad:
+        return Result(logps, token_logps)
+    (dlogits,) = torch.autograd.grad(logps, inputs.logits, inputs.dlogps.to(logps.dtype))
+    return Result(logps, token_logps, gradients={"logits": dlogits})
+
+
+def from_logits(impl: str, dtype: torch.dtype, *, backward: bool) -> dict[str, Contender]:
+    limit = Contender("read, scale in place", read_and_scale_logits) if backward else Contender("read", read_logits)
+    found = [limit, Contender("E", partial(ours_from_logits, impl=impl, backward=backward), "dpo_kernels")]
+    if backward:
+        inplace = partial(ours_from_logits, impl=impl, backward=True, inplace=True)
+        found.append(Contender("E in place", inplace, "dpo_kernels", overwrites=True))
+    found.append(Contender("eager", partial(eager_from_logits, backward=backward)))
+    if dtype != torch.float32:
+        found.append(Contender("eager in fp32", partial(eager_from_logits, backward=backward, upcast=True)))
+    return {contender.name: contender for contender in found}
