@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 
@@ -18,8 +18,18 @@ _MODULES = {
     "triton": "dpo_kernels.impl.triton",
     "cuda": "dpo_kernels.impl.cuda",
 }
-# What "auto" takes on a type of device: the first that can run there, "torch" at last.
-PREFERRED = {"cpu": ("cpu",)}
+
+
+class Choice(NamedTuple):
+    """What "auto" takes on a type of device, and the measurements that say so."""
+
+    device: str
+    impl: str
+    measured: str
+
+
+# The first that fits and can run is taken, "torch" at last. So far no dtype or shape wants another one than its device.
+CHOICES = (Choice("cpu", "cpu", "benchmarks/results/cpu-amd-epyc-avx512-2-threads"),)
 # The devices that compiled CUDA kernels are for.
 CUDA_DEVICE = "cuda"
 
@@ -66,7 +76,7 @@ def choose(impl: str, device: torch.device) -> str:
         ValueError: `impl` is unknown, or cannot run on `device`; the message gives the reason.
     """
     if impl == "auto":
-        candidates = (*PREFERRED.get(device.type, ()), "torch")
+        candidates = (*(choice.impl for choice in CHOICES if choice.device == device.type), "torch")
         return next(name for name in candidates if unavailable_reason(name, device) is None)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")

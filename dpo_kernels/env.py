@@ -8,7 +8,7 @@ import platform
 import torch
 
 import dpo_kernels
-from dpo_kernels.dispatch import IMPLEMENTATIONS, choose, load, unavailable_reason
+from dpo_kernels.dispatch import CHOICES, IMPLEMENTATIONS, choose, load, unavailable_reason
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "peft", "trl")
 
@@ -40,7 +40,8 @@ def report() -> str:
     for device in devices():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
         picked = choose("auto", device)
-        lines.append(f"\n{device} ({name}): auto picks {picked!r}")
+        by = [f"by {choice.measured}" for choice in CHOICES if choice[:2] == (device.type, picked)]
+        lines.append(f"\n{device} ({name}): auto picks {picked!r}, {by[0] if by else 'for want of measurements'}")
         lines.append(f"  temporary memory of one call: tiles of {load(picked).tile_bytes(device) / 2**20:.0f} MiB")
         for impl in IMPLEMENTATIONS:
             reason = unavailable_reason(impl, device)

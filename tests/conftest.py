@@ -37,7 +37,7 @@ def impl(request, monkeypatch):
     reason = dispatch.unavailable_reason(request.param, torch.device(DEVICE))
     if reason is not None:
         pytest.skip(f"impl {request.param!r}: {reason}")
-    monkeypatch.setattr(dispatch, "PREFERRED", {DEVICE: (request.param,)})
+    monkeypatch.setattr(dispatch, "CHOICES", (dispatch.Choice(torch.device(DEVICE).type, request.param, "this test"),))
     module = dispatch.load(request.param)
     if request.param == "triton" and DEVICE == "cpu":
         monkeypatch.setattr(module, "BLOCK_N", 32)  # the interpreter takes its time for each program

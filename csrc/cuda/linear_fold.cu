@@ -30,6 +30,7 @@ constexpr int kFolders = 2, kThreads = (1 + kFolders) * kGroup;
 constexpr int kRowBytes = kDepth * 2;  // of a tile, which is one row of the 128-byte swizzle
 constexpr int kXBytes = kRows * kRowBytes, kWBytes = kColumns * kRowBytes, kStageBytes = kXBytes + kWBytes;
 constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStages * static_cast<int>(sizeof(Barrier));
+static_assert(kSharedBytes + 1024 <= 228 * 1024, "more shared memory than a multiprocessor of Hopper has");
 // So many pairs of blocks of rows take turns with the same columns, so that their x stays in the second-level cache.
 constexpr int kRowPairsTogether = 8;
 constexpr int kEntries = kColumns / 4;  // of one row that a thread has: two rows, a quarter of each
