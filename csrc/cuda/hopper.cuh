@@ -52,10 +52,7 @@ __device__ __forceinline__ void barrier_expect(Barrier* barrier, uint32_t bytes)
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
-__device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-// At the same barrier of another block of the cluster.
+// One arrival, at the same barrier of a block of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"

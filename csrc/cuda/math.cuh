@@ -65,7 +65,7 @@ __device__ __forceinline__ double tanh_of(double x, double& slope) {
   return tanh(x);
 }
 
-// z = outer * inner_function(inner * (x.W + b)), where the function is tanh, or nothing without a softcap.
+// z = outer * (x.W + b), or with a softcap outer * tanh(inner * (x.W + b)).
 template <class T>
 struct Logit {
   T inner, outer;
@@ -75,12 +75,6 @@ struct Logit {
       : inner(static_cast<T>(t.softcap != 0 ? t.scale / t.softcap : 0)),
         outer(static_cast<T>(t.softcap != 0 ? t.softcap / t.temperature : t.slope())),
         capped(t.softcap != 0) {}
-
-  // `slope`: the softcap's part of dz/da.
-  __device__ __forceinline__ T operator()(T a, T& slope) const {
-    slope = 1;
-    return outer * (capped ? tanh_of(a * inner, slope) : a);
-  }
 };
 
 template <class T>
