@@ -21,15 +21,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import contenders
-import measure
 import torch
-from cases import FLAT, HeadCase, LogitsCase, batches
-from contenders import FP32_OUT, LIMITS, Contender
-from peers import forward_only, frozen_head, gpu_peers
-from report import PACKAGES, Entry, Harness, Row, compare, failed, progress, save, text
 
 from dpo_kernels import dispatch
+from dpo_kernels.bench import contenders, measure
+from dpo_kernels.bench.cases import FLAT, HeadCase, LogitsCase, real_lengths
+from dpo_kernels.bench.contenders import COPY, FP32_OUT, LIMITS, READ, READ_AND_SCALE, Contender, from_logits
+from dpo_kernels.bench.peers import forward_only, frozen_head, head_peers, logits_peers
+from dpo_kernels.bench.report import PACKAGES, Entry, Harness, Row, compare, failed, is_ours, progress, save, text
+from dpo_kernels.head_memory import eager_bytes, ours_bytes, trl_bytes
 
 PARTS = ("paths", "peers", "E", "tiles", "sizes", "memory", "masks", "flat")  # the most important first
 SIZES = ((8192, 4096, 128256), (8192, 4096, 151936), (8192, 2048, 151936), (8192, 2048, 256000))  # N, H, V
@@ -37,6 +37,7 @@ LARGE, LARGE_SEQUENCES = (32768, 4096, 151936), 32
 QUICK = (32, 32, 256)
 TILE_MIB = (32, 64, 128, 256)
 TARGETS = {"A": "<= 1.08", "B": "<= 2.2", "C": "<= 3.3", "D": "<= 4.3"}
+GPU = torch.device("cuda")  # whose peers are compared, on a CPU too
 FIRST_PEERS = ("eager", "TRL")
 TABLE_SECONDS = 15  # of timed rounds
 GRACE_SECONDS = 15
@@ -77,7 +78,8 @@ def main() -> None:
     supervise(work, list(jobs(args)), args, report)
     for reason in report["left_out"]:
         print(f"\nleft out: {reason}")
-    if without := failed(report["tables"]) + report["left_out"]:
+    missed = [line for table in report["tables"] for line in misplanned(table)]
+    if without := failed(report["tables"]) + report["left_out"] + missed:
         sys.exit("\n".join(without))
 
 
@@ -91,9 +93,7 @@ def arguments() -> argparse.Namespace:
     add("--seconds", type=float, default=600, help="when they are over no table begins (default: %(default)s)")
     add("--patience", type=float, default=90, help="seconds that one call may take (default: %(default)s)")
     add("--chunk-gib", type=float, default=4, help="path C runs with its default, and with this (default: %(default)s)")
-    add("--lengths", type=Path, default=Path(__file__).with_name("lengths_en.json"), help="made by lengths.py")
-    add("--pairs", type=int, default=12, help="pairs in the real batch (default: %(default)s)")
-    add("--max-length", type=int, default=1024, help="tokens at which they are cut (default: %(default)s)")
+    add("--max-length", type=int, default=1024, help="tokens at which real pairs are cut (default: %(default)s)")
     add("--device", default="cuda", help="cuda, or cpu to see that everything runs (default: %(default)s)")
     add("--quick", action="store_true", help="tiny sizes, to see that everything runs; the times mean nothing")
     add("--commit", help="of a copy without its repository; default: DPO_KERNELS_COMMIT")
@@ -102,14 +102,14 @@ def arguments() -> argparse.Namespace:
     for name, found, known in (
         ("--only", args.only.split(","), PARTS),
         ("--impl", args.impl, dispatch.IMPLEMENTATIONS),
-        ("--peers", args.peers or (), gpu_peers(padded=True)),
+        ("--peers", args.peers or (), head_peers(GPU, padded=True)),
     ):
         if unknown := sorted(set(found) - set(known)):
             parser.error(f"{name}: expected some of {list(known)}, got {unknown}")
-    if min(args.rounds, args.pairs) < 1 or args.max_length < 2:
-        parser.error("--rounds, --pairs: at least 1; --max-length: at least 2")
+    if args.rounds < 1 or args.max_length < 2:
+        parser.error("--rounds: at least 1; --max-length: at least 2")
     if args.quick:
-        args.rounds, args.pairs, args.max_length = min(args.rounds, 2), 2, 16
+        args.rounds, args.max_length = min(args.rounds, 2), 16
     if args.commit:
         os.environ["DPO_KERNELS_COMMIT"] = args.commit
     return args
@@ -120,7 +120,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
     half = {"dtype": torch.bfloat16, "device": args.device}
     case = HeadCase(*sizes[0], **half)
     tokens, hidden, vocab = sizes[0]
-    everyone = tuple(name for name in gpu_peers(padded=True) if args.peers is None or name in args.peers)
+    everyone = tuple(name for name in head_peers(GPU, padded=True) if args.peers is None or name in args.peers)
     first = tuple(name for name in everyone if name in FIRST_PEERS)
     rest = tuple(name for name in everyone if name not in FIRST_PEERS)
     for part in args.only.split(","):
@@ -132,7 +132,7 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         elif part == "E":
             for dtype in (torch.bfloat16, torch.float32):
                 for backward in (False, True):
-                    yield job(LogitsCase(tokens, vocab, dtype, args.device), backward=backward)
+                    yield job(LogitsCase(tokens, vocab, dtype=dtype, device=args.device), backward=backward)
         elif part == "tiles":
             yield job(case)
         elif part == "sizes":
@@ -140,8 +140,8 @@ def jobs(args: argparse.Namespace) -> Iterator[Job]:
         elif part == "memory":
             yield job(HeadCase(*large, **half, sequences=LARGE_SEQUENCES), everyone, rounds=1)
         elif part == "masks":
-            (batch,) = batches(args.lengths, 1, args.pairs, args.max_length, hidden, vocab)
-            yield job(replace(batch, **half), everyone)
+            lengths = real_lengths(tokens, args.max_length)
+            yield job(HeadCase.of_pairs(lengths, hidden, vocab, **half), everyone)
         elif part == "flat":
             yield job(HeadCase(*sizes[0], **half, **FLAT), everyone)
 
@@ -207,38 +207,42 @@ def work(left: list[Job], excluded: dict[str, str], args: argparse.Namespace, pi
 
     device = torch.device(args.device)
     try:
-        pipe.send(("device", described(device)))
+        pipe.send(("device", measure.describe(device)))
         for job in left:
             seconds = args.deadline - time.time()
             if seconds < 0:
                 return
             seconds = min(TABLE_SECONDS, seconds)
-            harness = Harness(job.rounds, device, seconds, device.type == "cuda", excluded, at)
+            harness = Harness(job.rounds, device, seconds, device.type == "cuda", excluded, at, progress)
             pipe.send(("table", table(job, harness, args)))
     except Exception as error:
         pipe.send(("error", measure.described(error)))
         raise
 
 
-def described(device: torch.device) -> dict[str, Any]:
-    if device.type != "cuda":
-        return {"name": device.type}
-    found = torch.cuda.get_device_properties(device)
-    names = ("name", "major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")
-    return {name: getattr(found, name, None) for name in names} | {"cuda": torch.version.cuda}
-
-
 def table(job: Job, harness: Harness, args: argparse.Namespace) -> Row:
     found = compare(job.title, entries_of(job, args), harness)
     rows = {row["name"]: row for row in found["rows"]}
     for row in rows.values():
-        if isinstance(job.case, LogitsCase) and "median_ms" in row:  # as much traffic as there must be
-            passes = 2 if row["name"] == "copy" else 3 if job.backward else 1
-            row["gb_per_s"] = passes * job.case.nbytes / row["median_ms"] / 1e6
-            row["percent"] = 100 * row["gb_per_s"] / rows["copy"]["gb_per_s"]
+        if "gb_per_s" in row:
+            row["percent"] = 100 * row["gb_per_s"] / rows[COPY.name]["gb_per_s"]
         elif "over_limit" in row:
             row["percent"] = 100 / row.pop("over_limit")
+    if isinstance(job.case, HeadCase) and job.part != "tiles":
+        for name, mib in planned(job.case, args).items():
+            if name in rows and "reason" not in rows[name]:
+                rows[name]["planned_mib"] = mib
     return found | {"part": job.part}
+
+
+def misplanned(table: Row) -> list[str]:
+    """Which of ours took a tenth more or less than was planned."""
+    rows = [row for row in table["rows"] if is_ours(row["package"]) and isinstance(row.get("peak_mib"), float)]
+    return [
+        f"{table['title']}: {row['name']} took {row['peak_mib']:.0f} MiB, planned were {row['planned_mib']:.0f}"
+        for row in rows
+        if "planned_mib" in row and abs(row["peak_mib"] / row["planned_mib"] - 1) > 0.1
+    ]
 
 
 def entries_of(job: Job, args: argparse.Namespace) -> list[Entry]:
@@ -255,7 +259,7 @@ def tile_entries(job: Job, args: argparse.Namespace) -> Iterator[Entry]:
             options = {"chunk_bytes": int(args.chunk_gib * 2**30)} if key == "C" else {}
             run = partial(contenders.with_tiles, run=partial(contender.run, **options), impl=impl)
             for mib in TILE_MIB:
-                sized = replace(contender, name=f"{contender.name}, {impl}, tiles of {mib} MiB")
+                sized = replace(contender, name=f"{contender.name}, tiles of {mib} MiB")
                 sized = replace(sized, run=partial(run, tile_bytes=mib * 2**20))
                 yield Entry(sized.name, sized, job.case, baseline=LIMITS[1].name)
 
@@ -265,13 +269,14 @@ def head_entries(job: Job, args: argparse.Namespace) -> Iterator[Entry]:
     g = LIMITS[1].name
     for contender in (*LIMITS.values(), FP32_OUT):
         yield Entry(contender.name, contender, job.case, baseline=None if contender.name == g else g)
-    others = [peer for name, peer in gpu_peers(padded=bool(job.case.lengths)).items() if name in job.peers]
+    others = [peer for name, peer in head_peers(GPU, padded=bool(job.case.lengths)).items() if name in job.peers]
     modes = {"A": ("forward", forward_only, 1), "B": ("frozen head", frozen_head, 2), "CD": ("", None, 3)}
     for keys, (mode, restricted, products) in modes.items():
-        for key, contender, peak in ours(args):
-            if key in keys:
-                limit = LIMITS[contender.products].name
-                yield Entry(contender.name, contender, job.case, limit, g, TARGETS[key], f"<= {peak:.0f}")
+        for own in ours(args):
+            if own.key in keys:
+                limit = LIMITS[own.contender.products].name
+                targets = {"target": TARGETS[own.key], "peak_target": f"<= {own.budget_mib:.0f}"}
+                yield Entry(own.contender.name, own.contender, job.case, limit, g, **targets)
         for peer in others:
             if restricted is not None:
                 if measure.version(peer.package) is None:
@@ -281,30 +286,57 @@ def head_entries(job: Job, args: argparse.Namespace) -> Iterator[Entry]:
             yield Entry(peer.name, peer, job.case, LIMITS[products].name, g)
 
 
-def ours(args: argparse.Namespace) -> Iterator[tuple[str, Contender, float]]:
-    """The key of the path, the contender, and the MiB that it may take."""
+class Own(NamedTuple):
+    """One of ours."""
+
+    key: str  # of the path
+    impl: str
+    contender: Contender
+    chunk_bytes: int | None
+
+    @property
+    def budget_mib(self) -> float:
+        return (self.chunk_bytes or 2**30) / 2**20 if self.key == "C" else 0.3 * 1024
+
+
+def ours(args: argparse.Namespace) -> Iterator[Own]:
+    chunk_bytes = int(args.chunk_gib * 2**30)
     for impl in args.impl:
-        for key, contender in contenders.paths(impl).items():
-            variants: list[tuple[str, dict[str, Any], float]] = [("", {}, 0.3 * 1024)]
-            if key == "A" and hasattr(dispatch.load(impl), "FUSED_FORWARD"):
-                variants = [(suffix, {"fused": bool(suffix)}, 0.3 * 1024) for suffix in ("", ", fused")]
-            if key == "C":
-                size = args.chunk_gib * 1024
-                variants = [("", {}, 1024), (f", {args.chunk_gib:g} GiB", {"chunk_bytes": int(size * 2**20)}, size)]
-            for suffix, options, peak in variants:
-                name = f"{contender.name}, {impl}{suffix}"
-                yield key, replace(contender, name=name, run=partial(contender.run, **options)), peak
+        for key in contenders.paths(impl):
+            for contender in contenders.variants(key, impl, chunk_bytes):
+                yield Own(key, impl, contender, chunk_bytes if contender.name.endswith("GiB") else None)
+
+
+def planned(case: HeadCase, args: argparse.Namespace) -> dict[str, float]:
+    """What `dpo-kernels plan` says each of ours, eager and TRL need, in MiB beside the gradients that they return."""
+    labels = case.labels()
+    common: dict[str, Any] = {"positions": labels.numel(), "hidden": case.hidden, "vocab": case.vocab}
+    common["dtype"] = case.dtype
+    found = {}
+    for own in ours(args):
+        if own.key == "A" and contenders.has_fused_forward(own.impl) and "fused" not in own.contender.name:
+            continue  # not what would be taken
+        options = {"impl": own.impl, "chunk_bytes": own.chunk_bytes, "pairs": len(labels) // 2}
+        found[own.contender.name] = ours_bytes(
+            own.key, tokens=case.tokens, device=case.device, **options, **common
+        ).temporary
+    for suffix, head, backward in ((", forward", True, False), (", frozen head", False, True), ("", True, True)):
+        mode = {"train_head": head, "backward": backward}
+        found[f"eager{suffix}"] = eager_bytes(**common, **mode).temporary
+        found[f"TRL{suffix}"] = trl_bytes(tokens=case.tokens, device=case.device, **common, **mode).temporary
+    return {name: size / 2**20 for name, size in found.items()}
 
 
 def logits_entries(job: Job, args: argparse.Namespace) -> Iterator[Entry]:
-    yield Entry("copy", Contender("copy", contenders.copy_logits), job.case)
-    target = "" if job.backward else ">= 85"
-    for impl in args.impl:
-        for name, contender in contenders.from_logits(impl, job.case.dtype, backward=job.backward).items():
-            if name.startswith("E"):
-                yield Entry(f"{name}, {impl}", contender, job.case, percent_target=target)
-            elif impl == args.impl[0]:
-                yield Entry(name, contender, job.case)
+    case = job.case
+    assert isinstance(case, LogitsCase)
+    yield Entry(COPY.name, COPY, case, traffic=2 * case.traffic(backward=False))
+    limit = READ_AND_SCALE if job.backward else READ
+    own = [contender for impl in args.impl for contender in from_logits(impl, backward=job.backward)]
+    for contender in (limit, *own, *logits_peers(case.dtype, backward=job.backward).values()):
+        target = ">= 85" if contender in own and not job.backward else ""
+        traffic = case.traffic(backward=job.backward)
+        yield Entry(contender.name, contender, case, traffic=traffic, percent_target=target)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures the token lengths of preference pairs.
 
-    python benchmarks/lengths.py preferences_en.jsonl benchmarks/lengths_en.json
+    python benchmarks/lengths.py preferences_en.jsonl dpo_kernels/bench/lengths.json
 
 The tokenizer is a byte-level BPE trained on the same texts, its chat template ChatML. The file holds numbers alone, so
 that the benchmark has the shapes of real batches without the data.

@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from dpo_kernels import env, plan
+from dpo_kernels.bench import command as bench
 from dpo_kernels.config import add_flags, load_config, normalize_flags, require_packages
 
 TRAIN_HELP = """\
@@ -20,11 +22,18 @@ hyphens or underscores; what is true or false may be given as --setting and --no
 --model or --dataset is given, a tiny model learns an embedded preference set, in about a minute on two CPU cores.
 """
 
+# What adds its arguments, what runs it, and what it is for.
+COMMANDS = {
+    "bench": (bench.add_arguments, bench.run, "time the head and the loss beside eager PyTorch and the peers"),
+    "plan": (plan.add_arguments, plan.run, "say what memory a training step will need"),
+    "env": (env.add_arguments, env.run, "show what is available, what is chosen, and why not the rest"),
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 1 where the run failed, 2 where the command line is wrong."""
     parser = argparse.ArgumentParser(prog="dpo-kernels", description="DPO training that never holds the logits.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,env}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,bench,plan,env}")
     train = commands.add_parser(
         "train",
         help="train a model on preference pairs",
@@ -36,24 +45,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     train.add_argument("config", nargs="?", metavar="CONFIG", help="YAML file with settings")
     train.add_argument("--traceback", action="store_true", help="show where in the code an error came up")
     add_flags(train)
-    commands.add_parser("env", help="show what is available, what is chosen, and why not the rest")
+    for name, (add_arguments, _, summary) in COMMANDS.items():
+        add_arguments(commands.add_parser(name, help=summary, allow_abbrev=False))
 
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         if arguments[:1] == ["train"]:
             arguments = ["train", *normalize_flags(arguments[1:], besides=("help", "traceback"))]
-        options = vars(parser.parse_args(arguments))
-        if options.pop("command") == "env":
-            from dpo_kernels.env import report
-
-            print(report())
-            return 0
+        parsed = parser.parse_args(arguments)
+        if parsed.command in COMMANDS:
+            return COMMANDS[parsed.command][1](parsed)
+        options = vars(parsed)
+        del options["command"]
         path, show_traceback = options.pop("config"), options.pop("traceback")
         config = load_config(path, options)
         require_packages(config)
     except (ValueError, OSError, ImportError) as error:
         print(f"dpo-kernels: error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("dpo-kernels: interrupted", file=sys.stderr)
+        return 130
 
     _speak_plainly()
     from dpo_kernels.train import train as run

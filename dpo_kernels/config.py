@@ -397,7 +397,7 @@ def practice_warnings(config: TrainConfig) -> list[str]:
 
 def require_packages(config: TrainConfig) -> None:
     """Raises `ImportError` that says what a run with these settings needs and is not installed."""
-    needed = ["numpy", "transformers", "datasets", "accelerate", "safetensors", "matplotlib", "tqdm", "yaml"]
+    needed = ["numpy", "transformers", "datasets", "accelerate", "safetensors", "matplotlib", "yaml"]
     missing = [name for name in needed + ["peft"] * bool(config.lora_r) if importlib.util.find_spec(name) is None]
     if missing:
         raise ImportError(f"training needs {', '.join(missing)}: pip install 'dpo_kernels[train]'")

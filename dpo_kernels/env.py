@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 
@@ -47,3 +48,12 @@ def report() -> str:
             reason = unavailable_reason(impl, device)
             lines.append(f"  {impl:<7} {reason or load(impl).description()}")
     return "\n".join(lines)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Shows what this machine has, which implementation is picked, and why not the others."
+
+
+def run(options: argparse.Namespace) -> int:
+    print(report())
+    return 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -127,3 +129,27 @@ class SavedBytes:
 
     def __exit__(self, *exc: Any) -> None:
         self._hooks.__exit__(*exc)
+
+
+class Allocated(NamedTuple):
+    """Bytes that PyTorch's allocator handed out on the CPU during a call, inside operators too."""
+
+    peak: int
+    """The most at once, beyond what was there before."""
+    left: int
+    """What was not given back when the call returned: its result, and what that keeps."""
+    result: Any
+
+
+def allocated(call: Callable[[], Any]) -> Allocated:
+    """What `call` allocates, by the profiler's record of every allocation."""
+    gc.collect()  # what is freed during the call is to be the call's own
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    kineto: Any = profile.profiler
+    events = [event for event in kineto.kineto_results.events() if event.name() == "[memory]"]
+    left = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        left += event.nbytes()
+        peak = max(peak, left)
+    return Allocated(peak, left, result)

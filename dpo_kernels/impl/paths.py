@@ -19,6 +19,8 @@ from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTran
 # Below these a matrix product wastes more than splitting the other dimension does, or than a buffer costs.
 MIN_COLUMNS = 256
 MIN_ROWS = 128
+# Rows of W that belong to labels are gathered so many at a time.
+LABEL_ROWS = 1024
 # Columns of a tile are a multiple of this, but for the last: its rows then begin where wide loads and products like it.
 ALIGNED = 64
 
@@ -74,8 +76,8 @@ def _put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
 def _add_label_rows_(
     dx: Tensor, weight: Tensor, y: Tensor, label: Tensor, compute_dtype: torch.dtype, rows: int
 ) -> None:
-    """dx_n += label_n W_y, a block of rows at a time."""
-    for span in spans(y.shape[0], rows):
+    """dx_n += label_n W_y, a block of rows at a time, `rows` at most."""
+    for span in spans(y.shape[0], min(rows, LABEL_ROWS)):
         dx[span].addcmul_(weight[y[span]].to(compute_dtype).to(dx.dtype), label[span, None])
 
 

@@ -32,6 +32,7 @@ class Run(NamedTuple):
 
     prepare: Callable[[], None]
     call: Callable[[], object]
+    warm_up: bool = False  # once more: it may be compiled again for what others did to the inputs
 
 
 def interleaved(
@@ -43,26 +44,29 @@ def interleaved(
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[list[float] | str]:
     """Seconds of each run, in every round once and in an order that rotates, so that a machine that slows down slows
-    all of them; or why a run failed. Runs are warm already. After `seconds` no round beyond the third
+    all of them; or why a run failed. Runs are warm already, or warm up. After `seconds` no round beyond the third
     begins."""
     samples: list[list[float]] = [[] for _ in runs]
     failures: dict[int, str] = {}
-    timed = _by_events(device) if device.type == "cuda" else _by_clock
+    timed = _by_events(device) if device.type == "cuda" else _by_clock()
     gc.collect()
     gc.freeze()  # what imports left behind: looking through it again and again takes longer than a small run
     deadline = time.monotonic() + seconds
-    for number in range(rounds):
+    for number in range(-1, rounds):  # the first to warm up
         if number >= MIN_ROUNDS and time.monotonic() > deadline:
             break
-        progress(f"round {number + 1} of {rounds}")
+        if number >= 0:
+            progress(f"round {number + 1} of {rounds}")
         for step in range(len(runs)):
             index = (number + step) % len(runs)
-            if index in failures:
+            if index in failures or (number < 0 and not runs[index].warm_up):
                 continue
             runs[index].prepare()
             gc.collect()
             try:
-                samples[index].append(timed(runs[index].call))
+                seconds_taken = timed(runs[index].call)
+                if number >= 0:
+                    samples[index].append(seconds_taken)
             except Exception as error:  # it may fail in any way
                 failures[index] = described(error)
             if index in failures:
@@ -71,12 +75,25 @@ def interleaved(
     return [failures.get(index, times) for index, times in enumerate(samples)]
 
 
-def _by_clock(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    result = call()
-    seconds = time.perf_counter() - start
-    del result
-    return seconds
+def _by_clock() -> Callable[[Callable[[], object]], float]:
+    """By the host's clock. Before, memory that is not used takes what a run left out of the caches."""
+    unused = torch.zeros(min(2 * _cache_bytes(), FLUSH_BYTES), dtype=torch.uint8)
+
+    def timed(call: Callable[[], object]) -> float:
+        unused.add_(1)
+        start = time.perf_counter()
+        result = call()
+        seconds = time.perf_counter() - start
+        del result
+        return seconds
+
+    return timed
+
+
+def _cache_bytes() -> int:
+    """Of the last level, as Linux says; 32 MiB if it does not."""
+    size = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    return int(size.read_text().strip().removesuffix("K")) * 1024 if size.exists() else 32 * MIB
 
 
 def _by_events(device: torch.device) -> Callable[[Callable[[], object]], float]:
@@ -202,6 +219,15 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
     }
 
 
+def describe(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"type": device.type, "name": _cpu_name()}
+    found = torch.cuda.get_device_properties(device)
+    names = ("name", "major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")
+    described = {name: getattr(found, name, None) for name in names}
+    return {"type": device.type, **described, "cuda": torch.version.cuda}
+
+
 def gpu() -> dict[str, str] | None:
     """What nvidia-smi says of the first GPU now; None without it."""
     fields = ["name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem"]
@@ -211,8 +237,10 @@ def gpu() -> dict[str, str] | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """What git says of the benchmark's own repository; None without one."""
-    return _output("git", *arguments)
+    """What git says of this package's own repository; None where it was installed elsewhere, be it below another."""
+    root = Path(__file__).resolve().parents[2]
+    found = _output("git", "rev-parse", "--show-toplevel")
+    return _output("git", *arguments) if found is not None and Path(found) == root else None
 
 
 def _output(*command: str) -> str | None:

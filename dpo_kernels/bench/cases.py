@@ -7,12 +7,13 @@ another process can make the same inputs from it.
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +25,13 @@ from dpo_kernels.testing import rms
 # the work). Whole responses then differ by thousands of nats, and only a small beta keeps the sigmoid from saturating.
 BETA = 1e-3
 SEQUENCES = 8
+TINY_LENGTHS = ((3, 2, 4), (2, 3, 1))
 LOGIT_STD, CONFIDENT = 3.0, 0.5
 FLAT = {"logit_std": 0.5, "confident": 0.0}  # as a model has them that was not trained
 ORACLE_BYTES = 2**30  # of logits in fp64 that exist at a time
+LENGTHS = Path(__file__).with_name("lengths.json")
+
+Lengths = tuple[tuple[int, int, int], ...]  # tokens of prompt, chosen and rejected response of each pair
 
 
 class Result(NamedTuple):
@@ -48,6 +53,34 @@ class Buffers(NamedTuple):
     logits: Tensor  # [N, V]
     dx: Tensor
     dweight: Tensor
+
+
+def blank_labels(tokens: int, sequences: int, lengths: Lengths) -> Tensor:
+    """[S, T] with 0 where a label belongs, else -100: every position of `sequences`; or, with `lengths`, the responses
+    in one right-padded batch of pairs, chosen before rejected."""
+    if not lengths:
+        return torch.zeros(sequences, tokens // sequences, dtype=torch.int64)
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
+    labels = torch.full((2 * len(lengths), longest - 1), -100)
+    for pair, (prompt, chosen, rejected) in enumerate(lengths):
+        labels[pair, prompt - 1 : prompt - 1 + chosen] = 0
+        labels[pair + len(lengths), prompt - 1 : prompt - 1 + rejected] = 0
+    return labels
+
+
+def real_lengths(tokens: int, max_length: int, *, path: Path = LENGTHS, seed: int = 0) -> Lengths:
+    """Pairs drawn from measured lengths until their responses have `tokens` tokens, over and over if there are too few.
+    Where a pair exceeds `max_length`, the start of its prompt is cut, then the end of a response."""
+    measured = json.loads(path.read_text())["lengths"]
+    draw = random.Random(seed)
+    pairs: list[tuple[int, int, int]] = []
+    left: list[list[int]] = []
+    while sum(chosen + rejected for _, chosen, rejected in pairs) < tokens:
+        left = left or draw.sample(measured, len(measured))
+        prompt, chosen, rejected = left.pop()
+        prompt = min(prompt, max(1, max_length - max(chosen, rejected)))
+        pairs.append((prompt, min(chosen, max_length - prompt), min(rejected, max_length - prompt)))
+    return tuple(pairs)
 
 
 @dataclass
@@ -82,66 +115,53 @@ class HeadInputs:
 
 @dataclass(frozen=True)
 class HeadCase:
-    """`tokens` labelled positions in `sequences` sequences; or, with `lengths`, one right-padded batch of pairs with
-    these (prompt, chosen, rejected) numbers of tokens, where only responses are labelled."""
+    """`tokens` labelled positions in `sequences` sequences; or, with `lengths`, as many in one batch of such pairs."""
 
     tokens: int
     hidden: int
     vocab: int
-    lengths: tuple[tuple[int, int, int], ...] = ()
+    lengths: Lengths = ()
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     sequences: int = SEQUENCES
     logit_std: float = LOGIT_STD
     confident: float = CONFIDENT  # part of the labels, at p > 0.99
 
-    @property
-    def size(self) -> str:
-        batch = f", {len(self.lengths)} pairs padded to {self.labels().shape[1]}" if self.lengths else ""
-        return f"N={self.tokens} H={self.hidden} V={self.vocab}{batch}"
+    @staticmethod
+    def of_pairs(lengths: Lengths, hidden: int, vocab: int, **options: Any) -> HeadCase:
+        tokens = sum(chosen + rejected for _, chosen, rejected in lengths)
+        return HeadCase(tokens, hidden, vocab, lengths, **options)
 
     @property
     def name(self) -> str:
-        return f"{self.size}, {str(self.dtype).removeprefix('torch.')}" + ", flat logits" * (self.confident == 0)
+        flat = ", flat logits" * (self.confident == 0)
+        return f"N={self.tokens} H={self.hidden} V={self.vocab}{_described(self.lengths, self.dtype)}{flat}"
 
     def tiny(self) -> HeadCase:
         """The same kind of case with next to no memory, to load and start whatever a first call does."""
-        return replace(
-            self,
-            tokens=2 * self.sequences,
-            hidden=8,
-            vocab=64,
-            lengths=((3, 2, 4), (2, 3, 1))[: len(self.lengths)],
-        )
+        return replace(self, tokens=2 * self.sequences, hidden=8, vocab=64, lengths=TINY_LENGTHS[: len(self.lengths)])
 
     def flops(self, products: int) -> float:
         return 2.0 * products * self.tokens * self.hidden * self.vocab
 
     def labels(self) -> Tensor:
         """[S, T] with 0 where a label belongs."""
-        if not self.lengths:
-            return torch.zeros(self.sequences, self.tokens // self.sequences, dtype=torch.int64)
-        pairs = len(self.lengths)
-        longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in self.lengths)
-        labels = torch.full((2 * pairs, longest - 1), -100)
-        for pair, (prompt, chosen, rejected) in enumerate(self.lengths):
-            labels[pair, prompt - 1 : prompt - 1 + chosen] = 0
-            labels[pair + pairs, prompt - 1 : prompt - 1 + rejected] = 0
-        return labels
+        return blank_labels(self.tokens, self.sequences, self.lengths)
 
     def inputs(self) -> HeadInputs:
         """Logits of standard deviation `logit_std`; a confident label's hidden state is turned to it."""
-        drawn = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}
+        drawn: dict[str, Any] = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}
         labelled = self.labels().to(self.device) == 0
         hidden = torch.randn(*labelled.shape, self.hidden, **drawn)
         weight = torch.randn(self.vocab, self.hidden, **drawn).mul_(self.logit_std / self.hidden**0.5)
         labels = torch.randint(self.vocab, labelled.shape, **drawn)
         turned = (torch.rand(labelled.shape, **drawn) < self.confident)[..., None]
         toward = weight[labels]
-        hidden += turned * toward / toward.square().sum(-1, keepdim=True) * (4 * self.logit_std + 6)
+        missing = _confident_logit(self.vocab, self.logit_std) - (hidden * toward).sum(-1, keepdim=True)
+        hidden += turned * toward * missing / toward.square().sum(-1, keepdim=True)
         hidden, weight = (t.to(self.dtype).requires_grad_() for t in (hidden, weight))
         ref_logps = torch.zeros(len(labels), device=self.device)
-        return HeadInputs(hidden, weight, labels.where(labelled, -100), ref_logps, self.tokens)
+        return HeadInputs(hidden, weight, labels.where(labelled, -100), ref_logps, int(labelled.sum()))
 
     def oracle(self, inputs: HeadInputs, loss: Loss) -> Result:
         """Eager fp64, some rows at a time: once for the log-probabilities, then once more for the gradients."""
@@ -176,7 +196,21 @@ class LogitsInputs:
     logits: Tensor  # [S, T, V], a leaf
     labels: Tensor  # [S, T]
     dlogps: Tensor  # [S], what the backward starts from
+    num_labelled: int
     original: Tensor | None = None
+
+    @property
+    def labelled(self) -> Tensor:
+        return self.labels != -100
+
+    @cached_property
+    def rows(self) -> list[Tensor]:
+        """Views of the labelled rows, which are neighbours in each sequence."""
+        found = []
+        for logits, labelled in zip(self.logits.detach(), self.labelled, strict=True):
+            positions = labelled.nonzero()
+            found.append(logits[positions[0, 0] : positions[-1, 0] + 1])
+        return found
 
     def prepare(self, overwrites: bool) -> None:
         if self.original is not None:
@@ -187,40 +221,70 @@ class LogitsInputs:
 
 @dataclass(frozen=True)
 class LogitsCase:
-    """Logits that exist already, every position labelled."""
+    """Logits that exist already; `tokens` and `lengths` as above."""
 
     tokens: int
     vocab: int
+    lengths: Lengths = ()
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
 
+    @staticmethod
+    def of_pairs(lengths: Lengths, vocab: int, **options: Any) -> LogitsCase:
+        return LogitsCase(sum(chosen + rejected for _, chosen, rejected in lengths), vocab, lengths, **options)
+
     @property
     def name(self) -> str:
-        return f"N={self.tokens} V={self.vocab}, {str(self.dtype).removeprefix('torch.')}"
+        return f"N={self.tokens} V={self.vocab}{_described(self.lengths, self.dtype)}"
 
-    @property
-    def nbytes(self) -> int:
-        return self.tokens * self.vocab * self.dtype.itemsize
+    def traffic(self, *, backward: bool) -> int:
+        """Bytes that must be read and written: labelled rows once; with the backward once more, and all of the
+        gradient."""
+        read = self.tokens * (1 + backward)
+        written = self.labels().numel() * backward
+        return (read + written) * self.vocab * self.dtype.itemsize
+
+    def labels(self) -> Tensor:
+        return blank_labels(self.tokens, SEQUENCES, self.lengths)
 
     def tiny(self) -> LogitsCase:
-        return replace(self, tokens=2 * SEQUENCES, vocab=64)
+        return replace(self, tokens=2 * SEQUENCES, vocab=64, lengths=TINY_LENGTHS[: len(self.lengths)])
 
     def inputs(self) -> LogitsInputs:
-        drawn = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}
-        shape = (SEQUENCES, self.tokens // SEQUENCES)
-        logits = torch.randn(*shape, self.vocab, **drawn).mul_(LOGIT_STD).to(self.dtype)
-        labels = torch.randint(self.vocab, shape, **drawn)
-        return LogitsInputs(logits.requires_grad_(), labels, torch.linspace(-1, 1, SEQUENCES, device=self.device))
+        drawn: dict[str, Any] = {"generator": torch.Generator(self.device).manual_seed(0), "device": self.device}
+        labelled = self.labels().to(self.device) == 0
+        logits = torch.randn(*labelled.shape, self.vocab, **drawn).mul_(LOGIT_STD)
+        labels = torch.randint(self.vocab, labelled.shape, **drawn)
+        at_label = logits.gather(-1, labels[..., None])
+        sure = (torch.rand(labelled.shape, **drawn) < CONFIDENT)[..., None]
+        confident = _confident_logit(self.vocab, LOGIT_STD)
+        logits.scatter_(-1, labels[..., None], torch.where(sure, confident, at_label))
+        dlogps = torch.linspace(-1, 1, len(labels), device=self.device)
+        return LogitsInputs(
+            logits.to(self.dtype).requires_grad_(), labels.where(labelled, -100), dlogps, int(labelled.sum())
+        )
 
     def oracle(self, inputs: LogitsInputs, loss: Loss) -> Result:
         """Eager fp64, a sequence at a time. `loss` has no part in it."""
         token_logps, dlogits = [], []
         for logits, labels, dlogp in zip(inputs.logits.detach(), inputs.labels, inputs.dlogps, strict=True):
             wide = logits.double().requires_grad_()
-            token_logps.append(wide.log_softmax(-1).gather(-1, labels[:, None])[:, 0])
+            picked = wide.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
+            token_logps.append(picked * (labels != -100))
             dlogits += torch.autograd.grad(token_logps[-1].sum(), wide, dlogp.double())
         found = torch.stack(token_logps).detach()
         return Result(found.sum(1), found, gradients={"logits": torch.stack(dlogits)})
+
+
+def _confident_logit(vocab: int, std: float) -> float:
+    """A label's logit 6 nats above the log-sum-exp of all others, if these are normal: log V + std^2 / 2."""
+    return math.log(vocab) + std**2 / 2 + 6
+
+
+def _described(lengths: Lengths, dtype: torch.dtype) -> str:
+    longest = max((prompt + max(rest) for prompt, *rest in lengths), default=0)
+    batch = f", {len(lengths)} pairs padded to {longest}" if lengths else ""
+    return f"{batch}, {str(dtype).removeprefix('torch.')}"
 
 
 def sigmoid_loss(logps: Tensor, inputs: HeadInputs) -> Tensor:
@@ -260,23 +324,3 @@ def wrong(found: dict[str, float], case: HeadCase | LogitsCase) -> str | None:
         if not error <= limit:  # NaN is wrong too
             return f"wrong: error of {name} {error:.1e}, more than {limit:.1e}"
     return None
-
-
-def batches(
-    path: Path, count: int, pairs: int, max_length: int, hidden: int, vocab: int, *, seed: int = 0
-) -> list[HeadCase]:
-    """Batches of pairs drawn from measured lengths; the start of a prompt, then the end of a response, is cut where
-    both exceed `max_length`."""
-    lengths = json.loads(path.read_text())["lengths"]
-    random.Random(seed).shuffle(lengths)
-    if count * pairs > len(lengths):
-        raise ValueError(f"batches: expected at most {len(lengths)} pairs, got {count} batches of {pairs}")
-    fitted = []
-    for prompt, chosen, rejected in lengths[: count * pairs]:
-        prompt = min(prompt, max(1, max_length - max(chosen, rejected)))
-        fitted.append((prompt, min(chosen, max_length - prompt), min(rejected, max_length - prompt)))
-    cases = []
-    for first in range(0, len(fitted), pairs):
-        batch = tuple(fitted[first : first + pairs])
-        cases.append(HeadCase(sum(chosen + rejected for _, chosen, rejected in batch), hidden, vocab, batch))
-    return cases

@@ -13,16 +13,45 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import HeadInputs, Result, likelihood_loss, sigmoid_loss
-from contenders import Contender
 from torch import Tensor
+
+from dpo_kernels.bench.cases import HeadInputs, LogitsInputs, Result, likelihood_loss, sigmoid_loss
+from dpo_kernels.bench.contenders import Contender, finish_logits
 
 
 def eager(inputs: HeadInputs) -> Result:
-    """Logits of every position, as trainers did."""
-    logp = (inputs.hidden @ inputs.weight.T).float().log_softmax(-1)
-    picked = logp.gather(-1, inputs.labels.clamp(min=0)[..., None])[..., 0]
-    return _finish(inputs, picked.masked_fill(~inputs.labelled, 0.0))
+    """Logits of every position, in fp32 before the log-softmax, as DPO's original implementation has it."""
+    return _finish(inputs, _head_logp(inputs.hidden, inputs.weight, inputs.labels))
+
+
+def eager_trl(inputs: HeadInputs) -> Result:
+    """As TRL did up to 1.14."""
+    return _finish(inputs, _selective_logp(inputs.hidden @ inputs.weight.T, inputs))
+
+
+def _selective_logp(logits: Tensor, inputs: HeadInputs | LogitsInputs) -> Tensor:
+    """The label's logit less the log-sum-exp, a sequence at a time; in half precision a log-softmax in that precision
+    instead, which is more exact than the difference."""
+    labels = inputs.labels.clamp(min=0)[..., None]
+    if logits.dtype in (torch.float32, torch.float64):
+        picked = logits.gather(-1, labels)[..., 0]
+        logp = picked - torch.stack([sequence.logsumexp(-1) for sequence in logits])
+    else:
+        logp = torch.stack([s.log_softmax(-1).gather(-1, y)[:, 0] for s, y in zip(logits, labels, strict=True)])
+    return logp.float().masked_fill(~inputs.labelled, 0.0)
+
+
+def eager_compiled(inputs: HeadInputs) -> Result:
+    return _finish(inputs, torch.compile(_head_logp)(inputs.hidden, inputs.weight, inputs.labels))
+
+
+def _head_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    return _logp((hidden @ weight.T).float(), labels)
+
+
+def _logp(logits: Tensor, labels: Tensor) -> Tensor:
+    picked = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+    return picked.masked_fill(labels == -100, 0.0)
 
 
 def eager_rows(inputs: HeadInputs) -> Result:
@@ -130,41 +159,70 @@ def frozen_head(inputs: HeadInputs, *, peer: Callable[[HeadInputs], Result]) -> 
     return peer(replace(inputs, weight=inputs.weight.detach()))
 
 
-def peers(*, padded: bool) -> dict[str, Contender]:
-    """`padded`: also those on labelled positions alone, which are the same where every position is labelled."""
+def head_peers(device: torch.device, *, padded: bool) -> dict[str, Contender]:
+    """`padded`: also those on labelled positions alone, which are the same where every position is labelled. On a GPU
+    the first are those of every table."""
     found = [
         Contender("eager", eager),
         Contender("TRL", trl, "trl"),
+        Contender("eager, TRL <= 1.14", eager_trl),
+        Contender("eager, torch.compile", eager_compiled, compiled=True),
         Contender("Liger, compiled", partial(liger, compiled=True), "liger_kernel", compiled=True),
         Contender("Liger, not compiled", partial(liger, compiled=False), "liger_kernel"),
         Contender("F.linear_cross_entropy", partial(torch_linear_cross_entropy, chunk=None)),
         Contender("F.linear_cross_entropy, 256 rows", partial(torch_linear_cross_entropy, chunk=256)),
-        Contender(
-            "CCE torch_compile", partial(cut_cross_entropy, impl="torch_compile"), "cut_cross_entropy", compiled=True
-        ),
     ]
+    labelled = {"eager": eager_rows}
+    if device.type == "cpu":
+        cce = partial(cut_cross_entropy, impl="torch_compile")
+        found.append(Contender("CCE torch_compile", cce, "cut_cross_entropy", compiled=True))
+        labelled[found[7].name] = partial(torch_linear_cross_entropy, chunk=256, rows=True)
+    else:
+        found += [
+            Contender("CCE", partial(cut_cross_entropy, impl="cce"), "cut_cross_entropy"),
+            Contender("CCE, no filter", partial(cut_cross_entropy, impl="cce", filter_eps=None), "cut_cross_entropy"),
+            Contender("CCE Kahan, full c", partial(cut_cross_entropy, impl="cce_kahan_full_c"), "cut_cross_entropy"),
+            Contender("QuACK", quack, "quack-kernels", loss=likelihood_loss),
+            Contender("Liger Hopper", liger_hopper, "liger_kernel"),
+        ]
+        labelled |= {"QuACK": partial(quack, rows=True), "Liger Hopper": partial(liger_hopper, rows=True)}
     if padded:
-        lce_rows = partial(torch_linear_cross_entropy, chunk=256, rows=True)
-        found += [Contender("eager, labelled", eager_rows), Contender("F.linear_cr., 256, labelled", lce_rows)]
-    return {contender.name: contender for contender in found}
-
-
-def gpu_peers(*, padded: bool) -> dict[str, Contender]:
-    """The same on a GPU; the first are those of every table."""
-    found = [
-        Contender("eager", eager),
-        Contender("TRL", trl, "trl"),
-        Contender("Liger, compiled", partial(liger, compiled=True), "liger_kernel", compiled=True),
-        Contender("Liger, not compiled", partial(liger, compiled=False), "liger_kernel"),
-        Contender("CCE", partial(cut_cross_entropy, impl="cce"), "cut_cross_entropy"),
-        Contender("CCE, no filter", partial(cut_cross_entropy, impl="cce", filter_eps=None), "cut_cross_entropy"),
-        Contender("CCE Kahan, full c", partial(cut_cross_entropy, impl="cce_kahan_full_c"), "cut_cross_entropy"),
-        Contender("QuACK", quack, "quack-kernels", loss=likelihood_loss),
-        Contender("Liger Hopper", liger_hopper, "liger_kernel"),
-        Contender("F.linear_cross_entropy", partial(torch_linear_cross_entropy, chunk=None)),
-    ]
-    if padded:
-        labelled = {"eager": eager_rows, "QuACK": partial(quack, rows=True)}
-        labelled["Liger Hopper"] = partial(liger_hopper, rows=True)
         found += [replace(c, name=f"{c.name}, labelled", run=labelled[c.name]) for c in found if c.name in labelled]
     return {contender.name: contender for contender in found}
+
+
+def eager_from_logits(
+    inputs: LogitsInputs, *, backward: bool, logp: Callable[[Tensor, LogitsInputs], Tensor]
+) -> Result:
+    with torch.set_grad_enabled(backward):
+        token_logps = logp(inputs.logits, inputs)
+        return finish_logits(inputs, token_logps, token_logps.sum(1))
+
+
+def _upcast(logits: Tensor, inputs: LogitsInputs) -> Tensor:
+    return _logp(logits.float(), inputs.labels)
+
+
+def _as_they_are(logits: Tensor, inputs: LogitsInputs) -> Tensor:
+    return _logp(logits, inputs.labels)
+
+
+def _by_compile(logits: Tensor, inputs: LogitsInputs) -> Tensor:
+    return torch.compile(_logp)(logits.float(), inputs.labels)
+
+
+def _by_cross_entropy(logits: Tensor, inputs: LogitsInputs) -> Tensor:
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), inputs.labels.flatten(), reduction="none")
+    return -nll.view(inputs.labels.shape)
+
+
+def logits_peers(dtype: torch.dtype, *, backward: bool) -> dict[str, Contender]:
+    """Others that start from logits."""
+    ways = {"eager": _upcast, "eager, TRL <= 1.14": _selective_logp, "F.cross_entropy": _by_cross_entropy}
+    if dtype != torch.float32:
+        ways["eager, not in fp32"] = _as_they_are
+    ways["eager, torch.compile"] = _by_compile
+    return {
+        name: Contender(name, partial(eager_from_logits, backward=backward, logp=logp), compiled=logp is _by_compile)
+        for name, logp in ways.items()
+    }

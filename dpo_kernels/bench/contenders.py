@@ -7,15 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from cases import HeadInputs, LogitsInputs, Loss, Result, sigmoid_loss
 from torch import Tensor
 
 from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels.bench.cases import HeadInputs, LogitsInputs, Loss, Result, sigmoid_loss
+
+OURS = "dpo_kernels"  # the package
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,7 @@ def _setting(impl: str, name: str, value: Any) -> Iterator[None]:
 
 def with_tiles(inputs: HeadInputs, *, run: Callable[..., Result], impl: str, tile_bytes: int) -> Result:
     """A path without a fused forward, with tiles of this size."""
-    fused = False if hasattr(dispatch.load(impl), "FUSED_FORWARD") else None
+    fused = False if has_fused_forward(impl) else None
     with _setting(impl, "tile_bytes", lambda device: tile_bytes), _setting(impl, "FUSED_FORWARD", fused):
         return run(inputs)
 
@@ -135,23 +137,42 @@ def paths(impl: str) -> dict[str, Contender]:
         "D": ("D any loss", path_d, 4),
     }
     return {
-        key: Contender(name, partial(run, impl=impl), "dpo_kernels", products=count)
+        key: Contender(f"{name}, {impl}", partial(run, impl=impl), OURS, products=count)
         for key, (name, run, count) in described.items()
     }
+
+
+def variants(key: str, impl: str, chunk_bytes: int | None = None) -> list[Contender]:
+    """A path in the ways that an implementation has: A in tiles and by one kernel; C with its own budget and with
+    `chunk_bytes`."""
+    path = paths(impl)[key]
+    run: Callable[..., Result] = path.run
+    if key == "A" and has_fused_forward(impl):
+        in_tiles, fused = (replace(path, run=partial(run, fused=fused)) for fused in (False, True))
+        return [in_tiles, replace(fused, name=f"{fused.name}, fused")]
+    if key == "C" and chunk_bytes is not None:
+        name = f"{path.name}, {chunk_bytes / 2**30:g} GiB"
+        return [path, replace(path, name=name, run=partial(run, chunk_bytes=chunk_bytes))]
+    return [path]
+
+
+def has_fused_forward(impl: str) -> bool:
+    return hasattr(dispatch.load(impl), "FUSED_FORWARD")
 
 
 # From logits
 
 
 def read_logits(inputs: LogitsInputs) -> Result:
-    """One read."""
-    inputs.logits.detach().sum()
+    """The labelled rows once."""
+    for rows in inputs.rows:
+        rows.sum()
     return Result()
 
 
 def read_and_scale_logits(inputs: LogitsInputs) -> Result:
-    """One read, and one read and write."""
-    inputs.logits.detach().sum()
+    """The same, and one read and write of all."""
+    read_logits(inputs)
     inputs.logits.detach().mul_(1.0)
     return Result()
 
@@ -165,32 +186,26 @@ def copy_logits(inputs: LogitsInputs) -> Result:
 def ours_from_logits(inputs: LogitsInputs, *, impl: str, backward: bool, inplace: bool = False) -> Result:
     with torch.set_grad_enabled(backward):
         out = sequence_logps(
-            inputs.logits, inputs.labels, inplace_backward=inplace, num_labelled=inputs.labels.numel(), impl=impl
+            inputs.logits, inputs.labels, inplace_backward=inplace, num_labelled=inputs.num_labelled, impl=impl
         )
-    return _finish_logits(inputs, out.token_logps, out.logps)
+    return finish_logits(inputs, out.token_logps, out.logps)
 
 
-def eager_from_logits(inputs: LogitsInputs, *, backward: bool, upcast: bool = False) -> Result:
-    with torch.set_grad_enabled(backward):
-        logits = inputs.logits.float() if upcast else inputs.logits
-        token_logps = logits.log_softmax(-1).gather(-1, inputs.labels[..., None])[..., 0]
-        return _finish_logits(inputs, token_logps, token_logps.sum(1))
-
-
-def _finish_logits(inputs: LogitsInputs, token_logps: Tensor, logps: Tensor) -> Result:
+def finish_logits(inputs: LogitsInputs, token_logps: Tensor, logps: Tensor) -> Result:
     if not logps.requires_grad:
         return Result(logps, token_logps)
     (dlogits,) = torch.autograd.grad(logps, inputs.logits, inputs.dlogps.to(logps.dtype))
     return Result(logps, token_logps, gradients={"logits": dlogits})
 
 
-def from_logits(impl: str, dtype: torch.dtype, *, backward: bool) -> dict[str, Contender]:
-    limit = Contender("read, scale in place", read_and_scale_logits) if backward else Contender("read", read_logits)
-    found = [limit, Contender("E", partial(ours_from_logits, impl=impl, backward=backward), "dpo_kernels")]
+READ = Contender("read", read_logits)
+READ_AND_SCALE = Contender("read, scale in place", read_and_scale_logits)
+COPY = Contender("copy", copy_logits)
+
+
+def from_logits(impl: str, *, backward: bool) -> list[Contender]:
+    run = partial(ours_from_logits, impl=impl, backward=backward)
+    found = [Contender(f"E, {impl}", run, OURS)]
     if backward:
-        inplace = partial(ours_from_logits, impl=impl, backward=True, inplace=True)
-        found.append(Contender("E in place", inplace, "dpo_kernels", overwrites=True))
-    found.append(Contender("eager", partial(eager_from_logits, backward=backward)))
-    if dtype != torch.float32:
-        found.append(Contender("eager in fp32", partial(eager_from_logits, backward=backward, upcast=True)))
-    return {contender.name: contender for contender in found}
+        found.append(Contender(f"E in place, {impl}", partial(run, inplace=True), OURS, overwrites=True))
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import sys
@@ -11,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import measure
 import torch
-from cases import HeadCase, HeadInputs, LogitsCase, LogitsInputs, Result, errors, wrong
-from contenders import Contender
 
-PACKAGES = ["dpo_kernels", "torch", "trl", "liger_kernel", "cut_cross_entropy", "quack-kernels", "nvidia-cutlass-dsl"]
+from dpo_kernels.bench import measure
+from dpo_kernels.bench.cases import HeadCase, HeadInputs, LogitsCase, LogitsInputs, Result, errors, wrong
+from dpo_kernels.bench.contenders import OURS, Contender
+
+PACKAGES = [OURS, "torch", "trl", "liger_kernel", "cut_cross_entropy", "quack-kernels", "nvidia-cutlass-dsl"]
 PACKAGES += ["transformers", "triton", "numpy"]
 STARTED = time.perf_counter()
 
@@ -31,6 +33,7 @@ class Entry(NamedTuple):
     case: HeadCase | LogitsCase
     limit: str | None = None
     baseline: str | None = None
+    traffic: int = 0  # bytes that it has to read and write, where that is what it takes time for
     target: str = ""  # for what stands over the baseline, where there is one, else over the limit
     percent_target: str = ""
     peak_target: str = ""
@@ -46,12 +49,14 @@ class Harness:
     memory: bool = True
     excluded: dict[str, str] = field(default_factory=dict)  # labels, each with the reason
     at: Callable[[str, str], None] = lambda label, what: None
+    say: Callable[[str], None] = lambda line: None
 
 
 def compare(title: str, entries: list[Entry], harness: Harness) -> Row:
     """Checks every entry against fp64 (which warms it up), times those that are right, and measures their memory."""
     device, on_gpu = harness.device, harness.device.type == "cuda"
-    progress(title)
+    harness.say(title)
+    torch.compiler.reset()  # for these shapes, and not for all that were seen before
     rows: dict[str, Row] = {}
     for entry in entries:
         package = entry.contender.package
@@ -82,7 +87,7 @@ def compare(title: str, entries: list[Entry], harness: Harness) -> Row:
         harness.rounds,
         device=device,
         seconds=harness.seconds,
-        progress=lambda line: progress(f"  {line}"),
+        progress=lambda line: harness.say(f"  {line}"),
     )
     for entry, seconds in zip(able, found, strict=True):
         row = rows[entry.label]
@@ -92,6 +97,8 @@ def compare(title: str, entries: list[Entry], harness: Harness) -> Row:
         row.update(measure.spread(seconds), samples_ms=[s * 1e3 for s in seconds])
         if isinstance(entry.case, HeadCase):
             row["tflops"] = entry.case.flops(entry.contender.products) / row["median_ms"] / 1e9
+        if entry.traffic:
+            row["gb_per_s"] = entry.traffic / row["median_ms"] / 1e6
     for entry in able:
         row = rows[entry.label]
         for what, other in (("limit", entry.limit), ("baseline", entry.baseline)):
@@ -116,7 +123,7 @@ def check(
     """Errors, and the reason why the entry takes no part, if it does not."""
     # ours is here, be it installed or on the path
     if not is_ours(entry.contender.package) and measure.version(entry.contender.package) is None:
-        return {"reason": f"{entry.contender.package} is not installed"}
+        return {"reason": f"not installed: pip install {entry.contender.package.replace('_', '-')}"}
     inputs.prepare(entry.contender.overwrites)
     try:
         result = entry.contender.run(inputs)
@@ -125,14 +132,32 @@ def check(
         reason = measure.described(error)
     else:
         found = errors(result, oracle)
-        reason = wrong(found, entry.case)
-        return {"errors": found} | ({"reason": reason} if reason else {})
+        problem = wrong(found, entry.case)
+        return {"errors": found} | ({"reason": problem} if problem else {})
     measure.recover(device)
     return {"reason": reason}
 
 
 def is_ours(package: str) -> bool:
-    return package == "dpo_kernels"
+    return package == OURS
+
+
+def hold_against_ours(table: Row) -> Row:
+    """Every row's time over that of the fastest of ours. For tables whose rows all give the same."""
+    ours = [row for row in table["rows"] if is_ours(row["package"]) and "median_ms" in row]
+    if ours:
+        fastest = min(ours, key=lambda row: row["median_ms"])
+        for row in table["rows"]:
+            if "median_ms" in row and row.get("errors"):  # a limit computes nothing
+                row["over_ours"] = row["median_ms"] / fastest["median_ms"]
+        table["fastest"] = fastest["name"]
+    return table
+
+
+def losses(table: Row) -> list[str]:
+    """Who is faster than the fastest of ours."""
+    faster = [row for row in table["rows"] if row.get("over_ours", 1.0) < 1.0 and not is_ours(row["package"])]
+    return [f"{row['name']} takes {row['over_ours']:.2f} of the time of {table['fastest']}" for row in faster]
 
 
 def failed(tables: Iterable[Row]) -> list[str]:
@@ -146,7 +171,7 @@ def run_of(entry: Entry, inputs: Any, harness: Harness) -> measure.Run:
         harness.at(entry.label, "time")
         inputs.prepare(entry.contender.overwrites)
 
-    return measure.Run(prepare, lambda: entry.contender.run(inputs))
+    return measure.Run(prepare, lambda: entry.contender.run(inputs), entry.contender.compiled)
 
 
 COLUMNS = {
@@ -155,12 +180,14 @@ COLUMNS = {
     "iqr_ms": ("iqr", "{:.1f}"),
     "over_limit": ("x limit", "{:.2f}"),
     "over_baseline": ("x base", "{:.2f}"),
+    "over_ours": ("x ours", "{:.2f}"),
     "target": ("target", "{}"),
     "tflops": ("TFLOP/s", "{:.3f}"),
     "gb_per_s": ("GB/s", "{:.1f}"),
     "percent": ("% limit", "{:.1f}"),
     "percent_target": ("target", "{}"),
     "peak_mib": ("peak MiB", "{:.0f}"),
+    "planned_mib": ("planned", "{:.0f}"),
     "peak_target": ("target", "{}"),
 }
 ERRORS = ("logps", "token_logps", "loss", "dhidden", "dweight", "dlogits")
@@ -179,13 +206,57 @@ def text(table: Row) -> str:
             cells.append("" if value is None else value if isinstance(value, str) else form.format(value))
         cells += [f"{row['errors'][name]:.1e}" if name in row.get("errors", {}) else "" for name in errors_found]
         lines.append(cells)
+    notes = [f"{row['name']}: {row['reason']}" for row in rows if "reason" in row]
+    if "fastest" in table:
+        notes += losses(table) or [f"nobody is faster than {table['fastest']} here"]
+    return "\n".join([table["title"], *aligned(lines), *notes])
+
+
+CSV_TABLE = ("mode", "mask", "dtype", "model", "N", "positions", "H", "V")
+CSV_ROW = [
+    *("name", "package", "version", "median_ms", "min_ms", "iqr_ms", "tflops", "gb_per_s", "limit", "over_limit"),
+    *("over_ours", "peak_mib", "reason"),
+]
+
+
+def save_csv(path: Path, report: dict[str, Any]) -> None:
+    """A line for each row of each table, with where it was measured."""
+    environment = report["environment"]
+    where = {"device": environment["device"]["name"], "threads": environment["threads"]}
+    where |= {"commit": environment["commit"], "torch": environment["versions"]["torch"], "date": environment["date"]}
+    errors_of = [f"err_{name}" for name in ERRORS]
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*CSV_TABLE, *CSV_ROW, *errors_of, *where], extrasaction="ignore")
+        writer.writeheader()
+        for table in report["tables"]:
+            for row in table["rows"]:
+                found = {f"err_{name}": value for name, value in row.get("errors", {}).items()}
+                writer.writerow(table | row | found | where)
+
+
+def summary(tables: list[Row]) -> str:
+    """A line for each table: the fastest of ours, and the time of others over it."""
+    lines = [["", "fastest of ours", "ms", "x limit", "eager", "fastest other", "x ours"]]
+    for table in tables:
+        rows = {row["name"]: row for row in table["rows"]}
+        others = [row for row in rows.values() if "over_ours" in row and not is_ours(row["package"])]
+        cells = [table["title"], table.get("fastest", "none")]
+        if own := rows.get(table.get("fastest", "")):
+            eager = rows.get("eager", {})
+            first: Row = min(others, key=lambda row: row["over_ours"], default={})
+            found = (own["median_ms"], own.get("over_limit"), eager.get("over_ours"))
+            cells += ["" if value is None else f"{value:.2f}" for value in found]
+            cells += [first["name"], f"{first['over_ours']:.2f}"] if first else ["", ""]
+        lines.append(cells + [""] * (len(lines[0]) - len(cells)))
+    return "\n".join(["Others' time over that of the fastest of ours: below 1 they are faster", *aligned(lines)])
+
+
+def aligned(lines: list[list[str]]) -> list[str]:
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    shown = [
+    return [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
-    reasons = [f"{row['name']}: {row['reason']}" for row in rows if "reason" in row]
-    return "\n".join([table["title"], *shown, *reasons])
 
 
 def save(path: Path, report: dict[str, Any]) -> None:

@@ -1,0 +1,393 @@
+"""That the plan is right: what it predicts of head and loss against what PyTorch allocates, within 10%, and its
+estimate of activations against what small models keep, within 25%."""
+
+import argparse
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, plan
+from dpo_kernels.bench import peers
+from dpo_kernels.bench.cases import LENGTHS, HeadInputs
+from dpo_kernels.head_memory import eager_bytes, ours_bytes, trl_bytes
+from dpo_kernels.impl import paths
+from dpo_kernels.model_shapes import ModelShape, find_shape
+from dpo_kernels.testing import SavedBytes, allocated, head_inputs
+
+WITHIN = 0.1
+# [S, T, H, V] and the labelled share: every label, where tiles and logits lead; and an H above what oneDNN adds up at
+# once, padded, where hidden states and gradients lead, and tiles have fewer rows than there are
+SHAPES = {"wide": (8, 32, 64, 16000, 1.0), "deep": (8, 256, 512, 1500, 0.6)}
+# few rows, where the head is what is large
+FEW = {"few": (2, 32, 256, 40000, 1.0)}
+TILE = 2**21
+HALF = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def inputs_of(shape, dtype):
+    sequences, length, hidden, vocab, labelled = (SHAPES | FEW)[shape]
+    inputs = head_inputs(sequences, length, hidden, vocab, dtype=dtype, labelled=labelled)
+    sizes = {"positions": sequences * length, "hidden": hidden, "vocab": vocab, "dtype": dtype}
+    return inputs, sizes | {"tokens": int((inputs.labels != -100).sum())}
+
+
+def ours(path, inputs, impl, chunk_bytes=None, softcap=None):
+    """A call of the path; its gradients."""
+    options = {"impl": impl, "softcap": softcap}
+    if path == "A":
+        with torch.no_grad():
+            return linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, **options).logps
+    weight = inputs.weight.detach() if path == "B" else inputs.weight
+    if path == "C":
+        options |= {"chunk_bytes": chunk_bytes}
+        loss = linear_dpo_loss(inputs.hidden, weight, inputs.labels, inputs.ref_logps, **options).loss
+    else:
+        loss = linear_sequence_logps(inputs.hidden, weight, inputs.labels, **options).logps.sum()
+    return torch.autograd.grad(loss, [inputs.hidden] + [weight] * (path != "B"))
+
+
+def check(predicted, measured):
+    ratio = predicted.peak / measured.peak
+    assert 1 - WITHIN <= ratio <= 1 + WITHIN, f"predicted {ratio:.3f} of what is measured, at {predicted.moment}"
+    # what stays, beside a few bytes a position
+    assert 0 <= measured.left - predicted.returned <= 2**16
+
+
+def check_ours(path, shape, dtype, impl, groups=1, autocast=False, softcap=None):
+    inputs, sizes = inputs_of(shape, dtype)
+    pairs, (rows, hidden, vocab) = inputs.labels.shape[0] // 2, (sizes[k] for k in ("tokens", "hidden", "vocab"))
+    # for two groups or three: half of the logits, and the sums of dW
+    chunk_bytes = None if groups == 1 else rows * vocab * 4 // 2 + 4 * vocab * hidden * (dtype != torch.float32)
+    predicted = ours_bytes(
+        path, **sizes, compute_dtype=torch.bfloat16 if autocast else None, impl=impl, chunk_bytes=chunk_bytes,
+        pairs=pairs, softcap=softcap is not None,
+    )  # fmt: skip
+    assert predicted.path == path
+
+    def call():
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return ours(path, inputs, impl, chunk_bytes, softcap)
+
+    check(predicted, allocated(call))
+
+
+@pytest.fixture(params=["torch", "cpu"])
+def small_tiles(request, monkeypatch):
+    """An implementation, with tiles that make many of them."""
+    reason = dispatch.unavailable_reason(request.param, torch.device("cpu"))
+    if reason is not None:
+        pytest.skip(f"impl {request.param!r}: {reason}")
+    monkeypatch.setattr(dispatch.load(request.param), "tile_bytes", lambda device: TILE)
+    return request.param
+
+
+def test_the_instrument_sees_every_allocation():
+    mib = 2**20
+
+    def call():
+        first = torch.zeros(mib, dtype=torch.uint8)
+        second = torch.zeros(2 * mib, dtype=torch.uint8)
+        del first
+        inside = second.double().exp().sum()  # 16 MiB, and 16 more, inside operators
+        return second, inside
+
+    found = allocated(call)
+    assert 34 * mib <= found.peak <= 34 * mib + 1024
+    assert 2 * mib <= found.left <= 2 * mib + 1024
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("path", ["A", "B", "C", "D"])
+def test_ours(path, dtype, shape, small_tiles):
+    check_ours(path, shape, dtype, small_tiles)
+
+
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_path_c_in_groups(shape, dtype, small_tiles):
+    check_ours("C", shape, dtype, small_tiles, groups=2)
+
+
+@pytest.mark.parametrize("path", ["A", "B", "C", "D"])
+def test_ours_under_autocast(path, small_tiles):
+    check_ours(path, "deep", torch.float32, small_tiles, autocast=True)
+
+
+@pytest.mark.parametrize("path", ["B", "C", "D"])
+def test_ours_with_softcap(path, small_tiles):
+    check_ours(path, "wide", torch.float32, small_tiles, softcap=30.0)
+
+
+@pytest.mark.parametrize("path", ["A", "B", "C", "D"])
+def test_ours_with_the_other_library(path, monkeypatch):
+    """Which library multiplies on this machine decides what is allocated."""
+    native = pytest.importorskip("dpo_kernels.impl.native")
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch has one library alone")
+    monkeypatch.setattr(native, "ONEDNN_IS_FASTER", not native.ONEDNN_IS_FASTER)
+    monkeypatch.setattr(native, "tile_bytes", lambda device: TILE)
+    check_ours(path, "deep", torch.float32, "cpu")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize(("path", "groups"), [("A", 1), ("B", 1), ("C", 1), ("C", 2), ("D", 1)])
+def test_ours_as_on_a_gpu(path, groups, dtype, shape, monkeypatch):
+    """Where operands are read in place and products are written in place: what they hold does not matter here."""
+    module = dispatch.load("torch")
+    monkeypatch.setattr(module, "tile_bytes", lambda device: TILE)
+    monkeypatch.setattr(module, "operand", lambda t, dtype: t.to(dtype))
+    monkeypatch.setattr(module, "product", lambda a, b, out, accumulate=False: out if accumulate else out.zero_())
+    monkeypatch.setattr(paths, "_reads_in_place", lambda t, compute_dtype: t.dtype == compute_dtype)
+    # on the CPU, scatter makes an fp32 copy of a tile in half precision
+    monkeypatch.setattr(paths, "_put_labels_", lambda a, y, start, value: None)
+    check_ours(path, shape, dtype, "torch", groups=groups)
+
+
+def peer_inputs(shape, dtype, frozen=False):
+    inputs, sizes = inputs_of(shape, dtype)
+    hidden, weight = (t.detach() for t in inputs[:2])
+    leaves = hidden.requires_grad_(), weight.requires_grad_(not frozen)
+    return HeadInputs(*leaves, inputs.labels, inputs.ref_logps, sizes["tokens"]), sizes
+
+
+@pytest.mark.parametrize("shape", SHAPES | FEW)
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("forward", torch.float32),
+        ("frozen", torch.bfloat16),
+        ("train", torch.float32),
+        ("train", torch.bfloat16),
+        ("autocast", torch.float32),
+    ],
+)
+@pytest.mark.parametrize("way", ["eager", "trl"])
+def test_peers(way, mode, dtype, shape):
+    if way == "trl":
+        pytest.importorskip("trl")
+        tiny = head_inputs(2, 2, 8, 16)
+        peers.trl(HeadInputs(tiny.hidden, tiny.weight, tiny.labels, tiny.ref_logps, 2))  # loads what it needs
+    inputs, sizes = peer_inputs(shape, dtype, frozen=mode == "frozen")
+    options = {"train_head": mode != "frozen", "backward": mode != "forward"}
+    options |= {"compute_dtype": torch.bfloat16 if mode == "autocast" else None}
+    if way == "eager":
+        del sizes["tokens"]
+    predicted = (eager_bytes if way == "eager" else trl_bytes)(**sizes, **options)
+
+    def call():
+        with torch.set_grad_enabled(mode != "forward"), torch.autocast("cpu", enabled=mode == "autocast"):
+            return getattr(peers, way)(inputs)
+
+    check(predicted, allocated(call))
+
+
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("shape", ["deep", "few"])
+def test_trl_as_on_a_gpu(shape, dtype, monkeypatch):
+    """Where labelled rows alone are scored, kernels fold tiles in place, and products are added in place."""
+    chunked = pytest.importorskip("trl.kernels.chunked_logprob")
+    inputs, sizes = peer_inputs(shape, dtype)
+    for name in ("_forward_tile", "_backward_tile", "_addmm_fp32"):
+        monkeypatch.setattr(chunked, name, lambda *args, **options: None)
+    monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
+    predicted = trl_bytes(**sizes, device="cuda")
+    assert predicted.rows == sizes["tokens"]
+    check(predicted, allocated(lambda: peers.trl(inputs)))
+
+
+def test_the_decision_is_that_of_the_loss():
+    """Which path, and how much chunk_bytes would change it."""
+    sizes = {"positions": 8192, "hidden": 64, "vocab": 50000, "device": "cpu", "impl": "torch"}
+    of = {"pairs": 4, "tokens": 2000, "dtype": torch.bfloat16}
+    assert ours_bytes("C", **sizes, **of).path == "C"
+    small = ours_bytes("C", **sizes, **of, chunk_bytes=2**20)
+    assert (small.path, small.products) == ("D", 4) and "exceed chunk_bytes" in small.why
+    needed = int(small.why.split("needs ")[1].split(" MiB")[0]) * 2**20
+    assert ours_bytes("C", **sizes, **of, chunk_bytes=needed).path == "C"
+    assert ours_bytes("C", **sizes, **of, chunk_bytes=needed - 2**20).path == "D"
+    assert ours_bytes("C", **sizes, **of | {"dtype": torch.float16}).path == "D"
+    with pytest.raises(ValueError, match="path"):
+        ours_bytes("E", **sizes, **of)
+
+
+def test_a_device_that_is_not_there():
+    """On a GPU the labelled rows alone go through TRL's head, and our tiles are larger."""
+    sizes = {"tokens": 1000, "positions": 4000, "hidden": 512, "vocab": 50000, "dtype": torch.bfloat16}
+    assert trl_bytes(**sizes, device="cuda").rows == 1000 and trl_bytes(**sizes).rows == 4000
+    there, here = (ours_bytes("D", **sizes, device=device, impl="torch") for device in ("cuda", "cpu"))
+    assert there.temporary > here.temporary
+
+
+# The whole step
+
+
+SMALL = ModelShape(64, 128, 3, 160, 4, 2, 16)
+KINDS = {
+    "llama": ("LlamaConfig", {}, {}),
+    "qwen2": ("Qwen2Config", {}, {"qkv_bias": True}),
+    "qwen3": ("Qwen3Config", {}, {"qk_norm": "head"}),
+    "gemma2": ("Gemma2Config", {}, {"norms": 4, "wide_norms": True, "softcap": 30.0, "attention_softcap": 50.0}),
+    "gemma3": ("Gemma3TextConfig", {}, {"norms": 4, "wide_norms": True, "qk_norm": "head"}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "dtype", "mixed", "train"),
+    [
+        ("llama", "bfloat16", "no", "full"),
+        ("qwen2", "float32", "no", "full"),
+        ("llama", "float32", "bf16", "full"),
+        ("qwen3", "bfloat16", "no", "full"),
+        ("gemma2", "bfloat16", "no", "full"),
+        ("gemma3", "bfloat16", "no", "full"),
+        ("llama", "bfloat16", "no", "lora"),
+        ("llama", "float32", "no", "lora"),
+        ("llama", "float32", "bf16", "lora"),
+    ],
+)
+def test_activations(kind, dtype, mixed, train, checkpointing):
+    transformers = pytest.importorskip("transformers")
+    name, config_options, fields = KINDS[kind]
+    shape = replace(SMALL, **fields)
+    pairs, seq = 2, 48
+    step = plan.Step(
+        shape.hidden, shape.vocab, pairs, seq, 1.0, shape, getattr(torch, dtype), plan.AUTOCAST[mixed], train,
+        lora_r=4, checkpointing=checkpointing,
+    )  # fmt: skip
+    config = getattr(transformers, name)(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim, pad_token_id=0, bos_token_id=1, eos_token_id=2, **config_options,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=step.dtype).train()
+    backbone = model.model
+    if train == "lora":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, lora)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        if train == "lora":
+            model.enable_input_require_grads()
+    ids = torch.randint(3, shape.vocab, (2 * pairs, seq))
+    mask = torch.ones_like(ids)
+    mask[0, seq // 2 :] = 0
+
+    def forward():
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast is not None):
+            return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    forward()
+    kept, again = plan.activation_bytes(step, shape)
+    measured = allocated(forward).left
+    assert kept == pytest.approx(measured, rel=0.25)
+    if not checkpointing:
+        assert again == 0
+        with SavedBytes(*model.parameters()) as saved:
+            forward()
+        assert kept == pytest.approx(saved.total, rel=0.25)
+    else:
+        whole, _ = plan.activation_bytes(replace(step, checkpointing=False), shape)
+        assert kept + shape.layers * again == pytest.approx(whole, rel=0.25)
+
+
+def test_state_follows_from_the_parameters():
+    step = plan.Step(4096, 128256, 1, 8, 1.0, find_shape("llama-3-8b"))
+    weights = 2 * step.shape.parameters
+    full = {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "reference": 0}
+    assert plan.state_bytes(step, step.shape) == full
+    assert plan.state_bytes(replace(step, reference="model"), step.shape)["reference"] == weights
+    frozen = plan.state_bytes(replace(step, train="frozen-head"), step.shape)
+    assert weights - frozen["gradients"] == 2 * 128256 * 4096
+    adapted = plan.state_bytes(replace(step, train="lora", lora_r=8, reference="model"), step.shape)
+    # 8 (in + out) of seven matrices in 32 layers, in fp32
+    assert adapted["gradients"] == 4 * 8 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
+    assert (adapted["optimizer"], adapted["reference"]) == (2 * adapted["gradients"], 0)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_largest_batch_is_the_largest(checkpointing):
+    step = plan.Step(
+        2304, 256000, 1, 256, 0.3, find_shape("gemma-2-2b"), checkpointing=checkpointing, device=torch.device("cuda")
+    )
+    most = {}
+    for way in plan.WAYS:
+        memory = 60 * 2**30
+        most[way] = plan.largest_batch(step, way, memory)
+        fits = [plan.footprint(replace(step, pairs=most[way] + more), way)["total"] <= memory for more in (0, 1)]
+        assert fits == [True, False]
+        assert plan.largest_batch(step, way, 2**30) == 0
+    assert most["eager"] < most["TRL"] <= most["dpo_kernels"]
+
+
+def test_the_share_of_labels_is_that_of_the_measured_pairs():
+    lengths = json.loads(LENGTHS.read_text())["lengths"]
+    responses = sum(chosen + rejected for _, chosen, rejected in lengths)
+    alone = responses / sum(2 * (prompt + max(rest) - 1) for prompt, *rest in lengths)
+    assert plan.measured_share(1, 100_000) == pytest.approx(alone, rel=0.05)
+    assert plan.measured_share(8, 100_000) < 0.8 * alone, "padding"
+    assert plan.measured_share(4, 2) == 1.0
+
+
+# The command
+
+
+def command(*arguments):
+    parser = argparse.ArgumentParser()
+    plan.add_arguments(parser)
+    return plan.run(parser.parse_args([*map(str, arguments)]))
+
+
+def test_command(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    where = ("--device", "cuda", "--memory", 80, "--json", out)
+    assert command("--model", "gemma-2-2b", "--batch", 4, "--seq", 512, *where) == 0
+    text, found = capsys.readouterr().out, json.loads(out.read_text())
+    for said in ("2.61 billion parameters", "softcap 30", "measured on real pairs", "(estimated)", "largest batch"):
+        assert said in text
+    assert "one layer again" not in text
+    ours = found["head"]["dpo_kernels"]
+    assert f"path {ours['path']}, {ours['products']} products" in text
+    assert f"{ours['peak'] / 2**20:,.0f}" in text and f"{found['total']['eager']['total'] / 2**30:.2f}" in text
+    assert found["fits"]["dpo_kernels"] and found["step"]["dtype"] == "bfloat16"
+    assert found["labelled_positions"] < found["positions"] == 4096
+
+    assert command("--hidden", 64, "--vocab", 1000, "--batch", 2, "--seq", 16, "--labelled", 0.5) == 0
+    assert "whole step" not in capsys.readouterr().out
+    assert command("--model", "llama-3.2-1b", "--batch", 2, "--seq", 64, "--gradient-checkpointing") == 0
+    assert "one layer again" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "model: expected --model"),
+        (("--hidden", 64), "both --hidden and --vocab"),
+        (("--model", "llama-3-8b", "--hidden", 64, "--vocab", 100), "model: expected"),
+        (("--model", "llama-9-8b"), "near it are .*llama-3-8b"),
+        (("--hidden", 64, "--vocab", 100, "--batch", 0), "batch: expected at least 1, got 0"),
+        (("--hidden", 64, "--vocab", 100, "--labelled", 1.5), "labelled: .*1.5"),
+        (("--hidden", 64, "--vocab", 100, "--memory", 0), "memory: .*0"),
+        (("--hidden", 64, "--vocab", 100, "--device", "xpu"), "memory: .*'xpu'.*--memory"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        command("--batch", 2, "--seq", 16, *arguments)
+
+
+def test_torch_alone_is_needed(run_python):
+    run_python(
+        "-c",
+        "import sys\n"
+        "for name in ('numpy', 'transformers', 'trl', 'tqdm', 'matplotlib'): sys.modules[name] = None\n"
+        "from dpo_kernels import plan\n"
+        "import argparse; parser = argparse.ArgumentParser(); plan.add_arguments(parser)\n"
+        "plan.run(parser.parse_args(['--model', 'qwen2.5-0.5b', '--batch', '2', '--seq', '64']))",
+    )
