@@ -47,6 +47,8 @@ LONGEST = 1024  # positions of a sequence where all are labelled
 QUICK_SIZE = (64, 32, 512)
 # Of ours, the paths that do what a mode asks for; the products that it takes at least; what peers leave out.
 PATHS = {"forward": ("A", 1, forward_only), "frozen": ("B", 2, frozen_head), "train": ("CD", 3, None)}
+# Shown once, where the head is trained: on a CPU the same peers do better in another row.
+SLOWER_ON_CPU = ("Liger, not compiled", "F.linear_cross_entropy")
 
 
 class Job(NamedTuple):
@@ -230,7 +232,8 @@ def _entries(job: Job, impls: Sequence[str], device: torch.device, options: argp
         ours = [contender for key in keys for impl in impls for contender in variants(key, impl, chunk_bytes)]
         others = [
             replace(peer, products=products, run=peer.run if restrict is None else partial(restrict, peer=peer.run))
-            for peer in head_peers(device, padded=job.mask == "real").values()
+            for name, peer in head_peers(device, padded=job.mask == "real").items()
+            if job.mode == "train" or device.type == "cuda" or name not in SLOWER_ON_CPU
         ]
     yield Entry(limit.name, limit, job.case, traffic=traffic)
     for contender in [*ours, *(peer for peer in others if options.peers is None or peer.name in options.peers)]:
