@@ -207,6 +207,8 @@ def work(left: list[Job], excluded: dict[str, str], args: argparse.Namespace, pi
 
     device = torch.device(args.device)
     try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
         pipe.send(("device", measure.describe(device)))
         for job in left:
             seconds = args.deadline - time.time()
@@ -272,7 +274,7 @@ def head_entries(job: Job, args: argparse.Namespace) -> Iterator[Entry]:
     others = [peer for name, peer in head_peers(GPU, padded=bool(job.case.lengths)).items() if name in job.peers]
     modes = {"A": ("forward", forward_only, 1), "B": ("frozen head", frozen_head, 2), "CD": ("", None, 3)}
     for keys, (mode, restricted, products) in modes.items():
-        for own in ours(args):
+        for own in ours(job.case, args):
             if own.key in keys:
                 limit = LIMITS[own.contender.products].name
                 targets = {"target": TARGETS[own.key], "peak_target": f"<= {own.budget_mib:.0f}"}
@@ -299,11 +301,11 @@ class Own(NamedTuple):
         return (self.chunk_bytes or 2**30) / 2**20 if self.key == "C" else 0.3 * 1024
 
 
-def ours(args: argparse.Namespace) -> Iterator[Own]:
+def ours(case: HeadCase, args: argparse.Namespace) -> Iterator[Own]:
     chunk_bytes = int(args.chunk_gib * 2**30)
     for impl in args.impl:
         for key in contenders.paths(impl):
-            for contender in contenders.variants(key, impl, chunk_bytes):
+            for contender in contenders.variants(key, impl, case, chunk_bytes):
                 yield Own(key, impl, contender, chunk_bytes if contender.name.endswith("GiB") else None)
 
 
@@ -313,7 +315,7 @@ def planned(case: HeadCase, args: argparse.Namespace) -> dict[str, float]:
     common: dict[str, Any] = {"positions": labels.numel(), "hidden": case.hidden, "vocab": case.vocab}
     common["dtype"] = case.dtype
     found = {}
-    for own in ours(args):
+    for own in ours(case, args):
         if own.key == "A" and contenders.has_fused_forward(own.impl) and "fused" not in own.contender.name:
             continue  # not what would be taken
         options = {"impl": own.impl, "chunk_bytes": own.chunk_bytes, "pairs": len(labels) // 2}

@@ -308,6 +308,8 @@ def work(pipe: Connection, root: str, impl: str, device: str, threads: int) -> N
     """Runs in a process of its own: answers with pairs of a result and what went wrong, one of them None."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks takes care of it
     torch.set_num_threads(threads)
+    if device.startswith("cuda"):
+        torch.cuda.set_device(device)
     try:
         pipe.send((load(root, impl, device), None))
     except Exception as error:  # an old revision may lack anything

@@ -40,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--impl", default="cpu")
+    parser.add_argument("--impl", help="default: all that run there")
     parser.add_argument("--tokens", nargs="+", type=int, default=TOKENS)
     parser.add_argument("--vocab", nargs="+", type=int, default=VOCABS)
     parser.add_argument("--hidden", type=int, help=f"default: {HIDDEN}")
@@ -51,11 +51,18 @@ def main() -> None:
     problems = []
     for name, tokens, vocab in (("tokens", args.tokens, [FIXED_VOCAB]), ("vocab", [FIXED_TOKENS], args.vocab)):
         command = [sys.executable, "-m", "dpo_kernels", "bench", "--mode", "forward", "frozen", "train", "--peers"]
-        command += ["--device", args.device, "--impl", args.impl, "--rounds", str(args.rounds)]
+        command += [
+            "--device",
+            args.device,
+            *(["--impl", args.impl] if args.impl else []),
+            "--rounds",
+            str(args.rounds),
+        ]
         command += ["--hidden", str(args.hidden or HIDDEN[args.device])]
         command += ["--tokens", *map(str, tokens), "--vocab", *map(str, vocab), *["--no-memory"] * args.no_memory]
         report = args.out / f"{name}.json"
-        subprocess.run([*command, "--json", report, "--plot", args.out], check=True)
+        if status := subprocess.run([*command, "--json", report, "--plot", args.out]).returncode:
+            sys.exit(status)
         for line, problem in judged(json.loads(report.read_text())["tables"]):
             print(line)
             problems += [f"{name}: {problem}"] if problem else []

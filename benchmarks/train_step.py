@@ -507,7 +507,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS), help="default: all")
     add("--mixed-precision", choices=("no", "bf16"), default="no", help="autocast (default: %(default)s)")
     add("--impl", default="auto", help="implementation of dpo_kernels (default: %(default)s)")
-    add("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cpu", help="cpu or cuda (default: %(default)s)")
     add("--threads", type=int, help="of the CPU; default: PyTorch's choice")
     add("--no-memory", action="store_true", help="do not measure memory, for which a CPU needs a process each")
     add("--quick", action="store_true", help="tiny sizes, to see that everything runs; the times mean nothing")

@@ -58,6 +58,7 @@ def test_every_operator_is_timed_beside_eager(run_python, monkeypatch, tmp_path)
     pytest.importorskip("pytest_benchmark")
     for name, value in TINY.items():
         monkeypatch.setenv(f"DPO_KERNELS_BENCH_{name}", value)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # with which pytest-benchmark measures nothing
     out = tmp_path / "out.json"
     run_python(
         "-m", "pytest", "-p", "no:cacheprovider", "-q", BENCHMARKS / "microbenchmarks.py", f"--benchmark-json={out}"

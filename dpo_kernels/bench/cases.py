@@ -25,6 +25,7 @@ from dpo_kernels.testing import rms
 # the work). Whole responses then differ by thousands of nats, and only a small beta keeps the sigmoid from saturating.
 BETA = 1e-3
 SEQUENCES = 8
+MIN_PAIRS = 4  # in a real batch: fewer have any share of labels
 TINY_LENGTHS = ((3, 2, 4), (2, 3, 1))
 LOGIT_STD, CONFIDENT = 3.0, 0.5
 FLAT = {"logit_std": 0.5, "confident": 0.0}  # as a model has them that was not trained
@@ -69,13 +70,14 @@ def blank_labels(tokens: int, sequences: int, lengths: Lengths) -> Tensor:
 
 
 def real_lengths(tokens: int, max_length: int, *, path: Path = LENGTHS, seed: int = 0) -> Lengths:
-    """Pairs drawn from measured lengths until their responses have `tokens` tokens, over and over if there are too few.
+    """Pairs drawn from measured lengths, `MIN_PAIRS` and until their responses have `tokens` tokens, over and over if
+    there are too few.
     Where a pair exceeds `max_length`, the start of its prompt is cut, then the end of a response."""
     measured = json.loads(path.read_text())["lengths"]
     draw = random.Random(seed)
     pairs: list[tuple[int, int, int]] = []
     left: list[list[int]] = []
-    while sum(chosen + rejected for _, chosen, rejected in pairs) < tokens:
+    while len(pairs) < MIN_PAIRS or sum(chosen + rejected for _, chosen, rejected in pairs) < tokens:
         left = left or draw.sample(measured, len(measured))
         prompt, chosen, rejected = left.pop()
         prompt = min(prompt, max(1, max_length - max(chosen, rejected)))
@@ -204,12 +206,14 @@ class LogitsInputs:
         return self.labels != -100
 
     @cached_property
-    def rows(self) -> list[Tensor]:
-        """Views of the labelled rows, which are neighbours in each sequence."""
-        found = []
+    def rows(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Views of the labelled rows, which are neighbours in each sequence, and of the others."""
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
         for logits, labelled in zip(self.logits.detach(), self.labelled, strict=True):
             positions = labelled.nonzero()
-            found.append(logits[positions[0, 0] : positions[-1, 0] + 1])
+            first, last = int(positions[0]), int(positions[-1])
+            found[0].append(logits[first : last + 1])
+            found[1].extend(part for part in (logits[:first], logits[last + 1 :]) if len(part))
         return found
 
     def prepare(self, overwrites: bool) -> None:
@@ -266,14 +270,16 @@ class LogitsCase:
 
     def oracle(self, inputs: LogitsInputs, loss: Loss) -> Result:
         """Eager fp64, a sequence at a time. `loss` has no part in it."""
-        token_logps, dlogits = [], []
-        for logits, labels, dlogp in zip(inputs.logits.detach(), inputs.labels, inputs.dlogps, strict=True):
+        token_logps = []
+        dlogits = torch.empty_like(inputs.logits, dtype=torch.float64, requires_grad=False)
+        parts = zip(inputs.logits.detach(), inputs.labels, inputs.dlogps, dlogits, strict=True)
+        for logits, labels, dlogp, gradient in parts:
             wide = logits.double().requires_grad_()
             picked = wide.log_softmax(-1).gather(-1, labels.clamp(min=0)[:, None])[:, 0]
             token_logps.append(picked * (labels != -100))
-            dlogits += torch.autograd.grad(token_logps[-1].sum(), wide, dlogp.double())
+            gradient.copy_(torch.autograd.grad(token_logps[-1].sum(), wide, dlogp.double())[0])
         found = torch.stack(token_logps).detach()
-        return Result(found.sum(1), found, gradients={"logits": torch.stack(dlogits)})
+        return Result(found.sum(1), found, gradients={"logits": dlogits})
 
 
 def _confident_logit(vocab: int, std: float) -> float:
@@ -283,7 +289,7 @@ def _confident_logit(vocab: int, std: float) -> float:
 
 def _described(lengths: Lengths, dtype: torch.dtype) -> str:
     longest = max((prompt + max(rest) for prompt, *rest in lengths), default=0)
-    batch = f", {len(lengths)} pairs padded to {longest}" if lengths else ""
+    batch = f", {len(lengths)} pair{'s' * (len(lengths) > 1)} padded to {longest}" if lengths else ""
     return f"{batch}, {str(dtype).removeprefix('torch.')}"
 
 
@@ -304,10 +310,12 @@ def errors(result: Result, oracle: Result) -> dict[str, float]:
     for name in ("logps", "token_logps", "loss"):
         value = getattr(result, name)
         if value is not None:
-            found[name] = rms(value.detach().double() - getattr(oracle, name))
+            error = value.detach().double() - getattr(oracle, name)
+            # where nothing is labelled nothing can be wrong
+            found[name] = rms(error[oracle.token_logps != 0] if name == "token_logps" else error)
     for name, gradient in result.gradients.items():
         # a few rows at a time: a whole difference in fp64 would take gigabytes
-        pairs = zip(*(t.flatten(0, -2).split(4096) for t in (gradient, oracle.gradients[name])), strict=True)
+        pairs = zip(*(t.flatten(0, -2).split(512) for t in (gradient, oracle.gradients[name])), strict=True)
         squares = [((ours.double() - right).square().sum(), right.square().sum()) for ours, right in pairs]
         error, scale = (torch.stack(column).sum() for column in zip(*squares, strict=True))
         found["d" + name] = (error / scale).sqrt().item()
@@ -316,9 +324,9 @@ def errors(result: Result, oracle: Result) -> dict[str, float]:
 
 def wrong(found: dict[str, float], case: HeadCase | LogitsCase) -> str | None:
     """Which error no rounding explains. Logits rounded to bf16, as some peers have them, are let pass."""
-    logp, gradient = (1e-3, 1e-3) if case.dtype == torch.float32 else (0.2, 0.2)
-    logp *= case.tokens**0.5
-    limits = {"logps": logp, "token_logps": logp, "loss": max(BETA * logp, 1e-4)}
+    token_logp, gradient = (1e-3, 1e-3) if case.dtype == torch.float32 else (0.2, 0.1)
+    logp = token_logp * case.tokens**0.5  # of a sequence, whose tokens are a part of them
+    limits = {"logps": logp, "token_logps": token_logp, "loss": max(BETA * logp, 1e-4)}
     for name, error in found.items():
         limit = limits.get(name, gradient)
         if not error <= limit:  # NaN is wrong too

@@ -57,7 +57,7 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _bars(table: Row, path: Path) -> Path:
-    """Time and memory of every row, the limit of the fastest of ours as a line."""
+    """Time and memory of every row, the limit as a line."""
     rows = [row for row in table["rows"] if row.get("errors") and "median_ms" in row][::-1]
     limits = [row["median_ms"] for row in table["rows"] if row["name"] in {row.get("limit") for row in rows}]
     measures = [key for key in MEASURES if any(isinstance(row.get(key), float) for row in rows)]
@@ -93,7 +93,7 @@ def _curves(tables: list[Row], along: str, title: str, path: Path) -> Path:
         for name, found in lines.items():
             points = [(x, row[key]) for x, row in found if isinstance(row.get(key), float) and row[key] > 0]
             if points:
-                axis.plot(*zip(*points, strict=True), label=name, markersize=4, **_style(found[0][1]))
+                axis.plot(*zip(*points, strict=True), label=name, markersize=4, **_style([row for _, row in found]))
         axis.set(xlabel=f"{along}, {AXES[along]}", ylabel=label)
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
@@ -103,9 +103,9 @@ def _curves(tables: list[Row], along: str, title: str, path: Path) -> Path:
     return path
 
 
-def _style(row: Row) -> dict[str, Any]:
-    if is_ours(row["package"]):
+def _style(rows: list[Row]) -> dict[str, Any]:
+    if is_ours(rows[0]["package"]):
         return {"marker": "o", "linewidth": 2.0}
-    if not row.get("errors"):  # a limit computes nothing
+    if not any(row.get("errors") for row in rows):  # a limit computes nothing
         return {"color": LIMIT, "linestyle": "--", "linewidth": 1.4}
     return {"marker": ".", "linewidth": 0.9, "alpha": 0.8}

@@ -25,7 +25,7 @@ from dpo_kernels.bench.report import (
     Row,
     compare,
     failed,
-    hold_against_ours,
+    hold_against,
     save,
     save_csv,
     summary,
@@ -119,44 +119,57 @@ def run(options: argparse.Namespace) -> int:
     device = _device(options.device)
     if options.plot:
         charts.require_matplotlib()
-    if options.threads:
+    for path in (options.json, options.csv):
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+    if options.threads is not None:
+        if options.threads < 1:
+            raise ValueError(f"--threads: expected at least 1, got {options.threads}")
         torch.set_num_threads(options.threads)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # whose streams the events are recorded on
     impls, unavailable = _implementations(options.impl, device)
     _check_peers(options.peers or (), device)
-    jobs = list(_jobs(options, device))
+    jobs = list({(job.mode, job.case, job.backward): job for job in _jobs(options, device)}.values())
     entries = [list(_entries(job, impls, device, options)) for job in jobs]
     report: dict[str, Any] = {
         "environment": measure.environment(PACKAGES) | {"device": measure.describe(device)},
-        "gpu": measure.gpu() if device.type == "cuda" else None,
+        "gpu": measure.gpu(device) if device.type == "cuda" else None,
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
         "unavailable": unavailable,
         "tables": [],
+        "left_out": [],
     }
-    print(_heading(report))
+    print("\n".join([_heading(report), *_not_compared(options, device)]))
     bar = _Bar([len(of_job) * (1 + options.rounds + (not options.no_memory)) for of_job in entries])
     try:
         for job, of_job in zip(jobs, entries, strict=True):
             harness = Harness(options.rounds, device, options.seconds, not options.no_memory, at=bar.step)
-            table = hold_against_ours(compare(job.title, of_job, harness) | job.labels)
-            report["tables"].append(table)
+            try:
+                table = compare(job.title, of_job, harness) | job.labels
+            except (RuntimeError, MemoryError) as error:  # no memory for the inputs, or for the right answers
+                report["left_out"].append(f"{job.title}: {measure.described(error)}")
+                bar.finish_table("\nleft out: " + report["left_out"][-1])
+                continue
+            report["tables"].append(hold_against(table, _default_row(job, impls, device)))
             bar.finish_table("\n" + text(table))
             if options.json:
                 save(options.json, report)
+            if options.csv:
+                save_csv(options.csv, report)
     except KeyboardInterrupt:
         if not report["tables"]:
             raise
         print(f"\ninterrupted in table {len(report['tables']) + 1} of {len(jobs)}", file=sys.stderr)
     finally:
         bar.close()
-    if options.csv:
-        save_csv(options.csv, report)
     if len(report["tables"]) > 1:
         print("\n" + summary(report["tables"]))
     for picture in charts.draw(report["tables"], options.plot) if options.plot else ():
         print(picture)
-    without = failed(report["tables"])
+    without = failed(report["tables"]) + report["left_out"]
     if without:
-        print("\n".join(["of dpo_kernels there is no result for:", *without]), file=sys.stderr)
+        print("\n".join(["without a result:", *without]), file=sys.stderr)
     return 1 if without or len(report["tables"]) < len(jobs) else 0
 
 
@@ -169,6 +182,8 @@ def _device(name: str | None) -> torch.device:
         raise ValueError(f"--device: expected a CPU or a CUDA device, got {name!r}")
     if found.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device: this PyTorch sees no GPU, got {name!r}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device: expected one of {torch.cuda.device_count()} GPUs, got {name!r}")
     return found
 
 
@@ -229,15 +244,39 @@ def _entries(job: Job, impls: Sequence[str], device: torch.device, options: argp
     else:
         keys, products, restrict = PATHS[job.mode]
         limit = LIMITS[products]
-        ours = [contender for key in keys for impl in impls for contender in variants(key, impl, chunk_bytes)]
+        ours = [contender for key in keys for impl in impls for contender in variants(key, impl, job.case, chunk_bytes)]
         others = [
             replace(peer, products=products, run=peer.run if restrict is None else partial(restrict, peer=peer.run))
             for name, peer in head_peers(device, padded=job.mask == "real").items()
-            if job.mode == "train" or device.type == "cuda" or name not in SLOWER_ON_CPU
+            if name not in _left_out(job.mode, options, device)
         ]
     yield Entry(limit.name, limit, job.case, traffic=traffic)
     for contender in [*ours, *(peer for peer in others if options.peers is None or peer.name in options.peers)]:
         yield Entry(contender.name, contender, job.case, limit.name, traffic=traffic)
+
+
+def _default_row(job: Job, impls: Sequence[str], device: torch.device) -> str:
+    """The name of what default options take; of the first implementation, if others were asked for."""
+    auto = dispatch.choose("auto", device)
+    impl = auto if auto in impls else impls[0]
+    if isinstance(job.case, LogitsCase):
+        return from_logits(impl, backward=job.backward)[0].name
+    return variants(PATHS[job.mode][0][0], impl, job.case)[-1].name  # the forward by one kernel, where there is one
+
+
+def _left_out(mode: str, options: argparse.Namespace, device: torch.device) -> tuple[str, ...]:
+    """Unless they are asked for by name."""
+    return SLOWER_ON_CPU if device.type == "cpu" and mode in ("forward", "frozen") and options.peers is None else ()
+
+
+def _not_compared(options: argparse.Namespace, device: torch.device) -> Iterator[str]:
+    if device.type == "cpu" and options.peers is None:
+        others = [name for name in head_peers(torch.device("cuda"), padded=False)]
+        missing = [name for name in others if name not in head_peers(device, padded=False)]
+        yield f"need a GPU: {', '.join(missing)}"
+    for mode in options.mode:
+        if left_out := _left_out(mode, options, device):
+            yield f"mode {mode} is without {' and '.join(left_out)}: slower than other rows of the same peers"
 
 
 def _check_peers(wanted: Sequence[str], device: torch.device) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps, sequence_logps
-from dpo_kernels.bench.cases import HeadInputs, LogitsInputs, Loss, Result, sigmoid_loss
+from dpo_kernels.bench.cases import HeadCase, HeadInputs, LogitsInputs, Loss, Result, sigmoid_loss
 
 OURS = "dpo_kernels"  # the package
 
@@ -37,11 +37,10 @@ class Contender:
 
 
 def products(inputs: HeadInputs, *, count: int) -> Result:
-    """x W^T; then dlogits W; then dlogits^T x; and with four, x W^T once more: nothing but matrix products."""
+    """x W^T; then dlogits W; then dlogits^T x: nothing but matrix products."""
     x, logits, dx, dweight = inputs.buffers
     with torch.no_grad():
-        for _ in range(2 if count == 4 else 1):
-            torch.mm(x, inputs.weight.T, out=logits)
+        torch.mm(x, inputs.weight.T, out=logits)
         if count >= 2:
             torch.mm(logits, inputs.weight, out=dx)
         if count >= 3:
@@ -57,7 +56,7 @@ def product_fp32_out(inputs: HeadInputs) -> Result:
 
 
 LIMITS = {
-    count: Contender(f"{count} x torch.mm", partial(products, count=count), products=count) for count in range(1, 5)
+    count: Contender(f"{count} x torch.mm", partial(products, count=count), products=count) for count in range(1, 4)
 }
 FP32_OUT = Contender("1 x torch.mm, fp32 out", product_fp32_out, products=1)
 
@@ -67,10 +66,19 @@ FP32_OUT = Contender("1 x torch.mm, fp32 out", product_fp32_out, products=1)
 
 def path_a(inputs: HeadInputs, *, impl: str, fused: bool | None = None) -> Result:
     """Forward only; `fused`: by one kernel, without tiles, where the implementation leaves the choice."""
-    with torch.no_grad(), _setting(impl, "FUSED_FORWARD", fused):
+    taken: list[bool] = []
+    fold = dispatch.load(impl).linear_fold_
+
+    def linear_fold_(*args: Any) -> bool:
+        taken.append(fold(*args))
+        return taken[-1]
+
+    with torch.no_grad(), _setting(impl, "FUSED_FORWARD", fused), _setting(impl, "linear_fold_", linear_fold_):
         out = linear_sequence_logps(
             inputs.hidden, inputs.weight, inputs.labels, num_labelled=inputs.num_labelled, impl=impl
         )
+    if fused and not all(taken):
+        raise RuntimeError("the fused forward is not for this device, dtype or shape: it went on in tiles")
     return Result(out.logps, out.token_logps)
 
 
@@ -134,7 +142,7 @@ def paths(impl: str) -> dict[str, Contender]:
         "A": ("A forward", path_a, 1),
         "B": ("B frozen head", path_b, 2),
         "C": ("C fused loss", path_c, 3),
-        "D": ("D any loss", path_d, 4),
+        "D": ("D any loss", path_d, 3),  # it does four
     }
     return {
         key: Contender(f"{name}, {impl}", partial(run, impl=impl), OURS, products=count)
@@ -142,14 +150,15 @@ def paths(impl: str) -> dict[str, Contender]:
     }
 
 
-def variants(key: str, impl: str, chunk_bytes: int | None = None) -> list[Contender]:
-    """A path in the ways that an implementation has: A in tiles and by one kernel; C with its own budget and with
-    `chunk_bytes`."""
+def variants(key: str, impl: str, case: HeadCase, chunk_bytes: int | None = None) -> list[Contender]:
+    """A path in the ways that an implementation has for such inputs: A in tiles and by one kernel; C with its own
+    budget and with `chunk_bytes`."""
     path = paths(impl)[key]
     run: Callable[..., Result] = path.run
     if key == "A" and has_fused_forward(impl):
-        in_tiles, fused = (replace(path, run=partial(run, fused=fused)) for fused in (False, True))
-        return [in_tiles, replace(fused, name=f"{fused.name}, fused")]
+        in_tiles = replace(path, run=partial(run, fused=False))
+        fused = replace(path, name=f"{path.name}, fused", run=partial(run, fused=True))
+        return [in_tiles, fused] if _takes_fused_forward(impl, case) else [in_tiles]
     if key == "C" and chunk_bytes is not None:
         name = f"{path.name}, {chunk_bytes / 2**30:g} GiB"
         return [path, replace(path, name=name, run=partial(run, chunk_bytes=chunk_bytes))]
@@ -160,20 +169,32 @@ def has_fused_forward(impl: str) -> bool:
     return hasattr(dispatch.load(impl), "FUSED_FORWARD")
 
 
+def _takes_fused_forward(impl: str, case: HeadCase) -> bool:
+    """Half precision, 16 numbers at a time; the CUDA one on Hopper alone."""
+    device = torch.device(case.device)
+    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return case.dtype != torch.float32 and case.hidden % 16 == 0 and (impl != "cuda" or on_hopper)
+
+
 # From logits
 
 
 def read_logits(inputs: LogitsInputs) -> Result:
     """The labelled rows once."""
-    for rows in inputs.rows:
+    labelled, _ = inputs.rows
+    for rows in labelled:
         rows.sum()
     return Result()
 
 
 def read_and_scale_logits(inputs: LogitsInputs) -> Result:
-    """The same, and one read and write of all."""
-    read_logits(inputs)
-    inputs.logits.detach().mul_(1.0)
+    """The same, one read and write of them, and zeros in the others."""
+    labelled, others = inputs.rows
+    for rows in labelled:
+        rows.sum()
+        rows.mul_(1.0)
+    for rows in others:
+        rows.zero_()
     return Result()
 
 
@@ -199,7 +220,7 @@ def finish_logits(inputs: LogitsInputs, token_logps: Tensor, logps: Tensor) -> R
 
 
 READ = Contender("read", read_logits)
-READ_AND_SCALE = Contender("read, scale in place", read_and_scale_logits)
+READ_AND_SCALE = Contender("read, scale in place", read_and_scale_logits, overwrites=True)
 COPY = Contender("copy", copy_logits)
 
 

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -43,22 +44,22 @@ def interleaved(
     seconds: float = math.inf,
     progress: Callable[[str], None] = lambda text: None,
 ) -> list[list[float] | str]:
-    """Seconds of each run, in every round once and in an order that rotates, so that a machine that slows down slows
-    all of them; or why a run failed. Runs are warm already, or warm up. After `seconds` no round beyond the third
-    begins."""
+    """Seconds of each run, or why it failed. Every round runs each once and in another order, so that a machine that
+    slows down slows all of them, and none has always the same before it. Runs are warm already, or warm up. After
+    `seconds` no round beyond the third begins."""
     samples: list[list[float]] = [[] for _ in runs]
     failures: dict[int, str] = {}
     timed = _by_events(device) if device.type == "cuda" else _by_clock()
     gc.collect()
     gc.freeze()  # what imports left behind: looking through it again and again takes longer than a small run
     deadline = time.monotonic() + seconds
+    order = random.Random(0)
     for number in range(-1, rounds):  # the first to warm up
         if number >= MIN_ROUNDS and time.monotonic() > deadline:
             break
         if number >= 0:
             progress(f"round {number + 1} of {rounds}")
-        for step in range(len(runs)):
-            index = (number + step) % len(runs)
+        for index in order.sample(range(len(runs)), len(runs)):
             if index in failures or (number < 0 and not runs[index].warm_up):
                 continue
             runs[index].prepare()
@@ -155,6 +156,8 @@ def peak_memory(contender: Any, case: Any, threads: int) -> float | str:
             return pool.submit(_peak_memory, contender, case, threads).result()
         except BrokenProcessPool:
             return "the process was killed: out of memory?"
+        except Exception as error:  # it may fail in any way
+            return described(error)
 
 
 def _peak_memory(contender: Any, case: Any, threads: int) -> float:
@@ -228,11 +231,14 @@ def describe(device: torch.device) -> dict[str, Any]:
     return {"type": device.type, **described, "cuda": torch.version.cuda}
 
 
-def gpu() -> dict[str, str] | None:
-    """What nvidia-smi says of the first GPU now; None without it."""
+def gpu(device: torch.device | None = None) -> dict[str, str] | None:
+    """What nvidia-smi says of a GPU now, the first one by default; None without it."""
     fields = ["name", "driver_version", "memory.total", "clocks.sm", "clocks.max.sm", "clocks.mem"]
     fields += ["power.draw", "power.limit", "temperature.gpu"]
-    said = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    if device is not None:
+        query.append(f"--id=GPU-{torch.cuda.get_device_properties(device).uuid}")
+    said = _output(*query)
     return dict(zip(fields, said.splitlines()[0].split(", "), strict=True)) if said else None
 
 
@@ -252,7 +258,9 @@ def _output(*command: str) -> str | None:
 
 
 def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
+    info = Path("/proc/cpuinfo")  # of Linux
+    if not info.exists():
+        return platform.processor()
     names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return names[0] if names else platform.processor()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,7 +42,18 @@ def _selective_logp(logits: Tensor, inputs: HeadInputs | LogitsInputs) -> Tensor
 
 
 def eager_compiled(inputs: HeadInputs) -> Result:
-    return _finish(inputs, torch.compile(_head_logp)(inputs.hidden, inputs.weight, inputs.labels))
+    return _finish(inputs, _compiled(_head_logp)(inputs.hidden, inputs.weight, inputs.labels))
+
+
+def eager_compiled_rows(inputs: HeadInputs) -> Result:
+    labelled = inputs.labelled
+    picked = _compiled(_head_logp)(inputs.hidden[labelled], inputs.weight, inputs.labels[labelled])
+    return _finish(inputs, picked.new_zeros(labelled.shape).masked_scatter(labelled, picked))
+
+
+@cache
+def _compiled(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return torch.compile(function)
 
 
 def _head_logp(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -85,7 +96,9 @@ def trl(inputs: HeadInputs) -> Result:
     from trl.trainer.utils import add_fused_lm_head
 
     model: Any = _ScoredHiddenStates(inputs)
-    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    # of a reference model `DPOTrainer` asks for nothing else
+    logged = ("entropy", "mean_logits", "is_top1") if torch.is_grad_enabled() else ()
+    add_fused_lm_head(model, outputs=("log_probs", *logged))
     return _finish(inputs, model.forward(shift_labels=inputs.labels, fused_lm_head=True).log_probs)
 
 
@@ -108,6 +121,8 @@ def liger_hopper(inputs: HeadInputs, *, rows: bool = False) -> Result:
 
 def torch_linear_cross_entropy(inputs: HeadInputs, *, chunk: int | None, rows: bool = False) -> Result:
     """`chunk`: rows at a time; None: what the options' defaults choose."""
+    if not hasattr(F, "linear_cross_entropy"):
+        raise RuntimeError("needs PyTorch 2.13 or newer")
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=chunk)
     call = partial(F.linear_cross_entropy, reduction="none", options=options)
     return _finish_rows(inputs, rows, lambda x, y: call(x, inputs.weight, y))
@@ -151,8 +166,9 @@ def _finish(inputs: HeadInputs, token_logps: Tensor) -> Result:
 
 
 def forward_only(inputs: HeadInputs, *, peer: Callable[[HeadInputs], Result]) -> Result:
+    # Liger and CCE ask the tensors, not the mode, whether there is a backward to come
     with torch.no_grad():
-        return peer(inputs)
+        return peer(replace(inputs, hidden=inputs.hidden.detach(), weight=inputs.weight.detach()))
 
 
 def frozen_head(inputs: HeadInputs, *, peer: Callable[[HeadInputs], Result]) -> Result:
@@ -172,11 +188,11 @@ def head_peers(device: torch.device, *, padded: bool) -> dict[str, Contender]:
         Contender("F.linear_cross_entropy", partial(torch_linear_cross_entropy, chunk=None)),
         Contender("F.linear_cross_entropy, 256 rows", partial(torch_linear_cross_entropy, chunk=256)),
     ]
-    labelled = {"eager": eager_rows}
+    labelled = {"eager": eager_rows, "eager, torch.compile": eager_compiled_rows}
     if device.type == "cpu":
         cce = partial(cut_cross_entropy, impl="torch_compile")
         found.append(Contender("CCE torch_compile", cce, "cut_cross_entropy", compiled=True))
-        labelled[found[7].name] = partial(torch_linear_cross_entropy, chunk=256, rows=True)
+        labelled["F.linear_cross_entropy, 256 rows"] = partial(torch_linear_cross_entropy, chunk=256, rows=True)
     else:
         found += [
             Contender("CCE", partial(cut_cross_entropy, impl="cce"), "cut_cross_entropy"),
@@ -208,7 +224,7 @@ def _as_they_are(logits: Tensor, inputs: LogitsInputs) -> Tensor:
 
 
 def _by_compile(logits: Tensor, inputs: LogitsInputs) -> Tensor:
-    return torch.compile(_logp)(logits.float(), inputs.labels)
+    return _compiled(_logp)(logits.float(), inputs.labels)
 
 
 def _by_cross_entropy(logits: Tensor, inputs: LogitsInputs) -> Tensor:
