@@ -201,7 +201,11 @@ def test_what_an_old_revision_lacks_is_named(other_repository):
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_nothing_is_left_of_a_comparison_that_is_stopped(other_repository, sent):
     command = [sys.executable, "benchmarks/revisions.py", "--base", "HEAD", *QUICK]
-    process = subprocess.Popen(command, cwd=other_repository, stderr=subprocess.PIPE, text=True)
+    # a job in the background ignores SIGINT, and so would what it starts
+    take_signals = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(
+        command, cwd=other_repository, stderr=subprocess.PIPE, text=True, preexec_fn=take_signals
+    )
     deadline = time.monotonic() + 60
     while len(worktrees(other_repository).splitlines()) == 1 and time.monotonic() < deadline:
         time.sleep(0.05)
