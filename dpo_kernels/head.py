@@ -52,7 +52,7 @@ class LMHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.wrapped = model
-        self.model: Any = _unwrap(model)
+        self.model: Any = unwrap(model)
         if not hasattr(self.model, "get_output_embeddings") or not hasattr(self.model, "config"):
             raise ValueError(
                 "model must be a transformers causal language model (with a config and get_output_embeddings()), or "
@@ -442,7 +442,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """The model inside torch.compile (`_orig_mod`), DistributedDataParallel and its like (`module`), and PEFT."""
     children = getattr(model, "_modules", {})
     if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
@@ -452,8 +452,8 @@ def _unwrap(model: Any) -> Any:
         )
     for name in ("_orig_mod", "module"):
         if name in children:
-            return _unwrap(children[name])
-    return _unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model
+            return unwrap(children[name])
+    return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def _number(config: Any, names: tuple[str, ...]) -> float | None:

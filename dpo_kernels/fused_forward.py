@@ -1,0 +1,143 @@
+"""A model whose forward gives log-probabilities and losses instead of logits, through whatever is wrapped around it.
+
+What trainers put around a model (autocast, gradient synchronisation, adapters) works on its forward. So head and loss
+are put there: `model(**inputs, labels=labels, fused_lm_head=True)` runs the base model, and the head where there are
+labels. TRL's trainers call their own head this way, and so call ours when it is there instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from dpo_kernels.head import HeadOperands, LMHead
+from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
+from dpo_kernels.logps import linear_sequence_logps
+from dpo_kernels.rows import shift_labels
+
+# What TRL calls the statistics of a position, and what we do.
+STATS = {
+    "entropy": "entropy",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+}
+
+
+class Preference(NamedTuple):
+    """What the forward needs for the loss of DPO, on S = 2B sequences, chosen before rejected."""
+
+    ref_logps: Tensor  # [S]
+    options: dict[str, Any]  # of `linear_dpo_loss`
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """What is not asked for is None.
+
+    Attributes:
+        log_probs: [S, T - 1] of labels[:, 1:], with a gradient, and 0 where there is no label.
+        entropy, mean_logits, is_top1, log_sum_sq_probs: [S, T - 1] of the distributions of those labels, 0 or False
+            where there is none.
+        preference: what `linear_dpo_loss` gives. Then there are no `log_probs`.
+        all_mean_logits: [S, T] the mean logit of every position, without a gradient.
+        aux_loss: [] of a mixture of experts, without its coefficient.
+    """
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    preference: LinearDPOOutput | None = None
+    all_mean_logits: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def add_fused_lm_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",)) -> None:
+    """Makes `model(**inputs, labels=labels, fused_lm_head=True)` return a `FusedOutput`. Other calls are as before.
+
+    Args:
+        model: a transformers causal language model by itself; adapters may be inside, but it is in no wrapper.
+        outputs: "log_probs", and any of `STATS`.
+
+    With `fused_lm_head=True` the forward takes by keyword what the model's own does, and
+
+        labels: [S, T] token ids, -100 where a position's token has no label;
+        preference: a `Preference`;
+        all_mean_logits: whether to give those too. With a softcap that is a product over all positions.
+
+    Raises:
+        ValueError: no head is found that gives the model's own logits (see `LMHead.check`), or `outputs` has a name
+            that is none of the above.
+    """
+    if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
+        raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")
+    head = LMHead.from_model(model)
+    names = [name for name in STATS if name in outputs]
+    original: Callable[..., Any] = model.forward
+
+    @functools.wraps(type(model).forward)  # `generate` looks at the signature
+    def forward(
+        self: nn.Module,
+        *args: Any,
+        fused_lm_head: bool = False,
+        labels: Tensor | None = None,
+        preference: Preference | None = None,
+        all_mean_logits: bool = False,
+        **inputs: Any,
+    ) -> Any:
+        if not fused_lm_head:
+            return original(*args, **inputs) if labels is None else original(*args, labels=labels, **inputs)
+        if args or labels is None:
+            raise ValueError(
+                f"fused_lm_head: expected labels, and all inputs by keyword, got {len(args)} input(s) by position and "
+                f"{'no labels' if labels is None else 'labels'}"
+            )
+        hidden, aux_loss = head.hidden_states(**inputs)
+        operands = head.operands(hidden)
+        target = shift_labels(labels.to(operands.hidden.device), -100)
+        found = _scored(head, operands, target, names, preference)
+        if all_mean_logits:
+            found["all_mean_logits"] = mean_logits(head, operands)
+        return FusedOutput(**found, aux_loss=aux_loss)
+
+    model.forward = types.MethodType(forward, model)
+
+
+def _scored(
+    head: LMHead, operands: HeadOperands, target: Tensor, names: list[str], preference: Preference | None
+) -> dict[str, Any]:
+    hidden, weight, bias = operands
+    options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
+    options["stats"] = [STATS[name] for name in names]
+    found: dict[str, Any] = {}
+    if preference is None:
+        scored = linear_sequence_logps(hidden, weight, target, **options)
+        found["log_probs"] = scored.token_logps[:, :-1]
+    else:
+        ref_logps = preference.ref_logps.to(hidden.device)
+        scored = linear_dpo_loss(hidden, weight, target, ref_logps, **options, **preference.options)
+        found["preference"] = scored._replace(stats={})
+    return found | {name: scored.stats[STATS[name]][:, :-1] for name in names}
+
+
+@torch.no_grad()
+def mean_logits(head: LMHead, operands: HeadOperands) -> Tensor:
+    """[S, T] fp32: the mean over the vocabulary of the logits of every position, without computing them where they
+    are linear in the hidden states."""
+    hidden, weight, bias = operands
+    if head.softcap is not None:
+        every = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
+        return linear_sequence_logps(hidden, weight, every, stats=("mean_logit",), **options).stats["mean_logit"]
+    with torch.autocast(hidden.device.type, enabled=False):
+        means = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return head.logit_scale * (means if bias is None else means + bias.float().mean())
