@@ -210,13 +210,13 @@ def test_curves_show_every_row_and_the_limit(tmp_path, monkeypatch):
                 row("ours", "dpo_kernels", v / 2),
             ]
         }
-        for v in (1024.0, 512.0)
+        for v in (1024, 512)
     ]
     pictures = list(charts.draw(tables, tmp_path))
     assert [picture.name for picture in pictures] == [
-        "v_1024_0.png",
-        "v_512_0.png",
-        "over_v_train_mask_all_float32_n_64_h_8.png",
+        "train_all_n64_h8_v1024_float32.png",
+        "train_all_n64_h8_v512_float32.png",
+        "train_all_over_v_n64_h8_float32.png",
     ]
     time, memory = drawn[-1].axes
     assert {line.get_label(): list(line.get_ydata()) for line in time.lines} == {
