@@ -188,7 +188,7 @@ def test_csv_has_a_line_for_each_row(all_modes, with_peers):
 def test_pictures(all_modes, with_peers):
     """Bars for every table; curves over N, of which there are two, for every mode and dtype."""
     assert len(with_peers["pictures"]) == 2 and len(all_modes["pictures"]) == 20 + 10
-    assert sum(picture.name.startswith("over_n_") for picture in all_modes["pictures"]) == 10
+    assert sum("_over_n_" in picture.name for picture in all_modes["pictures"]) == 10
     for picture in all_modes["pictures"]:
         assert picture.read_bytes().startswith(PNG) and picture.stat().st_size > 10_000
         assert str(picture) in all_modes["stdout"]

@@ -75,6 +75,7 @@ def _bars(table: Row, path: Path) -> Path:
         axis.bar_label(bars, fmt=_three_digits, padding=2, fontsize="small")
         axis.set_xlabel(MEASURES[key])
         axis.margins(x=0.15)
+        axis.locator_params(axis="x", nbins=5)
         axis.spines[["top", "right"]].set_visible(False)
     for limit in limits:
         axes[0].axvline(limit, color=LIMIT, linestyle="--", linewidth=1.2, label=f"limit, {_three_digits(limit)} ms")
