@@ -474,10 +474,11 @@ def heading(report: dict[str, Any]) -> str:
     args, batches = report["arguments"], report["batches"]
     model = args["model"] or f"Qwen2, H={args['hidden']}, {args['layers']} layers, V={args['vocab']}"
     share = sum(batch["labelled"] for batch in batches) / sum(batch["positions"] for batch in batches)
+    dataset = Path(args["dataset"]).name
     return (
         f"{model}, {args['device']}, {report['environment']['threads']} threads, mixed precision: "
         f"{args['mixed_precision']}, impl {report['impl']}\n{args['steps']} steps after {args['warmup']}, each on "
-        f"{args['pairs']} pairs of {args['dataset']}, cut at {args['max_length']} tokens: {share:.0%} of the positions "
+        f"{args['pairs']} pairs of {dataset}, cut at {args['max_length']} tokens: {share:.0%} of the positions "
         "are labelled"
     )
 
@@ -549,7 +550,8 @@ def main() -> None:
     report: dict[str, Any] = {
         "environment": measure.environment([*PACKAGES, "accelerate", "datasets"]),
         "gpu": measure.gpu() if args.device != "cpu" else None,
-        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()},
+        "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        | {"dataset": Path(args.dataset).name},
         "impl": impl,
         "batches": [{"positions": positions(b), "tokens": tokens(b), "labelled": labelled(b)} for b in made[0].batches],
         "tables": [],

@@ -64,5 +64,5 @@ def test_both_sweeps_run(tmp_path):
     for name, along in (("tokens", "N"), ("vocab", "V")):
         found = json.loads((tmp_path / f"{name}.json").read_text())["tables"]
         assert len({table[along] for table in found}) == 2 and len(found) == 6
-        assert list(tmp_path.glob(f"over_{along.lower()}_*.png"))
+        assert list(tmp_path.glob(f"*_over_{along.lower()}_*.png"))
     assert "ns a logit" in done.stdout

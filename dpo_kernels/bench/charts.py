@@ -28,7 +28,8 @@ def draw(tables: list[Row], folder: Path) -> Iterator[Path]:
     """Draws all that there is to draw and names the files."""
     folder.mkdir(parents=True, exist_ok=True)
     for table in tables:
-        yield _bars(table, folder / f"{_file_name(table['title'])}.png")
+        sizes = [f"{name}{table[name]}" for name in ("N", "H", "V") if table[name]]
+        yield _bars(table, folder / f"{_file_name(table['mode'], table['mask'], *sizes, table['dtype'])}.png")
     for along in AXES:
         groups: dict[tuple[Any, ...], list[Row]] = defaultdict(list)
         (other,) = set(AXES) - {along}
@@ -40,11 +41,13 @@ def draw(tables: list[Row], folder: Path) -> Iterator[Path]:
                 mode, mask, dtype, hidden, fixed = alike
                 width = f" H={hidden}" if hidden else ""
                 title = f"{mode}, mask {mask}, {dtype}, {other}={fixed}{width}"
-                yield _curves(group, along, title, folder / f"{_file_name(f'over {along} {title}')}.png")
+                sizes = [f"{other}{fixed}", *([f"H{hidden}"] if hidden else [])]
+                name = _file_name(mode, mask, f"over {along}", *sizes, dtype)
+                yield _curves(group, along, title, folder / f"{name}.png")
 
 
-def _file_name(title: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "_", title.lower()).strip("_")
+def _file_name(*parts: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "_", " ".join(parts).lower()).strip("_")
 
 
 def _figure(width: float, height: float) -> Any:
@@ -69,16 +72,21 @@ def _bars(table: Row, path: Path) -> Path:
         bars = axis.barh(
             [row["name"] for row in rows], values, color=[OURS if is_ours(row["package"]) else OTHERS for row in rows]
         )
-        axis.bar_label(bars, fmt="%.4g", padding=2, fontsize="small")
+        axis.bar_label(bars, fmt=_three_digits, padding=2, fontsize="small")
         axis.set_xlabel(MEASURES[key])
         axis.margins(x=0.15)
+        axis.locator_params(axis="x", nbins=5)
         axis.spines[["top", "right"]].set_visible(False)
     for limit in limits:
-        axes[0].axvline(limit, color=LIMIT, linestyle="--", linewidth=1.2, label=f"limit, {limit:.4g} ms")
+        axes[0].axvline(limit, color=LIMIT, linestyle="--", linewidth=1.2, label=f"limit, {_three_digits(limit)} ms")
     if limits:
         axes[0].legend(fontsize="small", loc="lower right")
     figure.savefig(path, dpi=120)
     return path
+
+
+def _three_digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _curves(tables: list[Row], along: str, title: str, path: Path) -> Path:
