@@ -101,7 +101,7 @@ def add_fused_lm_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",))
                 f"fused_lm_head: expected labels, and all inputs by keyword, got {len(args)} input(s) by position and "
                 f"{'no labels' if labels is None else 'labels'}"
             )
-        hidden, aux_loss = head.hidden_states(**inputs)
+        hidden, aux_loss = head.hidden_states_through(original, **inputs)
         operands = head.operands(hidden)
         target = shift_labels(labels.to(operands.hidden.device), -100)
         found = _scored(head, operands, target, names, preference)
@@ -121,12 +121,12 @@ def _scored(
     found: dict[str, Any] = {}
     if preference is None:
         scored = linear_sequence_logps(hidden, weight, target, **options)
-        found["log_probs"] = scored.token_logps[:, :-1]
+        found["log_probs"], stats = scored.token_logps[:, :-1], scored.stats
     else:
         ref_logps = preference.ref_logps.to(hidden.device)
-        scored = linear_dpo_loss(hidden, weight, target, ref_logps, **options, **preference.options)
-        found["preference"] = scored._replace(stats={})
-    return found | {name: scored.stats[STATS[name]][:, :-1] for name in names}
+        output = linear_dpo_loss(hidden, weight, target, ref_logps, **options, **preference.options)
+        found["preference"], stats = output._replace(stats={}), output.stats
+    return found | {name: stats[STATS[name]][:, :-1] for name in names}
 
 
 @torch.no_grad()

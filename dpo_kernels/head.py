@@ -107,6 +107,11 @@ class LMHead:
         Raises:
             ValueError: the hidden states cannot be had without the logits, or do not match the input's positions.
         """
+        return self.hidden_states_through(self.wrapped, **inputs)
+
+    def hidden_states_through(self, forward: Callable[..., Any], /, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """`hidden_states` by a call of `forward`, which runs the model. For what stands in the place of the model's own
+        forward, and so must not call the model."""
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
             raise ValueError(
@@ -123,7 +128,7 @@ class LMHead:
         if "logits_to_keep" in parameters:
             no_position = torch.empty(0, dtype=torch.long, device=tokens.device)
             with self._last_hidden_hook(caught.append):
-                outputs = self.wrapped(**inputs, logits_to_keep=no_position)
+                outputs = forward(**inputs, logits_to_keep=no_position)
             aux_loss = getattr(outputs, "aux_loss", None)
         elif self.wrapped is self.model:
             caught.append(self._base_models()[0](**inputs)[0])

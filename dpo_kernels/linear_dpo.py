@@ -176,7 +176,7 @@ def linear_dpo_loss(
             check_finite(x.detach(), rows, waits=num_labelled is None)
             grouped = _Grouped(rows, labels, ref_logps, groups, transform, compute_dtype, options, impl)
             *output, values = _GroupedLoss.apply(x, weight, bias, grouped)
-            return LinearDPOOutput(*output, named_stats(stats, values))
+            return LinearDPOOutput(*output)._replace(stats=named_stats(stats, values))
 
     out = linear_sequence_logps(
         hidden,
@@ -189,7 +189,8 @@ def linear_dpo_loss(
         num_labelled=num_labelled,
         impl=impl,
     )
-    loss, logps = _pair_losses(out.token_logps, out.stats.get("log_sum_sq_probs"), labels, ref_logps, options)
+    for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
+    loss, logps = _pair_losses(out.token_logps, for_wpo, labels, ref_logps, options)
     return LinearDPOOutput(
         loss.losses.mean(),
         loss.losses.detach(),

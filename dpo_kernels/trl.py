@@ -56,7 +56,7 @@ F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # the othe
 NOT_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
 
 
-_TRLS_HEAD = getattr(_dpo, "add_fused_lm_head", None)
+TRLS_HEAD: Callable[..., None] = _dpo.add_fused_lm_head
 
 
 class _NoLayer:
@@ -323,7 +323,7 @@ def _by_trl(trainer: Any, own: Callable[..., Any], model: Any, inputs: dict[str,
         with ExitStack() as stack:
             for each in models:
                 stack.enter_context(_replaced(each, forward=MethodType(type(each).forward, each)))
-                _TRLS_HEAD(each, outputs=("log_probs", *STATS))
+                TRLS_HEAD(each, outputs=("log_probs", *STATS))
             stack.enter_context(torch.no_grad())
             stack.enter_context(trainer.accelerator.autocast())
             loss = own(trainer, model, inputs, False)

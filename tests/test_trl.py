@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import statistics
 import warnings
 from functools import cache
 
@@ -21,6 +23,7 @@ from test_trl_parity import LOSS_OPTIONS, MPO, preferences, tokenizer, trl_names
 
 import dpo_kernels.trl as ours
 from dpo_kernels.fused_forward import add_fused_lm_head
+from dpo_kernels.head import LMHead
 from dpo_kernels.losses import F_DIVERGENCE_LOSSES
 
 STEPS, PAIRS, VOCAB = 3, 4, 128
@@ -59,11 +62,14 @@ def process_left_as_it_was():
 
 @cache
 def prototype(name):
-    return build(name, vocab_size=VOCAB, initializer_range=0.3)
+    """Without dropout, even where it is a function's and TRL does not find it."""
+    more = {"dropout": 0.0} if name == "opt" else {}
+    return build(name, vocab_size=VOCAB, initializer_range=0.3, **more)
 
 
 def settings(directory, **more):
     AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # which arguments set, and never take back
     return {
         "output_dir": str(directory),
         "use_cpu": True,
@@ -100,13 +106,19 @@ def dpo(trainer_class, directory, model, *, lora=None, reference=None, evaluate=
         train_dataset=preferences(),
         eval_dataset=preferences().select(range(6)) if evaluate else None,  # its last batch is smaller
         processing_class=tokenizer(),
-        peft_config=None if lora is None else LoraConfig(**lora),
+        peft_config=None if lora is None else lora_config(model, lora),
         **(trainer_options or {}),
     )
     trainer.train()
     if evaluate:
         trainer.evaluate()
     return trainer, logs_of(trainer)
+
+
+def lora_config(model, options):
+    if model.config.model_type == "falcon_h1" and options["target_modules"] == "all-linear":
+        options = {**options, "target_modules": ["q_proj", "v_proj"]}  # PEFT refuses some of its others
+    return LoraConfig(**options)
 
 
 def logs_of(trainer):
@@ -121,6 +133,8 @@ def assert_agree(mine, theirs, tolerance=TOLERANCE):
     for number, (own, other) in enumerate(zip(mine, theirs, strict=True), 1):
         assert own.keys() == other.keys()
         for name, value in other.items():
+            if name.endswith("accuracies") and abs(other[name.replace("accuracies", "margins")]) < 1e-4:
+                continue  # policy and reference are the same: rounding decides
             limit = tolerance * max(1.0, abs(value))
             assert abs(own[name] - value) <= limit, f"log {number}: {name} is {own[name]:.9g}, TRL has {value:.9g}"
 
@@ -218,23 +232,47 @@ def test_compute_metrics_sees_logits(tmp_path):
 BF16_METRICS = ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
 
 
+class FullPrecision:
+    """Hooks that keep a module out of autocast, also in a copy of it."""
+
+    def __init__(self, module):
+        self.entered = []
+        module.register_forward_pre_hook(self.enter)
+        module.register_forward_hook(self.leave)
+
+    def enter(self, module, args):
+        self.entered.append(torch.autocast("cpu", enabled=False))
+        self.entered[-1].__enter__()
+
+    def leave(self, module, args, output):
+        self.entered.pop().__exit__(None, None, None)
+
+
+def with_backbone_in_fp32(name):
+    """What bf16 does to the layers below the head is the same for everybody, is more than what it does in the head of
+    a model this small, and hides it."""
+    model = copy.deepcopy(prototype(name))
+    for module in LMHead(model)._base_models():
+        FullPrecision(module)
+    return model
+
+
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
 def test_in_bf16_ours_are_closer_to_fp32(tmp_path, lora):
-    """rms over architectures, steps and metrics of the deviation from the same trainer's run in fp32."""
-    squares = {ours.DPOTrainer: 0.0, trl.DPOTrainer: 0.0}
+    """The rms over steps and metrics of the deviation from the run in fp32, over that of TRL's own trainer. Both round
+    hidden states and weights, and ours no logits; a single architecture may go either way."""
+    ratios = []
     for name in ARCHITECTURES:
-        _, exact = dpo(trl.DPOTrainer, tmp_path, prototype(name), lora=lora)
-        for trainer_class in squares:
-            _, rounded = dpo(trainer_class, tmp_path, prototype(name), lora=lora, bf16=True)
-            off = [
-                (a[m] - b[m]) / max(1, abs(b[m]))
-                for a, b in zip(rounded, exact, strict=True)
-                for m in BF16_METRICS
-                if m in b
-            ]
-            squares[trainer_class] += sum(each**2 for each in off)
-            print(name, trainer_class.__module__, sum(each**2 for each in off) ** 0.5)
-    assert squares[ours.DPOTrainer] < squares[trl.DPOTrainer]
+        model, off = with_backbone_in_fp32(name), []
+        _, exact = dpo(trl.DPOTrainer, tmp_path, model, lora=lora)
+        for trainer_class in (ours.DPOTrainer, trl.DPOTrainer):
+            _, rounded = dpo(trainer_class, tmp_path, model, lora=lora, bf16=True)
+            assert not torch.is_autocast_enabled("cpu")
+            logs = [(a[m], b[m]) for a, b in zip(rounded, exact, strict=True) for m in BF16_METRICS if m in b]
+            off.append(math.sqrt(sum(((a - b) / max(1, abs(b))) ** 2 for a, b in logs)))
+        ratios.append(off[0] / off[1])
+    assert statistics.geometric_mean(ratios) < 0.9, ratios
+    assert sum(ratio < 1 for ratio in ratios) > len(ratios) / 2, ratios
 
 
 # What TRL refuses or gets wrong
@@ -255,6 +293,15 @@ def eager_loss(model, reference, batch):
     return -torch.nn.functional.logsigmoid(0.1 * (chosen - ref_chosen - rejected + ref_rejected)).mean()
 
 
+class WithoutAdapter:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **inputs):
+        with self.model.disable_adapter():
+            return self.model(**inputs)
+
+
 def assert_gradients_are_eager(trainer):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(PAIRS)])
     trainer.model.train()
@@ -262,14 +309,7 @@ def assert_gradients_are_eager(trainer):
     loss.backward()
     found = {name: w.grad.clone() for name, w in trainer.model.named_parameters() if w.grad is not None}
     trainer.model.zero_grad()
-    if trainer.ref_model is None:
-        with trainer.model.disable_adapter():
-            kept = copy.deepcopy(trainer.model.get_base_model())
-        disabled = trainer.model.disable_adapter
-        reference = lambda **inputs: _without_adapter(disabled, trainer.model, inputs)  # noqa: E731
-        del kept
-    else:
-        reference = trainer.ref_model
+    reference = trainer.ref_model or WithoutAdapter(trainer.model)
     expected = eager_loss(trainer.model, reference, batch)
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -279,11 +319,6 @@ def assert_gradients_are_eager(trainer):
     for name, gradient in wanted.items():
         assert (found[name] - gradient).abs().max() <= 1e-4 * largest, name
     return found
-
-
-def _without_adapter(disabled, model, inputs):
-    with disabled():
-        return model(**inputs)
 
 
 @pytest.mark.parametrize("name", ["recurrent_gemma", "modernbert_decoder", "roberta", "bert", "electra"])
@@ -389,7 +424,7 @@ def test_unknown_version_is_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.99.0")
     with pytest.warns(UserWarning, match="not with 1.99.0; on the first batch it agreed"):
         dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=2)
-    right = ours.linear_dpo_options if hasattr(ours, "linear_dpo_options") else ours._dpo_options
+    right = ours._dpo_options
     monkeypatch.setattr(ours, "_dpo_options", lambda trainer: right(trainer) | {"beta": 0.2})
     with pytest.raises(RuntimeError, match="does not fit 1.99.0: on the first batch .*TRL's"):
         dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=2)

@@ -33,7 +33,7 @@ from dpo_kernels.compat.scoring import (
     zero_logps,
 )
 from dpo_kernels.logps import check_labels, linear_sequence_logps, sum_tokens
-from dpo_kernels.losses import SMOOTHED_LOSSES, _log_odds, kto_loss, logistic_loss
+from dpo_kernels.losses import SMOOTHED_LOSSES, kto_loss, log_odds, logistic_loss
 
 
 class LigerFusedLinearDPOLoss(nn.Module):
@@ -307,8 +307,8 @@ class LigerFusedLinearORPOLoss(nn.Module):
         ).token_logps
         num_tokens = (target != self.ignore_index).sum(1)
         logps = sum_tokens(token_logps[: 2 * pairs]) / num_tokens.clamp(min=1)
-        log_odds = torch.sub(*_log_odds(logps).chunk(2))
-        losses = logistic_loss(log_odds)
+        log_odds_ratio = torch.sub(*log_odds(logps).chunk(2))
+        losses = logistic_loss(log_odds_ratio)
         nll = logps.new_zeros(())
         if self.compute_nll_loss:
             shared = token_logps[:pairs].masked_fill(nll_labels != chosen, 0)
@@ -317,7 +317,7 @@ class LigerFusedLinearORPOLoss(nn.Module):
         loss = self.beta * losses.mean() + nll
         outputs = pair_outputs(logps.detach(), nll.detach(), _input, lin_weight, bias)
         rewards = (self.beta * logps.detach()).chunk(2)
-        return loss, (*outputs, *rewards, -losses.detach().mean(), log_odds.detach().mean())
+        return loss, (*outputs, *rewards, -losses.detach().mean(), log_odds_ratio.detach().mean())
 
 
 class LigerFusedLinearKTOLoss(nn.Module):
