@@ -74,42 +74,59 @@ def add_fused_lm_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",))
         preference: a `Preference`;
         all_mean_logits: whether to give those too. With a softcap that is a product over all positions.
 
+    The head is checked against the model's own logits in the first such call (`LMHead.check`), when the model is where
+    it will be. A copy of the model, by `copy.deepcopy`, has a head of its own.
+
     Raises:
-        ValueError: no head is found that gives the model's own logits (see `LMHead.check`), or `outputs` has a name
-            that is none of the above.
+        ValueError: the model has no head or base model, or `outputs` has a name that is none of the above; from the
+            forward: the head is quantised or sharded over devices, or does not give the model's own logits.
     """
     if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
         raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")
-    head = LMHead.from_model(model)
-    names = [name for name in STATS if name in outputs]
-    original: Callable[..., Any] = model.forward
+    fused = _Fused(LMHead(model), model.forward, [name for name in STATS if name in outputs])
+    model._fused_lm_head = fused  # type: ignore[assignment]
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
-    def forward(
-        self: nn.Module,
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        fused: _Fused = self._fused_lm_head
+        return fused(*args, **inputs) if fused_lm_head else fused.original(*args, **inputs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class _Fused:
+    """The head of a model and the forward that it had before. What refers to the model here refers to the copy in a
+    copy of it."""
+
+    def __init__(self, head: LMHead, original: Callable[..., Any], names: list[str]) -> None:
+        self.head, self.original, self.names = head, original, names
+        self.is_checked = False
+
+    def __call__(
+        self,
         *args: Any,
-        fused_lm_head: bool = False,
         labels: Tensor | None = None,
         preference: Preference | None = None,
         all_mean_logits: bool = False,
         **inputs: Any,
-    ) -> Any:
-        if not fused_lm_head:
-            return original(*args, **inputs) if labels is None else original(*args, labels=labels, **inputs)
-        if args or labels is None:
+    ) -> FusedOutput:
+        if args or labels is None or "shift_labels" in inputs:
             raise ValueError(
-                f"fused_lm_head: expected labels, and all inputs by keyword, got {len(args)} input(s) by position and "
-                f"{'no labels' if labels is None else 'labels'}"
+                "fused_lm_head: expected labels, no shift_labels, and all inputs by keyword, got "
+                f"{'no labels' if labels is None else 'labels'}, {len(args)} input(s) by position, and by keyword "
+                f"{sorted(inputs)}"
             )
-        hidden, aux_loss = head.hidden_states_through(original, **inputs)
-        operands = head.operands(hidden)
+        if not self.is_checked:
+            with torch.autocast(labels.device.type, enabled=False):
+                self.head.check(self.original)
+            self.is_checked = True
+        hidden, aux_loss = self.head.hidden_states_through(self.original, **inputs)
+        operands = self.head.operands(hidden)
         target = shift_labels(labels.to(operands.hidden.device), -100)
-        found = _scored(head, operands, target, names, preference)
+        found = _scored(self.head, operands, target, self.names, preference)
         if all_mean_logits:
-            found["all_mean_logits"] = mean_logits(head, operands)
+            found["all_mean_logits"] = mean_logits(self.head, operands)
         return FusedOutput(**found, aux_loss=aux_loss)
-
-    model.forward = types.MethodType(forward, model)
 
 
 def _scored(

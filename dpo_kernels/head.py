@@ -186,7 +186,7 @@ class LMHead:
         )
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self, forward: Callable[..., Any] | None = None) -> None:
         """Compares the operands with the model's own logits, in evaluation mode, and settles scale and softcap by them.
 
         Hidden states of our choice are passed off as the base model's output, so that nothing hangs on what it happens
@@ -195,7 +195,8 @@ class LMHead:
         readings are tried: a multiplier that divides (or the reverse), and a value that the model does not use.
 
         The tolerance is 4 units of the lowest precision that the model's own head computes in, relative to the largest
-        logit of a row. Training mode and random state of the model are left as they were.
+        logit of a row. Training mode and random state of the model are left as they were. `forward` is called in place
+        of the model, as in `hidden_states_through`.
 
         Raises:
             ValueError: no reading reproduces the logits.
@@ -217,7 +218,7 @@ class LMHead:
             record_dtype = layer.register_forward_hook(lambda _, __, output: layer_dtypes.append(output.dtype))
             stack.callback(record_dtype.remove)
             tokens = torch.arange(3, device=self.model.get_input_embeddings().weight.device).unsqueeze(0)
-            model_logits = self.model(input_ids=tokens, **self._no_cache()).logits[0]
+            model_logits = (forward or self.model)(input_ids=tokens, **self._no_cache()).logits[0]
             if not probes:
                 raise ValueError(
                     f"{_name(self.model)} makes its logits without running {_name(self._base_models()[0])}"

@@ -50,7 +50,7 @@ class LinearDPOOutput(NamedTuple):
     """[B] beta * (logps - ref_logps) of the chosen responses."""
     rejected_rewards: Tensor
     """[B] the same of the rejected ones."""
-    stats: dict[str, Tensor] = {}
+    stats: dict[str, Tensor]
     """{name: [S, T]} what was asked for, 0 or False at positions without a label."""
 
 
@@ -175,8 +175,8 @@ def linear_dpo_loss(
             x = GatherRows.apply(hidden, *rows)
             check_finite(x.detach(), rows, waits=num_labelled is None)
             grouped = _Grouped(rows, labels, ref_logps, groups, transform, compute_dtype, options, impl)
-            *output, values = _GroupedLoss.apply(x, weight, bias, grouped)
-            return LinearDPOOutput(*output)._replace(stats=named_stats(stats, values))
+            found = _GroupedLoss.apply(x, weight, bias, grouped)
+            return LinearDPOOutput._make((*found[:-1], named_stats(stats, found[-1])))
 
     out = linear_sequence_logps(
         hidden,

@@ -11,8 +11,9 @@ import TRL's own, `patch()` changes those where they are.
     CPOTrainer      trl.experimental.cpo        head; also SimPO
     ORPOTrainer     trl.experimental.orpo       head
 
-Adapters on the head, which TRL refuses, are trained. TRL 1.15 and 1.16 are tested. With another version the first
-batch is computed by TRL's own head too, and training goes on only if both agree.
+Adapters on the head, which TRL refuses, are trained. A head that is sharded over devices (FSDP, ZeRO-3, tensor
+parallel) is an error in the first step, and so is an encoder-decoder model. TRL 1.15 and 1.16 are tested. With another
+version the first batch is computed by TRL's own code too, and training goes on only if both agree.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from dpo_kernels.fused_forward import STATS, Preference, add_fused_lm_head
 from dpo_kernels.head import unwrap
-from dpo_kernels.losses import SMOOTHED_LOSSES
+from dpo_kernels.losses import SMOOTHED_LOSSES, validate_dpo_options
 
 try:
     import trl
@@ -39,7 +40,7 @@ try:
     from trl.trainer import kto_trainer as _kto
 except ImportError as error:
     raise ImportError("dpo_kernels.trl needs TRL 1.15 or newer: pip install 'dpo_kernels[trl]'") from error
-if not hasattr(_dpo, "add_fused_lm_head"):
+if not (hasattr(_dpo, "add_fused_lm_head") and hasattr(_kto, "add_fused_lm_head")):
     raise ImportError(
         f"dpo_kernels.trl needs TRL 1.15 or newer, whose trainers score in the forward; got {trl.__version__}"
     )
@@ -65,9 +66,9 @@ class _NoLayer:
 
 @contextmanager
 def _replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    before = {name: getattr(owner, name) for name in attributes if hasattr(owner, name)}
-    for name in before:
-        setattr(owner, name, attributes[name])
+    before = {name: getattr(owner, name) for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
     try:
         yield
     finally:
@@ -80,8 +81,11 @@ def _with_our_head(init: Callable[..., None], module: ModuleType) -> Callable[..
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        with _replaced(module, add_fused_lm_head=add_fused_lm_head, BaseTunerLayer=_NoLayer):
+        without_peft = {} if not hasattr(module, "BaseTunerLayer") else {"BaseTunerLayer": _NoLayer}
+        with _replaced(module, add_fused_lm_head=add_fused_lm_head, **without_peft):
             init(self, *args, **kwargs)
+        if module is _dpo:
+            validate_dpo_options(**_dpo_options(self))  # rather than in the first step
 
     return __init__
 
@@ -107,7 +111,7 @@ def _dpo_options(trainer: Any) -> dict[str, Any]:
 
 def _dpo_compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """TRL's `_compute_loss`, with the reference scored first: then the gradients of the head are formed in the forward,
-    with three products instead of four."""
+    with three products instead of four. Dropout, which TRL turns off by default, draws other masks for that reason."""
     model_inputs = {name: value for name, value in inputs.items() if name not in NOT_INPUTS} | {"use_cache": False}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     if self.precompute_ref_logps:
@@ -173,6 +177,8 @@ def _record(trainer: Any, outputs: Any, labels: Tensor, attention_mask: Tensor) 
     sums = torch.stack([torch.as_tensor(values[name], device=device).sum(dtype=wide) for name in (*COUNTS, *SUMS)])
     everywhere = trainer.accelerator.gather(sums[None]).sum(0)
     _recorded(trainer)["train" if trainer.model.training else "eval"].append(everywhere)
+    if trainer.model.training:  # evaluation logs them too, whenever it comes
+        _recorded(trainer)["tokens"].append(everywhere[COUNTS.index("input_tokens")])
 
 
 def _recorded(trainer: Any) -> dict[str, list[Tensor]]:
@@ -204,13 +210,14 @@ def _metrics_of(row: Sequence[float]) -> dict[str, float]:
 def _report(trainer: Any) -> None:
     """Hands what was recorded to TRL's `log`, which takes means over the micro-batches."""
     mode = "train" if trainer.model.training else "eval"
-    recorded = _recorded(trainer).pop(mode, [])
-    if not recorded:
+    rows = _recorded(trainer).pop(mode, [])
+    if not rows:
         return
-    metrics = trainer._metrics[mode]
-    for row in torch.stack(recorded).tolist():
-        if mode == "train":
-            trainer._total_train_tokens += int(row[COUNTS.index("input_tokens")]) // trainer._tp_size
+    metrics, tokens, width = trainer._metrics[mode], _recorded(trainer).pop("tokens", []), len(COUNTS) + len(SUMS)
+    values = torch.cat([*rows, *(count[None] for count in tokens)]).tolist()
+    trainer._total_train_tokens += sum(int(count) // trainer._tp_size for count in values[width * len(rows) :])
+    for start in range(0, width * len(rows), width):
+        row = values[start : start + width]
         for name, value in _metrics_of(row).items():
             if name != "aux_loss" or trainer.aux_loss_enabled:
                 metrics[name].append(value)
@@ -297,11 +304,16 @@ def _verified(ours: Callable[..., Any], own: Callable[..., Any]) -> Callable[...
     def _compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
         result = ours(self, model, inputs, return_outputs)
         if _is_to_be_verified(self):
-            loss = result[0] if return_outputs else result
+            loss = _everywhere(self, result[0] if return_outputs else result)
             _compare(self, {"loss": loss, **_latest(self)}, _by_trl(self, own, model, inputs))
         return result
 
     return _compute_loss
+
+
+def _everywhere(trainer: Any, loss: Tensor) -> float:
+    """The mean over processes, which then all come to the same verdict."""
+    return trainer.accelerator.gather(loss.detach()[None]).mean().item()
 
 
 def _latest(trainer: Any) -> dict[str, float]:
@@ -324,10 +336,11 @@ def _by_trl(trainer: Any, own: Callable[..., Any], model: Any, inputs: dict[str,
             for each in models:
                 stack.enter_context(_replaced(each, forward=MethodType(type(each).forward, each)))
                 TRLS_HEAD(each, outputs=("log_probs", *STATS))
+            stack.enter_context(torch.random.fork_rng(enabled=trainer.accelerator.device.type in ("cpu", "cuda")))
             stack.enter_context(torch.no_grad())
             stack.enter_context(trainer.accelerator.autocast())
             loss = own(trainer, model, inputs, False)
-        return {"loss": loss.item(), **_latest(trainer)}
+        return {"loss": _everywhere(trainer, loss), **_latest(trainer)}
     finally:
         trainer._metrics, trainer._total_train_tokens = before
         _recorded(trainer).update(kept)
@@ -336,15 +349,18 @@ def _by_trl(trainer: Any, own: Callable[..., Any], model: Any, inputs: dict[str,
 def _compare(trainer: Any, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     exact = trainer.args.bf16 is False and trainer.args.fp16 is False and trainer.model.dtype == torch.float32
     tolerance = 1e-3 if exact else 5e-2  # TRL rounds logits to the precision of the model
-    differing = []
-    for name in ours.keys() & theirs.keys():
+    theirs.pop("num_tokens", None)  # a count that goes on from batch to batch
+    differing = [f"{name} is not known" for name in theirs.keys() - ours.keys()]
+    for name in theirs.keys() & ours.keys():
         a, b = float(ours[name]), float(theirs[name])
+        if name == "rewards/accuracies" and abs(float(theirs["rewards/margins"])) < 1e-3:
+            continue  # policy and reference are still the same: rounding decides
         if not abs(a - b) <= tolerance * max(1.0, abs(b)):  # NaN differs too
             differing.append(f"{name} {a:.6g}, TRL's {b:.6g}")
     if differing:
         raise RuntimeError(
             f"dpo_kernels.trl is tested with TRL {' and '.join(TESTED)}, and does not fit {trl.__version__}: on the "
-            f"first batch {'; '.join(sorted(differing))}. Use TRL's own trainer with this version"
+            f"first batch {'; '.join(sorted(differing))}. Use one of those, or TRL's own trainer"
         )
     warnings.warn(
         f"dpo_kernels.trl is tested with TRL {' and '.join(TESTED)}, not with {trl.__version__}; on the first batch "

@@ -11,12 +11,18 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
 from dpo_kernels.demo import demo_model, demo_preferences, demo_tokenizer
 from dpo_kernels.trl import DPOTrainer  # instead of: from trl import DPOTrainer
+
+
+def adapters(rank: int) -> Any:
+    """On the head too, which TRL refuses."""
+    from peft import LoraConfig
+
+    return LoraConfig(r=rank, target_modules=["q_proj", "v_proj", "lm_head"])
 
 
 def main() -> None:
@@ -56,8 +62,7 @@ def main() -> None:
         ),
         train_dataset=dataset,
         processing_class=tokenizer,
-        # TRL refuses adapters on the head
-        peft_config=LoraConfig(r=args.lora_r, target_modules=["q_proj", "v_proj", "lm_head"]) if args.lora_r else None,
+        peft_config=adapters(args.lora_r) if args.lora_r else None,
     )
     trainer.train()
     logs = [log for log in trainer.state.log_history if "loss" in log]

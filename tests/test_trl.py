@@ -186,6 +186,7 @@ COMBINATIONS = [
     {"loss_type": "sigmoid", "gradient_checkpointing": True},
     {"loss_type": "sigmoid", "gradient_accumulation_steps": 2},
     {"loss_type": "sigmoid", "gradient_accumulation_steps": 2, "logging_steps": 2, "max_steps": 6},
+    {"loss_type": "sigmoid", "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6},
     {"loss_type": "sigmoid", "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
 ]
 
@@ -421,9 +422,14 @@ def test_patch_reaches_what_inherits(tmp_path):
 
 
 def test_unknown_version_is_verified(tmp_path, monkeypatch):
+    _, expected = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"))
     monkeypatch.setattr(trl, "__version__", "1.99.0")
-    with pytest.warns(UserWarning, match="not with 1.99.0; on the first batch it agreed"):
-        dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=2)
+    for lora in (None, {**LORA, "init_lora_weights": True}):  # whose policy is the reference
+        with pytest.warns(UserWarning, match="not with 1.99.0; on the first batch it agreed") as caught:
+            _, logs = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), lora=lora)
+        assert len([each for each in caught if "1.99.0" in str(each.message)]) == 1
+        if lora is None:
+            assert logs == expected
     right = ours._dpo_options
     monkeypatch.setattr(ours, "_dpo_options", lambda trainer: right(trainer) | {"beta": 0.2})
     with pytest.raises(RuntimeError, match="does not fit 1.99.0: on the first batch .*TRL's"):
@@ -448,12 +454,41 @@ def test_forward_without_the_flag_is_the_models_own():
     assert torch.equal(model(tokens).logits, plain(tokens).logits)
     generated = [each.generate(tokens, max_new_tokens=3, do_sample=False) for each in (model, plain)]
     assert torch.equal(*generated)
-    with pytest.raises(ValueError, match="expected labels, and all inputs by keyword, got 1 input"):
-        model(tokens, labels=tokens, fused_lm_head=True)
-    with pytest.raises(ValueError, match="got 0 input.* and no labels"):
-        model(input_ids=tokens, fused_lm_head=True)
+    for problem, args, inputs in (
+        (r"got labels, 1 input\(s\) by position", (tokens,), {"labels": tokens}),
+        (r"got no labels, 0 input\(s\) by position, and by keyword \['input_ids'\]", (), {"input_ids": tokens}),
+        ("no shift_labels", (), {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}),
+    ):
+        with pytest.raises(ValueError, match=f"fused_lm_head: expected labels.*{problem}"):
+            model(*args, **inputs, fused_lm_head=True)
     with pytest.raises(ValueError, match=r"outputs: expected some of .*got \['logits'\]"):
         add_fused_lm_head(model, outputs=("log_probs", "logits"))
+
+
+def test_copy_of_a_model_has_a_head_of_its_own():
+    model = copy.deepcopy(prototype("qwen2"))
+    add_fused_lm_head(model)
+    other = copy.deepcopy(model)
+    tokens = torch.arange(3, 15).view(2, 6)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+        for each in (model, other):
+            logits = each(input_ids=tokens).logits[:, :-1]
+            expected = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+            found = each(input_ids=tokens, labels=tokens, fused_lm_head=True).log_probs
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_head_that_gives_other_logits_is_refused():
+    """In the first call, when the model is where it will be."""
+    model = copy.deepcopy(prototype("cohere"))
+    add_fused_lm_head(model)
+    model._fused_lm_head.head.logit_scale = 5.0
+    tokens = torch.arange(3, 15).view(2, 6)
+    model.lm_head.register_forward_hook(lambda module, args, output: output**2)
+    with pytest.raises(ValueError, match="does not give the model's own logits"):
+        model(input_ids=tokens, labels=tokens, fused_lm_head=True)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))

@@ -81,11 +81,44 @@ def test_kto(tmp_path, options, lora):
 def test_kto_trains_an_adapter_on_the_head(tmp_path):
     config = trl.KTOConfig(**settings(tmp_path, max_steps=2))
     lora = {**LORA, "target_modules": ["lm_head"]}
-    trainer, _ = trained(ours.KTOTrainer, config, prototype("mistral"), unpaired(), lora)
     with pytest.raises(ValueError, match="lm_head"):
         trained(trl.KTOTrainer, config, prototype("mistral"), unpaired(), lora)
-    before = {name: torch.zeros_like(weight) for name, weight in trainer.model.named_parameters() if "lora_B" in name}
-    assert before and all(weight.grad is None or True for weight in before.values())
+    once, _ = trained(ours.KTOTrainer, config, prototype("mistral"), unpaired(), lora)
+    config = trl.KTOConfig(**settings(tmp_path, max_steps=4))
+    twice, _ = trained(ours.KTOTrainer, config, prototype("mistral"), unpaired(), lora)
+    weights = dict(once.model.named_parameters())
+    moved = {name: w for name, w in twice.model.named_parameters() if "lm_head" in name and "lora" in name}
+    assert len(moved) == 2 and not any(torch.equal(w, weights[name]) for name, w in moved.items())
+
+
+def test_kto_patched_and_verified(tmp_path, monkeypatch):
+    config = trl.KTOConfig(**settings(tmp_path))
+    _, expected = trained(trl.KTOTrainer, config, prototype("mistral"), unpaired(), LORA)
+    monkeypatch.setattr(trl, "__version__", "1.99.0")
+    ours.patch()
+    try:
+        config = trl.KTOConfig(**settings(tmp_path))
+        with pytest.warns(UserWarning, match="not with 1.99.0; on the first batch it agreed"):
+            trainer, found = trained(trl.KTOTrainer, config, prototype("mistral"), unpaired(), LORA)
+        assert hasattr(trainer.model.get_base_model(), "_fused_lm_head")
+    finally:
+        ours.unpatch()
+    assert_agree(found, expected)
+
+
+@EXPERIMENTAL
+@pytest.mark.parametrize("algorithm", ["ORPO", "CPO"])
+def test_reference_free_is_verified(tmp_path, monkeypatch, algorithm):
+    module = __import__(f"trl.experimental.{algorithm.lower()}", fromlist=["x"])
+    config = getattr(module, f"{algorithm}Config")(**settings(tmp_path))
+    monkeypatch.setattr(trl, "__version__", "1.99.0")
+    with pytest.warns(UserWarning, match="not with 1.99.0; on the first batch it agreed"):
+        trained(getattr(ours, f"{algorithm}Trainer"), config, prototype("llama"), preferences())
+    right = ours._concatenated_forward
+    wrong = lambda *args: (1.1 * right(*args)[0], *right(*args)[1:])  # noqa: E731
+    monkeypatch.setattr(ours, "_concatenated_forward", wrong)
+    with pytest.raises(RuntimeError, match="does not fit 1.99.0: on the first batch logps/chosen"):
+        trained(getattr(ours, f"{algorithm}Trainer"), config, prototype("llama"), preferences())
 
 
 @EXPERIMENTAL
