@@ -55,8 +55,6 @@ TESTED = ("1.15", "1.16")
 EXPERIMENTAL = {"CPOTrainer": "trl.experimental.cpo", "ORPOTrainer": "trl.experimental.orpo"}
 F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # the others have the same name
 NOT_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
-
-
 TRLS_HEAD: Callable[..., None] = _dpo.add_fused_lm_head
 
 
@@ -81,8 +79,8 @@ def _with_our_head(init: Callable[..., None], module: ModuleType) -> Callable[..
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        without_peft = {} if not hasattr(module, "BaseTunerLayer") else {"BaseTunerLayer": _NoLayer}
-        with _replaced(module, add_fused_lm_head=add_fused_lm_head, **without_peft):
+        refusal = {"BaseTunerLayer": _NoLayer} if hasattr(module, "BaseTunerLayer") else {}  # it is PEFT's
+        with _replaced(module, add_fused_lm_head=add_fused_lm_head, **refusal):
             init(self, *args, **kwargs)
         if module is _dpo:
             validate_dpo_options(**_dpo_options(self))  # rather than in the first step
@@ -124,7 +122,7 @@ def _dpo_compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outp
     loss = outputs.preference.loss
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * outputs.aux_loss
-    _record(self, outputs, labels, inputs["attention_mask"])
+    _record(self, outputs, inputs["attention_mask"])
     if not return_outputs:
         return loss
     with torch.no_grad():
@@ -148,7 +146,7 @@ SUMS = (
 
 
 @torch.no_grad()
-def _record(trainer: Any, outputs: Any, labels: Tensor, attention_mask: Tensor) -> None:
+def _record(trainer: Any, outputs: Any, attention_mask: Tensor) -> None:
     """Keeps the sums of this micro-batch on the device until they are logged: nothing waits for it."""
     found = outputs.preference
     pairs = found.losses.shape[0]
