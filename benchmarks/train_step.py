@@ -1,4 +1,5 @@
-"""Times a whole training step of DPO on real preferences: TRL's trainer, eager logits, and this project's loop.
+"""Times a whole training step of DPO on real preferences: TRL's trainer with its head and with ours, eager logits, and
+this project's loop.
 
     python benchmarks/train_step.py --dataset preferences.jsonl --json out.json
     python benchmarks/train_step.py --device cuda --model Qwen/Qwen2.5-0.5B --mixed-precision bf16
@@ -246,6 +247,7 @@ CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
     FLOOR: NoHead,
     "eager": Eager,
     "TRL": partial(OfTrainer, module="trl"),
+    "TRL, our head": partial(OfTrainer, module="dpo_kernels.trl"),
     OURS: Ours,
 }
 
@@ -331,6 +333,10 @@ def table(setup: Setup, args: argparse.Namespace) -> dict[str, Any]:
             rows[name]["peak_mib"] = measure.peak_allocated(one, Prepared(whole[name].contender), device)
         else:
             rows[name]["peak_mib"] = measure.peak_memory(one, one, torch.get_num_threads())
+    floor = rows.get(FLOOR, {}).get("peak_mib")
+    for row in rows.values():
+        if isinstance(floor, float) and isinstance(row.get("peak_mib"), float) and row["name"] != FLOOR:
+            row["head_mib"] = row["peak_mib"] - floor
     reference = "precomputed" if setup.precomputed else "from a frozen copy, in every step"
     return {
         "title": f"Reference log-probabilities {reference}",
@@ -459,6 +465,7 @@ COLUMNS = {
     "tokens_per_second": ("tokens/s", "{:.0f}"),
     "over_ours": ("x ours", "{:.2f}"),
     "peak_mib": ("peak MiB", "{:.0f}"),
+    "head_mib": ("head, loss", "{:.0f}"),
     "loss_deviation": ("loss off by", "{:.1e}"),
 }
 

@@ -52,7 +52,7 @@ class LMHead:
 
     def __init__(self, model: nn.Module) -> None:
         self.wrapped = model
-        self.model: Any = _unwrap(model)
+        self.model: Any = unwrap(model)
         if not hasattr(self.model, "get_output_embeddings") or not hasattr(self.model, "config"):
             raise ValueError(
                 "model must be a transformers causal language model (with a config and get_output_embeddings()), or "
@@ -107,6 +107,11 @@ class LMHead:
         Raises:
             ValueError: the hidden states cannot be had without the logits, or do not match the input's positions.
         """
+        return self.hidden_states_through(self.wrapped, **inputs)
+
+    def hidden_states_through(self, forward: Callable[..., Any], /, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+        """`hidden_states` by a call of `forward`, which runs the model. For what stands in the place of the model's own
+        forward, and so must not call the model."""
         tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
             raise ValueError(
@@ -123,7 +128,7 @@ class LMHead:
         if "logits_to_keep" in parameters:
             no_position = torch.empty(0, dtype=torch.long, device=tokens.device)
             with self._last_hidden_hook(caught.append):
-                outputs = self.wrapped(**inputs, logits_to_keep=no_position)
+                outputs = forward(**inputs, logits_to_keep=no_position)
             aux_loss = getattr(outputs, "aux_loss", None)
         elif self.wrapped is self.model:
             caught.append(self._base_models()[0](**inputs)[0])
@@ -181,7 +186,7 @@ class LMHead:
         )
 
     @torch.no_grad()
-    def check(self) -> None:
+    def check(self, forward: Callable[..., Any] | None = None) -> None:
         """Compares the operands with the model's own logits, in evaluation mode, and settles scale and softcap by them.
 
         Hidden states of our choice are passed off as the base model's output, so that nothing hangs on what it happens
@@ -190,7 +195,8 @@ class LMHead:
         readings are tried: a multiplier that divides (or the reverse), and a value that the model does not use.
 
         The tolerance is 4 units of the lowest precision that the model's own head computes in, relative to the largest
-        logit of a row. Training mode and random state of the model are left as they were.
+        logit of a row. Training mode and random state of the model are left as they were. `forward` is called in place
+        of the model, as in `hidden_states_through`.
 
         Raises:
             ValueError: no reading reproduces the logits.
@@ -212,7 +218,7 @@ class LMHead:
             record_dtype = layer.register_forward_hook(lambda _, __, output: layer_dtypes.append(output.dtype))
             stack.callback(record_dtype.remove)
             tokens = torch.arange(3, device=self.model.get_input_embeddings().weight.device).unsqueeze(0)
-            model_logits = self.model(input_ids=tokens, **self._no_cache()).logits[0]
+            model_logits = (forward or self.model)(input_ids=tokens, **self._no_cache()).logits[0]
             if not probes:
                 raise ValueError(
                     f"{_name(self.model)} makes its logits without running {_name(self._base_models()[0])}"
@@ -442,7 +448,7 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _unwrap(model: Any) -> Any:
+def unwrap(model: Any) -> Any:
     """The model inside torch.compile (`_orig_mod`), DistributedDataParallel and its like (`module`), and PEFT."""
     children = getattr(model, "_modules", {})
     if isinstance(model, nn.parallel.DistributedDataParallel) and model.static_graph:
@@ -452,8 +458,8 @@ def _unwrap(model: Any) -> Any:
         )
     for name in ("_orig_mod", "module"):
         if name in children:
-            return _unwrap(children[name])
-    return _unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model
+            return unwrap(children[name])
+    return unwrap(model.get_base_model()) if hasattr(model, "get_base_model") else model
 
 
 def _number(config: Any, names: tuple[str, ...]) -> float | None:

@@ -14,8 +14,10 @@ from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.logps import (
     check_linear_inputs,
     check_num_labelled,
+    check_stats,
     linear_compute_dtype,
     linear_sequence_logps,
+    named_stats,
     prepare_labels,
     sum_tokens,
 )
@@ -48,6 +50,8 @@ class LinearDPOOutput(NamedTuple):
     """[B] beta * (logps - ref_logps) of the chosen responses."""
     rejected_rewards: Tensor
     """[B] the same of the rejected ones."""
+    stats: dict[str, Tensor]
+    """{name: [S, T]} what was asked for, 0 or False at positions without a label."""
 
 
 class _LossOptions(NamedTuple):
@@ -62,6 +66,7 @@ class _LossOptions(NamedTuple):
     use_weighting: bool
     mean_chosen_length: Tensor | float | None
     ignore_index: int
+    wanted_stats: tuple[str, ...]
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -69,7 +74,9 @@ class _LossOptions(NamedTuple):
 
     @property
     def stats(self) -> list[str]:
-        return ["log_sum_sq_probs"] if self.use_weighting else []
+        """What was asked for, and what the loss itself needs."""
+        needed = ["log_sum_sq_probs"] if self.use_weighting and "log_sum_sq_probs" not in self.wanted_stats else []
+        return [*self.wanted_stats, *needed]
 
 
 def linear_dpo_loss(
@@ -94,6 +101,7 @@ def linear_dpo_loss(
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     mean_chosen_length: Tensor | float | None = None,
+    stats: Sequence[str] = (),
     num_labelled: int | None = None,
     chunk_bytes: int | None = None,
     impl: str = "auto",
@@ -119,7 +127,8 @@ def linear_dpo_loss(
         labels: [S, T] integers in [0, V), or `ignore_index` on prompt and padding.
         ref_logps: [S] log-probabilities of the same responses under the reference model, in nats; with `ld_alpha`,
             length-desensitized alike.
-        bias, logit_scale, softcap, temperature, ignore_index, shift, num_labelled, impl: as in `linear_sequence_logps`.
+        bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, impl: as in
+            `linear_sequence_logps`.
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau: as in `dpo_loss`.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).
         use_weighting: weigh each pair by how likely the policy makes it (WPO, arXiv 2406.11827, Eq. 2).
@@ -135,13 +144,14 @@ def linear_dpo_loss(
     """
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     check_num_labelled(num_labelled)
+    check_stats(stats)
     _check_pairs(hidden, ref_logps, chunk_bytes)
     options = _LossOptions(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, ld_alpha, use_weighting,
-        mean_chosen_length, ignore_index,
+        mean_chosen_length, ignore_index, tuple(stats),
     )  # fmt: skip
     checked = options._asdict()
-    del checked["mean_chosen_length"], checked["ignore_index"]
+    del checked["mean_chosen_length"], checked["ignore_index"], checked["wanted_stats"]
     validate_dpo_options(**checked)
     impl = choose(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
@@ -165,7 +175,8 @@ def linear_dpo_loss(
             x = GatherRows.apply(hidden, *rows)
             check_finite(x.detach(), rows, waits=num_labelled is None)
             grouped = _Grouped(rows, labels, ref_logps, groups, transform, compute_dtype, options, impl)
-            return LinearDPOOutput(*_GroupedLoss.apply(x, weight, bias, grouped))
+            found = _GroupedLoss.apply(x, weight, bias, grouped)
+            return LinearDPOOutput._make((*found[:-1], named_stats(stats, found[-1])))
 
     out = linear_sequence_logps(
         hidden,
@@ -178,7 +189,8 @@ def linear_dpo_loss(
         num_labelled=num_labelled,
         impl=impl,
     )
-    loss, logps = _pair_losses(out.token_logps, out.stats.get("log_sum_sq_probs"), labels, ref_logps, options)
+    for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
+    loss, logps = _pair_losses(out.token_logps, for_wpo, labels, ref_logps, options)
     return LinearDPOOutput(
         loss.losses.mean(),
         loss.losses.detach(),
@@ -186,6 +198,7 @@ def linear_dpo_loss(
         out.num_tokens,
         loss.chosen_rewards,
         loss.rejected_rewards,
+        {name: out.stats[name] for name in stats},
     )
 
 
@@ -312,12 +325,16 @@ class _GroupedLoss(torch.autograd.Function):
         # A pair without labelled tokens is in no group's rows, but in a group's pairs: groups cover all pairs.
         losses, chosen_rewards, rejected_rewards = x.new_empty(3, pairs, dtype=g.ref_logps.dtype)
         logps = losses.new_empty(sequences)
+        table = x.new_zeros(len(options.wanted_stats), sequences, length, dtype=g.ref_logps.dtype)
+
+        of_wpo = options.stats.index("log_sum_sq_probs") if options.use_weighting else 0
 
         def coefficients(i: int, row_logps: Tensor, stats: Tensor) -> Tensor:
             rows, of = g.groups[i]
             both = [of, slice(of.start + pairs, of.stop + pairs)]
             size = of.stop - of.start
             sequence, position = g.rows.sequence[rows], g.rows.position[rows]
+            table[:, sequence, position] = stats[: len(table)].to(table.dtype)
             local = sequence % pairs - of.start + sequence // pairs * size
             shape = torch.Size((2 * size, length))
             # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here
@@ -325,7 +342,7 @@ class _GroupedLoss(torch.autograd.Function):
                 leaf = row_logps.detach().requires_grad_()
                 loss, group_logps = _pair_losses(
                     ScatterRows.apply(leaf, local, position, shape),
-                    ScatterRows.apply(stats[0], local, position, shape) if options.stats else None,
+                    ScatterRows.apply(stats[of_wpo], local, position, shape) if options.use_weighting else None,
                     torch.cat([g.labels[s] for s in both]),
                     torch.cat([g.ref_logps[s] for s in both]),
                     options,
@@ -350,9 +367,9 @@ class _GroupedLoss(torch.autograd.Function):
                 need=ctx.needs_input_grad[:3],
                 stats=options.stats,
             )
-        ctx.mark_non_differentiable(losses, logps, num_tokens, chosen_rewards, rejected_rewards)
+        ctx.mark_non_differentiable(losses, logps, num_tokens, chosen_rewards, rejected_rewards, table)
         ctx.set_materialize_grads(False)
-        return losses.mean(), losses, logps, num_tokens, chosen_rewards, rejected_rewards
+        return losses.mean(), losses, logps, num_tokens, chosen_rewards, rejected_rewards, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

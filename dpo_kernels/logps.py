@@ -173,9 +173,12 @@ def _reduce(
     logps = sum_tokens(weighted)
     if reduction == "mean":
         logps = logps / num_tokens.clamp(min=1)
-    values = values.detach()
-    named = {name: values[i] > 0 if name == "is_top1" else values[i] for i, name in enumerate(stats)}
-    return SequenceLogps(logps, num_tokens, token_logps, named)
+    return SequenceLogps(logps, num_tokens, token_logps, named_stats(stats, values.detach()))
+
+
+def named_stats(names: Sequence[str], values: Tensor) -> dict[str, Tensor]:
+    """Of the table [K, S, T] that implementations fill."""
+    return {name: values[i] > 0 if name == "is_top1" else values[i] for i, name in enumerate(names)}
 
 
 def sum_tokens(token_logps: Tensor) -> Tensor:
@@ -284,5 +287,9 @@ def check_reduction(
         raise ValueError(f"token_weights: expected shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
+    check_stats(stats)
+
+
+def check_stats(stats: Sequence[str]) -> None:
     if isinstance(stats, str) or any(name not in STATS for name in stats):
         raise ValueError(f"stats: expected a sequence of names from {STATS}, got {stats!r}")

@@ -124,7 +124,7 @@ def _expm1(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 1, torch.expm1(x.clamp(-1, 1)), _exp(x) - 1)
 
 
-def _log_odds(logps: Tensor) -> Tensor:
+def log_odds(logps: Tensor) -> Tensor:
     """log(p / (1 - p)) of log p, continued along its tangent above -MIN_LOGP_GAP, so that p = 1 stays finite."""
     log1mexp = torch.log(-torch.expm1(logps.clamp(max=-MIN_LOGP_GAP)))
     return logps - log1mexp + torch.relu(logps + MIN_LOGP_GAP) / math.expm1(MIN_LOGP_GAP)
@@ -523,7 +523,7 @@ def orpo_loss(
     """
     _check_positive("beta", beta)
     chosen, rejected = _length_averages(chosen_logps, rejected_logps, chosen_lengths, rejected_lengths)
-    losses = beta * logistic_loss(_log_odds(chosen) - _log_odds(rejected)) - chosen
+    losses = beta * logistic_loss(log_odds(chosen) - log_odds(rejected)) - chosen
     return PreferenceLoss(losses, beta * chosen.detach(), beta * rejected.detach())
 
 

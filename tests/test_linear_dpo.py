@@ -77,7 +77,7 @@ def check(inputs, chunk_bytes, **options):
     torch.testing.assert_close(out.rejected_rewards, expected.rejected_rewards)
     labels = inputs.labels[:, 1:] if options.get("shift") else inputs.labels
     assert torch.equal(out.num_tokens, (labels != -100).sum(1))
-    assert [t.requires_grad for t in out] == [True, False, False, False, False, False]
+    assert [t.requires_grad for t in out[:6]] == [True, False, False, False, False, False]
     wanted = [t for t in (inputs.hidden, inputs.weight, inputs.bias) if t.requires_grad]
     ours = torch.autograd.grad(out.loss * 3, wanted)
     for mine, other in zip(ours, torch.autograd.grad(expected.losses.mean() * 3, wanted), strict=True):
@@ -114,6 +114,25 @@ def test_options(options, chunk_bytes, frozen):
     inputs.weight.requires_grad_(not frozen)
     inputs.bias.requires_grad_(not frozen)
     check(inputs, chunk_bytes, **options)
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize("use_weighting", [False, True])  # which needs one of them for itself
+def test_stats(chunk_bytes, use_weighting):
+    inputs = head_inputs(6, 9, dtype=torch.float64)
+    shared = {"bias": inputs.bias, "softcap": 3.0, "shift": True}
+    for stats in (("entropy", "is_top1", "mean_logit"), ("log_sum_sq_probs", "entropy"), ()):
+        expected = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, stats=stats, **shared).stats
+        options = {"chunk_bytes": chunk_bytes, "use_weighting": use_weighting, "softcap": 3.0, "shift": True}
+        out = fused(inputs, stats=stats, **options)
+        assert ("GroupedLoss" in out.loss.grad_fn.name()) == (chunk_bytes != 0)
+        assert list(out.stats) == list(stats)
+        for name in stats:
+            assert not out.stats[name].requires_grad
+            torch.testing.assert_close(out.stats[name], expected[name])
+        torch.testing.assert_close(out.loss, fused(inputs, **options).loss)
+    with pytest.raises(ValueError, match="stats: expected a sequence of names"):
+        fused(inputs, stats=("entropy", "variance"))
 
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)

@@ -1,0 +1,160 @@
+"""A model whose forward gives log-probabilities and losses instead of logits, through whatever is wrapped around it.
+
+What trainers put around a model (autocast, gradient synchronisation, adapters) works on its forward. So head and loss
+are put there: `model(**inputs, labels=labels, fused_lm_head=True)` runs the base model, and the head where there are
+labels. TRL's trainers call their own head this way, and so call ours when it is there instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from dpo_kernels.head import HeadOperands, LMHead
+from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
+from dpo_kernels.logps import linear_sequence_logps
+from dpo_kernels.rows import shift_labels
+
+# What TRL calls the statistics of a position, and what we do.
+STATS = {
+    "entropy": "entropy",
+    "mean_logits": "mean_logit",
+    "is_top1": "is_top1",
+    "log_sum_sq_probs": "log_sum_sq_probs",
+}
+
+
+class Preference(NamedTuple):
+    """What the forward needs for the loss of DPO, on S = 2B sequences, chosen before rejected."""
+
+    ref_logps: Tensor  # [S]
+    options: dict[str, Any]  # of `linear_dpo_loss`
+
+
+@dataclass
+class FusedOutput(ModelOutput):
+    """What is not asked for is None.
+
+    Attributes:
+        log_probs: [S, T - 1] of labels[:, 1:], with a gradient, and 0 where there is no label.
+        entropy, mean_logits, is_top1, log_sum_sq_probs: [S, T - 1] of the distributions of those labels, 0 or False
+            where there is none.
+        preference: what `linear_dpo_loss` gives. Then there are no `log_probs`.
+        all_mean_logits: [S, T] the mean logit of every position, without a gradient.
+        aux_loss: [] of a mixture of experts, without its coefficient.
+    """
+
+    log_probs: Tensor | None = None
+    entropy: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    preference: LinearDPOOutput | None = None
+    all_mean_logits: Tensor | None = None
+    aux_loss: Tensor | None = None
+
+
+def add_fused_lm_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",)) -> None:
+    """Makes `model(**inputs, labels=labels, fused_lm_head=True)` return a `FusedOutput`. Other calls are as before.
+
+    Args:
+        model: a transformers causal language model by itself; adapters may be inside, but it is in no wrapper.
+        outputs: "log_probs", and any of `STATS`.
+
+    With `fused_lm_head=True` the forward takes by keyword what the model's own does, and
+
+        labels: [S, T] token ids, -100 where a position's token has no label;
+        preference: a `Preference`;
+        all_mean_logits: whether to give those too. With a softcap that is a product over all positions.
+
+    The head is checked against the model's own logits in the first such call (`LMHead.check`), when the model is where
+    it will be. A copy of the model, by `copy.deepcopy`, has a head of its own.
+
+    Raises:
+        ValueError: the model has no head or base model, or `outputs` has a name that is none of the above; from the
+            forward: the head is quantised or sharded over devices, or does not give the model's own logits.
+    """
+    if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
+        raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")
+    fused = _Fused(LMHead(model), model.forward, [name for name in STATS if name in outputs])
+    model._fused_lm_head = fused  # type: ignore[assignment]
+
+    @functools.wraps(type(model).forward)  # `generate` looks at the signature
+    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
+        fused: _Fused = self._fused_lm_head
+        return fused(*args, **inputs) if fused_lm_head else fused.original(*args, **inputs)
+
+    model.forward = types.MethodType(forward, model)
+
+
+class _Fused:
+    """The head of a model and the forward that it had before. What refers to the model here refers to the copy in a
+    copy of it."""
+
+    def __init__(self, head: LMHead, original: Callable[..., Any], names: list[str]) -> None:
+        self.head, self.original, self.names = head, original, names
+        self.is_checked = False
+
+    def __call__(
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        preference: Preference | None = None,
+        all_mean_logits: bool = False,
+        **inputs: Any,
+    ) -> FusedOutput:
+        if args or labels is None or "shift_labels" in inputs:
+            raise ValueError(
+                "fused_lm_head: expected labels, no shift_labels, and all inputs by keyword, got "
+                f"{'no labels' if labels is None else 'labels'}, {len(args)} input(s) by position, and by keyword "
+                f"{sorted(inputs)}"
+            )
+        if not self.is_checked:
+            with torch.autocast(labels.device.type, enabled=False):
+                self.head.check(self.original)
+            self.is_checked = True
+        hidden, aux_loss = self.head.hidden_states_through(self.original, **inputs)
+        operands = self.head.operands(hidden)
+        target = shift_labels(labels.to(operands.hidden.device), -100)
+        found = _scored(self.head, operands, target, self.names, preference)
+        if all_mean_logits:
+            found["all_mean_logits"] = mean_logits(self.head, operands)
+        return FusedOutput(**found, aux_loss=aux_loss)
+
+
+def _scored(
+    head: LMHead, operands: HeadOperands, target: Tensor, names: list[str], preference: Preference | None
+) -> dict[str, Any]:
+    hidden, weight, bias = operands
+    options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
+    options["stats"] = [STATS[name] for name in names]
+    found: dict[str, Any] = {}
+    if preference is None:
+        scored = linear_sequence_logps(hidden, weight, target, **options)
+        found["log_probs"], stats = scored.token_logps[:, :-1], scored.stats
+    else:
+        ref_logps = preference.ref_logps.to(hidden.device)
+        output = linear_dpo_loss(hidden, weight, target, ref_logps, **options, **preference.options)
+        found["preference"], stats = output._replace(stats={}), output.stats
+    return found | {name: stats[STATS[name]][:, :-1] for name in names}
+
+
+@torch.no_grad()
+def mean_logits(head: LMHead, operands: HeadOperands) -> Tensor:
+    """[S, T] fp32: the mean over the vocabulary of the logits of every position, without computing them where they
+    are linear in the hidden states."""
+    hidden, weight, bias = operands
+    if head.softcap is not None:
+        every = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
+        options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
+        return linear_sequence_logps(hidden, weight, every, stats=("mean_logit",), **options).stats["mean_logit"]
+    with torch.autocast(hidden.device.type, enabled=False):
+        means = hidden.float() @ weight.mean(0, dtype=torch.float32)
+    return head.logit_scale * (means if bias is None else means + bias.float().mean())

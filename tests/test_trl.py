@@ -1,0 +1,502 @@
+"""TRL's trainers with this package's head, beside TRL's own: the same models, data and settings, log by log."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import statistics
+import warnings
+from functools import cache
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="tests the trainers of TRL, which is not installed")
+pytest.importorskip("peft", reason="trains LoRA too, and peft is not installed")
+
+import trl
+from accelerate.state import AcceleratorState
+from peft import LoraConfig, get_peft_model
+from test_head import MODELS, build
+from test_trl_parity import LOSS_OPTIONS, MPO, preferences, tokenizer, trl_names
+
+import dpo_kernels.trl as ours
+from dpo_kernels.fused_forward import add_fused_lm_head
+from dpo_kernels.head import LMHead
+from dpo_kernels.losses import F_DIVERGENCE_LOSSES
+
+STEPS, PAIRS, VOCAB = 3, 4, 128
+TOLERANCE = 1e-4
+# Of the logs, what a clock says.
+CLOCKS = ("runtime", "per_second", "total_flos", "epoch")
+# TRL scores all of these with its own head as they are.
+ARCHITECTURES = (
+    "qwen2",
+    "qwen3",
+    "llama",
+    "mistral",
+    "gemma2",
+    "gemma3",
+    "phi",
+    "cohere",
+    "granite",
+    "hyperclovax",
+    "mixtral",
+    "gpt2",
+    "falcon_h1",
+    "opt",
+)
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def process_left_as_it_was():
+    """TRL's arguments set a device and a precision for the whole process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@cache
+def prototype(name):
+    """Without dropout, even where it is a function's and TRL does not find it."""
+    more = {"dropout": 0.0} if name == "opt" else {}
+    return build(name, vocab_size=VOCAB, initializer_range=0.3, **more)
+
+
+def settings(directory, **more):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # which arguments set, and never take back
+    return {
+        "output_dir": str(directory),
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "optim": "adamw_torch",
+        "learning_rate": 2e-3,
+        "adam_epsilon": 1e-5,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": PAIRS,
+        "per_device_eval_batch_size": PAIRS,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "max_length": 48,
+        **more,
+    }
+
+
+def dpo(trainer_class, directory, model, *, lora=None, reference=None, evaluate=False, trainer_options=None, **more):
+    """A trainer that has trained, and its logs."""
+    model = copy.deepcopy(model)
+    if lora is None and reference is None and not more.get("precompute_ref_log_probs"):
+        reference = copy.deepcopy(model)
+        with torch.no_grad():  # away from the policy: rewards are not 0 in the first step
+            for number, weight in enumerate(reference.parameters()):
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)), alpha=0.02)
+    trainer = trainer_class(
+        model,
+        reference,
+        args=trl.DPOConfig(**settings(directory, **more)),
+        train_dataset=preferences(),
+        eval_dataset=preferences().select(range(6)) if evaluate else None,  # its last batch is smaller
+        processing_class=tokenizer(),
+        peft_config=None if lora is None else lora_config(model, lora),
+        **(trainer_options or {}),
+    )
+    trainer.train()
+    if evaluate:
+        trainer.evaluate()
+    return trainer, logs_of(trainer)
+
+
+def lora_config(model, options):
+    if model.config.model_type == "falcon_h1" and options["target_modules"] == "all-linear":
+        options = {**options, "target_modules": ["q_proj", "v_proj"]}  # PEFT refuses some of its others
+    return LoraConfig(**options)
+
+
+def logs_of(trainer):
+    return [
+        {name: value for name, value in log.items() if not any(clock in name for clock in CLOCKS)}
+        for log in trainer.state.log_history
+    ]
+
+
+def assert_agree(mine, theirs, tolerance=TOLERANCE):
+    assert len(mine) == len(theirs) >= STEPS
+    for number, (own, other) in enumerate(zip(mine, theirs, strict=True), 1):
+        assert own.keys() == other.keys()
+        for name, value in other.items():
+            if name.endswith("accuracies") and abs(other[name.replace("accuracies", "margins")]) < 1e-4:
+                continue  # policy and reference are the same: rounding decides
+            limit = tolerance * max(1.0, abs(value))
+            assert abs(own[name] - value) <= limit, f"log {number}: {name} is {own[name]:.9g}, TRL has {value:.9g}"
+
+
+def weights_of(trainer):
+    return {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+
+
+def assert_weights_agree(mine, theirs):
+    """After the steps: no gradient went another way."""
+    mine, theirs = weights_of(mine), weights_of(theirs)
+    assert mine.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert (mine[name] - value).abs().max() <= 1e-3 * value.abs().max(), name
+
+
+# DPO
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_logs_of_every_architecture_agree(tmp_path, name, lora):
+    mine, my_logs = dpo(ours.DPOTrainer, tmp_path, prototype(name), lora=lora)
+    theirs, their_logs = dpo(trl.DPOTrainer, tmp_path, prototype(name), lora=lora)
+    assert_agree(my_logs, their_logs)
+    assert_weights_agree(mine, theirs)
+    assert {"loss", "rewards/margins", "logits/chosen", "entropy", "num_tokens"} <= my_logs[0].keys()
+    assert ("aux_loss" in my_logs[0]) == (name == "mixtral")
+
+
+LOSSES = [{"loss_type": name, **options} for name, options in LOSS_OPTIONS.items()]
+DIVERGENCES = [
+    {"loss_type": loss_type, "f_divergence": f_divergence, "f_alpha": 0.4, **LOSS_OPTIONS[loss_type]}
+    for loss_type, f_divergence in zip(
+        sorted(F_DIVERGENCE_LOSSES.intersection(LOSS_OPTIONS) - {"sft"}),
+        ["forward_kl", "js", "alpha"] * 3,
+        strict=False,
+    )
+]
+COMBINATIONS = [
+    MPO,
+    {**MPO, "ld_alpha": 0.3},
+    {"loss_type": ["sigmoid", "robust"], "label_smoothing": 0.1},
+    {"loss_type": "sigmoid", "label_smoothing": 0.1},  # of which TRL takes no notice
+    {"loss_type": "sigmoid", "use_weighting": True},
+    {"loss_type": "ipo", "use_weighting": True, "ld_alpha": 0.3},
+    {"loss_type": "sigmoid", "precompute_ref_log_probs": True},
+    {"loss_type": "sigmoid", "precompute_ref_log_probs": True, "ld_alpha": 0.3},
+    {"loss_type": "sigmoid", "gradient_checkpointing": True},
+    {"loss_type": "sigmoid", "gradient_accumulation_steps": 2},
+    {"loss_type": "sigmoid", "gradient_accumulation_steps": 2, "logging_steps": 2, "max_steps": 6},
+    {"loss_type": "sigmoid", "logging_steps": 3, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 6},
+    {"loss_type": "sigmoid", "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", [*LOSSES, *DIVERGENCES, *COMBINATIONS], ids=str)
+def test_logs_of_every_setting_agree(tmp_path, options):
+    options = trl_names(**options)
+    _, mine = dpo(ours.DPOTrainer, tmp_path / "ours", prototype("qwen2"), evaluate=True, **options)
+    _, theirs = dpo(trl.DPOTrainer, tmp_path / "trl", prototype("qwen2"), evaluate=True, **options)
+    assert_agree(mine, theirs)
+    assert any("eval_rewards/margins" in log for log in mine)
+
+
+def test_adapter_that_exists_is_its_own_reference(tmp_path):
+    torch.manual_seed(0)
+    model = get_peft_model(copy.deepcopy(prototype("llama")), LoraConfig(**LORA))
+    found = []
+    for trainer_class in (ours.DPOTrainer, trl.DPOTrainer):
+        trainer = trainer_class(
+            copy.deepcopy(model), args=trl.DPOConfig(**settings(tmp_path)), train_dataset=preferences(),
+            processing_class=tokenizer(),
+        )  # fmt: skip
+        trainer.train()
+        found.append(logs_of(trainer))
+    assert_agree(*found)
+    assert found[0][0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*return_outputs.*:FutureWarning")
+def test_compute_metrics_sees_logits(tmp_path):
+    seen = []
+
+    def compute_metrics(prediction):
+        seen.append(prediction.predictions)
+        return {"mean": float(prediction.predictions.mean())}
+
+    options = {"evaluate": True, "trainer_options": {"compute_metrics": compute_metrics}}
+    _, mine = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), **options)
+    _, theirs = dpo(trl.DPOTrainer, tmp_path, prototype("qwen2"), **options)
+    assert_agree(mine, theirs)
+    assert seen[0].shape[-1] == VOCAB and mine[-1].keys() >= {"eval_mean"}
+
+
+BF16_METRICS = ("loss", "logps/chosen", "logps/rejected", "rewards/chosen", "rewards/rejected")
+
+
+class FullPrecision:
+    """Hooks that keep a module out of autocast, also in a copy of it."""
+
+    def __init__(self, module):
+        self.entered = []
+        module.register_forward_pre_hook(self.enter)
+        module.register_forward_hook(self.leave)
+
+    def enter(self, module, args):
+        self.entered.append(torch.autocast("cpu", enabled=False))
+        self.entered[-1].__enter__()
+
+    def leave(self, module, args, output):
+        self.entered.pop().__exit__(None, None, None)
+
+
+def with_backbone_in_fp32(name):
+    """What bf16 does to the layers below the head is the same for everybody, is more than what it does in the head of
+    a model this small, and hides it."""
+    model = copy.deepcopy(prototype(name))
+    for module in LMHead(model)._base_models():
+        FullPrecision(module)
+    return model
+
+
+@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
+def test_in_bf16_ours_are_closer_to_fp32(tmp_path, lora):
+    """The rms over steps and metrics of the deviation from the run in fp32, over that of TRL's own trainer. Both round
+    hidden states and weights, and ours no logits; a single architecture may go either way."""
+    ratios = []
+    for name in ARCHITECTURES:
+        model, off = with_backbone_in_fp32(name), []
+        _, exact = dpo(trl.DPOTrainer, tmp_path, model, lora=lora)
+        for trainer_class in (ours.DPOTrainer, trl.DPOTrainer):
+            _, rounded = dpo(trainer_class, tmp_path, model, lora=lora, bf16=True)
+            assert not torch.is_autocast_enabled("cpu")
+            logs = [(a[m], b[m]) for a, b in zip(rounded, exact, strict=True) for m in BF16_METRICS if m in b]
+            off.append(math.sqrt(sum(((a - b) / max(1, abs(b))) ** 2 for a, b in logs)))
+        ratios.append(off[0] / off[1])
+    assert statistics.geometric_mean(ratios) < 0.9, ratios
+    assert sum(ratio < 1 for ratio in ratios) > len(ratios) / 2, ratios
+
+
+# What TRL refuses or gets wrong
+
+
+def eager_loss(model, reference, batch):
+    """DPO in fp32 from the models' own logits."""
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)[:, 1:]
+
+    def logps(of):
+        logits = of(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1].float()
+        found = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return found.masked_fill(labels == -100, 0.0).sum(1).chunk(2)
+
+    chosen, rejected = logps(model)
+    with torch.no_grad():
+        ref_chosen, ref_rejected = logps(reference)
+    return -torch.nn.functional.logsigmoid(0.1 * (chosen - ref_chosen - rejected + ref_rejected)).mean()
+
+
+class WithoutAdapter:
+    def __init__(self, model):
+        self.model = model
+
+    def __call__(self, **inputs):
+        with self.model.disable_adapter():
+            return self.model(**inputs)
+
+
+def assert_gradients_are_eager(trainer):
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(PAIRS)])
+    trainer.model.train()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    found = {name: w.grad.clone() for name, w in trainer.model.named_parameters() if w.grad is not None}
+    trainer.model.zero_grad()
+    reference = trainer.ref_model or WithoutAdapter(trainer.model)
+    expected = eager_loss(trainer.model, reference, batch)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    wanted = {name: w.grad for name, w in trainer.model.named_parameters() if w.grad is not None}
+    assert found.keys() == wanted.keys() and wanted
+    largest = max(float(gradient.abs().max()) for gradient in wanted.values())
+    for name, gradient in wanted.items():
+        assert (found[name] - gradient).abs().max() <= 1e-4 * largest, name
+    return found
+
+
+@pytest.mark.parametrize("name", ["recurrent_gemma", "modernbert_decoder", "roberta", "bert", "electra"])
+def test_heads_that_trl_gets_wrong(tmp_path, name):
+    trainer, logs = dpo(ours.DPOTrainer, tmp_path, prototype(name), max_steps=1)
+    assert math.isfinite(logs[0]["loss"])
+    assert_gradients_are_eager(trainer)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 4, 5]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["LoRA on lm_head", "tied trainable tokens", "lm_head saved"],
+)
+def test_adapters_on_the_head_are_trained(tmp_path, more):
+    name = "qwen2" if "trainable_token_indices" in more else "llama"  # embeddings and head of the first are tied
+    trainer, _ = dpo(ours.DPOTrainer, tmp_path, prototype(name), lora={**LORA, **more}, max_steps=1)
+    found = assert_gradients_are_eager(trainer)
+    assert any("lm_head" in each or "token_adapter" in each for each in found)
+
+
+def test_weighting_goes_together_with_likelihood(tmp_path):
+    """TRL multiplies an expanded tensor in place there."""
+    options = {"loss_type": ["sigmoid", "sft"], "use_weighting": True}
+    with pytest.raises(RuntimeError, match="expanded tensor|single memory location"):
+        dpo(trl.DPOTrainer, tmp_path, prototype("qwen2"), **options)
+    _, logs = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), **options)
+    assert all(math.isfinite(log["loss"]) for log in logs if "loss" in log)
+
+
+# What it costs
+
+
+def test_metrics_wait_for_the_device_once_a_log(tmp_path, monkeypatch):
+    counted = {"waits": 0}
+
+    def counting(name, before):
+        def method(self, *args, **kwargs):
+            counted["waits"] += 1
+            return before(self, *args, **kwargs)
+
+        monkeypatch.setattr(torch.Tensor, name, method)
+
+    original_record, original_report = ours._record, ours._report
+    waits = []
+
+    def during(function):
+        def wrapped(*args):
+            before = counted["waits"]
+            function(*args)
+            waits.append((function.__name__, counted["waits"] - before))
+
+        return wrapped
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
+        counting(name, getattr(torch.Tensor, name))
+    monkeypatch.setattr(ours, "_record", during(original_record))
+    monkeypatch.setattr(ours, "_report", during(original_report))
+    dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), gradient_accumulation_steps=2, max_steps=2)
+    assert [found for found in waits if found[0] == "_record"] == [("_record", 0)] * 4
+    assert [found for found in waits if found[0] == "_report"][:2] == [("_report", 1)] * 2
+
+
+def test_head_is_formed_in_the_forward(tmp_path):
+    """Path C: three products, and no logits of every position."""
+    trainer, _ = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=1)
+    batch = trainer.data_collator([trainer.train_dataset[i] for i in range(PAIRS)])
+    assert "GroupedLoss" in trainer.compute_loss(trainer.model, batch).grad_fn.name()
+
+
+# patch() and versions
+
+
+def test_patch_reaches_what_inherits(tmp_path):
+    class Frameworks(trl.DPOTrainer):
+        pass
+
+    before = dict(vars(trl.DPOTrainer))
+    ours.patch()
+    ours.patch("DPOTrainer")
+    try:
+        trainer, mine = dpo(Frameworks, tmp_path, prototype("qwen2"), max_steps=3)
+        assert "_dpo_kernels_recorded" in vars(trainer)
+        _, same = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"))
+    finally:
+        ours.unpatch()
+    assert {name: before[name] for name in ours.METHODS if name in before} == {
+        name: vars(trl.DPOTrainer)[name] for name in ours.METHODS if name in before
+    }
+    trainer, theirs = dpo(Frameworks, tmp_path, prototype("qwen2"))
+    assert "_dpo_kernels_recorded" not in vars(trainer)
+    assert_agree(mine, theirs)
+    assert_agree(same, theirs)
+    with pytest.raises(ValueError, match="names: expected some of .*'DPOTrainer'.*got 'SFTTrainer'"):
+        ours.patch("SFTTrainer")
+
+
+def test_unknown_version_is_verified(tmp_path, monkeypatch):
+    _, expected = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"))
+    monkeypatch.setattr(trl, "__version__", "1.99.0")
+    for lora in (None, {**LORA, "init_lora_weights": True}):  # whose policy is the reference
+        with pytest.warns(UserWarning, match="not with 1.99.0; on the first batch it agreed") as caught:
+            _, logs = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), lora=lora)
+        assert len([each for each in caught if "1.99.0" in str(each.message)]) == 1
+        if lora is None:
+            assert logs == expected
+    right = ours._dpo_options
+    monkeypatch.setattr(ours, "_dpo_options", lambda trainer: right(trainer) | {"beta": 0.2})
+    with pytest.raises(RuntimeError, match="does not fit 1.99.0: on the first batch .*TRL's"):
+        dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=2)
+
+
+def test_known_version_is_not(tmp_path):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=1)
+    assert not [each for each in caught if "agreed with TRL" in str(each.message)]
+
+
+# The forward itself
+
+
+def test_forward_without_the_flag_is_the_models_own():
+    model, plain = copy.deepcopy(prototype("qwen2")), prototype("qwen2")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    tokens = torch.arange(3, 11).view(2, 4)
+    assert torch.equal(model(input_ids=tokens, labels=tokens).loss, plain(input_ids=tokens, labels=tokens).loss)
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    generated = [each.generate(tokens, max_new_tokens=3, do_sample=False) for each in (model, plain)]
+    assert torch.equal(*generated)
+    for problem, args, inputs in (
+        (r"got labels, 1 input\(s\) by position", (tokens,), {"labels": tokens}),
+        (r"got no labels, 0 input\(s\) by position, and by keyword \['input_ids'\]", (), {"input_ids": tokens}),
+        ("no shift_labels", (), {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}),
+    ):
+        with pytest.raises(ValueError, match=f"fused_lm_head: expected labels.*{problem}"):
+            model(*args, **inputs, fused_lm_head=True)
+    with pytest.raises(ValueError, match=r"outputs: expected some of .*got \['logits'\]"):
+        add_fused_lm_head(model, outputs=("log_probs", "logits"))
+
+
+def test_copy_of_a_model_has_a_head_of_its_own():
+    model = copy.deepcopy(prototype("qwen2"))
+    add_fused_lm_head(model)
+    other = copy.deepcopy(model)
+    tokens = torch.arange(3, 15).view(2, 6)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+        for each in (model, other):
+            logits = each(input_ids=tokens).logits[:, :-1]
+            expected = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+            found = each(input_ids=tokens, labels=tokens, fused_lm_head=True).log_probs
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_head_that_gives_other_logits_is_refused():
+    """In the first call, when the model is where it will be."""
+    model = copy.deepcopy(prototype("cohere"))
+    add_fused_lm_head(model)
+    model._fused_lm_head.head.logit_scale = 5.0
+    tokens = torch.arange(3, 15).view(2, 6)
+    model.lm_head.register_forward_hook(lambda module, args, output: output**2)
+    with pytest.raises(ValueError, match="does not give the model's own logits"):
+        model(input_ids=tokens, labels=tokens, fused_lm_head=True)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_mean_logits_of_all_positions(name):
+    model = copy.deepcopy(prototype(name))
+    add_fused_lm_head(model)
+    tokens = torch.arange(3, 15).view(2, 6)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    expected = model(**inputs).logits.mean(-1)
+    found = model(**inputs, labels=tokens, fused_lm_head=True, all_mean_logits=True).all_mean_logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -1,0 +1,101 @@
+"""TRL's trainer with its head and with ours, on models that are more than a language model by itself: virtual tokens
+before the text, a model of vision and language, several processes."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("trl", reason="tests the trainers of TRL, which is not installed")
+pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
+
+import trl
+from peft import PrefixTuningConfig, PromptTuningConfig
+from test_trl import assert_agree, logs_of, process_left_as_it_was, prototype, settings  # noqa: F401
+from test_trl_parity import preferences, tokenizer
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import dpo_kernels.trl as ours
+
+
+def trained(trainer_class, directory, model, processing_class, **more):
+    trainer = trainer_class(
+        copy.deepcopy(model),
+        args=trl.DPOConfig(**settings(directory, **more.pop("options", {}))),
+        train_dataset=preferences(),
+        processing_class=processing_class,
+        **more,
+    )
+    trainer.train()
+    return logs_of(trainer)
+
+
+@pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
+def test_virtual_tokens(tmp_path, kind):
+    found = []
+    for trainer_class in (ours.DPOTrainer, trl.DPOTrainer):
+        config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        found.append(trained(trainer_class, tmp_path, prototype("llama"), tokenizer(), peft_config=config))
+    assert_agree(*found)
+
+
+def test_text_of_a_vision_language_model(tmp_path):
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=128, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=127))
+    found = []
+    for trainer_class in (ours.DPOTrainer, trl.DPOTrainer):
+        reference = copy.deepcopy(model)
+        with torch.no_grad():
+            reference.lm_head.weight.mul_(1.3)
+        found.append(trained(trainer_class, tmp_path, model, tokenizer(), ref_model=reference))
+    assert_agree(*found)
+    assert abs(found[0][0]["rewards/chosen"]) > 1e-3
+
+
+EVERY_PROCESS = """
+import json, os, sys
+import torch
+import dpo_kernels.trl
+import trl
+from test_trl import dpo, prototype
+
+torch.set_num_threads(1)
+module = {"trl": trl, "dpo_kernels": dpo_kernels.trl}[sys.argv[1]]
+options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
+trainer, logs = dpo(module.DPOTrainer, sys.argv[2], prototype("llama"), **options)
+assert trainer.accelerator.num_processes == 2
+if os.environ["RANK"] == "0":
+    with open(sys.argv[2] + "/logs.json", "w") as file:
+        json.dump(logs, file)
+"""
+
+
+def test_two_processes(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    path = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+    (tmp_path / "script.py").write_text(EVERY_PROCESS)
+    found = []
+    for who in ("dpo_kernels", "trl"):
+        out = tmp_path / who
+        out.mkdir()
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*start, tmp_path / "script.py", who, out], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        found.append(json.loads((out / "logs.json").read_text()))
+    assert_agree(*found)
