@@ -138,8 +138,10 @@ def test_uninitialised_memory_is_never_read(monkeypatch, set_tile_bytes, reducti
         out = linear_sequence_logps(*inputs[:3], bias=inputs.bias, reduction=reduction, softcap=4.0)
         results = [out.logps, *torch.autograd.grad(out.logps.sum(), (inputs.hidden, inputs.weight, inputs.bias))]
         for chunk_bytes in (None, 200_000, 0):
-            fused = linear_dpo_loss(*inputs[:3], inputs.ref_logps, bias=inputs.bias, chunk_bytes=chunk_bytes)
-            results += [*fused, *torch.autograd.grad(fused.loss, (inputs.hidden, inputs.weight, inputs.bias))]
+            options = {"bias": inputs.bias, "stats": ["entropy", "mean_logit"], "chunk_bytes": chunk_bytes}
+            *fused, stats = linear_dpo_loss(*inputs[:3], inputs.ref_logps, **options)
+            results += [*fused, *stats.values()]
+            results += torch.autograd.grad(fused[0], (inputs.hidden, inputs.weight, inputs.bias))
     finally:
         torch.use_deterministic_algorithms(False)
     assert all(torch.isfinite(t).all() for t in results)
