@@ -51,13 +51,8 @@ def main() -> None:
     problems = []
     for name, tokens, vocab in (("tokens", args.tokens, [FIXED_VOCAB]), ("vocab", [FIXED_TOKENS], args.vocab)):
         command = [sys.executable, "-m", "dpo_kernels", "bench", "--mode", "forward", "frozen", "train", "--peers"]
-        command += [
-            "--device",
-            args.device,
-            *(["--impl", args.impl] if args.impl else []),
-            "--rounds",
-            str(args.rounds),
-        ]
+        command += ["--device", args.device, "--rounds", str(args.rounds)]
+        command += ["--impl", args.impl] if args.impl else []
         command += ["--hidden", str(args.hidden or HIDDEN[args.device])]
         command += ["--tokens", *map(str, tokens), "--vocab", *map(str, vocab), *["--no-memory"] * args.no_memory]
         report = args.out / f"{name}.json"

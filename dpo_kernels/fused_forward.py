@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.utils import ModelOutput
 
 from dpo_kernels.head import HeadOperands, LMHead
 from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
-from dpo_kernels.logps import linear_sequence_logps
+from dpo_kernels.logps import linear_sequence_logps, sum_over_vocabulary
 from dpo_kernels.rows import shift_labels
 
 # What TRL calls the statistics of a position, and what we do.
@@ -61,7 +61,7 @@ class FusedOutput(ModelOutput):
     aux_loss: Tensor | None = None
 
 
-def add_fused_lm_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",)) -> None:
+def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",)) -> None:
     """Makes `model(**inputs, labels=labels, fused_lm_head=True)` return a `FusedOutput`. Other calls are as before.
 
     Args:
@@ -84,7 +84,7 @@ def add_fused_lm_head(model: nn.Module, outputs: Sequence[str] = ("log_probs",))
     if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
         raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")
     fused = _Fused(LMHead(model), model.forward, [name for name in STATS if name in outputs])
-    model._fused_lm_head = fused  # type: ignore[assignment]
+    model._fused_lm_head = fused
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
@@ -155,6 +155,6 @@ def mean_logits(head: LMHead, operands: HeadOperands) -> Tensor:
         every = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
         return linear_sequence_logps(hidden, weight, every, stats=("mean_logit",), **options).stats["mean_logit"]
+    weight_sum, bias_sum = sum_over_vocabulary(weight, bias, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
-        means = hidden.float() @ weight.mean(0, dtype=torch.float32)
-    return head.logit_scale * (means if bias is None else means + bias.float().mean())
+        return (hidden.float() @ weight_sum + bias_sum) * (head.logit_scale / weight.shape[0])

@@ -14,6 +14,8 @@ from dpo_kernels.impl.interface import STATS
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows, shift_labels
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# Numbers of a head that are summed at a time: a sum in another dtype may convert a copy first.
+SUMMED_AT_A_TIME = 2**24
 
 
 class SequenceLogps(NamedTuple):
@@ -179,6 +181,13 @@ def _reduce(
 def named_stats(names: Sequence[str], values: Tensor) -> dict[str, Tensor]:
     """Of the table [K, S, T] that implementations fill."""
     return {name: values[i] > 0 if name == "is_top1" else values[i] for i, name in enumerate(names)}
+
+
+def sum_over_vocabulary(weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+    """[H] and []: the logits of a hidden state x have the sum x . weight_sum + bias_sum, without being computed."""
+    blocks = weight.split(max(1, SUMMED_AT_A_TIME // weight.shape[1]))
+    weight_sum = torch.stack([block.sum(0, dtype=dtype) for block in blocks]).sum(0)
+    return weight_sum, 0.0 if bias is None else bias.sum(dtype=dtype)
 
 
 def sum_tokens(token_logps: Tensor) -> Tensor:

@@ -29,6 +29,19 @@ if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
 
 
+@pytest.fixture(scope="module")
+def process_left_as_it_was():
+    """For tests of TRL, whose arguments set a device and a precision for the whole process. One thread: with products
+    this small, more would only wait for one another."""
+    from accelerate.state import AcceleratorState
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["torch", "cpu", "triton", "cuda"])
 def impl(request, monkeypatch):
     """Runs a test once with each implementation as what "auto" picks; its module."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from dpo_kernels import compat, dispatch, linear_dpo
+from dpo_kernels import compat, dispatch, linear_dpo, logps
 from dpo_kernels.compat import (
     LigerFusedLinearCPOLoss,
     LigerFusedLinearDPOLoss,
@@ -580,7 +580,7 @@ def test_the_mean_of_logits_converts_the_head_in_pieces(monkeypatch):
     given = make((4, 9, 512, 4001), torch.bfloat16)
     expected = (given.hidden.double() @ given.weight.double().T + given.bias.double()).sum((1, 2))
     piece = 2**16
-    monkeypatch.setattr(scoring, "SUMMED_AT_A_TIME", piece)
+    monkeypatch.setattr(logps, "SUMMED_AT_A_TIME", piece)
     made = allocated(lambda: scoring.logit_sums(*given.policy))
     torch.testing.assert_close(made.result.double(), expected.detach(), rtol=1e-5, atol=1e-2)
     sums_of_pieces = given.weight.numel() // piece * 512 * 4

@@ -26,6 +26,7 @@ from dpo_kernels.fused_forward import add_fused_lm_head
 from dpo_kernels.head import LMHead
 from dpo_kernels.losses import F_DIVERGENCE_LOSSES
 
+pytestmark = pytest.mark.usefixtures("process_left_as_it_was")
 STEPS, PAIRS, VOCAB = 3, 4, 128
 TOLERANCE = 1e-4
 # Of the logs, what a clock says.
@@ -48,16 +49,6 @@ ARCHITECTURES = (
     "opt",
 )
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_left_as_it_was():
-    """TRL's arguments set a device and a precision for the whole process."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 @cache
@@ -489,7 +480,6 @@ def test_head_that_gives_other_logits_is_refused():
     """In the first call, when the model is where it will be."""
     model = copy.deepcopy(prototype("cohere"))
     add_fused_lm_head(model)
-    model._fused_lm_head.head.logit_scale = 5.0
     tokens = torch.arange(3, 15).view(2, 6)
     model.lm_head.register_forward_hook(lambda module, args, output: output**2)
     with pytest.raises(ValueError, match="does not give the model's own logits"):

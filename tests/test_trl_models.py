@@ -18,11 +18,13 @@ pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
 
 import trl
 from peft import PrefixTuningConfig, PromptTuningConfig
-from test_trl import assert_agree, logs_of, process_left_as_it_was, prototype, settings  # noqa: F401
+from test_trl import assert_agree, logs_of, prototype, settings
 from test_trl_parity import preferences, tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import dpo_kernels.trl as ours
+
+pytestmark = pytest.mark.usefixtures("process_left_as_it_was")
 
 
 def trained(trainer_class, directory, model, processing_class, **more):

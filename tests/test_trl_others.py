@@ -19,7 +19,6 @@ from test_trl import (
     assert_agree,
     assert_weights_agree,
     logs_of,
-    process_left_as_it_was,  # noqa: F401
     prototype,
     settings,
 )
@@ -27,6 +26,7 @@ from test_trl_parity import preferences, tokenizer
 
 import dpo_kernels.trl as ours
 
+pytestmark = pytest.mark.usefixtures("process_left_as_it_was")
 EXPERIMENTAL = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 

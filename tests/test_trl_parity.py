@@ -25,7 +25,6 @@ import torch
 pytest.importorskip("trl", reason="compares with TRL, which is not installed")
 pytest.importorskip("peft", reason="compares LoRA too, and peft is not installed")
 
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -39,6 +38,7 @@ from dpo_kernels.head import LMHead
 from dpo_kernels.losses import BATCH_LOSSES, F_DIVERGENCE_LOSSES, dpo_loss, length_desensitized_weights
 from dpo_kernels.train import train
 
+pytestmark = pytest.mark.usefixtures("process_left_as_it_was")
 TOLERANCE = 1e-4
 STEPS, PAIRS = 5, 4
 BETA, LEARNING_RATE, ADAM_EPSILON = 0.1, 2e-3, 1e-5  # log-ratios reach a few nats in five steps
@@ -89,17 +89,6 @@ class RecordingTrainer(DPOTrainer):
         super().log(logs, *args, **kwargs)
         if "loss" in logs:
             self.steps[-1].metrics.update(logs)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def process_left_as_it_was():
-    """TRL's arguments set a device and a precision for the whole process. One thread: with products this small, more
-    would only wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor
 from dpo_kernels.compat.arguments import renamed
 from dpo_kernels.impl.interface import accumulate_dtype
 from dpo_kernels.linear_dpo import linear_dpo_loss
-from dpo_kernels.logps import check_labels, linear_sequence_logps
+from dpo_kernels.logps import check_labels, linear_sequence_logps, sum_over_vocabulary
 from dpo_kernels.losses import dpo_loss, validate_dpo_options
 
 LossAndOutputs = tuple[Tensor, tuple[Tensor, ...]]
@@ -20,8 +20,6 @@ POLICY_NAMES = {"hidden": "_input", "weight": "lin_weight", "labels": "target", 
 REFERENCE_NAMES = {"hidden": "ref_input", "weight": "ref_weight", "labels": "target", "bias": "ref_bias"}
 # Losses on averaged log-probabilities that are a loss of `LOSSES` on sums, which takes three products instead of four.
 ON_AVERAGES = {"sigmoid": "sigmoid_norm", "sigmoid_norm": "sigmoid_norm", "ipo": "ipo", "sft": "sft"}
-# Numbers of the head that are summed at a time: a sum in another dtype may convert a copy first.
-SUMMED_AT_A_TIME = 2**24
 
 
 def check_options(
@@ -148,7 +146,5 @@ def pair_outputs(
 def logit_sums(_input: Tensor, lin_weight: Tensor, bias: Tensor | None) -> Tensor:
     """[S] sum of all T * V logits x.W_v + b_v of each sequence, which is (sum of x).(sum of W_v) + T * (sum of b_v)."""
     dtype = accumulate_dtype(_input.dtype)
-    blocks = lin_weight.split(max(1, SUMMED_AT_A_TIME // lin_weight.shape[1]))
-    weight_sum = torch.stack([block.sum(0, dtype=dtype) for block in blocks]).sum(0)
-    sums = (torch.stack([x.sum(0, dtype=dtype) for x in _input]) * weight_sum).sum(1)
-    return sums if bias is None else sums + _input.shape[1] * bias.sum(dtype=dtype)
+    weight_sum, bias_sum = sum_over_vocabulary(lin_weight, bias, dtype)
+    return (torch.stack([x.sum(0, dtype=dtype) for x in _input]) * weight_sum).sum(1) + _input.shape[1] * bias_sum
