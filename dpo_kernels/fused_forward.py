@@ -11,16 +11,17 @@ import functools
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
 from dpo_kernels.head import HeadOperands, LMHead
-from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
+from dpo_kernels.linear_dpo import linear_dpo_loss
 from dpo_kernels.logps import linear_sequence_logps, sum_over_vocabulary
 from dpo_kernels.rows import shift_labels
+from dpo_kernels.through_wrappers import split
 
 # What TRL calls the statistics of a position, and what we do.
 STATS = {
@@ -31,16 +32,22 @@ STATS = {
 }
 
 
-class Preference(NamedTuple):
-    """What the forward needs for the loss of DPO, on S = 2B sequences, chosen before rejected."""
+class Preference:
+    """What the forward needs for the loss of DPO, on S = 2B sequences, chosen before rejected.
 
-    ref_logps: Tensor  # [S]
-    options: dict[str, Any]  # of `linear_dpo_loss`
+    Attributes:
+        ref_logps: [S]. No tuple or dataclass, in which wrappers would find them and cast them to the model's precision.
+        options: of `linear_dpo_loss`.
+    """
+
+    def __init__(self, ref_logps: Tensor, options: dict[str, Any]) -> None:
+        self.ref_logps, self.options = ref_logps, options
 
 
 @dataclass
 class FusedOutput(ModelOutput):
-    """What is not asked for is None.
+    """What the forward gives, with what is not asked for left out, in the precision in which it was computed whatever
+    precision the model's outputs are cast to.
 
     Attributes:
         log_probs: [S, T - 1] of labels[:, 1:], with a gradient, and 0 where there is no label.
@@ -48,17 +55,17 @@ class FusedOutput(ModelOutput):
             where there is none.
         preference: what `linear_dpo_loss` gives. Then there are no `log_probs`.
         all_mean_logits: [S, T] the mean logit of every position, without a gradient.
-        aux_loss: [] of a mixture of experts, without its coefficient.
+        aux_loss: [] of a mixture of experts, without its coefficient, or None.
     """
 
-    log_probs: Tensor | None = None
-    entropy: Tensor | None = None
-    mean_logits: Tensor | None = None
-    is_top1: Tensor | None = None
-    log_sum_sq_probs: Tensor | None = None
-    preference: LinearDPOOutput | None = None
-    all_mean_logits: Tensor | None = None
-    aux_loss: Tensor | None = None
+    with_gradient: tuple[Tensor, ...]  # for wrappers, which hook and cast what they find
+    join: Any = None  # gives the attributes, of what became of those
+
+    def __getattr__(self, name: str) -> Any:
+        found = self.join(self.with_gradient)
+        if name not in found:
+            raise AttributeError(f"FusedOutput has {sorted(found)}, and no {name!r}")
+        return found[name]
 
 
 def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",)) -> None:
@@ -83,7 +90,7 @@ def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",)) -> No
     """
     if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
         raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")
-    fused = _Fused(LMHead(model), model.forward, [name for name in STATS if name in outputs])
+    fused = _Fused(LMHead(model, at_output_layer=True), model.forward, [name for name in STATS if name in outputs])
     model._fused_lm_head = fused
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
@@ -120,25 +127,26 @@ class _Fused:
             with torch.autocast(labels.device.type, enabled=False):
                 self.head.check(self.original)
             self.is_checked = True
-        hidden, aux_loss = self.head.hidden_states_through(self.original, **inputs)
-        operands = self.head.operands(hidden)
-        target = shift_labels(labels.to(operands.hidden.device), -100)
-        found = _scored(self.head, operands, target, self.names, preference)
-        if all_mean_logits:
-            found["all_mean_logits"] = mean_logits(self.head, operands)
-        return FusedOutput(**found, aux_loss=aux_loss)
+
+        def scored(operands: HeadOperands) -> dict[str, Any]:
+            found = _scored(self.head, operands, shift_labels(labels, -100), self.names, preference)
+            return found | ({"all_mean_logits": mean_logits(self.head, operands)} if all_mean_logits else {})
+
+        found, aux_loss = self.head.in_forward(self.original, scored, **inputs)
+        return FusedOutput(*split({**found, "aux_loss": aux_loss}))
 
 
 def _scored(
-    head: LMHead, operands: HeadOperands, target: Tensor, names: list[str], preference: Preference | None
+    head: LMHead, operands: HeadOperands, labels: Tensor, names: list[str], preference: Preference | None
 ) -> dict[str, Any]:
     hidden, weight, bias = operands
+    target = labels.to(hidden.device)
     options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
     options["stats"] = [STATS[name] for name in names]
     found: dict[str, Any] = {}
     if preference is None:
         scored = linear_sequence_logps(hidden, weight, target, **options)
-        found["log_probs"], stats = scored.token_logps[:, :-1], scored.stats
+        found["log_probs"], stats = scored.token_logps[:, :-1].clone(), scored.stats  # FSDP2 warns of views
     else:
         ref_logps = preference.ref_logps.to(hidden.device)
         output = linear_dpo_loss(hidden, weight, target, ref_logps, **options, **preference.options)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .through_wrappers import Found, computed_in
+
 if TYPE_CHECKING:
     from .linear_dpo import LinearDPOOutput
     from .logps import SequenceLogps
@@ -48,10 +50,13 @@ class LMHead:
         logit_scale: factor on the logits, before the softcap.
         softcap: cap on the logits, or None.
         aux_loss_coef: the model's own weight for the auxiliary loss of `hidden_states`; 0.0 where it has none.
+        at_output_layer: whether hidden states are those that go into the output layer, after any dense transform.
+            Otherwise they are those of the base model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, at_output_layer: bool = False) -> None:
         self.wrapped = model
+        self.at_output_layer = at_output_layer
         self.model: Any = unwrap(model)
         if not hasattr(self.model, "get_output_embeddings") or not hasattr(self.model, "config"):
             raise ValueError(
@@ -107,28 +112,13 @@ class LMHead:
         Raises:
             ValueError: the hidden states cannot be had without the logits, or do not match the input's positions.
         """
-        return self.hidden_states_through(self.wrapped, **inputs)
-
-    def hidden_states_through(self, forward: Callable[..., Any], /, **inputs: Any) -> tuple[Tensor, Tensor | None]:
-        """`hidden_states` by a call of `forward`, which runs the model. For what stands in the place of the model's own
-        forward, and so must not call the model."""
-        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-        if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
-            raise ValueError(
-                "hidden_states takes input_ids or inputs_embeds and other inputs of the model, but not labels or "
-                f"logits_to_keep; got {sorted(inputs)}"
-            )
-        parameters = self._forward_parameters()
-        inputs.update(self._no_cache())
-        if "output_router_logits" in parameters and self.model.training and self.aux_loss_coef:
-            inputs.setdefault("output_router_logits", True)
-
+        tokens = self._settle(inputs)
         caught: list[Tensor] = []
         aux_loss = None
-        if "logits_to_keep" in parameters:
+        if "logits_to_keep" in self._forward_parameters():
             no_position = torch.empty(0, dtype=torch.long, device=tokens.device)
             with self._last_hidden_hook(caught.append):
-                outputs = forward(**inputs, logits_to_keep=no_position)
+                outputs = self.wrapped(**inputs, logits_to_keep=no_position)
             aux_loss = getattr(outputs, "aux_loss", None)
         elif self.wrapped is self.model:
             caught.append(self._base_models()[0](**inputs)[0])
@@ -146,11 +136,56 @@ class LMHead:
             )
         return hidden, aux_loss
 
+    def in_forward(
+        self, forward: Callable[..., Any], function: Callable[[HeadOperands], Found], /, **inputs: Any
+    ) -> tuple[Found, Tensor | None]:
+        """`function` of the operands, computed in the output layer's own place when `forward` comes to it: what shards
+        the model over devices (FSDP2, ZeRO-3) has gathered the weights there, and gathers them again for the backward.
+        For a head made with `at_output_layer`, and a `forward` in which the model is called as a whole.
+
+        Returns:
+            What the function gave, and the auxiliary loss as `hidden_states` does.
+
+        Raises:
+            ValueError: the inputs are none for `hidden_states`, or the forward does not run the output layer once.
+        """
+        self._settle(inputs)
+        rows = []
+
+        def computed(hidden: Tensor) -> Found:
+            found = self.operands(hidden)
+            rows.append(found.weight.shape[0])
+            return function(found)
+
+        def no_logits(hidden: Tensor) -> Tensor:
+            return hidden.new_empty(*hidden.shape[:-2], 0, rows[-1])
+
+        with computed_in(self._output_layer(), computed, no_logits) as results:
+            outputs = forward(**inputs)
+        if len(results) != 1:
+            raise ValueError(
+                f"{_name(self.model)} runs its output layer {len(results)} times in a forward, expected once"
+            )
+        return results[0], getattr(outputs, "aux_loss", None)
+
+    def _settle(self, inputs: dict[str, Any]) -> Tensor:
+        """Checks and completes the inputs of the model, and gives those that stand for its tokens."""
+        tokens: Tensor | None = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
+            raise ValueError(
+                "hidden_states takes input_ids or inputs_embeds and other inputs of the model, but not labels or "
+                f"logits_to_keep; got {sorted(inputs)}"
+            )
+        inputs.update(self._no_cache())
+        if "output_router_logits" in self._forward_parameters() and self.model.training and self.aux_loss_coef:
+            inputs.setdefault("output_router_logits", True)
+        return tokens
+
     def operands(self, hidden: Tensor) -> HeadOperands:
         """The operands of the head's matrix product, differentiable with respect to all that goes into them.
 
         Args:
-            hidden: [..., H] last hidden states of the base model. A head mixes no positions, so any of them will do.
+            hidden: [..., H] last hidden states. A head mixes no positions, so any of them will do.
 
         Returns:
             HeadOperands(hidden [..., H'], weight [V, H'], bias [V] or None), hidden in weight's dtype and on its
@@ -189,25 +224,29 @@ class LMHead:
     def check(self, forward: Callable[..., Any] | None = None) -> None:
         """Compares the operands with the model's own logits, in evaluation mode, and settles scale and softcap by them.
 
-        Hidden states of our choice are passed off as the base model's output, so that nothing hangs on what it happens
+        Hidden states of our choice are put in the place of the model's, so that nothing hangs on what it happens
         to produce: a row of zeros shows the bias, one row gives logits of unit size, and one gives logits so large that
         no softcap goes unnoticed. Where scale and softcap of the config do not reproduce the logits, their other
         readings are tried: a multiplier that divides (or the reverse), and a value that the model does not use.
 
         The tolerance is 4 units of the lowest precision that the model's own head computes in, relative to the largest
         logit of a row. Training mode and random state of the model are left as they were. `forward` is called in place
-        of the model, as in `hidden_states_through`.
+        of the model, for what stands in the place of the model's own forward and so must not call the model.
 
         Raises:
             ValueError: no reading reproduces the logits.
         """
         layer = self._output_layer()
-        probes: list[Tensor] = []
+        measured = []
         layer_dtypes: list[torch.dtype] = []  # the logits' own dtype does not show a rounding before an upcast
 
         def substitute(hidden: Tensor) -> Tensor:
-            probes.append(self._probe(hidden))
-            return probes[-1]
+            probe = self._probe(hidden)
+            found = self.operands(probe[0])
+            entries = _some_entries(found.weight)
+            dtypes = {found.hidden.dtype, found.weight.dtype}
+            measured.append((_products(found, entries), entries, found.weight.shape[0], dtypes, found.bias is not None))
+            return probe
 
         with ExitStack() as stack:
             cuda = [device for device in {p.device for p in self.model.parameters()} if device.type == "cuda"]
@@ -219,21 +258,18 @@ class LMHead:
             stack.callback(record_dtype.remove)
             tokens = torch.arange(3, device=self.model.get_input_embeddings().weight.device).unsqueeze(0)
             model_logits = (forward or self.model)(input_ids=tokens, **self._no_cache()).logits[0]
-            if not probes:
-                raise ValueError(
-                    f"{_name(self.model)} makes its logits without running {_name(self._base_models()[0])}"
-                )
-            found = self.operands(probes[-1][0])
-        if model_logits.shape[-1] != found.weight.shape[0]:
+        if not measured:
+            unused = layer if self.at_output_layer else self._base_models()[0]
+            raise ValueError(f"{_name(self.model)} makes its logits without running {_name(unused)}")
+        products, entries, rows, dtypes, has_bias = measured[-1]
+        if model_logits.shape[-1] != rows:
             raise ValueError(
-                f"{_name(self.model)} has {model_logits.shape[-1]} logits a position, but {found.weight.shape[0]} rows "
-                f"in its output layer {_name(layer)}"
+                f"{_name(self.model)} has {model_logits.shape[-1]} logits a position, but {rows} rows in its output "
+                f"layer {_name(layer)}"
             )
 
-        entries = _some_entries(found.weight)
-        products = _products(found, entries)
         expected = model_logits[:, entries.to(model_logits.device)].cpu().double()
-        dtypes = [found.hidden.dtype, found.weight.dtype, model_logits.dtype, *layer_dtypes]
+        dtypes |= {model_logits.dtype, *layer_dtypes}
         # 1e-4 allows for sums in another order; on a GPU, products in single precision may be TF32.
         tolerance = max(1e-4, 4 * max(torch.finfo(dtype).eps for dtype in dtypes), 4 * 2.0**-10 if cuda else 0.0)
         differences = []
@@ -249,7 +285,7 @@ class LMHead:
             f"the head found on {_name(self.model)} does not give the model's own logits: the largest difference is "
             f"{differences[0]:.3g}, with logits up to {float(expected.abs().max()):.3g}. Found: output layer "
             f"{_name(layer)}, logit_scale {self.logit_scale:g}, softcap {self.softcap}, "
-            f"{'no bias' if found.bias is None else 'a bias'}, "
+            f"{'a bias' if has_bias else 'no bias'}, "
             f"{'a dense transform' if self._transform() else 'no dense transform'} before it. The model does something "
             "else to its logits. If that is a factor or a cap, set logit_scale or softcap on "
             "LMHead.from_model(model, check=False) and call check(); otherwise compute the logits and pass them to "
@@ -294,6 +330,8 @@ class LMHead:
     def _transform(self) -> Callable[[Tensor], Tensor] | None:
         """What the model does to the hidden states before the output layer, beside multiplying them by a number."""
         model = self.model
+        if self.at_output_layer:
+            return None
         if hasattr(model, "generator_predictions"):  # ELECTRA
             return model.generator_predictions
         if hasattr(model, "cls"):  # BERT and most of its family
@@ -307,7 +345,7 @@ class LMHead:
 
     @contextmanager
     def _last_hidden_hook(self, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Calls ``function`` on each output of a base model, and puts what it returns, if anything, in its place."""
+        """Calls ``function`` on each of the hidden states, and puts what it returns, if anything, in their place."""
 
         @torch.compiler.disable  # a new function each time would have a compiled model compiled again each time
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -319,9 +357,16 @@ class LMHead:
             output.last_hidden_state = replacement
             return output
 
+        def pre_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
+            replacement = function(args[0])
+            return None if replacement is None else (replacement,)
+
         with ExitStack() as stack:
-            for module in self._base_models():
-                stack.callback(module.register_forward_hook(hook).remove)
+            if self.at_output_layer:
+                stack.callback(self._output_layer().register_forward_pre_hook(pre_hook).remove)
+            else:
+                for module in self._base_models():
+                    stack.callback(module.register_forward_hook(hook).remove)
             yield
 
     def _probe(self, hidden: Tensor) -> Tensor:
@@ -372,7 +417,7 @@ def _adapter_operands(layer: Any, hidden: Tensor) -> HeadOperands:
         return HeadOperands(hidden.to(weight), weight, None)  # this layer leaves out the bias of a Linear that it wraps
     variants = getattr(layer, "lora_variant", {})
     kinds = {_name(variants[adapter]) for adapter in layer.active_adapters if adapter in variants}
-    if type(layer) is LoraLinear and not kinds:
+    if _class_of(layer) is LoraLinear and not kinds:
         return _lora_operands(layer, hidden)
     if kinds - {"DoraLinearVariant"}:
         raise ValueError(
@@ -380,6 +425,16 @@ def _adapter_operands(layer: Any, hidden: Tensor) -> HeadOperands:
             "states. Use plain LoRA or DoRA there, or leave the head out of target_modules"
         )
     return _measured_operands(layer, hidden)
+
+
+def _class_of(layer: nn.Module) -> type:
+    """Its class before FSDP2, if at all, made one of its own from that."""
+    if torch.distributed.is_available():
+        from torch.distributed.fsdp import FSDPModule
+
+        if isinstance(layer, FSDPModule):
+            return type(layer).__mro__[2]
+    return type(layer)
 
 
 def _lora_operands(layer: Any, hidden: Tensor) -> HeadOperands:
@@ -419,7 +474,8 @@ def _measured_operands(layer: Any, hidden: Tensor) -> HeadOperands:
                 "weights. Set the adapter's dropout to 0, use plain LoRA there, or leave the head out of target_modules"
             )
     identity = torch.eye(hidden.shape[-1], dtype=hidden.dtype, device=layer.get_base_layer().weight.device)
-    outputs = layer(torch.cat([torch.zeros_like(identity[:1]), identity]))
+    # Not a call of the layer, which may itself be in one: hooks that gather its weights and hook its outputs ran there.
+    outputs = layer.forward(torch.cat([torch.zeros_like(identity[:1]), identity]))
     bias = outputs[0]
     return HeadOperands(hidden.to(outputs), (outputs[1:] - bias).T, bias)
 
