@@ -32,14 +32,16 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: 
     router = {"output_router_logits": True} if self.aux_loss_enabled else {}
     outputs = model(**scored, **router)
 
-    logps, is_chosen = outputs.log_probs.sum(-1), inputs["label"].bool()
+    logps = outputs.log_probs.sum(-1)
+    device = logps.device  # that of the head, where a model is spread over several
+    is_chosen, labels, ref_logps = inputs["label"].to(device).bool(), labels.to(device), ref_logps.to(device)
     values = _values(outputs, logps.detach(), self.beta * (logps.detach() - ref_logps), labels, is_chosen)
     values |= {"input_tokens": inputs["attention_mask"], "processes": 1, "kl": 0.0}
     if self.calculate_KL:
         values["kl"] = (kl_logps - ref_kl_logps).mean()
     if self.aux_loss_enabled:
         values["aux_loss"] = outputs.aux_loss
-    sums = record(self, values, _metrics_of, device=logps.device)
+    sums = record(self, values, _metrics_of, device=device)
 
     losses = kto_loss(
         logps,
@@ -65,11 +67,10 @@ def _reference(trainer: Any, inputs: dict[str, Any], scored: dict[str, Any]) -> 
     """[S] of the completions, and of those for the KL term where the loss has one."""
     model = trainer.ref_model
     adapter: AbstractContextManager[Any] = nullcontext()
-    if model is None:
+    if model is None and is_peft_model(trainer.model):
         model = trainer.model
-        if is_peft_model(model):
-            unwrapped = trainer.accelerator.unwrap_model(model)
-            adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
+        unwrapped = trainer.accelerator.unwrap_model(model)
+        adapter = use_adapter(unwrapped, adapter_name="ref" if "ref" in unwrapped.peft_config else None)
     with disable_gradient_checkpointing(trainer.model, trainer.args.gradient_checkpointing_kwargs), adapter:
         return model(**scored).log_probs.sum(-1), trainer._compute_kl_logps(model, inputs)
 
