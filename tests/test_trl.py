@@ -348,41 +348,6 @@ def test_weighting_goes_together_with_likelihood(tmp_path):
 # What it costs
 
 
-def test_metrics_wait_for_the_device_once_a_log(tmp_path, monkeypatch):
-    counted = {"waits": 0, "inside": False}
-
-    def counting(name, before):
-        def method(self, *args, **kwargs):
-            nested = counted["inside"]  # a mode, as a default device is one, calls it again
-            counted["waits"] += not nested
-            counted["inside"] = True
-            try:
-                return before(self, *args, **kwargs)
-            finally:
-                counted["inside"] = nested
-
-        monkeypatch.setattr(torch.Tensor, name, method)
-
-    original_record, original_report = ours._record, ours._report
-    waits = []
-
-    def during(function):
-        def wrapped(*args):
-            before = counted["waits"]
-            function(*args)
-            waits.append((function.__name__, counted["waits"] - before))
-
-        return wrapped
-
-    for name in ("item", "tolist", "__bool__", "__float__", "__int__", "cpu", "numpy"):
-        counting(name, getattr(torch.Tensor, name))
-    monkeypatch.setattr(ours, "_record", during(original_record))
-    monkeypatch.setattr(ours, "_report", during(original_report))
-    dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), gradient_accumulation_steps=2, max_steps=2)
-    assert [found for found in waits if found[0] == "_record"] == [("_record", 0)] * 4
-    assert [found for found in waits if found[0] == "_report"][:2] == [("_report", 1)] * 2
-
-
 def test_head_is_formed_in_the_forward(tmp_path):
     """Path C: three products, and no logits of every position."""
     trainer, _ = dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=1)
@@ -426,8 +391,8 @@ def test_unknown_version_is_verified(tmp_path, monkeypatch):
         assert len([each for each in caught if "1.99.0" in str(each.message)]) == 1
         if lora is None:
             assert logs == expected
-    right = ours._dpo_options
-    monkeypatch.setattr(ours, "_dpo_options", lambda trainer: right(trainer) | {"beta": 0.2})
+    right = ours._dpo.dpo_options
+    monkeypatch.setattr(ours._dpo, "dpo_options", lambda trainer: right(trainer) | {"beta": 0.2})
     with pytest.raises(RuntimeError, match="does not fit 1.99.0: on the first batch .*TRL's"):
         dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=2)
 

@@ -68,36 +68,48 @@ def test_text_of_a_vision_language_model(tmp_path):
 
 
 EVERY_PROCESS = """
-import json, os, sys
+import copy, json, os, sys
 import torch
-import dpo_kernels.trl
+import dpo_kernels.trl as ours
 import trl
-from test_trl import dpo, prototype
+from test_trl import prototype, settings
+from test_trl_others import trained, unpaired
+from test_trl_parity import preferences
 
 torch.set_num_threads(1)
-module = {"trl": trl, "dpo_kernels": dpo_kernels.trl}[sys.argv[1]]
-options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "ddp_backend": "gloo"}
-trainer, logs = dpo(module.DPOTrainer, sys.argv[2], prototype("llama"), **options)
-assert trainer.accelerator.num_processes == 2
+found = {}
+for algorithm in ("DPO", "KTO", "CPO", "ORPO"):
+    module, more = trl, {"ref_model": copy.deepcopy(prototype("mistral"))}
+    if not hasattr(trl, algorithm + "Trainer"):
+        module, more = __import__("trl.experimental." + algorithm.lower(), fromlist=["x"]), {}
+    data = (unpaired() if algorithm == "KTO" else preferences()).select(range(9))
+    for library in (ours, module):
+        options = settings(
+            sys.argv[1], per_device_train_batch_size=2, per_device_eval_batch_size=2, gradient_accumulation_steps=2,
+            max_steps=4, ddp_backend="gloo",
+        )
+        config = getattr(module, algorithm + "Config")(**options)
+        trainer, logs = trained(getattr(library, algorithm + "Trainer"), config, prototype("llama"), data, **more)
+        assert trainer.accelerator.num_processes == 2
+        found.setdefault(algorithm, []).append(logs)
 if os.environ["RANK"] == "0":
-    with open(sys.argv[2] + "/logs.json", "w") as file:
-        json.dump(logs, file)
+    with open(sys.argv[1] + "/logs.json", "w") as file:
+        json.dump(found, file)
 """
 
 
 def test_two_processes(tmp_path):
+    """Of the last batch, in training and in evaluation, one row is left."""
     root = Path(__file__).resolve().parents[1]
     path = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
     (tmp_path / "script.py").write_text(EVERY_PROCESS)
-    found = []
-    for who in ("dpo_kernels", "trl"):
-        out = tmp_path / who
-        out.mkdir()
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        done = subprocess.run(
-            [*start, tmp_path / "script.py", who, out], env=environment, capture_output=True, text=True, timeout=240
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
-        found.append(json.loads((out / "logs.json").read_text()))
-    assert_agree(*found)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*start, tmp_path / "script.py", tmp_path], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    found = json.loads((tmp_path / "logs.json").read_text())
+    assert found.keys() == {"DPO", "KTO", "CPO", "ORPO"}
+    for logs in found.values():
+        assert_agree(*logs)

@@ -1,0 +1,119 @@
+"""DPO: head and loss together."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.fused_forward import Preference
+from dpo_kernels.linear_dpo import LinearDPOOutput
+from dpo_kernels.losses import SMOOTHED_LOSSES, validate_dpo_options
+from dpo_kernels.trl._metrics import Metrics, record
+
+F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # the others have the same name
+NOT_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+
+
+def with_valid_options(init: Callable[..., None]) -> Callable[..., None]:
+    """An `__init__` that refuses what `linear_dpo_loss` would refuse in the first step."""
+
+    @functools.wraps(init)
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        validate_dpo_options(**dpo_options(self))
+
+    return __init__
+
+
+def dpo_options(trainer: Any) -> dict[str, Any]:
+    """The trainer's settings as `linear_dpo_loss` takes them."""
+    smoothed = not SMOOTHED_LOSSES.isdisjoint(trainer.loss_types)
+    return {
+        "beta": trainer.beta,
+        "loss_type": tuple(trainer.loss_types),
+        "loss_weights": tuple(trainer.loss_weights),
+        "label_smoothing": trainer.label_smoothing if smoothed else 0.0,  # TRL's other losses take no notice of it
+        "f_divergence": F_DIVERGENCES.get(trainer.f_divergence_type, trainer.f_divergence_type),
+        "f_alpha": trainer.f_alpha_divergence_coef,
+        "discopop_tau": trainer.args.discopop_tau,
+        "ld_alpha": trainer.ld_alpha,
+        "use_weighting": trainer.use_weighting,
+    }
+
+
+def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
+    """TRL's `_compute_loss`, with the reference scored first: then the gradients of the head are formed in the forward,
+    with three products instead of four. Dropout, which TRL turns off by default, draws other masks for that reason."""
+    model_inputs = {name: value for name, value in inputs.items() if name not in NOT_INPUTS} | {"use_cache": False}
+    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    if self.precompute_ref_logps:
+        reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+    else:
+        reference = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
+    preference = Preference(torch.cat(reference), dpo_options(self))
+    router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+    outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True, preference=preference)
+    loss = outputs.preference.loss
+    values = _values(outputs, inputs["attention_mask"])
+    if self.aux_loss_enabled:
+        loss = loss + self.router_aux_loss_coef * outputs.aux_loss
+        values["aux_loss"] = outputs.aux_loss
+    record(self, values, _metrics_of, device=loss.device, whole=_whole(outputs.preference))
+    if not return_outputs:
+        return loss
+    with torch.no_grad():
+        return loss, model(**model_inputs)  # for `compute_metrics`: the only way to logits
+
+
+def _values(outputs: Any, attention_mask: Tensor) -> dict[str, Any]:
+    """What the metrics of tokens are made of, of this process."""
+    (chosen_logits, rejected_logits), (chosen_top1, _) = outputs.mean_logits.chunk(2), outputs.is_top1.chunk(2)
+    chosen_tokens, rejected_tokens = outputs.preference.num_tokens.chunk(2)
+    return {
+        "processes": 1,
+        "input_tokens": attention_mask,
+        "chosen_tokens": chosen_tokens,
+        "rejected_tokens": rejected_tokens,
+        "entropy": outputs.entropy,
+        "chosen_logits": chosen_logits,
+        "rejected_logits": rejected_logits,
+        "top1": chosen_top1,
+    }
+
+
+def _whole(found: LinearDPOOutput) -> dict[str, Any]:
+    """What the metrics of pairs are made of."""
+    chosen_logps, rejected_logps = found.logps.chunk(2)
+    return {
+        "pairs": found.losses.shape[0],
+        "chosen_rewards": found.chosen_rewards,
+        "rejected_rewards": found.rejected_rewards,
+        "accurate": found.chosen_rewards > found.rejected_rewards,
+        "chosen_logps": chosen_logps,
+        "rejected_logps": rejected_logps,
+    }
+
+
+def _metrics_of(sums: dict[str, float]) -> Metrics:
+    """Under TRL's names."""
+
+    def mean(name: str, count: float) -> float:
+        return sums[name] / count if count else 0.0
+
+    metrics = {
+        "entropy": mean("entropy", sums["chosen_tokens"] + sums["rejected_tokens"]),
+        "mean_token_accuracy": mean("top1", sums["chosen_tokens"]),
+        "rewards/accuracies": mean("accurate", sums["pairs"]),
+    }
+    for side in ("chosen", "rejected"):
+        metrics[f"logits/{side}"] = mean(f"{side}_logits", sums[f"{side}_tokens"])
+        metrics[f"rewards/{side}"] = mean(f"{side}_rewards", sums["pairs"])
+        metrics[f"logps/{side}"] = mean(f"{side}_logps", sums["pairs"])
+    metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+    if "aux_loss" in sums:
+        metrics["aux_loss"] = mean("aux_loss", sums["processes"])
+    return metrics
