@@ -1,8 +1,9 @@
 """A model whose forward gives log-probabilities and losses instead of logits, through whatever is wrapped around it.
 
-What trainers put around a model (autocast, gradient synchronisation, adapters) works on its forward. So head and loss
-are put there: `model(**inputs, labels=labels, fused_lm_head=True)` runs the base model, and the head where there are
-labels. TRL's trainers call their own head this way, and so call ours when it is there instead.
+What trainers put around a model (autocast, gradient synchronisation, adapters, shards) works on its forward. So head
+and loss are put there: `model(**inputs, labels=labels, fused_lm_head=True)` runs the model's own forward, in which the
+output layer gives log-probabilities where there are labels. TRL's trainers call their own head this way, and so call
+ours when it is there instead.
 """
 
 from __future__ import annotations
@@ -86,7 +87,8 @@ def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",)) -> No
 
     Raises:
         ValueError: the model has no head or base model, or `outputs` has a name that is none of the above; from the
-            forward: the head is quantised or sharded over devices, or does not give the model's own logits.
+            forward: the head is quantised, or sharded otherwise than by FSDP2 or ZeRO-3, or does not give the model's
+            own logits.
     """
     if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
         raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")

@@ -101,3 +101,20 @@ def run_python():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def run_two_processes(tmp_path):
+    """A function that runs a script in two processes that know of each other; of tests it may import the modules."""
+
+    def run(script, *args):
+        here = Path(__file__).parent
+        path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        (tmp_path / "script.py").write_text(script)
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        command = [*start, tmp_path / "script.py", *args]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-8000:]
+
+    return run

@@ -136,9 +136,9 @@ def test_torchtune():
         losses, *rewards = TorchtuneDPOLoss(label_smoothing=0.2)(*inputs)
         torch.testing.assert_close([losses, *rewards], expected)
         assert losses.requires_grad
-    torch.testing.assert_close(
-        TorchtuneDPOLoss()(policy_inputs=policy, reference_inputs=reference)[0], expected_losses(0.1)
-    )
+    names = ["policy_chosen_logps", "policy_rejected_logps", "reference_chosen_logps", "reference_rejected_logps"]
+    assert list(inspect.signature(TorchtuneDPOLoss().forward).parameters) == names
+    torch.testing.assert_close(TorchtuneDPOLoss()(**dict(zip(names, given, strict=True)))[0], expected_losses(0.1))
 
 
 def test_errors():
@@ -153,7 +153,7 @@ def test_errors():
         OpenRLHFDPOLoss(BETA, 0.5)(*given)
     with pytest.raises(ValueError, match=r"^labels: expected shape \(2, 5\) to fit logits, got \(2, 4\)"):
         get_batch_logps(torch.zeros(2, 5, 11), torch.zeros(2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="^reference_inputs: expected an object with chosen_logps .*, got Tensor"):
+    with pytest.raises(ValueError, match="^expected four tensors, or two objects .*, got for the reference Tensor"):
         TorchtuneDPOLoss()(SimpleNamespace(chosen_logps=given[0], rejected_logps=given[1]), given[2])
-    with pytest.raises(ValueError, match="^reference_logps: expected two tensors or none, got 1"):
+    with pytest.raises(ValueError, match="^expected four tensors, or two objects .*, got for the policy Tensor"):
         TorchtuneDPOLoss()(*given[:3])

@@ -5,10 +5,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -98,17 +94,9 @@ if os.environ["RANK"] == "0":
 """
 
 
-def test_two_processes(tmp_path):
+def test_two_processes(run_two_processes, tmp_path):
     """Of the last batch, in training and in evaluation, one row is left."""
-    root = Path(__file__).resolve().parents[1]
-    path = [str(root), str(root / "tests"), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-    (tmp_path / "script.py").write_text(EVERY_PROCESS)
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run(
-        [*start, tmp_path / "script.py", tmp_path], env=environment, capture_output=True, text=True, timeout=240
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_two_processes(EVERY_PROCESS, tmp_path)
     found = json.loads((tmp_path / "logs.json").read_text())
     assert found.keys() == {"DPO", "KTO", "CPO", "ORPO"}
     for logs in found.values():

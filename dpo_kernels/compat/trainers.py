@@ -113,29 +113,37 @@ class TorchtuneDPOLoss(nn.Module):
         self.beta = beta
         self.label_smoothing = label_smoothing
 
-    def forward(self, policy_inputs: Any, reference_inputs: Any, *reference_logps: Tensor) -> PreferenceLoss:
+    def forward(
+        self,
+        policy_chosen_logps: Any,
+        policy_rejected_logps: Any,
+        reference_chosen_logps: Tensor | None = None,
+        reference_rejected_logps: Tensor | None = None,
+    ) -> PreferenceLoss:
         """
         Args:
-            policy_inputs, reference_inputs: anything with chosen_logps [B] and rejected_logps [B], as
-                `ChosenRejectedOutputs` of torchtune has. Or, as in its older releases, four tensors [B] by position:
-                the policy's chosen and rejected log-probabilities, then the reference's.
+            policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps: [B], as in
+                torchtune's releases. Or, as in its sources after 0.6, two objects by position, of the policy and of the
+                reference, with chosen_logps [B] and rejected_logps [B], as `ChosenRejectedOutputs` has.
 
         Returns:
             losses [B], chosen_rewards [B], rejected_rewards [B].
         """
-        logps = (policy_inputs, reference_inputs, *reference_logps)
-        if not reference_logps:
-            for name, given in (("policy_inputs", policy_inputs), ("reference_inputs", reference_inputs)):
+        if reference_chosen_logps is None or reference_rejected_logps is None:
+            policy, reference = policy_chosen_logps, policy_rejected_logps
+            for of, given in (("policy", policy), ("reference", reference)):
                 if not (hasattr(given, "chosen_logps") and hasattr(given, "rejected_logps")):
                     raise ValueError(
-                        f"{name}: expected an object with chosen_logps and rejected_logps, got {type(given).__name__}"
+                        "expected four tensors, or two objects with chosen_logps and rejected_logps, got for the "
+                        f"{of} {type(given).__name__}"
                     )
-            logps = (
-                policy_inputs.chosen_logps,
-                policy_inputs.rejected_logps,
-                reference_inputs.chosen_logps,
-                reference_inputs.rejected_logps,
-            )
-        if len(logps) != 4:
-            raise ValueError(f"reference_logps: expected two tensors or none, got {len(reference_logps)}")
-        return preference_loss(*logps, self.beta, self.label_smoothing)
+            policy_chosen_logps, policy_rejected_logps = policy.chosen_logps, policy.rejected_logps
+            reference_chosen_logps, reference_rejected_logps = reference.chosen_logps, reference.rejected_logps
+        return preference_loss(
+            policy_chosen_logps,
+            policy_rejected_logps,
+            reference_chosen_logps,
+            reference_rejected_logps,
+            self.beta,
+            self.label_smoothing,
+        )

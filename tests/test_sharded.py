@@ -1,0 +1,193 @@
+"""Models that are sharded over two processes: the fused head's gradients against those of the model's own logits, in
+the same shards, and TRL's trainer with its head and with ours."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
+
+COMMON = """
+import copy, json, os, sys
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from test_head import build
+from dpo_kernels.fused_forward import Preference, add_fused_lm_head
+from dpo_kernels.head import unwrap
+
+torch.set_num_threads(1)
+ADAPTERS = {
+    "full": None,
+    "attention": {"target_modules": ["q_proj"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "DoRA": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+}
+
+def made(name, adapter):
+    model = build(name)
+    if ADAPTERS[adapter] is not None:
+        torch.manual_seed(0)
+        model = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **ADAPTERS[adapter]))
+    return model
+
+def loss_of(model, kind, labels, ref_logps):
+    if kind == "fused loss":
+        preference = Preference(ref_logps, {"beta": 0.1})
+        return model(input_ids=labels, labels=labels, fused_lm_head=True, preference=preference).preference.loss
+    if kind == "fused log-probabilities":
+        logps = model(input_ids=labels, labels=labels, fused_lm_head=True).log_probs.sum(-1)
+    else:
+        logits = model(input_ids=labels).logits[:, :-1].float()
+        logps = logits.log_softmax(-1).gather(-1, labels[:, 1:, None]).squeeze(-1).sum(-1)
+    chosen, rejected = (logps - ref_logps).chunk(2)
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+def assert_same(found, expected, case):
+    (loss, gradients), (expected_loss, expected_gradients) = found, expected
+    assert abs(loss - expected_loss) <= 1e-5 * abs(expected_loss), (case, loss, expected_loss)
+    assert gradients.keys() == expected_gradients.keys() and gradients, (case, gradients.keys())
+    largest = max(float(gradient.abs().max()) for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        assert float((gradients[name] - gradient).abs().max()) <= 2e-5 * largest, (case, name)
+"""
+
+FSDP2 = """
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+dist.init_process_group("gloo")
+labels = torch.randint(3, 95, (4, 6), generator=torch.Generator().manual_seed(dist.get_rank()))
+ref_logps = torch.tensor([-20.3, -17.1, -22.2, -19.4])
+
+def sharded(model, group, **options):
+    causal = unwrap(model)
+    for block in causal.model.layers:
+        fully_shard(block, **options)
+    tied = causal.lm_head.weight is causal.model.embed_tokens.weight
+    tail = [causal.model.norm, *([causal.model.embed_tokens] if tied else []), causal.lm_head]
+    if group == "tail":  # as accelerate does
+        fully_shard(tail, reshard_after_forward=False, **options)
+    elif group == "head":
+        fully_shard(tail[1:] if tied else causal.lm_head, **options)
+    return fully_shard(model, **options)
+
+def step(model, kind):
+    with torch.no_grad():
+        loss_of(model, kind, labels, ref_logps)
+    for _ in range(2):
+        model.zero_grad()
+        loss = loss_of(model, kind, labels, ref_logps)
+        loss.backward()
+    return loss.item(), {name: w.grad.full_tensor() for name, w in model.named_parameters() if w.grad is not None}
+
+for name, adapter in (("llama", "full"), ("gemma2", "full"), *(("llama", each) for each in ADAPTERS)):
+    for group in ("tail", "head", "root"):
+        expected = step(sharded(made(name, adapter), group), "eager")
+        for kind in ("fused loss", "fused log-probabilities"):
+            model = made(name, adapter)
+            add_fused_lm_head(unwrap(model))
+            assert_same(step(sharded(model, group), kind), expected, (name, adapter, group, kind))
+
+# What is not cast: the reference on its way in, and the results on their way out.
+model = made("llama", "full")
+add_fused_lm_head(model)
+sharded(model, "tail", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16))
+def given(ref_logps):
+    preference = Preference(ref_logps, {"beta": 1.0, "loss_type": "ipo"})
+    return model(input_ids=labels, labels=labels, fused_lm_head=True, preference=preference).preference
+moved = given(ref_logps).chosen_rewards - given(torch.zeros(4)).chosen_rewards
+torch.testing.assert_close(moved, -ref_logps[:2], atol=1e-5, rtol=0)
+found = given(ref_logps)
+assert found.loss == found.losses.mean() and found.loss != found.loss.bfloat16(), found.loss
+found.loss.backward()
+assert model.lm_head.weight.grad is not None
+dist.destroy_process_group()
+"""
+
+ZERO3 = """
+os.environ["DS_ACCELERATOR"] = "cpu"
+import deepspeed
+from deepspeed.utils import safe_get_full_grad
+
+deepspeed.init_distributed("gloo")
+labels = torch.randint(3, 95, (4, 6), generator=torch.Generator().manual_seed(dist.get_rank()))
+ref_logps = torch.tensor([-20.3, -17.1, -22.2, -19.4])
+# Nothing is kept gathered because it is small, as nothing would be in a model of a real size.
+zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_live_parameters": 0}
+zero |= {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": zero, "zero_allow_untested_optimizer": True}
+
+def step(model, kind):
+    optimizer = torch.optim.SGD([weight for weight in model.parameters() if weight.requires_grad], lr=0.0)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config={**config, "zero_force_ds_cpu_optimizer": False}
+    )
+    for number in range(2):
+        with torch.no_grad():
+            loss_of(engine, kind, labels, ref_logps)
+        loss = loss_of(engine, kind, labels, ref_logps)
+        engine.backward(loss)
+        trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+        gradients = {name: safe_get_full_grad(weight) for name, weight in trained}
+        engine.step()
+    return loss.item(), gradients
+
+for name, adapter in (("llama", "full"), ("gemma2", "full"), ("llama", "attention"), ("llama", "head")):
+    expected = step(made(name, adapter), "eager")
+    for kind in ("fused loss", "fused log-probabilities"):
+        model = made(name, adapter)
+        add_fused_lm_head(unwrap(model))
+        assert_same(step(model, kind), expected, (name, adapter, kind))
+dist.destroy_process_group()
+"""
+
+TRAINER = """
+import accelerate.state
+import dpo_kernels.trl as ours
+import trl
+from accelerate.utils import DistributedType
+from test_trl import LORA, dpo, prototype
+
+original = accelerate.state.AcceleratorState.__init__
+def on_the_cpu_too(self, *args, fsdp_plugin=None, **kwargs):  # accelerate shards on accelerators alone
+    original(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+accelerate.state.AcceleratorState.__init__ = on_the_cpu_too
+
+fsdp = {"fsdp": True, "fsdp_config": {"version": 2, "auto_wrap_policy": "TRANSFORMER_BASED_WRAP"}}
+found = []
+for name, lora in (("llama", None), ("gemma2", None), ("llama", LORA)):
+    for library in (ours, trl):
+        trainer, logs = dpo(
+            library.DPOTrainer, sys.argv[1], prototype(name), lora=lora, per_device_train_batch_size=2,
+            ddp_backend="gloo", **fsdp,
+        )
+        assert "DTensor" in type(next(trainer.model.parameters())).__name__, "it is not sharded"
+        found.append(logs)
+if os.environ["RANK"] == "0":
+    with open(sys.argv[1] + "/logs.json", "w") as file:
+        json.dump(found, file)
+"""
+
+
+def test_fsdp2(run_two_processes):
+    run_two_processes(COMMON + FSDP2)
+
+
+def test_zero3(run_two_processes):
+    pytest.importorskip("deepspeed", reason="tests ZeRO-3, and deepspeed is not installed")
+    run_two_processes(COMMON + ZERO3)
+
+
+def test_trainer_with_fsdp2(run_two_processes, tmp_path):
+    pytest.importorskip("trl", reason="tests the trainers of TRL, which is not installed")
+    from test_trl import assert_agree
+
+    run_two_processes(COMMON + TRAINER, tmp_path)
+    logs = json.loads((tmp_path / "logs.json").read_text())
+    for mine, theirs in zip(logs[::2], logs[1::2], strict=True):
+        assert_agree(mine, theirs)
