@@ -18,11 +18,10 @@ pytest.importorskip("peft", reason="trains LoRA too, and peft is not installed")
 import trl
 from accelerate.state import AcceleratorState
 from peft import LoraConfig, get_peft_model
-from test_head import MODELS, build
+from test_head import build
 from test_trl_parity import LOSS_OPTIONS, MPO, preferences, tokenizer, trl_names
 
 import dpo_kernels.trl as ours
-from dpo_kernels.fused_forward import add_fused_lm_head
 from dpo_kernels.head import LMHead
 from dpo_kernels.losses import F_DIVERGENCE_LOSSES
 
@@ -402,61 +401,3 @@ def test_known_version_is_not(tmp_path):
         warnings.simplefilter("always")
         dpo(ours.DPOTrainer, tmp_path, prototype("qwen2"), max_steps=1)
     assert not [each for each in caught if "agreed with TRL" in str(each.message)]
-
-
-# The forward itself
-
-
-def test_forward_without_the_flag_is_the_models_own():
-    model, plain = copy.deepcopy(prototype("qwen2")), prototype("qwen2")
-    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
-    tokens = torch.arange(3, 11).view(2, 4)
-    assert torch.equal(model(input_ids=tokens, labels=tokens).loss, plain(input_ids=tokens, labels=tokens).loss)
-    assert torch.equal(model(tokens).logits, plain(tokens).logits)
-    generated = [each.generate(tokens, max_new_tokens=3, do_sample=False) for each in (model, plain)]
-    assert torch.equal(*generated)
-    for problem, args, inputs in (
-        (r"got labels, 1 input\(s\) by position", (tokens,), {"labels": tokens}),
-        (r"got no labels, 0 input\(s\) by position, and by keyword \['input_ids'\]", (), {"input_ids": tokens}),
-        ("no shift_labels", (), {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}),
-    ):
-        with pytest.raises(ValueError, match=f"fused_lm_head: expected labels.*{problem}"):
-            model(*args, **inputs, fused_lm_head=True)
-    with pytest.raises(ValueError, match=r"outputs: expected some of .*got \['logits'\]"):
-        add_fused_lm_head(model, outputs=("log_probs", "logits"))
-
-
-def test_copy_of_a_model_has_a_head_of_its_own():
-    model = copy.deepcopy(prototype("qwen2"))
-    add_fused_lm_head(model)
-    other = copy.deepcopy(model)
-    tokens = torch.arange(3, 15).view(2, 6)
-    with torch.no_grad():
-        for weight in other.parameters():
-            weight.mul_(1.5)
-        for each in (model, other):
-            logits = each(input_ids=tokens).logits[:, :-1]
-            expected = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-            found = each(input_ids=tokens, labels=tokens, fused_lm_head=True).log_probs
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_head_that_gives_other_logits_is_refused():
-    """In the first call, when the model is where it will be."""
-    model = copy.deepcopy(prototype("cohere"))
-    add_fused_lm_head(model)
-    tokens = torch.arange(3, 15).view(2, 6)
-    model.lm_head.register_forward_hook(lambda module, args, output: output**2)
-    with pytest.raises(ValueError, match="does not give the model's own logits"):
-        model(input_ids=tokens, labels=tokens, fused_lm_head=True)
-
-
-@pytest.mark.parametrize("name", sorted(MODELS))
-def test_mean_logits_of_all_positions(name):
-    model = copy.deepcopy(prototype(name))
-    add_fused_lm_head(model)
-    tokens = torch.arange(3, 15).view(2, 6)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    expected = model(**inputs).logits.mean(-1)
-    found = model(**inputs, labels=tokens, fused_lm_head=True, all_mean_logits=True).all_mean_logits
-    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()

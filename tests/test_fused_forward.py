@@ -1,0 +1,187 @@
+"""The forward that gives log-probabilities and losses instead of logits, against the model's own logits."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="builds its models with transformers, which is not installed")
+
+from test_head import (
+    ADAPTERS,
+    MODELS,
+    adapt,
+    assert_close,
+    assert_same_gradients,
+    batch,
+    build,
+    eager_logps,
+    gradients,
+)
+
+from dpo_kernels.fused_forward import Preference, add_fused_lm_head
+from dpo_kernels.head import unwrap
+
+
+def labels_of(inputs):
+    return inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+
+def assert_as_eager(model):
+    """Log-probabilities, and the gradient of every trainable parameter."""
+    inputs, coefficients = batch(), torch.tensor([0.7, -0.4])
+    labels = labels_of(inputs)
+    torch.manual_seed(3)
+    expected = eager_logps(model(**inputs).logits, labels)
+    (expected * coefficients).sum().backward()
+    expected_gradients = gradients(model)
+    torch.manual_seed(3)
+    found = model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(-1)
+    (found * coefficients).sum().backward()
+    assert_close(found, expected)
+    assert_same_gradients(gradients(model), expected_gradients)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_head(name):
+    model = build(name)
+    add_fused_lm_head(model)
+    assert_as_eager(model)
+    assert not vars(unwrap(model).get_output_embeddings()).keys() & {"forward"}
+
+
+@pytest.mark.filterwarnings("ignore")  # PEFT warns of tied weights
+@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("base", ["qwen2", "phi"])
+def test_every_adapter(base, name):
+    model = adapt(build(base), name)
+    add_fused_lm_head(unwrap(model))
+    assert_as_eager(model)
+    assert_as_eager(model.train())
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_gradient_checkpointing(use_reentrant):
+    model = build("llama").train()
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    add_fused_lm_head(model)
+    assert_as_eager(model)
+
+
+def test_what_goes_wrong_leaves_the_model_as_it_was():
+    model = build("llama")
+    add_fused_lm_head(model)
+    inputs = batch()
+    expected = model(**inputs).logits
+    assert_as_eager(model)
+    hooks = len(model.lm_head._forward_hooks)
+    with pytest.raises(ValueError, match="labels"):
+        model(**inputs, labels=labels_of(inputs)[:, :3], fused_lm_head=True)
+    assert len(model.lm_head._forward_hooks) == hooks and "forward" not in vars(model.lm_head)
+    assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_a_forward_of_the_output_layers_own_comes_back():
+    """As accelerate gives one to layers that it moves between devices."""
+    model = build("llama")
+    own = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: own(hidden)
+    installed = model.lm_head.forward
+    add_fused_lm_head(model)
+    assert_as_eager(model)
+    assert model.lm_head.forward is installed
+
+
+def test_an_output_layer_that_runs_twice_is_refused():
+    class Twice(type(build("qwen2"))):
+        def forward(self, *args, **kwargs):
+            super().forward(*args, **kwargs)
+            return super().forward(*args, **kwargs)
+
+    model = Twice(build("qwen2").config)
+    add_fused_lm_head(model)
+    with pytest.raises(ValueError, match="Twice runs its output layer 2 times in a forward, expected once"):
+        model(**batch(), labels=batch()["input_ids"], fused_lm_head=True)
+
+
+def test_nothing_is_kept_from_one_forward_to_the_next():
+    model = build("llama")
+    add_fused_lm_head(model)
+    inputs = batch()
+    kept = []
+    model.model.register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output.last_hidden_state)))
+    preference = Preference(torch.zeros(2), {"beta": 0.1})
+    found = model(**inputs, labels=labels_of(inputs), fused_lm_head=True, preference=preference)
+    found.preference.loss.backward()
+    del found
+    gc.collect()
+    assert kept and all(each() is None for each in kept)
+
+
+def test_what_is_not_asked_for_is_not_there():
+    model = build("llama")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    found = model(**batch(), labels=batch()["input_ids"], fused_lm_head=True)
+    assert found.entropy.shape == found.log_probs.shape == (2, 6) and found.aux_loss is None
+    with pytest.raises(AttributeError, match="has .*'entropy'.*and no 'preference'"):
+        found.preference  # noqa: B018
+
+
+def test_forward_without_the_flag_is_the_models_own():
+    model, plain = build("qwen2"), build("qwen2")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    tokens = torch.arange(3, 11).view(2, 4)
+    assert torch.equal(model(input_ids=tokens, labels=tokens).loss, plain(input_ids=tokens, labels=tokens).loss)
+    assert torch.equal(model(tokens).logits, plain(tokens).logits)
+    generated = [each.generate(tokens, max_new_tokens=3, do_sample=False) for each in (model, plain)]
+    assert torch.equal(*generated)
+    for problem, args, inputs in (
+        (r"got labels, 1 input\(s\) by position", (tokens,), {"labels": tokens}),
+        (r"got no labels, 0 input\(s\) by position, and by keyword \['input_ids'\]", (), {"input_ids": tokens}),
+        ("no shift_labels", (), {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}),
+    ):
+        with pytest.raises(ValueError, match=f"fused_lm_head: expected labels.*{problem}"):
+            model(*args, **inputs, fused_lm_head=True)
+    with pytest.raises(ValueError, match=r"outputs: expected some of .*got \['logits'\]"):
+        add_fused_lm_head(model, outputs=("log_probs", "logits"))
+
+
+def test_copy_of_a_model_has_a_head_of_its_own():
+    model = build("qwen2")
+    add_fused_lm_head(model)
+    other = copy.deepcopy(model)
+    tokens = torch.arange(3, 15).view(2, 6)
+    with torch.no_grad():
+        for weight in other.parameters():
+            weight.mul_(1.5)
+        for each in (model, other):
+            logits = each(input_ids=tokens).logits[:, :-1]
+            expected = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+            found = each(input_ids=tokens, labels=tokens, fused_lm_head=True).log_probs
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_head_that_gives_other_logits_is_refused():
+    """In the first call, when the model is where it will be."""
+    model = build("cohere")
+    add_fused_lm_head(model)
+    tokens = torch.arange(3, 15).view(2, 6)
+    model.lm_head.register_forward_hook(lambda module, args, output: output**2)
+    with pytest.raises(ValueError, match="does not give the model's own logits"):
+        model(input_ids=tokens, labels=tokens, fused_lm_head=True)
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_mean_logits_of_all_positions(name):
+    model = build(name)
+    add_fused_lm_head(model)
+    tokens = torch.arange(3, 15).view(2, 6)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    expected = model(**inputs).logits.mean(-1)
+    found = model(**inputs, labels=tokens, fused_lm_head=True, all_mean_logits=True).all_mean_logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
