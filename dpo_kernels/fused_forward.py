@@ -87,8 +87,8 @@ def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",)) -> No
 
     Raises:
         ValueError: the model has no head or base model, or `outputs` has a name that is none of the above; from the
-            forward: the head is quantised, or sharded otherwise than by FSDP2 or ZeRO-3, or does not give the model's
-            own logits.
+            forward: the head is quantised, or sharded otherwise than by FSDP2, ZeRO-3 or tensor parallelism, or does
+            not give the model's own logits.
     """
     if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
         raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")

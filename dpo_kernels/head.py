@@ -192,7 +192,8 @@ class LMHead:
             device. H' is H, or H + r with LoRA of rank r on the head.
 
         Raises:
-            ValueError: the weight is quantised or sharded, or an adapter on the head is no fixed linear map.
+            ValueError: the weight is quantised, or in pieces (of FSDP2 and ZeRO-3, outside `in_forward`), or an adapter
+                on the head is no fixed linear map.
         """
         transform = self._transform()
         hidden, weight, bias = _layer_operands(self._output_layer(), transform(hidden) if transform else hidden)
@@ -393,7 +394,7 @@ def _layer_operands(layer: Any, hidden: Tensor) -> HeadOperands:
             return _layer_operands(layer.original_module if inactive else layer.modules_to_save[adapters[0]], hidden)
         if isinstance(layer, BaseTunerLayer):
             return _adapter_operands(layer, hidden)
-    weight: Tensor = layer.weight
+    weight: Tensor = _whole(layer.weight)
     whole = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1] and not hasattr(weight, "device_mesh")
     if not whole or not weight.is_floating_point() or weight.is_meta:
         raise ValueError(
@@ -401,7 +402,16 @@ def _layer_operands(layer: Any, hidden: Tensor) -> HeadOperands:
             f"{_name(layer)} is a {_name(weight)} {list(weight.shape)} of {weight.dtype} on {weight.device} "
             "(quantised, sharded or offloaded?)"
         )
-    return HeadOperands(hidden.to(weight), weight, getattr(layer, "bias", None))
+    bias = getattr(layer, "bias", None)
+    return HeadOperands(hidden.to(weight), weight, None if bias is None else _whole(bias))
+
+
+def _whole(weight: Any) -> Any:
+    """The parameter, gathered where the model is tensor parallel. Each process computes the same from all of it then,
+    and of the gradient takes its own rows. What FSDP2 has sharded differs by process and by its own hooks alone is
+    gathered and reduced, so that stays as it is."""
+    names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None)
+    return weight.full_tensor() if names == ("tp",) else weight
 
 
 def _adapter_operands(layer: Any, hidden: Tensor) -> HeadOperands:

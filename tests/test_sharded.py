@@ -144,6 +144,35 @@ for name, adapter in (("llama", "full"), ("gemma2", "full"), ("llama", "attentio
 dist.destroy_process_group()
 """
 
+TENSOR_PARALLEL = """
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+from transformers.distributed import DistributedConfig
+
+directory = sys.argv[1] + "/model"
+dist.init_process_group("gloo")
+if dist.get_rank() == 0:
+    build("phi", vocab_size=128, num_key_value_heads=4).save_pretrained(directory)
+dist.barrier()
+labels = torch.randint(3, 95, (4, 6), generator=torch.Generator().manual_seed(0))  # the same in all processes
+ref_logps = torch.tensor([-20.3, -17.1, -22.2, -19.4])
+
+def step(kind):
+    model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_plan="auto"))
+    assert isinstance(model.lm_head.weight, DTensor), "it is not sharded"
+    if kind != "eager":
+        add_fused_lm_head(model)
+    loss = loss_of(model, kind, labels, ref_logps)
+    loss.backward()
+    whole = lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return loss.item(), {name: whole(w.grad) for name, w in model.named_parameters() if w.grad is not None}
+
+expected = step("eager")
+for kind in ("fused loss", "fused log-probabilities"):
+    assert_same(step(kind), expected, kind)
+dist.destroy_process_group()
+"""
+
 TRAINER = """
 import accelerate.state
 import dpo_kernels.trl as ours
@@ -181,6 +210,10 @@ def test_fsdp2(run_two_processes):
 def test_zero3(run_two_processes):
     pytest.importorskip("deepspeed", reason="tests ZeRO-3, and deepspeed is not installed")
     run_two_processes(COMMON + ZERO3)
+
+
+def test_tensor_parallel(run_two_processes, tmp_path):
+    run_two_processes(COMMON + TENSOR_PARALLEL, tmp_path)
 
 
 def test_trainer_with_fsdp2(run_two_processes, tmp_path):

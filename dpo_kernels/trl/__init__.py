@@ -14,9 +14,9 @@ import TRL's own, `patch()` changes those where they are.
 Metrics stay on the device until they are logged, and take one transfer then. What `CPOTrainer` and `ORPOTrainer` hand
 to `store_metrics` are therefore tensors [].
 
-Adapters on the head, which TRL refuses, are trained. Models may be sharded by FSDP2 or ZeRO-3; tensor parallelism is an
-error in the first step, and so is an encoder-decoder model. TRL 1.15 and 1.16 are tested. With another version the
-first batch is computed by TRL's own code too, and training goes on only if both agree.
+Adapters on the head, which TRL refuses, are trained. Models may be sharded by FSDP2, ZeRO-3 or tensor parallelism. An
+encoder-decoder model is an error. TRL 1.15 and 1.16 are tested. With another version the first batch is computed by
+TRL's own code too, and training goes on only if both agree.
 """
 
 from __future__ import annotations
