@@ -48,7 +48,9 @@ class Preference:
 @dataclass
 class FusedOutput(ModelOutput):
     """What the forward gives, with what is not asked for left out, in the precision in which it was computed whatever
-    precision the model's outputs are cast to.
+    precision the model's outputs are cast to. (Gradients do go through that cast: under FSDP2 in fp16, one of a loss
+    that is scaled by more than 32768 overflows.) Its items are for wrappers; what gathers or stores outputs should be
+    given its attributes.
 
     Attributes:
         log_probs: [S, T - 1] of labels[:, 1:], with a gradient, and 0 where there is no label.
@@ -62,7 +64,12 @@ class FusedOutput(ModelOutput):
     with_gradient: tuple[Tensor, ...]  # for wrappers, which hook and cast what they find
     join: Any = None  # gives the attributes, of what became of those
 
+    def __getitem__(self, key: Any) -> Any:
+        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
     def __getattr__(self, name: str) -> Any:
+        if "join" not in vars(self):  # it is being made
+            raise AttributeError(name)
         found = self.join(self.with_gradient)
         if name not in found:
             raise AttributeError(f"FusedOutput has {sorted(found)}, and no {name!r}")
@@ -83,7 +90,8 @@ def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",)) -> No
         all_mean_logits: whether to give those too. With a softcap that is a product over all positions.
 
     The head is checked against the model's own logits in the first such call (`LMHead.check`), when the model is where
-    it will be. A copy of the model, by `copy.deepcopy`, has a head of its own.
+    it will be. A copy of the model, by `copy.deepcopy`, has a head of its own. Forward hooks that the output layer has
+    see a tuple of tensors in such a call.
 
     Raises:
         ValueError: the model has no head or base model, or `outputs` has a name that is none of the above; from the
@@ -127,7 +135,7 @@ class _Fused:
             )
         if not self.is_checked:
             with torch.autocast(labels.device.type, enabled=False):
-                self.head.check(self.original)
+                torch.compiler.disable(self.head.check)(self.original)  # the model may be compiled as a whole
             self.is_checked = True
 
         def scored(operands: HeadOperands) -> dict[str, Any]:

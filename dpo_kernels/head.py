@@ -50,8 +50,8 @@ class LMHead:
         logit_scale: factor on the logits, before the softcap.
         softcap: cap on the logits, or None.
         aux_loss_coef: the model's own weight for the auxiliary loss of `hidden_states`; 0.0 where it has none.
-        at_output_layer: whether hidden states are those that go into the output layer, after any dense transform.
-            Otherwise they are those of the base model.
+        at_output_layer: whether `operands` and `in_forward` take the hidden states that go into the output layer, after
+            any dense transform. Otherwise they are those of the base model, which `hidden_states` gives.
     """
 
     def __init__(self, model: nn.Module, *, at_output_layer: bool = False) -> None:
@@ -112,6 +112,8 @@ class LMHead:
         Raises:
             ValueError: the hidden states cannot be had without the logits, or do not match the input's positions.
         """
+        if self.at_output_layer:
+            raise ValueError("at_output_layer: expected False for hidden_states, got True; such a head has in_forward")
         tokens = self._settle(inputs)
         caught: list[Tensor] = []
         aux_loss = None
@@ -173,7 +175,7 @@ class LMHead:
         tokens: Tensor | None = inputs.get("input_ids", inputs.get("inputs_embeds"))
         if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
             raise ValueError(
-                "hidden_states takes input_ids or inputs_embeds and other inputs of the model, but not labels or "
+                "the model takes input_ids or inputs_embeds and its other inputs here, but not labels or "
                 f"logits_to_keep; got {sorted(inputs)}"
             )
         inputs.update(self._no_cache())
@@ -321,7 +323,8 @@ class LMHead:
         layer = self.model.get_output_embeddings()
         if layer is None:
             layer = getattr(self.model, "lm_head", None)
-        if not isinstance(layer, nn.Module) or not hasattr(layer, "weight"):
+        # The `weight` of PEFT's wrapper for trainable tokens is computed: a copy of the head, if it is gathered at all.
+        if not isinstance(layer, nn.Module) or not hasattr(getattr(layer, "token_adapter", layer), "weight"):
             raise ValueError(
                 f"no language-model head found on {_name(self.model)}: tried get_output_embeddings() and the attribute "
                 f"'lm_head', and got {_name(layer)}. Is it a model for causal language modelling?"

@@ -36,8 +36,8 @@ class PreferenceTrainer(Trainer):
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")} | {"fused_lm_head": True}
         with torch.no_grad(), self.accelerator.autocast():
             ref_logps = self.reference(**inputs).log_probs.sum(-1)
-        outputs = model(**inputs, preference=Preference(ref_logps, {"beta": 0.1}))
-        return (outputs.preference.loss, outputs) if return_outputs else outputs.preference.loss
+        found = model(**inputs, preference=Preference(ref_logps, {"beta": 0.1})).preference
+        return (found.loss, {"logps": found.logps}) if return_outputs else found.loss
 
 
 def main() -> None:

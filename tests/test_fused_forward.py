@@ -24,7 +24,8 @@ from test_head import (
 )
 
 from dpo_kernels.fused_forward import Preference, add_fused_lm_head
-from dpo_kernels.head import unwrap
+from dpo_kernels.head import LMHead, unwrap
+from dpo_kernels.through_wrappers import split
 
 
 def labels_of(inputs):
@@ -109,6 +110,36 @@ def test_an_output_layer_that_runs_twice_is_refused():
         model(**batch(), labels=batch()["input_ids"], fused_lm_head=True)
 
 
+@pytest.mark.parametrize("compiled", [torch.compile, lambda model, **options: model.compile(**options) or model])
+def test_a_model_that_is_compiled_as_a_whole(compiled):
+    model = build("llama")
+    add_fused_lm_head(model)
+    inputs = batch()
+    labels = labels_of(inputs)
+    expected = eager_logps(model(**inputs).logits, labels)
+    graphs = []
+
+    def backend(graph, examples):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled_model = compiled(model, backend=backend)
+    assert_close(compiled_model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(-1), expected)
+    assert_close(compiled_model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(-1), expected)
+    before = len(graphs)
+    assert_close(compiled_model(**inputs, labels=labels, fused_lm_head=True).log_probs.sum(-1), expected)
+    assert before == len(graphs) > 0
+
+
+def test_values_go_around_a_cast_and_gradients_through_it():
+    value = torch.tensor([1.001, -3.003], requires_grad=True)
+    (given,), join = split({"a": value * 1.0, "b": 5})
+    found = join([given.bfloat16()])
+    assert found["a"].dtype == torch.float32 and torch.equal(found["a"], value) and found["b"] == 5
+    found["a"].backward(torch.tensor([0.5, -2.0]))
+    assert torch.equal(value.grad, torch.tensor([0.5, -2.0]))
+
+
 def test_nothing_is_kept_from_one_forward_to_the_next():
     model = build("llama")
     add_fused_lm_head(model)
@@ -127,6 +158,7 @@ def test_what_is_not_asked_for_is_not_there():
     model = build("llama")
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     found = model(**batch(), labels=batch()["input_ids"], fused_lm_head=True)
+    assert torch.equal(found["entropy"], found.entropy)
     assert found.entropy.shape == found.log_probs.shape == (2, 6) and found.aux_loss is None
     with pytest.raises(AttributeError, match="has .*'entropy'.*and no 'preference'"):
         found.preference  # noqa: B018
@@ -185,3 +217,8 @@ def test_mean_logits_of_all_positions(name):
     expected = model(**inputs).logits.mean(-1)
     found = model(**inputs, labels=tokens, fused_lm_head=True, all_mean_logits=True).all_mean_logits
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_a_head_at_the_output_layer_gives_no_hidden_states():
+    with pytest.raises(ValueError, match="at_output_layer: expected False for hidden_states"):
+        LMHead(build("llama"), at_output_layer=True).hidden_states(**batch())

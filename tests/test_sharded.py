@@ -25,6 +25,8 @@ ADAPTERS = {
     "attention": {"target_modules": ["q_proj"]},
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "DoRA": {"target_modules": ["q_proj", "lm_head"], "use_dora": True},
+    "saved": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [1, 8, 40]}},
 }
 
 def made(name, adapter):
@@ -56,7 +58,9 @@ def assert_same(found, expected, case):
 """
 
 FSDP2 = """
+from peft.tuners.lora import layer as lora
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from dpo_kernels.head import _class_of
 
 dist.init_process_group("gloo")
 labels = torch.randint(3, 95, (4, 6), generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -75,12 +79,13 @@ def sharded(model, group, **options):
     return fully_shard(model, **options)
 
 def step(model, kind):
-    with torch.no_grad():
-        loss_of(model, kind, labels, ref_logps)
-    for _ in range(2):
-        model.zero_grad()
+    for number in range(2):
         loss = loss_of(model, kind, labels, ref_logps)
         loss.backward()
+        if number == 0:
+            model.zero_grad()
+            with torch.no_grad():
+                loss_of(model, kind, labels, ref_logps)
     return loss.item(), {name: w.grad.full_tensor() for name, w in model.named_parameters() if w.grad is not None}
 
 for name, adapter in (("llama", "full"), ("gemma2", "full"), *(("llama", each) for each in ADAPTERS)):
@@ -90,6 +95,8 @@ for name, adapter in (("llama", "full"), ("gemma2", "full"), *(("llama", each) f
             model = made(name, adapter)
             add_fused_lm_head(unwrap(model))
             assert_same(step(sharded(model, group), kind), expected, (name, adapter, group, kind))
+            if adapter == "head":  # and is not taken for an adapter of another kind
+                assert _class_of(unwrap(model).lm_head) is lora.Linear
 
 # What is not cast: the reference on its way in, and the results on their way out.
 model = made("llama", "full")
@@ -126,13 +133,13 @@ def step(model, kind):
         model=model, optimizer=optimizer, config={**config, "zero_force_ds_cpu_optimizer": False}
     )
     for number in range(2):
-        with torch.no_grad():
-            loss_of(engine, kind, labels, ref_logps)
         loss = loss_of(engine, kind, labels, ref_logps)
         engine.backward(loss)
         trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
         gradients = {name: safe_get_full_grad(weight) for name, weight in trained}
         engine.step()
+        with torch.no_grad():
+            loss_of(engine, kind, labels, ref_logps)
     return loss.item(), gradients
 
 for name, adapter in (("llama", "full"), ("gemma2", "full"), ("llama", "attention"), ("llama", "head")):

@@ -50,6 +50,7 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: 
     with three products instead of four. Dropout, which TRL turns off by default, draws other masks for that reason."""
     model_inputs = {name: value for name, value in inputs.items() if name not in NOT_INPUTS} | {"use_cache": False}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    labels[:, 0] = -100  # which virtual tokens before it would score
     if self.precompute_ref_logps:
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
     else:

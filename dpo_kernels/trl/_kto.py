@@ -23,6 +23,7 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: 
     passed = {name: value for name, value in inputs.items() if name not in NOT_INPUTS and not name.startswith("KL_")}
     model_inputs = passed | {"use_cache": False}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
+    labels[:, 0] = -100  # which virtual tokens before it would score
     scored = {**model_inputs, "labels": labels, "fused_lm_head": True}
     if self.precompute_ref_logps:
         ref_logps, ref_kl_logps = inputs["ref_logps"], inputs.get("ref_KL_logps")
