@@ -47,7 +47,8 @@ def dpo_options(trainer: Any) -> dict[str, Any]:
 
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """TRL's `_compute_loss`, with the reference scored first: then the gradients of the head are formed in the forward,
-    with three products instead of four. Dropout, which TRL turns off by default, draws other masks for that reason."""
+    with three products instead of four. Dropout, which TRL turns off by default, and NEFTune draw other numbers for
+    that reason."""
     model_inputs = {name: value for name, value in inputs.items() if name not in NOT_INPUTS} | {"use_cache": False}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
     labels[:, 0] = -100  # which virtual tokens before it would score

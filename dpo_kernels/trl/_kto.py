@@ -19,7 +19,7 @@ NOT_INPUTS = frozenset({"completion_mask", "label", "ref_logps", "ref_KL_logps"}
 
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """TRL's `_compute_loss`, with the reference scored first: its activations are gone when those of the policy come.
-    Dropout, which TRL turns off by default, draws other masks for that reason."""
+    Dropout, which TRL turns off by default, and NEFTune draw other numbers for that reason."""
     passed = {name: value for name, value in inputs.items() if name not in NOT_INPUTS and not name.startswith("KL_")}
     model_inputs = passed | {"use_cache": False}
     labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
