@@ -115,6 +115,6 @@ def run_two_processes(tmp_path):
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*start, tmp_path / "script.py", *args]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-8000:]
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-8000:]}"
 
     return run

@@ -207,6 +207,8 @@ for name, lora in (("llama", None), ("gemma2", None), ("llama", LORA)):
 if os.environ["RANK"] == "0":
     with open(sys.argv[1] + "/logs.json", "w") as file:
         json.dump(found, file)
+torch.distributed.barrier()  # no process goes while another still talks to it
+torch.distributed.destroy_process_group()
 """
 
 

@@ -91,6 +91,8 @@ for algorithm in ("DPO", "KTO", "CPO", "ORPO"):
 if os.environ["RANK"] == "0":
     with open(sys.argv[1] + "/logs.json", "w") as file:
         json.dump(found, file)
+torch.distributed.barrier()  # no process goes while another still talks to it
+torch.distributed.destroy_process_group()
 """
 
 
