@@ -70,10 +70,14 @@ class FusedOutput(ModelOutput):
     def __getattr__(self, name: str) -> Any:
         if "join" not in vars(self):  # it is being made
             raise AttributeError(name)
-        found = self.join(self.with_gradient)
-        if name not in found:
-            raise AttributeError(f"FusedOutput has {sorted(found)}, and no {name!r}")
-        return found[name]
+        if name not in self._found:
+            raise AttributeError(f"FusedOutput has {sorted(self._found)}, and no {name!r}")
+        return self._found[name]
+
+    @functools.cached_property
+    def _found(self) -> dict[str, Any]:
+        found: dict[str, Any] = self.join(self.with_gradient)
+        return found
 
 
 def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",)) -> None:

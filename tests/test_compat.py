@@ -153,7 +153,14 @@ def test_errors():
         OpenRLHFDPOLoss(BETA, 0.5)(*given)
     with pytest.raises(ValueError, match=r"^labels: expected shape \(2, 5\) to fit logits, got \(2, 4\)"):
         get_batch_logps(torch.zeros(2, 5, 11), torch.zeros(2, 4, dtype=torch.long))
-    with pytest.raises(ValueError, match="^expected four tensors, or two objects .*, got for the reference Tensor"):
+    with pytest.raises(
+        ValueError, match="^policy_chosen_logps, .*: expected four .*, got SimpleNamespace, Tensor, NoneType, NoneType"
+    ):
         TorchtuneDPOLoss()(SimpleNamespace(chosen_logps=given[0], rejected_logps=given[1]), given[2])
-    with pytest.raises(ValueError, match="^expected four tensors, or two objects .*, got for the policy Tensor"):
+    with pytest.raises(
+        ValueError, match="^policy_chosen_logps, .*: expected four .*, got Tensor, Tensor, Tensor, NoneType"
+    ):
         TorchtuneDPOLoss()(*given[:3])
+    pair = SimpleNamespace(chosen_logps=given[0], rejected_logps=given[1])
+    with pytest.raises(ValueError, match="expected four .*, got SimpleNamespace, SimpleNamespace, Tensor, NoneType"):
+        TorchtuneDPOLoss()(pair, pair, given[2])  # which would go unnoticed

@@ -161,7 +161,7 @@ def test_what_is_not_asked_for_is_not_there():
     assert torch.equal(found["entropy"], found.entropy)
     assert found.entropy.shape == found.log_probs.shape == (2, 6) and found.aux_loss is None
     with pytest.raises(AttributeError, match="has .*'entropy'.*and no 'preference'"):
-        found.preference  # noqa: B018
+        _ = found.preference
 
 
 def test_forward_without_the_flag_is_the_models_own():

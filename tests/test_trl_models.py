@@ -13,8 +13,10 @@ pytest.importorskip("trl", reason="tests the trainers of TRL, which is not insta
 pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
 
 import trl
+from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig
 from test_trl import assert_agree, logs_of, prototype, settings
+from test_trl_others import unpaired
 from test_trl_parity import preferences, tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -35,12 +37,35 @@ def trained(trainer_class, directory, model, processing_class, **more):
     return logs_of(trainer)
 
 
+# Cut to that length, some rows have no prompt: their first token would be scored by the last virtual one.
+CUT = {"max_length": 6, "truncation_mode": "keep_end"}
+
+
+@pytest.mark.parametrize("options", [{}, CUT], ids=["whole", "cut"])
 @pytest.mark.parametrize("kind", [PromptTuningConfig, PrefixTuningConfig])
-def test_virtual_tokens(tmp_path, kind):
+def test_virtual_tokens(tmp_path, kind, options):
     found = []
     for trainer_class in (ours.DPOTrainer, trl.DPOTrainer):
         config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
-        found.append(trained(trainer_class, tmp_path, prototype("llama"), tokenizer(), peft_config=config))
+        more = {"peft_config": config, "options": options}
+        found.append(trained(trainer_class, tmp_path, prototype("llama"), tokenizer(), **more))
+    assert_agree(*found)
+
+
+def test_virtual_tokens_of_kto(tmp_path):
+    """Where the prompts are empty."""
+    data = Dataset.from_list([{**row, "prompt": ""} for row in unpaired()])
+    found = []
+    for trainer_class in (ours.KTOTrainer, trl.KTOTrainer):
+        trainer = trainer_class(
+            copy.deepcopy(prototype("llama")),
+            args=trl.KTOConfig(**settings(tmp_path)),
+            train_dataset=data,
+            processing_class=tokenizer(),
+            peft_config=PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        )
+        trainer.train()
+        found.append(logs_of(trainer))
     assert_agree(*found)
 
 

@@ -147,8 +147,7 @@ def test_reference_free_is_verified(tmp_path, monkeypatch, algorithm):
     with pytest.warns(UserWarning, match="not with 1.99.0; on the first batch it agreed"):
         trained(getattr(ours, f"{algorithm}Trainer"), config, prototype("llama"), preferences())
     right = ours._reference_free._everywhere
-    wrong = lambda *args: right(*args) | {"nll_loss": torch.ones(())}  # noqa: E731
-    monkeypatch.setattr(ours._reference_free, "_everywhere", wrong)
+    monkeypatch.setattr(ours._reference_free, "_everywhere", lambda *args: right(*args) | {"nll_loss": torch.ones(())})
     with pytest.raises(RuntimeError, match=r"does not fit 1.99.0: on the first batch nll_loss 1, TRL's [\d.]+\. Use"):
         trained(getattr(ours, f"{algorithm}Trainer"), config, prototype("llama"), preferences())
     monkeypatch.setattr(ours._reference_free, "_everywhere", right)

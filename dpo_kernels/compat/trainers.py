@@ -129,21 +129,16 @@ class TorchtuneDPOLoss(nn.Module):
         Returns:
             losses [B], chosen_rewards [B], rejected_rewards [B].
         """
-        if reference_chosen_logps is None or reference_rejected_logps is None:
-            policy, reference = policy_chosen_logps, policy_rejected_logps
-            for of, given in (("policy", policy), ("reference", reference)):
-                if not (hasattr(given, "chosen_logps") and hasattr(given, "rejected_logps")):
-                    raise ValueError(
-                        "expected four tensors, or two objects with chosen_logps and rejected_logps, got for the "
-                        f"{of} {type(given).__name__}"
-                    )
-            policy_chosen_logps, policy_rejected_logps = policy.chosen_logps, policy.rejected_logps
-            reference_chosen_logps, reference_rejected_logps = reference.chosen_logps, reference.rejected_logps
-        return preference_loss(
-            policy_chosen_logps,
-            policy_rejected_logps,
-            reference_chosen_logps,
-            reference_rejected_logps,
-            self.beta,
-            self.label_smoothing,
-        )
+        logps: Any = policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+        if not all(isinstance(each, Tensor) for each in logps):
+            policy, reference, *rest = logps
+            is_pair = [hasattr(each, "chosen_logps") and hasattr(each, "rejected_logps") for each in logps[:2]]
+            if not all(is_pair) or rest != [None, None]:
+                raise ValueError(
+                    "policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps: "
+                    "expected four tensors, or two objects with chosen_logps and rejected_logps, got "
+                    f"{', '.join(type(each).__name__ for each in logps)}"
+                )
+            logps = policy.chosen_logps, policy.rejected_logps, reference.chosen_logps, reference.rejected_logps
+        chosen, rejected, ref_chosen, ref_rejected = logps
+        return preference_loss(chosen, rejected, ref_chosen, ref_rejected, self.beta, self.label_smoothing)
