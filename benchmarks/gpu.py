@@ -25,11 +25,12 @@ import torch
 
 from dpo_kernels import dispatch
 from dpo_kernels.bench import contenders, measure
-from dpo_kernels.bench.cases import FLAT, HeadCase, LogitsCase, real_lengths
+from dpo_kernels.bench.cases import FLAT, HeadCase, LogitsCase
 from dpo_kernels.bench.contenders import COPY, FP32_OUT, LIMITS, READ, READ_AND_SCALE, Contender, from_logits
 from dpo_kernels.bench.peers import forward_only, frozen_head, head_peers, logits_peers
 from dpo_kernels.bench.report import PACKAGES, Entry, Harness, Row, compare, failed, is_ours, progress, save, text
-from dpo_kernels.head_memory import eager_bytes, ours_bytes, trl_bytes
+from dpo_kernels.data.lengths import real_lengths
+from dpo_kernels.planning.head_memory import eager_bytes, ours_bytes, trl_bytes
 
 PARTS = ("paths", "peers", "E", "tiles", "sizes", "memory", "masks", "flat")  # the most important first
 SIZES = ((8192, 4096, 128256), (8192, 4096, 151936), (8192, 2048, 151936), (8192, 2048, 256000))  # N, H, V

@@ -58,7 +58,7 @@ timings() {
 export -f install timings
 export python device out
 
-tests="tests/test_triton.py tests/test_cuda.py"
+tests="tests/impl/test_triton.py tests/impl/test_cuda.py"
 small="rows_of or fused_forward or in_place"
 echo "${commit:-unknown commit}, $device" | tee "$out/summary.txt"
 
@@ -71,7 +71,7 @@ if [ $device = cpu ]; then
   # of bf16 the interpreter makes something else: corrected in every process that starts
   mkdir -p "$out/site"
   printf 'import interpreter\n\ninterpreter.correct()\n' > "$out/site/sitecustomize.py"
-  export TRITON_INTERPRET=1 PYTHONPATH=$out/site:$PWD/tests:$PYTHONPATH
+  export TRITON_INTERPRET=1 PYTHONPATH=$out/site:$PWD/tests/helpers:$PYTHONPATH
   step timings timings 300 bash -c 'timings "$@"' - --quick --only paths,E --peers eager
   exit $failed
 fi

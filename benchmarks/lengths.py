@@ -1,6 +1,6 @@
 """Measures the token lengths of preference pairs.
 
-    python benchmarks/lengths.py preferences_en.jsonl dpo_kernels/bench/lengths.json
+    python benchmarks/lengths.py preferences_en.jsonl dpo_kernels/data/lengths.json
 
 The tokenizer is a byte-level BPE trained on the same texts, its chat template ChatML. The file holds numbers alone, so
 that the benchmark has the shapes of real batches without the data.
@@ -15,9 +15,8 @@ from pathlib import Path
 
 import datasets
 
-from dpo_kernels.data import load_preferences
-from dpo_kernels.demo import demo_tokenizer
-from dpo_kernels.tokenization import tokenize_preferences
+from dpo_kernels.data import load_preferences, tokenize_preferences
+from dpo_kernels.data.demo import demo_tokenizer
 
 
 def main() -> None:

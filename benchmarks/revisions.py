@@ -4,8 +4,9 @@
     python benchmarks/revisions.py --base v0.1 --head main --only C --rounds 31 --json out.json
 
 Each revision is checked out by itself, gets its native extension built, and runs in a process of its own. Both make the
-same inputs and take turns. What measures them is this file's revision of `dpo_kernels.bench`, for both; nothing of the
-package is imported up here, since a worker has to take it from its own revision.
+same inputs and take turns. What measures them is this file's revision of `dpo_kernels.bench`, and of the lengths in
+`dpo_kernels.data`, for both; nothing of the package is imported up here, since a worker has to take it from its own
+revision.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any, NamedTuple
 import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-HARNESS = REPOSITORY / "dpo_kernels" / "bench"
+HARNESS = [REPOSITORY / "dpo_kernels" / folder for folder in ("bench", "data")]  # the cases, and their lengths
 WORKING_TREE = "working tree"
 # Functions of `dpo_kernels.bench.contenders` by what they are called in the table, and what they are given.
 OPERATIONS: dict[str, tuple[str, dict[str, bool]]] = {
@@ -352,9 +353,10 @@ def load(root: str, impl: str, device: str) -> str:
     found = Path(dpo_kernels.__file__).resolve()
     if not found.is_relative_to(Path(root).resolve()):
         raise ImportError(f"dpo_kernels was imported from {found}, not from {root}")
-    harness = ModuleType("dpo_kernels.bench")
-    harness.__path__ = [str(HARNESS)]
-    sys.modules["dpo_kernels.bench"] = harness
+    for folder in HARNESS:
+        harness = ModuleType(f"dpo_kernels.{folder.name}")
+        harness.__path__ = [str(folder)]
+        sys.modules[harness.__name__] = harness
     import dpo_kernels.bench.contenders
     from dpo_kernels.dispatch import choose
 

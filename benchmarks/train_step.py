@@ -31,19 +31,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels.batching import PairCollator
 from dpo_kernels.bench import measure
 from dpo_kernels.bench.cases import Result
 from dpo_kernels.bench.report import PACKAGES, aligned, save
-from dpo_kernels.config import TrainConfig
-from dpo_kernels.demo import demo_model
+from dpo_kernels.data.batching import PairCollator
+from dpo_kernels.data.demo import demo_model
 from dpo_kernels.dispatch import choose
-from dpo_kernels.head import LMHead
 from dpo_kernels.impl.reference import eager_token_logps
-from dpo_kernels.pairs import check_fits, load_data
-from dpo_kernels.policy import PolicyLoss, load_model
-from dpo_kernels.reference_model import LOGP_COLUMNS, Reference, frozen_copy
-from dpo_kernels.train import deterministic_algorithms, make_optimizer
+from dpo_kernels.models.head import LMHead
+from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.loop import deterministic_algorithms, make_optimizer
+from dpo_kernels.training.pairs import check_fits, load_data
+from dpo_kernels.training.policy import PolicyLoss, load_model
+from dpo_kernels.training.reference_model import LOGP_COLUMNS, Reference, frozen_copy
 
 Pair = dict[str, Any]  # token ids, as `tokenize_preferences` makes them, and the reference's log-probabilities
 
@@ -129,7 +129,7 @@ class OwnStep:
 
 
 class Ours(OwnStep):
-    """As `dpo_kernels.train` does it."""
+    """As `dpo_kernels.training.loop` does it."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)

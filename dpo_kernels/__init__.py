@@ -1,6 +1,5 @@
 """DPO log-probabilities and losses straight from hidden states: the vocabulary-sized logits never exist."""
 
-from dpo_kernels.head import LMHead
 from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
 from dpo_kernels.logps import SequenceLogps, linear_sequence_logps, sequence_logps
 from dpo_kernels.losses import (
@@ -11,6 +10,7 @@ from dpo_kernels.losses import (
     orpo_loss,
     simpo_loss,
 )
+from dpo_kernels.models import LMHead
 
 __version__ = "0.1.0"
 

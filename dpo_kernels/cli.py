@@ -10,9 +10,10 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from dpo_kernels import env, plan
+from dpo_kernels import env
 from dpo_kernels.bench import command as bench
-from dpo_kernels.config import add_flags, load_config, normalize_flags, require_packages
+from dpo_kernels.planning import command as plan
+from dpo_kernels.training.config import add_flags, load_config, normalize_flags, require_packages
 
 TRAIN_HELP = """\
 Trains a model on preference pairs, by DPO or a relative of it.
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
     _speak_plainly()
-    from dpo_kernels.train import train as run
+    from dpo_kernels.training import train as run
 
     try:
         run(config)

@@ -16,10 +16,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_kernels import LMHead
-from dpo_kernels.batching import PairCollator
-from dpo_kernels.data import load_preferences
-from dpo_kernels.demo import demo_model, demo_preferences, demo_tokenizer
-from dpo_kernels.tokenization import tokenize_preferences
+from dpo_kernels.data import PairCollator, load_preferences, tokenize_preferences
+from dpo_kernels.data.demo import demo_model, demo_preferences, demo_tokenizer
 
 
 def main() -> None:

@@ -15,11 +15,9 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
-from dpo_kernels.batching import PairCollator
-from dpo_kernels.data import load_preferences
-from dpo_kernels.demo import demo_model, demo_preferences, demo_tokenizer
-from dpo_kernels.fused_forward import Preference, add_fused_lm_head
-from dpo_kernels.tokenization import tokenize_preferences
+from dpo_kernels.data import PairCollator, load_preferences, tokenize_preferences
+from dpo_kernels.data.demo import demo_model, demo_preferences, demo_tokenizer
+from dpo_kernels.models import Preference, add_fused_lm_head
 
 
 class PreferenceTrainer(Trainer):

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import DPOConfig
 
-from dpo_kernels.demo import demo_model, demo_preferences, demo_tokenizer
+from dpo_kernels.data.demo import demo_model, demo_preferences, demo_tokenizer
 from dpo_kernels.trl import DPOTrainer  # instead of: from trl import DPOTrainer
 
 

@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+from places import DEVICE, python_path
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-DEVICE = os.environ.get("DPO_KERNELS_TEST_DEVICE", "cpu")
 os.environ.setdefault("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")  # Triton's kernels on the CPU
 WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
@@ -105,12 +106,10 @@ def run_python():
 
 @pytest.fixture
 def run_two_processes(tmp_path):
-    """A function that runs a script in two processes that know of each other; of tests it may import the modules."""
+    """A function that runs a script in two processes that know of each other; it may import the helpers."""
 
     def run(script, *args):
-        here = Path(__file__).parent
-        path = os.pathsep.join([str(here.parent), str(here), os.environ.get("PYTHONPATH", "")])
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
+        env = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
         (tmp_path / "script.py").write_text(script)
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command = [*start, tmp_path / "script.py", *args]

@@ -8,12 +8,11 @@ import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
-NATIVE = ROOT / "tests" / "native"
+NATIVE = ROOT / "tests" / "impl" / "native"
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 pytest.importorskip("pybind11", reason="pybind11, which the extension is built with, is not installed")
 if not (ROOT / "csrc").is_dir():

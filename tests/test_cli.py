@@ -90,7 +90,7 @@ def test_an_interrupted_run_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     def interrupted(config):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dpo_kernels.train.train", interrupted)
+    monkeypatch.setattr("dpo_kernels.training.loop.train", interrupted)
     assert main(["train", "--output-dir", str(tmp_path)]) == 130
     assert "interrupted; the same command goes on from the newest checkpoint" in capsys.readouterr().err
 

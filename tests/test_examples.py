@@ -4,11 +4,10 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from places import ROOT, python_path
 
-ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LOSSES = re.compile(r"\bloss(?:'?: '?| )([0-9.]+)")  # as a trainer logs it, and as a loop prints it
 NEEDS = {"trl_dpo.py": ("trl", "peft")}
@@ -20,7 +19,7 @@ def test_example_runs(path, tmp_path):
         pytest.importorskip(package)
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": python_path(),
         "HF_HUB_OFFLINE": "1",
         "TRITON_INTERPRET": "0",
         "OMP_NUM_THREADS": "1",

@@ -6,33 +6,27 @@ another process can make the same inputs from it.
 
 from __future__ import annotations
 
-import json
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpo_kernels.data.lengths import Lengths, blank_labels
 from dpo_kernels.testing import rms
 
 # Reference log-probabilities are zero, since not every peer takes them as an input (what they are changes nothing in
 # the work). Whole responses then differ by thousands of nats, and only a small beta keeps the sigmoid from saturating.
 BETA = 1e-3
 SEQUENCES = 8
-MIN_PAIRS = 4  # in a real batch: fewer have any share of labels
 TINY_LENGTHS = ((3, 2, 4), (2, 3, 1))
 LOGIT_STD, CONFIDENT = 3.0, 0.5
 FLAT = {"logit_std": 0.5, "confident": 0.0}  # as a model has them that was not trained
 ORACLE_BYTES = 2**30  # of logits in fp64 that exist at a time
-LENGTHS = Path(__file__).with_name("lengths.json")
-
-Lengths = tuple[tuple[int, int, int], ...]  # tokens of prompt, chosen and rejected response of each pair
 
 
 class Result(NamedTuple):
@@ -54,35 +48,6 @@ class Buffers(NamedTuple):
     logits: Tensor  # [N, V]
     dx: Tensor
     dweight: Tensor
-
-
-def blank_labels(tokens: int, sequences: int, lengths: Lengths) -> Tensor:
-    """[S, T] with 0 where a label belongs, else -100: every position of `sequences`; or, with `lengths`, the responses
-    in one right-padded batch of pairs, chosen before rejected."""
-    if not lengths:
-        return torch.zeros(sequences, tokens // sequences, dtype=torch.int64)
-    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected in lengths)
-    labels = torch.full((2 * len(lengths), longest - 1), -100)
-    for pair, (prompt, chosen, rejected) in enumerate(lengths):
-        labels[pair, prompt - 1 : prompt - 1 + chosen] = 0
-        labels[pair + len(lengths), prompt - 1 : prompt - 1 + rejected] = 0
-    return labels
-
-
-def real_lengths(tokens: int, max_length: int, *, path: Path = LENGTHS, seed: int = 0) -> Lengths:
-    """Pairs drawn from measured lengths, `MIN_PAIRS` and until their responses have `tokens` tokens, over and over if
-    there are too few.
-    Where a pair exceeds `max_length`, the start of its prompt is cut, then the end of a response."""
-    measured = json.loads(path.read_text())["lengths"]
-    draw = random.Random(seed)
-    pairs: list[tuple[int, int, int]] = []
-    left: list[list[int]] = []
-    while len(pairs) < MIN_PAIRS or sum(chosen + rejected for _, chosen, rejected in pairs) < tokens:
-        left = left or draw.sample(measured, len(measured))
-        prompt, chosen, rejected = left.pop()
-        prompt = min(prompt, max(1, max_length - max(chosen, rejected)))
-        pairs.append((prompt, min(chosen, max_length - prompt), min(rejected, max_length - prompt)))
-    return tuple(pairs)
 
 
 @dataclass

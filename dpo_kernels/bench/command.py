@@ -15,7 +15,7 @@ import torch
 
 from dpo_kernels import dispatch
 from dpo_kernels.bench import charts, measure
-from dpo_kernels.bench.cases import SEQUENCES, HeadCase, LogitsCase, real_lengths
+from dpo_kernels.bench.cases import SEQUENCES, HeadCase, LogitsCase
 from dpo_kernels.bench.contenders import LIMITS, READ, READ_AND_SCALE, from_logits, variants
 from dpo_kernels.bench.peers import forward_only, frozen_head, head_peers, logits_peers
 from dpo_kernels.bench.report import (
@@ -31,7 +31,8 @@ from dpo_kernels.bench.report import (
     summary,
     text,
 )
-from dpo_kernels.model_shapes import find_shape
+from dpo_kernels.data.lengths import real_lengths
+from dpo_kernels.models.shapes import find_shape
 
 DESCRIPTION = """\
 Times the head and the loss of DPO, from hidden states (or from logits) to the gradients, beside what others compute the

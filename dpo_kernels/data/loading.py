@@ -18,7 +18,7 @@ import datasets
 import numpy as np
 from datasets import Dataset, Features, Json, List, Value
 
-from . import layouts
+from dpo_kernels.data import layouts
 
 _SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
 _SPLIT_NAMES = {
@@ -45,7 +45,7 @@ def load_preferences(
     empty_response: str = "error",
     cache_dir: str | None = None,
 ) -> Dataset:
-    """Preference pairs in one form, from any of `dpo_kernels.layouts.KNOWN_LAYOUTS`.
+    """Preference pairs in one form, from any of `dpo_kernels.data.layouts.KNOWN_LAYOUTS`.
 
     Args:
         name_or_path: a local `.jsonl` (also `.jsonl.gz`), `.json`, `.csv` or `.parquet` file; a directory of those, or

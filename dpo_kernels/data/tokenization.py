@@ -14,8 +14,8 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from . import layouts
-from .data import digest_of, file_digest, from_json_text, is_normalized, normalize_preferences
+from dpo_kernels.data import layouts
+from dpo_kernels.data.loading import digest_of, file_digest, from_json_text, is_normalized, normalize_preferences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

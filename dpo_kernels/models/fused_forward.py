@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from dpo_kernels.head import HeadOperands, LMHead
 from dpo_kernels.linear_dpo import linear_dpo_loss
 from dpo_kernels.logps import linear_sequence_logps, sum_over_vocabulary
+from dpo_kernels.models.head import HeadOperands, LMHead
+from dpo_kernels.models.through_wrappers import split
 from dpo_kernels.rows import shift_labels
-from dpo_kernels.through_wrappers import split
 
 # What TRL calls the statistics of a position, and what we do.
 STATS = {

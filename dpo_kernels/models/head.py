@@ -7,16 +7,14 @@ import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .through_wrappers import Found, computed_in
-
-if TYPE_CHECKING:
-    from .linear_dpo import LinearDPOOutput
-    from .logps import SequenceLogps
+from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
+from dpo_kernels.logps import SequenceLogps, linear_sequence_logps
+from dpo_kernels.models.through_wrappers import Found, computed_in
 
 # Where configs keep the factor on the logits, the cap and the weight of the auxiliary loss, for every causal language
 # model of transformers 5.23. MiniCPM3 and Inkling divide the hidden states instead, which is the same product.
@@ -206,8 +204,6 @@ class LMHead:
 
     def sequence_logps(self, hidden: Tensor, labels: Tensor, **options: Any) -> SequenceLogps:
         """`linear_sequence_logps` of hidden [S, T, H] and labels [S, T] with this head; it takes ``options``."""
-        from .logps import linear_sequence_logps
-
         hidden, weight, bias = self.operands(hidden)
         return linear_sequence_logps(
             hidden, weight, labels, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap, **options
@@ -216,8 +212,6 @@ class LMHead:
     def dpo_loss(self, hidden: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> LinearDPOOutput:
         """`linear_dpo_loss` of hidden [S, T, H], labels [S, T] and ref_logps [S] with this head; it takes
         ``options``."""
-        from .linear_dpo import linear_dpo_loss
-
         hidden, weight, bias = self.operands(hidden)
         return linear_dpo_loss(
             hidden, weight, labels, ref_logps, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap, **options

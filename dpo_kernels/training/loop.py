@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels.batching import PairCollator
-from dpo_kernels.checkpoint import (
+from dpo_kernels.data.batching import PairCollator
+from dpo_kernels.dispatch import choose
+from dpo_kernels.models.head import LMHead
+from dpo_kernels.training.checkpoint import (
     MetricsLog,
     find_checkpoint,
     load_checkpoint,
@@ -28,12 +30,17 @@ from dpo_kernels.checkpoint import (
     save_checkpoint,
     set_random_state,
 )
-from dpo_kernels.config import TrainConfig, practice_warnings, require_packages, trajectory_settings
-from dpo_kernels.dispatch import choose
-from dpo_kernels.head import LMHead
-from dpo_kernels.pairs import TOKEN_COLUMNS, check_fits, data_fingerprint, load_data, pair_lengths, pairs_of_step
-from dpo_kernels.plots import plot_training_curves
-from dpo_kernels.policy import METRICS, PolicyLoss, add_lora, load_model, save_model
+from dpo_kernels.training.config import TrainConfig, practice_warnings, require_packages, trajectory_settings
+from dpo_kernels.training.pairs import (
+    TOKEN_COLUMNS,
+    check_fits,
+    data_fingerprint,
+    load_data,
+    pair_lengths,
+    pairs_of_step,
+)
+from dpo_kernels.training.plots import plot_training_curves
+from dpo_kernels.training.policy import METRICS, PolicyLoss, add_lora, load_model, save_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -165,7 +172,7 @@ def _train(config: TrainConfig) -> TrainResult:
     from tqdm import tqdm
     from transformers import get_scheduler
 
-    from dpo_kernels import reference_model as references
+    from dpo_kernels.training import reference_model as references
 
     # Set-up
     AcceleratorState._reset_state()  # an earlier run in the same process may have had another precision

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dpo_kernels.config import TrainConfig
-from dpo_kernels.policy import load_tokenizer
+from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.policy import load_tokenizer
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,14 +27,14 @@ DEMO_ROWS = 600
 
 def load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
     """The tokenizer, and the token ids of the training and of the held-out pairs."""
-    from dpo_kernels.data import load_preferences, split_train_eval
-    from dpo_kernels.tokenization import tokenize_preferences
+    from dpo_kernels.data.loading import load_preferences, split_train_eval
+    from dpo_kernels.data.tokenization import tokenize_preferences
 
     rows = {"ranked_pairs": config.ranked_pairs, "empty_response": config.empty_response}
 
     def load(name: str, split: str, max_rows: int | None = None) -> Dataset:
         if name == "demo":
-            from dpo_kernels.demo import demo_preferences
+            from dpo_kernels.data.demo import demo_preferences
 
             return demo_preferences(max_rows or DEMO_ROWS)
         subset = config.dataset_config if name == config.dataset else None

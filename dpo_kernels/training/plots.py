@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dpo_kernels.checkpoint import atomic_file, read_metrics
+from dpo_kernels.training.checkpoint import atomic_file, read_metrics
 
 CHOSEN, REJECTED, EVAL = "#1b6ca8", "#c8553d", "#2b2b2b"
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels.checkpoint import atomic_directory
-from dpo_kernels.config import TrainConfig, dpo_options
-from dpo_kernels.head import LMHead
 from dpo_kernels.losses import PreferenceLoss, cpo_loss, orpo_loss, simpo_loss
+from dpo_kernels.models.head import LMHead
+from dpo_kernels.training.checkpoint import atomic_directory
+from dpo_kernels.training.config import TrainConfig, dpo_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,7 +36,7 @@ def load_tokenizer(config: TrainConfig, dataset: Dataset) -> PreTrainedTokenizer
     """The tokenizer that `config` names; `train:SIZE` makes one from the dataset's texts."""
     from transformers import AutoTokenizer
 
-    from dpo_kernels.demo import demo_tokenizer
+    from dpo_kernels.data.demo import demo_tokenizer
 
     name = config.tokenizer or ("train:512" if config.model == "demo" else config.model)
     if name.startswith("config:"):
@@ -58,7 +58,7 @@ def load_model(config: TrainConfig, name: str, tokenizer: PreTrainedTokenizerBas
     """The causal language model `name`: from the hub, a path, `config:FILE` with random weights, or the demo's."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from dpo_kernels.demo import demo_model
+    from dpo_kernels.data.demo import demo_model
 
     dtype = getattr(torch, config.dtype)
     options: dict[str, Any] = {"dtype": dtype}

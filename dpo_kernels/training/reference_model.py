@@ -21,12 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels.checkpoint import atomic_file
-from dpo_kernels.config import TrainConfig
-from dpo_kernels.head import LMHead
 from dpo_kernels.losses import length_desensitized_weights
-from dpo_kernels.pairs import data_fingerprint, pair_lengths
+from dpo_kernels.models.head import LMHead
 from dpo_kernels.rows import shift_labels
+from dpo_kernels.training.checkpoint import atomic_file
+from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.pairs import data_fingerprint, pair_lengths
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.fused_forward import Preference
 from dpo_kernels.linear_dpo import LinearDPOOutput
 from dpo_kernels.losses import SMOOTHED_LOSSES, validate_dpo_options
+from dpo_kernels.models.fused_forward import Preference
 from dpo_kernels.trl._metrics import Metrics, record
 
 F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # the others have the same name

@@ -10,8 +10,8 @@ from typing import Any
 
 from trl.trainer import dpo_trainer
 
-from dpo_kernels.fused_forward import add_fused_lm_head
-from dpo_kernels.head import unwrap
+from dpo_kernels.models.fused_forward import add_fused_lm_head
+from dpo_kernels.models.head import unwrap
 
 TRLS_HEAD: Callable[..., None] = dpo_trainer.add_fused_lm_head
 

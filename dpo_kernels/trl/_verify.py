@@ -14,8 +14,8 @@ import torch
 import trl
 from torch import Tensor
 
-from dpo_kernels.fused_forward import STATS
-from dpo_kernels.head import unwrap
+from dpo_kernels.models.fused_forward import STATS
+from dpo_kernels.models.head import unwrap
 from dpo_kernels.trl._head import TRLS_HEAD, replaced
 from dpo_kernels.trl._metrics import latest, recorded
 

@@ -5,10 +5,10 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from places import python_path
 
 from dpo_kernels.bench import charts, command
 from dpo_kernels.cli import main
@@ -22,8 +22,6 @@ def bench(tmp_path_factory):
 
     def run(*arguments):
         out = tmp_path_factory.mktemp("bench")
-        root = Path(__file__).resolve().parents[1]
-        path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])
         started = [
             sys.executable,
             "-m",
@@ -37,7 +35,7 @@ def bench(tmp_path_factory):
             *arguments,
         ]
         started += ["--json", out / "out.json", "--csv", out / "out.csv", "--plot", out / "plots"]
-        environment = {**os.environ, "PYTHONPATH": path, "TRITON_INTERPRET": "0"}
+        environment = {**os.environ, "PYTHONPATH": python_path(), "TRITON_INTERPRET": "0"}
         done = subprocess.run(started, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         with (out / "out.csv").open(newline="") as file:

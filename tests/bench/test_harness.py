@@ -9,6 +9,7 @@ import torch
 
 from dpo_kernels import dispatch
 from dpo_kernels.bench import cases, contenders, measure, peers, report
+from dpo_kernels.data.lengths import LENGTHS, MIN_PAIRS, real_lengths
 
 
 def test_excluded_contender_is_not_run():
@@ -146,13 +147,13 @@ def test_commit_is_of_this_package_alone(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("tokens, max_length", [(1, 512), (5000, 512), (400_000, 1024)])
 def test_real_batches_are_cut_and_labelled(tokens, max_length):
-    lengths = cases.real_lengths(tokens, max_length)
+    lengths = real_lengths(tokens, max_length)
     case = cases.HeadCase.of_pairs(lengths, 8, 64)
     assert all(prompt >= 1 and prompt + max(rest) <= max_length and min(rest) >= 1 for prompt, *rest in lengths)
     assert int((case.labels() == 0).sum()) == case.tokens >= tokens
     # the last pair is needed
-    assert len(lengths) == cases.MIN_PAIRS or case.tokens - sum(lengths[-1][1:]) < tokens
-    assert cases.real_lengths(tokens, max_length) == lengths != cases.real_lengths(tokens, max_length, seed=7)
+    assert len(lengths) == MIN_PAIRS or case.tokens - sum(lengths[-1][1:]) < tokens
+    assert real_lengths(tokens, max_length) == lengths != real_lengths(tokens, max_length, seed=7)
 
 
 def test_labels_of_a_real_batch():
@@ -161,7 +162,7 @@ def test_labels_of_a_real_batch():
 
 
 def test_lengths_have_no_texts():
-    found = json.loads(cases.LENGTHS.read_text())
+    found = json.loads(LENGTHS.read_text())
     assert len(found["lengths"]) == 300
     assert all(len(row) == 3 and all(isinstance(value, int) for value in row) for row in found["lengths"])
 

@@ -7,13 +7,13 @@ import os
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+from places import ROOT, python_path
 
 from dpo_kernels import dispatch
 
-BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+BENCHMARKS = ROOT / "benchmarks"
 GRADIENTS = {"dhidden", "dweight"}
 
 
@@ -29,9 +29,8 @@ def gpu_report(tmp_path_factory):
     command = [sys.executable, BENCHMARKS / "gpu.py", "--quick", "--device", "cpu", "--json", out / "out.json"]
     command += ["--impl", "torch", "triton", "cuda", "--only", "paths,E,tiles,masks", "--rounds", "1"]
     command += ["--peers", "eager", "TRL", "Liger, not compiled", "QuACK", "QuACK, labelled"]
-    path = [str(out), str(BENCHMARKS.parent), str(BENCHMARKS.parent / "tests"), os.environ.get("PYTHONPATH", "")]
     options = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "DPO_KERNELS_COMMIT": "a copy"}
-    environment = {**os.environ, **options, "PYTHONPATH": os.pathsep.join(path)}
+    environment = {**os.environ, **options, "PYTHONPATH": python_path(out)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads((out / "out.json").read_text()) | {"stdout": done.stdout}

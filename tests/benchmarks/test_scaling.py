@@ -4,11 +4,9 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
+from places import ROOT, python_path
 
 
 @pytest.fixture
@@ -57,8 +55,7 @@ def test_sums_of_hidden_size_may_grow(scaling):
 def test_both_sweeps_run(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "scaling.py", tmp_path, "--rounds", "1", "--no-memory"]
     command += ["--impl", "torch", "--tokens", "8", "16", "--vocab", "256", "512", "--hidden", "16"]
-    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True)
     # the times of such sizes mean nothing: either verdict is right
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     for name, along in (("tokens", "N"), ("vocab", "V")):

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from places import ROOT, SHARED
 
-ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
-PREFERENCES = ROOT.parent / "shared" / "data" / "preferences_en.jsonl"
+PREFERENCES = SHARED / "data" / "preferences_en.jsonl"
 TINY = {"TOKENS": "16", "HIDDEN": "16", "VOCAB": "128", "PAIRS": "32", "ROUNDS": "1", "IMPL": "torch"}
 QUICK = ("--quick", "--impl", "torch", "--threads", "1")
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dpo_kernels.batching import PairCollator
+from dpo_kernels.data.batching import PairCollator
 
 PAIRS = [
     {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5], "rejected_ids": [6], "index": 7},

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from dpo_kernels.batching import PairCollator
-from dpo_kernels.data import split_train_eval
-from dpo_kernels.demo import demo_model, demo_preferences, demo_tokenizer
-from dpo_kernels.tokenization import tokenize_preferences
+from dpo_kernels.data.batching import PairCollator
+from dpo_kernels.data.demo import demo_model, demo_preferences, demo_tokenizer
+from dpo_kernels.data.loading import split_train_eval
+from dpo_kernels.data.tokenization import tokenize_preferences
 
 
 @pytest.fixture(scope="module", autouse=True)

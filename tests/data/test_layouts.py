@@ -2,7 +2,7 @@
 
 import pytest
 
-from dpo_kernels.layouts import KNOWN_LAYOUTS, convert, is_empty, recognize, split_shared_text
+from dpo_kernels.data.layouts import KNOWN_LAYOUTS, convert, is_empty, recognize, split_shared_text
 
 
 def user(text):

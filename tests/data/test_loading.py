@@ -5,7 +5,6 @@ import json
 import subprocess
 import sys
 import unicodedata
-from pathlib import Path
 
 import datasets
 import pyarrow as pa
@@ -13,15 +12,16 @@ import pytest
 from datasets import Dataset, DatasetDict
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from places import SHARED
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from dpo_kernels import tokenization
-from dpo_kernels.data import load_preferences, normalize_preferences, split_train_eval
-from dpo_kernels.demo import demo_tokenizer
-from dpo_kernels.tokenization import DataReport, tokenize_preferences
+from dpo_kernels.data import tokenization
+from dpo_kernels.data.demo import demo_tokenizer
+from dpo_kernels.data.loading import load_preferences, normalize_preferences, split_train_eval
+from dpo_kernels.data.tokenization import DataReport, tokenize_preferences
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data"
+REAL = SHARED / "data"
 TEXTS = ["What is the colour of the sky? It is blue.", "Say yes or no. I say yes, and he says no."]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"type": "number"}}}}}]
 
@@ -673,8 +673,8 @@ def test_fingerprints_are_the_same_in_another_process(tmp_path, tokenizer):
     path = write(tmp_path / "pairs.jsonl", text_rows())
     code = (
         "import sys, datasets; datasets.config.HF_DATASETS_CACHE = sys.argv[2]\n"
-        "from dpo_kernels.data import *; from dpo_kernels.tokenization import *\n"
-        "from dpo_kernels.demo import demo_tokenizer\n"
+        "from dpo_kernels.data.loading import *; from dpo_kernels.data.tokenization import *\n"
+        "from dpo_kernels.data.demo import demo_tokenizer\n"
         f"dataset, _ = tokenize_preferences(load_preferences(sys.argv[1]), demo_tokenizer({TEXTS!r}, 300))\n"
         "print(dataset._fingerprint)"
     )

@@ -1,4 +1,4 @@
-"""Builds CUDA sources for the CPU, with the emulation in tests/cuda; nothing of CUDA is needed.
+"""Builds CUDA sources for the CPU, with the emulation in tests/impl/cuda; nothing of CUDA is needed.
 
 A launch takes DPO_EMULATION_SEED from the environment: see cuda/fibers.h. `flags` with which more is found:
 -fsanitize=alignment -fno-sanitize-recover=alignment, for vectors at addresses that are not their size's multiples.
@@ -17,8 +17,10 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent / "cuda"
-SOURCES = HERE.parents[1] / "csrc" / "cuda"
+from places import ROOT
+
+HERE = ROOT / "tests" / "impl" / "cuda"
+SOURCES = ROOT / "csrc" / "cuda"
 COMPILER = os.environ.get("CXX", "g++")
 # Kernels read vectors of what is declared as scalars, which the device's compiler allows. Symbols stay in their module:
 # two of them can be loaded at once.

@@ -1,6 +1,6 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what the machine code uses, as JSON lines.
 
-    python compile.py 80 90 100
+    PYTHONPATH=tests/helpers python tests/impl/compile_triton.py 80 90 100
 
 Tensors are taken to be aligned to 16 bytes and sizes to be multiples of 16, as they are in training, but for what the
 kernels are not specialised on, and for `odd` sizes.
@@ -10,8 +10,8 @@ import json
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
+import machine_code
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
@@ -19,9 +19,6 @@ from triton.compiler import ASTSource
 
 from dpo_kernels.impl.triton import MAX_BLOCK_H, MAX_BLOCK_V, dlogits_bwd_kernel, fold_fwd_kernel
 from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
-
-sys.path.insert(0, str(Path(__file__).parents[1]))
-import machine_code
 
 
 def cases(capability):

@@ -1,5 +1,6 @@
 """The CUDA kernels beyond what every implementation is tested for: the fused forward of Hopper, rows of every
-alignment, and the machine code of each generation of GPUs. Without a GPU they run on the CPU, through tests/cuda."""
+alignment, and the machine code of each generation of GPUs. Without a GPU they run on the CPU, through the emulation in
+tests/impl/cuda."""
 
 import importlib.util
 import math
@@ -7,7 +8,7 @@ import math
 import machine_code
 import pytest
 import torch
-from conftest import DEVICE
+from places import DEVICE
 
 from dpo_kernels import dispatch, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.interface import STATS, Columns, GradRows, LogitTransform

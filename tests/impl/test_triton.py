@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DEVICE
+from places import DEVICE, python_path
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.interface import STATS, Columns, GradRows, LogitTransform, Rows
@@ -22,7 +22,7 @@ if reason := dispatch.unavailable_reason("triton", torch.get_default_device()):
 kernels = dispatch.load("triton")
 torch_kernels = dispatch.load("torch")
 linear = pytest.importorskip("dpo_kernels.impl.triton_linear")
-COMPILE = Path(__file__).with_name("gpu") / "compile.py"
+COMPILE = Path(__file__).with_name("compile_triton.py")
 ALL = {"softcap": 5.0, "logit_scale": -0.7, "temperature": 1.3}
 
 
@@ -353,7 +353,7 @@ def test_machine_code(sm, tmp_path):
     """Nothing spills, nothing is atomic, tiles move in 16 bytes, and the fused forward runs on tensor cores."""
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     env["TRITON_CACHE_DIR"] = str(tmp_path)
-    env["PYTHONPATH"] = os.pathsep.join([str(Path(dispatch.__file__).parents[1]), env.get("PYTHONPATH", "")])
+    env["PYTHONPATH"] = python_path()
     command = [sys.executable, str(COMPILE), str(sm)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

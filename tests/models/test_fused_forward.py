@@ -11,21 +11,12 @@ import torch
 
 pytest.importorskip("transformers", reason="builds its models with transformers, which is not installed")
 
-from test_head import (
-    ADAPTERS,
-    MODELS,
-    adapt,
-    assert_close,
-    assert_same_gradients,
-    batch,
-    build,
-    eager_logps,
-    gradients,
-)
 
-from dpo_kernels.fused_forward import Preference, add_fused_lm_head
-from dpo_kernels.head import LMHead, unwrap
-from dpo_kernels.through_wrappers import split
+from heads import ADAPTERS, MODELS, adapt, assert_close, assert_same_gradients, batch, build, eager_logps, gradients
+
+from dpo_kernels.models.fused_forward import Preference, add_fused_lm_head
+from dpo_kernels.models.head import LMHead, unwrap
+from dpo_kernels.models.through_wrappers import split
 
 
 def labels_of(inputs):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from dpo_kernels.model_shapes import MODELS, ModelShape, find_shape
+from dpo_kernels.models.shapes import MODELS, ModelShape, find_shape
 
 # What the hub's pages say of the safetensors files, `safetensors.total`. (Those of Qwen3 with a tied head store it
 # twice: 751,632,384 for Qwen3-0.6B is 596,049,920 and a head of 155,582,464.)

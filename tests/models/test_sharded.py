@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from test_head import build
-from dpo_kernels.fused_forward import Preference, add_fused_lm_head
-from dpo_kernels.head import unwrap
+from heads import build
+from dpo_kernels.models.fused_forward import Preference, add_fused_lm_head
+from dpo_kernels.models.head import unwrap
 
 torch.set_num_threads(1)
 ADAPTERS = {
@@ -60,7 +60,7 @@ def assert_same(found, expected, case):
 FSDP2 = """
 from peft.tuners.lora import layer as lora
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from dpo_kernels.head import _class_of
+from dpo_kernels.models.head import _class_of
 
 dist.init_process_group("gloo")
 labels = torch.randint(3, 95, (4, 6), generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -185,7 +185,7 @@ import accelerate.state
 import dpo_kernels.trl as ours
 import trl
 from accelerate.utils import DistributedType
-from test_trl import LORA, dpo, prototype
+from trl_runs import LORA, dpo, prototype
 
 original = accelerate.state.AcceleratorState.__init__
 def on_the_cpu_too(self, *args, fsdp_plugin=None, **kwargs):  # accelerate shards on accelerators alone
@@ -227,7 +227,7 @@ def test_tensor_parallel(run_two_processes, tmp_path):
 
 def test_trainer_with_fsdp2(run_two_processes, tmp_path):
     pytest.importorskip("trl", reason="tests the trainers of TRL, which is not installed")
-    from test_trl import assert_agree
+    from trl_runs import assert_agree
 
     run_two_processes(COMMON + TRAINER, tmp_path)
     logs = json.loads((tmp_path / "logs.json").read_text())

@@ -8,12 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, plan
+from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.bench import peers
-from dpo_kernels.bench.cases import LENGTHS, HeadInputs
-from dpo_kernels.head_memory import eager_bytes, ours_bytes, trl_bytes
+from dpo_kernels.bench.cases import HeadInputs
+from dpo_kernels.data.lengths import LENGTHS
 from dpo_kernels.impl import paths
-from dpo_kernels.model_shapes import ModelShape, find_shape
+from dpo_kernels.models.shapes import ModelShape, find_shape
+from dpo_kernels.planning import plan
+from dpo_kernels.planning.head_memory import eager_bytes, ours_bytes, trl_bytes
 from dpo_kernels.testing import SavedBytes, allocated, head_inputs
 
 WITHIN = 0.1
@@ -387,7 +389,7 @@ def test_torch_alone_is_needed(run_python):
         "-c",
         "import sys\n"
         "for name in ('numpy', 'transformers', 'trl', 'tqdm', 'matplotlib'): sys.modules[name] = None\n"
-        "from dpo_kernels import plan\n"
+        "from dpo_kernels.planning import plan\n"
         "import argparse; parser = argparse.ArgumentParser(); plan.add_arguments(parser)\n"
         "plan.run(parser.parse_args(['--model', 'qwen2.5-0.5b', '--batch', '2', '--seq', '64']))",
     )

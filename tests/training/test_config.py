@@ -2,11 +2,11 @@
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
-from dpo_kernels.config import (
+from dpo_kernels.training.config import (
     DEMO,
     TrainConfig,
     add_flags,
@@ -179,7 +179,7 @@ def test_a_model_configuration_is_found_beside_the_file_that_names_it(tmp_path, 
     assert load_config(tmp_path / "run.yaml").model == f"config:{tmp_path / 'tiny.json'}"
 
 
-EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.yaml"))
+EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)

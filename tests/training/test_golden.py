@@ -1,6 +1,6 @@
 """Short training runs give the losses that they gave before: `golden.txt` beside this file.
 
-    python tests/test_golden.py > tests/golden.txt
+    PYTHONPATH=tests/helpers python tests/training/test_golden.py > tests/training/golden.txt
 
 writes them anew, which only a change that is meant to change numbers may do. A refactoring reproduces them to the last
 digit on the machine that wrote them; another processor adds up in another order, hence the tolerance.
@@ -19,9 +19,11 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
-from dpo_kernels.checkpoint import read_metrics
-from dpo_kernels.config import TrainConfig
-from dpo_kernels.train import train
+from places import python_path
+
+from dpo_kernels.training.checkpoint import read_metrics
+from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.loop import train
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -58,8 +60,7 @@ def run(name, directory):
     """What a run of the loop logs: rows of `COLUMNS`, and the held-out losses."""
     settings = {"output_dir": str(directory), "cache_dir": str(directory / "cache")}
     if name == "two processes" and "WORLD_SIZE" not in os.environ:
-        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-        env["PYTHONPATH"] = os.pathsep.join([str(HERE.parents[1]), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
         start = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         done = subprocess.run(
             [*start, str(HERE), name, str(directory)], env=env, capture_output=True, text=True, timeout=300
@@ -72,7 +73,7 @@ def run(name, directory):
 
 def run_trl(directory):
     """What TRL's trainer logs with this package's head, and a reference that is not the policy."""
-    from test_trl import dpo, prototype
+    from trl_runs import dpo, prototype
 
     import dpo_kernels.trl
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,15 +20,16 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from datasets import Dataset
+from places import SHARED, python_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_kernels.checkpoint import MetricsLog, list_checkpoints, read_metrics
-from dpo_kernels.config import TrainConfig, load_config
-from dpo_kernels.demo import demo_model
-from dpo_kernels.pairs import check_fits, load_data, pairs_of_step
-from dpo_kernels.policy import load_model
+from dpo_kernels.data.demo import demo_model
 from dpo_kernels.testing import Record
-from dpo_kernels.train import WALL_CLOCK, train
+from dpo_kernels.training.checkpoint import MetricsLog, list_checkpoints, read_metrics
+from dpo_kernels.training.config import TrainConfig, load_config
+from dpo_kernels.training.loop import WALL_CLOCK, train
+from dpo_kernels.training.pairs import check_fits, load_data, pairs_of_step
+from dpo_kernels.training.policy import load_model
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -303,7 +303,7 @@ def uninterrupted(tmp_path_factory):
 
 def test_a_killed_process_is_resumed_to_the_last_bit(tmp_path, uninterrupted):
     settings = TINY | INTERRUPTED | {"output_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
-    script = f"from dpo_kernels.train import *; train(TrainConfig(**{settings!r}))"
+    script = f"from dpo_kernels.training import *; train(TrainConfig(**{settings!r}))"
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], env=environment)
     metrics = tmp_path / "metrics.jsonl"
@@ -536,7 +536,7 @@ def test_what_is_no_policy_is_refused(tmp_path):
 
 
 def test_real_preferences_are_learned(tmp_path):
-    data = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences_en.jsonl"
+    data = SHARED / "data" / "preferences_en.jsonl"
     if not data.is_file():
         pytest.skip(f"there is no {data}")
     _, rows = run(
@@ -552,10 +552,9 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     settings |= {"per_device_batch_size": 1, "gradient_accumulation_steps": 2}
     settings |= {"output_dir": str(tmp_path / "two"), "cache_dir": str(tmp_path / "cache")}
     script = tmp_path / "two.py"
-    script.write_text(f"from dpo_kernels.train import *\ntrain(TrainConfig(**{TINY | settings!r}))\n")
+    script.write_text(f"from dpo_kernels.training import *\ntrain(TrainConfig(**{TINY | settings!r}))\n")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).resolve().parents[1]), *sys.path])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
     subprocess.run(launch, env=environment | {"ACCELERATE_USE_CPU": "true"}, check=True, timeout=300)
     two = rows_of(tmp_path / "two")
     assert len(two) == len(rows) == 16 + 3

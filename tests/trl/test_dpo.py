@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import statistics
 import warnings
-from functools import cache
 
 import pytest
 import torch
@@ -16,131 +14,34 @@ pytest.importorskip("trl", reason="tests the trainers of TRL, which is not insta
 pytest.importorskip("peft", reason="trains LoRA too, and peft is not installed")
 
 import trl
-from accelerate.state import AcceleratorState
+from heads import build
 from peft import LoraConfig, get_peft_model
-from test_head import build
-from test_trl_parity import LOSS_OPTIONS, MPO, preferences, tokenizer, trl_names
+from trl_runs import (
+    ARCHITECTURES,
+    LORA,
+    LOSS_OPTIONS,
+    MPO,
+    PAIRS,
+    VOCAB,
+    assert_agree,
+    assert_weights_agree,
+    dpo,
+    logs_of,
+    lora_config,
+    preferences,
+    prototype,
+    settings,
+    tokenizer,
+    trl_names,
+)
 
 import dpo_kernels.trl as ours
-from dpo_kernels.fused_forward import add_fused_lm_head
-from dpo_kernels.head import LMHead, unwrap
 from dpo_kernels.losses import F_DIVERGENCE_LOSSES
+from dpo_kernels.models.fused_forward import add_fused_lm_head
+from dpo_kernels.models.head import LMHead, unwrap
 from dpo_kernels.trl._head import TRLS_HEAD
 
 pytestmark = pytest.mark.usefixtures("process_left_as_it_was")
-STEPS, PAIRS, VOCAB = 3, 4, 128
-TOLERANCE = 1e-4
-# Of the logs, what a clock says.
-CLOCKS = ("runtime", "per_second", "total_flos", "epoch")
-# TRL scores all of these with its own head as they are.
-ARCHITECTURES = (
-    "qwen2",
-    "qwen3",
-    "llama",
-    "mistral",
-    "gemma2",
-    "gemma3",
-    "phi",
-    "cohere",
-    "granite",
-    "hyperclovax",
-    "mixtral",
-    "gpt2",
-    "falcon_h1",
-    "opt",
-)
-LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", "init_lora_weights": False}
-
-
-@cache
-def prototype(name):
-    """Without dropout, even where it is a function's and TRL does not find it."""
-    more = {"dropout": 0.0} if name == "opt" else {}
-    return build(name, vocab_size=VOCAB, initializer_range=0.3, **more)
-
-
-def settings(directory, **more):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # which arguments set, and never take back
-    return {
-        "output_dir": str(directory),
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "optim": "adamw_torch",
-        "learning_rate": 2e-3,
-        "adam_epsilon": 1e-5,
-        "max_steps": STEPS,
-        "per_device_train_batch_size": PAIRS,
-        "per_device_eval_batch_size": PAIRS,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "max_length": 48,
-        **more,
-    }
-
-
-def dpo(trainer_class, directory, model, *, lora=None, reference=None, evaluate=False, trainer_options=None, **more):
-    """A trainer that has trained, and its logs."""
-    model = copy.deepcopy(model)
-    if lora is None and reference is None and not more.get("precompute_ref_log_probs"):
-        reference = copy.deepcopy(model)
-        with torch.no_grad():  # away from the policy: rewards are not 0 in the first step
-            for number, weight in enumerate(reference.parameters()):
-                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(number)), alpha=0.02)
-    trainer = trainer_class(
-        model,
-        reference,
-        args=trl.DPOConfig(**settings(directory, **more)),
-        train_dataset=preferences(),
-        eval_dataset=preferences().select(range(6)) if evaluate else None,  # its last batch is smaller
-        processing_class=tokenizer(),
-        peft_config=None if lora is None else lora_config(model, lora),
-        **(trainer_options or {}),
-    )
-    trainer.train()
-    if evaluate:
-        trainer.evaluate()
-    return trainer, logs_of(trainer)
-
-
-def lora_config(model, options):
-    if model.config.model_type == "falcon_h1" and options["target_modules"] == "all-linear":
-        options = {**options, "target_modules": ["q_proj", "v_proj"]}  # PEFT refuses some of its others
-    return LoraConfig(**options)
-
-
-def logs_of(trainer):
-    return [
-        {name: value for name, value in log.items() if not any(clock in name for clock in CLOCKS)}
-        for log in trainer.state.log_history
-    ]
-
-
-def assert_agree(mine, theirs, tolerance=TOLERANCE):
-    assert len(mine) == len(theirs) >= STEPS
-    for number, (own, other) in enumerate(zip(mine, theirs, strict=True), 1):
-        assert own.keys() == other.keys()
-        for name, value in other.items():
-            if name.endswith("accuracies") and abs(other[name.replace("accuracies", "margins")]) < 1e-4:
-                continue  # policy and reference are the same: rounding decides
-            limit = tolerance * max(1.0, abs(value))
-            assert abs(own[name] - value) <= limit, f"log {number}: {name} is {own[name]:.9g}, TRL has {value:.9g}"
-
-
-def weights_of(trainer):
-    return {name: weight.detach() for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-
-
-def assert_weights_agree(mine, theirs):
-    """After the steps: no gradient went another way."""
-    mine, theirs = weights_of(mine), weights_of(theirs)
-    assert mine.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert (mine[name] - value).abs().max() <= 1e-3 * value.abs().max(), name
 
 
 # DPO

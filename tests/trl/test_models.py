@@ -15,10 +15,8 @@ pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
 import trl
 from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig
-from test_trl import assert_agree, logs_of, prototype, settings
-from test_trl_others import unpaired
-from test_trl_parity import preferences, tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from trl_runs import assert_agree, logs_of, preferences, prototype, settings, tokenizer, unpaired
 
 import dpo_kernels.trl as ours
 
@@ -93,9 +91,9 @@ import copy, json, os, sys
 import torch
 import dpo_kernels.trl as ours
 import trl
-from test_trl import prototype, settings
-from test_trl_others import trained, unpaired
-from test_trl_parity import preferences
+from trl_runs import prototype, settings
+from trl_runs import trained, unpaired
+from trl_runs import preferences
 
 torch.set_num_threads(1)
 found = {}

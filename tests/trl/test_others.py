@@ -13,49 +13,26 @@ pytest.importorskip("peft", reason="trains LoRA too, and peft is not installed")
 
 import trl
 from accelerate import Accelerator
-from datasets import Dataset
 from peft import LoraConfig
-from test_trl import (
+from torch.overrides import TorchFunctionMode
+from trl_runs import (
     LORA,
     PAIRS,
     assert_agree,
     assert_weights_agree,
-    logs_of,
+    preferences,
     prototype,
     settings,
+    tokenizer,
+    trained,
+    unpaired,
 )
-from test_trl_parity import preferences, tokenizer
-from torch.overrides import TorchFunctionMode
 
 import dpo_kernels.trl as ours
-from dpo_kernels import fused_forward
+from dpo_kernels.models import fused_forward
 
 pytestmark = pytest.mark.usefixtures("process_left_as_it_was")
 EXPERIMENTAL = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
-
-
-def unpaired():
-    """Of the first pairs of rows one is chosen alone, and one is rejected alone."""
-    rows = []
-    for number, row in enumerate(preferences()):
-        side = "rejected" if number % 8 in (3, 4, 6, 7) else "chosen"
-        rows.append({"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"})
-    return Dataset.from_list(rows)
-
-
-def trained(trainer_class, config, model, data, lora=None, **more):
-    trainer = trainer_class(
-        model=copy.deepcopy(model),
-        args=config,
-        train_dataset=data,
-        eval_dataset=data.select(range(5)),  # its last batch is smaller
-        processing_class=tokenizer(),
-        peft_config=None if lora is None else LoraConfig(**lora),
-        **more,
-    )
-    trainer.train()
-    trainer.evaluate()
-    return trainer, logs_of(trainer)
 
 
 KTO = [

@@ -14,9 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import random
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -27,16 +24,17 @@ pytest.importorskip("peft", reason="compares LoRA too, and peft is not installed
 
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM, get_scheduler
+from places import SHARED
+from transformers import Qwen2Config, Qwen2ForCausalLM, get_scheduler
 from trl import DPOConfig, DPOTrainer
+from trl_runs import LOSS_OPTIONS, MPO, preferences, tokenizer, trl_names
 
-from dpo_kernels.batching import PairCollator
-from dpo_kernels.config import TrainConfig
-from dpo_kernels.demo import demo_tokenizer
-from dpo_kernels.head import LMHead
+from dpo_kernels.data.batching import PairCollator
+from dpo_kernels.data.demo import demo_tokenizer
 from dpo_kernels.losses import BATCH_LOSSES, F_DIVERGENCE_LOSSES, dpo_loss, length_desensitized_weights
-from dpo_kernels.train import train
+from dpo_kernels.models.head import LMHead
+from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("process_left_as_it_was")
 TOLERANCE = 1e-4
@@ -44,26 +42,6 @@ STEPS, PAIRS = 5, 4
 BETA, LEARNING_RATE, ADAM_EPSILON = 0.1, 2e-3, 1e-5  # log-ratios reach a few nats in five steps
 VOCAB_SIZE = 257  # not a round number
 STATS = ("entropy", "is_top1", "mean_logit")
-
-# Every loss that both have, with the options that it asks for.
-LOSS_OPTIONS = {
-    "sigmoid": {},
-    "hinge": {},
-    "ipo": {},
-    "exo_pair": {"label_smoothing": 0.05},
-    "nca_pair": {},
-    "robust": {"label_smoothing": 0.1},
-    "bco_pair": {},
-    "sppo_hard": {},
-    "aot": {"label_smoothing": 0.1},
-    "aot_unpaired": {"label_smoothing": 0.1},
-    "apo_zero": {},
-    "apo_down": {},
-    "discopop": {"discopop_tau": 0.1},
-    "sft": {},
-    "sigmoid_norm": {},
-}
-MPO = {"loss_type": ["sigmoid", "bco_pair", "sft"], "loss_weights": [0.8, 0.2, 1.0]}
 
 
 class Step(NamedTuple):
@@ -89,25 +67,6 @@ class RecordingTrainer(DPOTrainer):
         super().log(logs, *args, **kwargs)
         if "loss" in logs:
             self.steps[-1].metrics.update(logs)
-
-
-@cache
-def preferences() -> Dataset:
-    """Pairs of word sequences of different lengths, from one word on."""
-    words = [a + b for a in "bdfgklmnprstv" for b in ("a", "e", "i", "o", "u", "an", "el", "in")]
-    generator = random.Random(0)
-    text = lambda most: " ".join(generator.choices(words, k=generator.randint(1, most)))  # noqa: E731
-    rows = [{"prompt": text(6), "chosen": " " + text(12), "rejected": " " + text(12)} for _ in range(STEPS * PAIRS)]
-    return Dataset.from_list(rows)
-
-
-@cache
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = sorted({word for row in preferences() for text in row.values() for word in text.split()})
-    vocabulary = {word: index for index, word in enumerate(["<pad>", "<eos>", *words])}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
 
 
 def tiny_model(vocab_size: int = VOCAB_SIZE, **settings) -> Qwen2ForCausalLM:
@@ -138,15 +97,6 @@ def other_checkpoint(model: Qwen2ForCausalLM) -> Qwen2ForCausalLM:
         for weight in other.parameters():
             weight.add_(0.02 * torch.randn(weight.shape, generator=generator))
     return other
-
-
-def trl_names(loss_type, f_divergence="reverse_kl", f_alpha=0.5, **shared):
-    return {
-        "loss_type": [loss_type] if isinstance(loss_type, str) else loss_type,
-        "f_divergence_type": {"js": "js_divergence", "alpha": "alpha_divergence"}.get(f_divergence, f_divergence),
-        "f_alpha_divergence_coef": f_alpha,
-        **shared,
-    }
 
 
 def train_with_trl(directory, model, reference, options, *, data=None, peft_config=None, **arguments):
@@ -345,7 +295,7 @@ def test_the_collator_makes_the_same_batches(tmp_path):
 
 
 def test_real_conversations_agree(tmp_path):
-    path = Path(__file__).resolve().parents[2] / "shared" / "data" / "preferences_en.jsonl"
+    path = SHARED / "data" / "preferences_en.jsonl"
     if not path.exists():
         pytest.skip(f"no preference data at {path}")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
