@@ -40,10 +40,10 @@ from dpo_kernels.dispatch import choose
 from dpo_kernels.impl.reference import eager_token_logps
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.loop import deterministic_algorithms, make_optimizer
 from dpo_kernels.training.pairs import check_fits, load_data
 from dpo_kernels.training.policy import PolicyLoss, load_model
 from dpo_kernels.training.reference_model import LOGP_COLUMNS, Reference, frozen_copy
+from dpo_kernels.training.setup import deterministic_algorithms, make_optimizer
 
 Pair = dict[str, Any]  # token ids, as `tokenize_preferences` makes them, and the reference's log-probabilities
 

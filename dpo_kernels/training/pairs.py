@@ -6,15 +6,20 @@ import functools
 import hashlib
 import logging
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from dpo_kernels.data.batching import PairCollator
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import load_tokenizer
 
 if TYPE_CHECKING:
+    from accelerate import Accelerator
     from datasets import Dataset
     from torch import nn
     from transformers import PreTrainedTokenizerBase
@@ -61,6 +66,43 @@ def load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, Da
     # before prompts are cut: pairs of one prompt stay together
     train_rows, eval_rows = split_train_eval(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
     return tokenizer, tokenize(train_rows), tokenize(eval_rows)
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Token ids of all pairs, and how some of them become a batch."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train: Dataset
+    held_out: Dataset | None
+    device: torch.device
+
+    @classmethod
+    def load(cls, config: TrainConfig, accelerator: Accelerator) -> Pairs:
+        with accelerator.main_process_first():  # the others then find the tokenized data in the cache
+            return cls(*load_data(config), accelerator.device)
+
+    def sets(self) -> list[Dataset]:
+        return [self.train, self.held_out] if self.held_out else [self.train]
+
+    def map(self, function: Callable[[Dataset], Dataset]) -> Pairs:
+        held_out = self.held_out
+        return replace(self, train=function(self.train), held_out=function(held_out) if held_out else held_out)
+
+    @functools.cached_property
+    def collator(self) -> PairCollator:
+        padding = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # it is masked: any token will do
+        return PairCollator(next(token for token in padding if token is not None))
+
+    def batch(self, pairs: Dataset, rows: Iterable[int]) -> dict[str, Any]:
+        """Those rows of a set, collated, on the device."""
+
+        def move(value: Any) -> Any:
+            if not isinstance(value, Tensor):
+                return value
+            return (value.pin_memory() if self.device.type == "cuda" else value).to(self.device, non_blocking=True)
+
+        return {name: move(value) for name, value in self.collator([pairs[int(row)] for row in rows]).items()}
 
 
 def pairs_of_step(step: int, pairs: int, pairs_per_step: int, seed: int) -> np.ndarray:

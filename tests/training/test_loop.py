@@ -27,9 +27,10 @@ from dpo_kernels.data.demo import demo_model
 from dpo_kernels.testing import Record
 from dpo_kernels.training.checkpoint import MetricsLog, list_checkpoints, read_metrics
 from dpo_kernels.training.config import TrainConfig, load_config
-from dpo_kernels.training.loop import WALL_CLOCK, train
+from dpo_kernels.training.loop import train
 from dpo_kernels.training.pairs import check_fits, load_data, pairs_of_step
 from dpo_kernels.training.policy import load_model
+from dpo_kernels.training.state import WALL_CLOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -14,7 +14,8 @@ from dpo_kernels.bench.cases import HeadInputs
 from dpo_kernels.data.lengths import LENGTHS
 from dpo_kernels.impl import paths
 from dpo_kernels.models.shapes import ModelShape, find_shape
-from dpo_kernels.planning import plan
+from dpo_kernels.planning import command
+from dpo_kernels.planning import step as planning
 from dpo_kernels.planning.head_memory import eager_bytes, ours_bytes, trl_bytes
 from dpo_kernels.testing import SavedBytes, allocated, head_inputs
 
@@ -258,8 +259,8 @@ def test_activations(kind, dtype, mixed, train, checkpointing):
     name, config_options, fields = KINDS[kind]
     shape = replace(SMALL, **fields)
     pairs, seq = 2, 48
-    step = plan.Step(
-        shape.hidden, shape.vocab, pairs, seq, 1.0, shape, getattr(torch, dtype), plan.AUTOCAST[mixed], train,
+    step = planning.Step(
+        shape.hidden, shape.vocab, pairs, seq, 1.0, shape, getattr(torch, dtype), command.AUTOCAST[mixed], train,
         lora_r=4, checkpointing=checkpointing,
     )  # fmt: skip
     config = getattr(transformers, name)(
@@ -286,7 +287,7 @@ def test_activations(kind, dtype, mixed, train, checkpointing):
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
 
     forward()
-    kept, again = plan.activation_bytes(step, shape)
+    kept, again = planning.activation_bytes(step, shape)
     measured = allocated(forward).left
     assert kept == pytest.approx(measured, rel=0.25)
     if not checkpointing:
@@ -295,19 +296,19 @@ def test_activations(kind, dtype, mixed, train, checkpointing):
             forward()
         assert kept == pytest.approx(saved.total, rel=0.25)
     else:
-        whole, _ = plan.activation_bytes(replace(step, checkpointing=False), shape)
+        whole, _ = planning.activation_bytes(replace(step, checkpointing=False), shape)
         assert kept + shape.layers * again == pytest.approx(whole, rel=0.25)
 
 
 def test_state_follows_from_the_parameters():
-    step = plan.Step(4096, 128256, 1, 8, 1.0, find_shape("llama-3-8b"))
+    step = planning.Step(4096, 128256, 1, 8, 1.0, find_shape("llama-3-8b"))
     weights = 2 * step.shape.parameters
     full = {"weights": weights, "gradients": weights, "optimizer": 2 * weights, "reference": 0}
-    assert plan.state_bytes(step, step.shape) == full
-    assert plan.state_bytes(replace(step, reference="model"), step.shape)["reference"] == weights
-    frozen = plan.state_bytes(replace(step, train="frozen-head"), step.shape)
+    assert planning.state_bytes(step, step.shape) == full
+    assert planning.state_bytes(replace(step, reference="model"), step.shape)["reference"] == weights
+    frozen = planning.state_bytes(replace(step, train="frozen-head"), step.shape)
     assert weights - frozen["gradients"] == 2 * 128256 * 4096
-    adapted = plan.state_bytes(replace(step, train="lora", lora_r=8, reference="model"), step.shape)
+    adapted = planning.state_bytes(replace(step, train="lora", lora_r=8, reference="model"), step.shape)
     # 8 (in + out) of seven matrices in 32 layers, in fp32
     assert adapted["gradients"] == 4 * 8 * 32 * (2 * 8192 + 2 * 5120 + 3 * 18432)
     assert (adapted["optimizer"], adapted["reference"]) == (2 * adapted["gradients"], 0)
@@ -315,16 +316,16 @@ def test_state_follows_from_the_parameters():
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_largest_batch_is_the_largest(checkpointing):
-    step = plan.Step(
+    step = planning.Step(
         2304, 256000, 1, 256, 0.3, find_shape("gemma-2-2b"), checkpointing=checkpointing, device=torch.device("cuda")
     )
     most = {}
-    for way in plan.WAYS:
+    for way in planning.WAYS:
         memory = 60 * 2**30
-        most[way] = plan.largest_batch(step, way, memory)
-        fits = [plan.footprint(replace(step, pairs=most[way] + more), way)["total"] <= memory for more in (0, 1)]
+        most[way] = planning.largest_batch(step, way, memory)
+        fits = [planning.footprint(replace(step, pairs=most[way] + more), way)["total"] <= memory for more in (0, 1)]
         assert fits == [True, False]
-        assert plan.largest_batch(step, way, 2**30) == 0
+        assert planning.largest_batch(step, way, 2**30) == 0
     assert most["eager"] < most["TRL"] <= most["dpo_kernels"]
 
 
@@ -332,24 +333,24 @@ def test_the_share_of_labels_is_that_of_the_measured_pairs():
     lengths = json.loads(LENGTHS.read_text())["lengths"]
     responses = sum(chosen + rejected for _, chosen, rejected in lengths)
     alone = responses / sum(2 * (prompt + max(rest) - 1) for prompt, *rest in lengths)
-    assert plan.measured_share(1, 100_000) == pytest.approx(alone, rel=0.05)
-    assert plan.measured_share(8, 100_000) < 0.8 * alone, "padding"
-    assert plan.measured_share(4, 2) == 1.0
+    assert planning.measured_share(1, 100_000) == pytest.approx(alone, rel=0.05)
+    assert planning.measured_share(8, 100_000) < 0.8 * alone, "padding"
+    assert planning.measured_share(4, 2) == 1.0
 
 
 # The command
 
 
-def command(*arguments):
+def plan(*arguments):
     parser = argparse.ArgumentParser()
-    plan.add_arguments(parser)
-    return plan.run(parser.parse_args([*map(str, arguments)]))
+    command.add_arguments(parser)
+    return command.run(parser.parse_args([*map(str, arguments)]))
 
 
 def test_command(tmp_path, capsys):
     out = tmp_path / "plan.json"
     where = ("--device", "cuda", "--memory", 80, "--json", out)
-    assert command("--model", "gemma-2-2b", "--batch", 4, "--seq", 512, *where) == 0
+    assert plan("--model", "gemma-2-2b", "--batch", 4, "--seq", 512, *where) == 0
     text, found = capsys.readouterr().out, json.loads(out.read_text())
     for said in ("2.61 billion parameters", "softcap 30", "measured on real pairs", "(estimated)", "largest batch"):
         assert said in text
@@ -360,9 +361,9 @@ def test_command(tmp_path, capsys):
     assert found["fits"]["dpo_kernels"] and found["step"]["dtype"] == "bfloat16"
     assert found["labelled_positions"] < found["positions"] == 4096
 
-    assert command("--hidden", 64, "--vocab", 1000, "--batch", 2, "--seq", 16, "--labelled", 0.5) == 0
+    assert plan("--hidden", 64, "--vocab", 1000, "--batch", 2, "--seq", 16, "--labelled", 0.5) == 0
     assert "whole step" not in capsys.readouterr().out
-    assert command("--model", "llama-3.2-1b", "--batch", 2, "--seq", 64, "--gradient-checkpointing") == 0
+    assert plan("--model", "llama-3.2-1b", "--batch", 2, "--seq", 64, "--gradient-checkpointing") == 0
     assert "one layer again" in capsys.readouterr().out
 
 
@@ -381,7 +382,7 @@ def test_command(tmp_path, capsys):
 )
 def test_wrong_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
-        command("--batch", 2, "--seq", 16, *arguments)
+        plan("--batch", 2, "--seq", 16, *arguments)
 
 
 def test_torch_alone_is_needed(run_python):
@@ -389,7 +390,7 @@ def test_torch_alone_is_needed(run_python):
         "-c",
         "import sys\n"
         "for name in ('numpy', 'transformers', 'trl', 'tqdm', 'matplotlib'): sys.modules[name] = None\n"
-        "from dpo_kernels.planning import plan\n"
-        "import argparse; parser = argparse.ArgumentParser(); plan.add_arguments(parser)\n"
-        "plan.run(parser.parse_args(['--model', 'qwen2.5-0.5b', '--batch', '2', '--seq', '64']))",
+        "from dpo_kernels.planning import command\n"
+        "import argparse; parser = argparse.ArgumentParser(); command.add_arguments(parser)\n"
+        "command.run(parser.parse_args(['--model', 'qwen2.5-0.5b', '--batch', '2', '--seq', '64']))",
     )

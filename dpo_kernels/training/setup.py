@@ -1,0 +1,262 @@
+"""What a run works with, made from its settings: accelerator, data, models, reference, optimizer, schedule."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpo_kernels.dispatch import choose
+from dpo_kernels.models.head import LMHead
+from dpo_kernels.training import reference_model as references
+from dpo_kernels.training.checkpoint import find_checkpoint, remove_leftovers
+from dpo_kernels.training.config import TrainConfig, practice_warnings, trajectory_settings
+from dpo_kernels.training.pairs import Pairs, check_fits, data_fingerprint, pair_lengths, pairs_of_step
+from dpo_kernels.training.policy import PolicyLoss, add_lora, load_model
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Run:
+    """The parts of a run. Nothing here knows how far it has come, but weights, optimizer and schedule."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    checkpoint: Path | None  # what to go on from
+    pairs: Pairs
+    lengths: dict[str, np.ndarray]  # of the training pairs
+    model: Any  # the policy, with its adapters if it has any
+    policy_loss: PolicyLoss  # the policy and the loss
+    policy: Any  # policy_loss inside what accelerate puts around it
+    reference: references.Reference | None  # None where none is needed, and where its values are columns of the pairs
+    starts_at_reference: bool
+    weights: dict[str, nn.Parameter]  # those that are trained
+    optimizer: torch.optim.Optimizer
+    stepper: Any  # the optimizer inside what accelerate puts around it
+    scheduler: Any
+    schedule: Schedule
+    identity: dict[str, Any]  # what the trajectory follows from
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.output_dir)
+
+    def reference_logps(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The entry of a batch that the reference adds, if there is one."""
+        if not self.reference:
+            return {}
+        with self.accelerator.autocast():
+            return {"ref_logps": self.reference.logps(batch)}
+
+    def micro_batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, float, bool]]:
+        """The part of this process in a step's pairs: the rows of each micro-batch, the factor of its mean loss with
+        which the gradients of all processes come to those of the mean over all pairs, and whether it is the last."""
+        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
+        mine, share = rows[rank::processes], processes / len(rows)  # DDP takes the mean over the processes
+        if len(mine) == 0:  # a last step of few pairs: this process is waited for, but counts for nothing
+            mine, share = rows[:1], 0.0
+        for first in range(0, len(mine), self.config.per_device_batch_size):
+            micro = mine[first : first + self.config.per_device_batch_size]
+            yield micro, share * len(micro), first + len(micro) == len(mine)
+
+    def close(self) -> None:
+        del self.policy  # DDP first: were it the last to hold the process group, gloo could wait for itself for ever
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How many steps there are, and which pairs each of them takes."""
+
+    pairs: int
+    pairs_per_step: int
+    steps: int  # in all
+    warmup_steps: int
+    seed: int
+
+    @classmethod
+    def of(cls, config: TrainConfig, pairs: int, processes: int) -> Schedule:
+        pairs_per_step = config.per_device_batch_size * config.gradient_accumulation_steps * processes
+        steps = config.max_steps or math.ceil(config.epochs * math.ceil(pairs / pairs_per_step))
+        warmup_steps = math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
+        return cls(pairs, pairs_per_step, steps, warmup_steps, config.seed)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(self.pairs / self.pairs_per_step)
+
+    def rows(self, step: int) -> np.ndarray:
+        return pairs_of_step(step, self.pairs, self.pairs_per_step, self.seed)
+
+
+def set_up(config: TrainConfig) -> Run:
+    """Makes all parts, each once it is known that what it rests on is right."""
+    from accelerate.utils import set_seed
+
+    accelerator = make_accelerator(config)
+    choose(config.impl, accelerator.device)  # an error now rather than after the models are loaded
+    checkpoint = find_checkpoint(Path(config.output_dir), config.resume, config.overwrite)
+    if accelerator.is_main_process:
+        for message in practice_warnings(config):
+            warnings.warn(message, stacklevel=4)
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        remove_leftovers(Path(config.output_dir))
+    else:  # one voice is enough
+        logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", UserWarning)
+
+    set_seed(config.seed)
+    pairs = Pairs.load(config, accelerator)
+    model = load_model(config, config.model, pairs.tokenizer)
+    for each in pairs.sets():
+        check_fits(each, model, config.model)
+    digests = references.parameter_digests(model)
+    fingerprint = references.model_fingerprint(model, digests)
+    identity = trajectory_settings(config) | {
+        "the training data": data_fingerprint(pairs.train),
+        "the held-out data": data_fingerprint(pairs.held_out) if pairs.held_out else None,
+        "the starting weights": fingerprint,
+        "the number of processes": accelerator.num_processes,
+    }
+    lengths = pair_lengths(pairs.train)
+
+    # The reference comes before the policy changes
+    kind, reference = references.resolve(config), None
+    if kind == "precompute":
+        scorer = references.Reference(LMHead.from_model(model.to(accelerator.device).eval()), config)
+        pairs = pairs.map(lambda each: references.cached_logps(scorer, each, pairs.batch, fingerprint, accelerator))
+    elif kind == "copy":
+        frozen = references.frozen_copy(model).to(accelerator.device)
+        reference = references.Reference(LMHead.from_model(frozen), config)
+    elif kind == "other":
+        other = load_model(config, config.reference, pairs.tokenizer).eval().requires_grad_(False)
+        references.check_same_checkpoint(config, digests, references.parameter_digests(other))
+        reference = references.Reference(LMHead.from_model(other.to(accelerator.device)), config)
+
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.lora_r:
+        model = add_lora(model, config, accelerator)
+    policy_loss = PolicyLoss(model.train(), config)
+    if kind == "base":
+        reference = references.Reference(policy_loss.head, config, adapter=model)
+    weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
+    optimizer = make_optimizer(list(weights.values()), config, accelerator.device)
+    policy, stepper = accelerator.prepare(policy_loss, optimizer)  # same modules and weights, wrapped
+    schedule = Schedule.of(config, len(pairs.train), accelerator.num_processes)
+    logger.info(
+        "%d trainable of %d weights; %d pairs in %d steps an epoch; %d steps in all; reference: %s",
+        sum(weight.numel() for weight in weights.values()),
+        sum(weight.numel() for weight in model.parameters()),
+        schedule.pairs,
+        schedule.steps_per_epoch,
+        schedule.steps,
+        "none" if kind is None else kind if kind != "other" else config.reference,
+    )
+    set_seed(config.seed, device_specific=True)  # dropout differs between processes
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        checkpoint=checkpoint,
+        pairs=pairs,
+        lengths=lengths,
+        model=model,
+        policy_loss=policy_loss,
+        policy=policy,
+        reference=reference,
+        starts_at_reference=kind is not None,
+        weights=weights,
+        optimizer=optimizer,
+        stepper=stepper,
+        scheduler=make_scheduler(optimizer, config, schedule),
+        schedule=schedule,
+        identity=identity,
+    )
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import GradientAccumulationPlugin
+
+    AcceleratorState._reset_state()  # an earlier run in the same process may have had another precision
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=config.trackers or None,
+        project_dir=config.output_dir,
+        # The loop accumulates by itself; without this, a setting of `accelerate config` would divide the loss again.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+    )
+    kind = accelerator.distributed_type.value
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
+        raise ValueError(f"accelerate is set up for {kind}: this loop runs on one device or with DDP, on whole weights")
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched != accelerator.num_processes:  # they would all write to the same files
+        raise ValueError(
+            f"{launched} processes were launched, and accelerate sees {accelerator.num_processes}: on CPUs it takes "
+            "ACCELERATE_USE_CPU=true in the environment"
+        )
+    return accelerator
+
+
+def make_optimizer(trainable: list[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
+    groups = [
+        {"params": [weight for weight in trainable if weight.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [weight for weight in trainable if weight.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        eps=config.adam_epsilon,
+        fused=device.type == "cuda",  # there, the loss scaler needs no host synchronisation either
+    )
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, schedule: Schedule) -> Any:
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
+    return get_scheduler(name, optimizer, schedule.warmup_steps, schedule.steps)
+
+
+@contextmanager
+def deterministic_algorithms(wanted: bool) -> Iterator[None]:
+    """Where PyTorch has a deterministic algorithm it takes it; where it has none it warns."""
+    if not wanted:
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # costs time and changes no result of ours
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+        settings.fill_uninitialized_memory = fill

@@ -1,0 +1,219 @@
+"""Where a run stands, and what it writes down: steps, metrics, evaluations, the best model, checkpoints."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_kernels.training.checkpoint import (
+    MetricsLog,
+    load_checkpoint,
+    random_state,
+    save_checkpoint,
+    set_random_state,
+)
+from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.pairs import TOKEN_COLUMNS
+from dpo_kernels.training.policy import METRICS, save_model
+from dpo_kernels.training.setup import Run
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
+
+# The entries of a row of metrics that a second run does not repeat.
+WALL_CLOCK = ("tokens_per_second", "labelled_tokens_per_second", "peak_memory_mb")
+
+
+@dataclass
+class Window:
+    """What gathers between two rows of metrics. The tensors stay on the device until a row is due."""
+
+    sums: Tensor  # [len(METRICS)] over this process's pairs
+    grad_norms: Tensor  # [2]: the sum of the norms, and how many they are
+    pairs: int = 0  # of all processes, as are the tokens
+    tokens: int = 0
+    labelled_tokens: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def empty(cls, device: torch.device) -> Window:
+        dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
+        return cls(torch.zeros(len(METRICS), dtype=dtype, device=device), torch.zeros(2, dtype=dtype, device=device))
+
+    def add_step(self, grad_norm: Tensor, scaled: bool, rows: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
+        """Counts an optimizer step on the pairs `rows`. With loss scaling (`scaled`), a norm that is not finite belongs
+        to a step that is skipped, and does not enter the mean."""
+        counts = torch.isfinite(grad_norm) if scaled else torch.ones_like(grad_norm)
+        self.grad_norms += torch.stack([torch.where(counts > 0, grad_norm, 0), counts.to(grad_norm.dtype)])
+        prompts, chosen, rejected = (int(lengths[column][rows].sum()) for column in TOKEN_COLUMNS)
+        self.pairs += len(rows)
+        self.tokens += 2 * prompts + chosen + rejected
+        self.labelled_tokens += chosen + rejected
+
+    def means(self, accelerator: Accelerator) -> dict[str, Any]:
+        """The metrics of all processes: the one transfer to the host."""
+        *sums, norms, count = accelerator.reduce(torch.cat([self.sums, self.grad_norms]), "sum").tolist()
+        means = {name: value / self.pairs for name, value in zip(METRICS, sums, strict=True)}
+        return means | {"grad_norm": norms / count if count else None}
+
+    def throughput(self) -> dict[str, float]:
+        return {
+            "tokens_per_second": self.tokens / self.seconds,
+            "labelled_tokens_per_second": self.labelled_tokens / self.seconds,
+        }
+
+    def counts(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("pairs", "tokens", "labelled_tokens", "seconds")}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"sums": self.sums.cpu(), "grad_norms": self.grad_norms.cpu()}
+
+
+class RunState:
+    """How far a run has come, from its beginning or from a checkpoint on.
+
+    Attributes:
+        step: optimizer steps done.
+        window: what gathered since the last row of metrics.
+        before, latest, best: held-out metrics before the first step, of the last evaluation, and of the best one.
+    """
+
+    def __init__(self, run: Run) -> None:
+        import yaml
+
+        self.run, self.step, self.window = run, 0, Window.empty(run.device)
+        self.before: dict[str, float] | None = None
+        self.latest: dict[str, float] | None = None
+        self.best: dict[str, float] | None = None
+        if run.checkpoint:
+            self.load()
+        self.metrics = None
+        if run.accelerator.is_main_process:
+            (run.output_dir / "config.yaml").write_text(yaml.safe_dump(asdict(run.config), sort_keys=False))
+            self.metrics = MetricsLog(run.output_dir / "metrics.jsonl", self.step)
+        settings = {name: str(value) for name, value in asdict(run.config).items()}
+        run.accelerator.init_trackers(run.config.run_name, settings)
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.run.schedule.steps
+
+    def is_due(self, every: int | None) -> bool:
+        """Whether the step just done is one of every so many, or the last."""
+        return self.step % (every or self.run.schedule.steps_per_epoch) == 0 or self.finished
+
+    def log(self, lr: float, started: float) -> dict[str, Any]:
+        """Ends the window: its metrics as a row, for a step that `started` then (`time.perf_counter`)."""
+        values = self.window.means(self.run.accelerator) | {"lr": lr}
+        self.window.seconds += time.perf_counter() - started
+        values |= self.window.throughput() | {"peak_memory_mb": peak_memory_mb(self.run.device)}
+        self._record(values)
+        self.window = Window.empty(self.run.device)
+        return values
+
+    def evaluated(self, held_out: dict[str, float]) -> None:
+        """Writes down an evaluation, and the model too if it is the best so far."""
+        self._record(held_out)
+        self.latest = held_out
+        if self.step == 0:
+            self.before = held_out
+        elif _better(self.run.config.metric_for_best, held_out, self.best or self.before):
+            self.best = held_out | {"step": self.step}
+            run = self.run
+            save_model(run.output_dir / "best", run.model, run.pairs.tokenizer, run.accelerator)
+
+    def _record(self, values: dict[str, Any]) -> None:
+        row = {"step": self.step, "epoch": self.step / self.run.schedule.steps_per_epoch} | values
+        for name, value in row.items():
+            if value is not None and not math.isfinite(value):
+                raise FloatingPointError(f"{name} is {value}")
+        if self.metrics:
+            self.metrics.write(row)
+        shown = {name: value for name, value in values.items() if value is not None}
+        self.run.accelerator.log(shown, step=self.step)
+
+    def save(self) -> None:
+        """Writes a checkpoint: with `load`, the run goes on with the same bits."""
+        from accelerate.utils import gather_object
+
+        run, scaler = self.run, self.run.accelerator.scaler
+        here = {"random": random_state(run.device), "window": self.window.tensors()}
+        state = {
+            "optimizer": run.optimizer.state_dict(),
+            "scheduler": run.scheduler.state_dict(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "processes": gather_object([here]),
+        }
+        progress = {name: getattr(self, name) for name in ("step", "before", "latest", "best")}
+        progress |= {"window": self.window.counts(), "identity": run.identity}
+        if self.metrics:
+            self.metrics.sync()
+            save_checkpoint(run.output_dir, run.weights, state, progress, run.config.save_total_limit)
+        run.accelerator.wait_for_everyone()
+
+    def load(self) -> None:
+        run, scaler = self.run, self.run.accelerator.scaler
+        assert run.checkpoint is not None
+        state, progress = load_checkpoint(run.checkpoint, run.weights, run.identity)
+        run.optimizer.load_state_dict(state["optimizer"])
+        run.scheduler.load_state_dict(state["scheduler"])
+        if scaler is not None:
+            scaler.load_state_dict(state["scaler"])
+        here = state["processes"][run.accelerator.process_index]
+        set_random_state(here["random"], run.device)
+        for name in ("step", "before", "latest", "best"):
+            setattr(self, name, progress[name])
+        tensors = {name: tensor.to(run.device) for name, tensor in here["window"].items()}
+        self.window = Window(**tensors, **progress["window"])
+        logger.info("going on from %s", run.checkpoint)
+
+    @contextmanager
+    def divergence_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except FloatingPointError as error:
+            raise FloatingPointError(_diverged(str(error), self.step, self.run.config)) from error
+
+
+def _diverged(what: str, step: int, config: TrainConfig) -> str:
+    reasons = [f"the learning rate ({config.learning_rate:g}) is too high or its warm-up too short"]
+    if config.mixed_precision == "fp16" or config.dtype == "float16":
+        reasons.append("fp16 overflows (bf16 does not)")
+    if not config.max_grad_norm:
+        reasons.append("gradients are not clipped (max_grad_norm 0)")
+    reasons.append("the model's own weights or a pair are damaged (if this is one of the first steps)")
+    return f"training stopped at step {step}: {what}. Likely reasons: {'; '.join(reasons)}"
+
+
+def _better(metric: str, new: dict[str, float], old: dict[str, float] | None) -> bool:
+    if old is None:
+        return True
+    difference = new[f"eval/{metric}"] - old[f"eval/{metric}"]
+    return difference < 0 if metric == "loss" else difference > 0
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """Most memory that the device's tensors took so far; on the CPU, most that the process did."""
+    backend: Any = getattr(torch, device.type, None)
+    if hasattr(backend, "max_memory_allocated"):
+        return backend.max_memory_allocated(device) / 2**20
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
