@@ -1,8 +1,14 @@
 """Settings for all tests: nothing is fetched from a hub, and parallel workers share the cores.
 
 DPO_KERNELS_TEST_DEVICE=cuda runs what uses the fixture `impl` on a GPU: tensors that name no device are made there.
+
+There are two lengths of test run. `@pytest.mark.full` is on what only `--full` runs: the whole of a test, one of its
+values (`pytest.param(..., marks=pytest.mark.full)`, or `grids.covering` for all but a few combinations), or, with
+`when=lambda impl, dtype: ...`, the cases of those parameters for which this is true. `--only-full` runs what `--full`
+adds, and nothing else.
 """
 
+import inspect
 import os
 import subprocess
 import sys
@@ -28,6 +34,35 @@ if dispatch.HAS_TRITON and DEVICE == "cpu":
     interpreter.correct()
 if DEVICE != "cpu":
     torch.set_default_device(DEVICE)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--full", action="store_true", help="run the long grids too")
+    parser.addoption("--only-full", action="store_true", help="run what --full adds, and nothing else")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "full(when=None): run with --full alone; when(**parameters) says of which cases")
+
+
+def pytest_collection_modifyitems(config, items):
+    full, only = config.getoption("--full"), config.getoption("--only-full")
+    if full and not only:
+        return
+    left_out = [item for item in items if is_long(item) != only]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if is_long(item) == only]
+
+
+def is_long(item):
+    """Whether a mark says that only `--full` runs it."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+
+    def applies(mark):
+        when = mark.kwargs.get("when")
+        return when is None or when(**{name: parameters[name] for name in inspect.signature(when).parameters})
+
+    return any(applies(mark) for mark in item.iter_markers("full"))
 
 
 @pytest.fixture(scope="module")
