@@ -1,4 +1,4 @@
-"""Settings for all tests: nothing is fetched from a hub, and parallel workers share the cores.
+"""Settings for all tests: nothing is fetched from a hub, and a process has one thread.
 
 DPO_KERNELS_TEST_DEVICE=cuda runs what uses the fixture `impl` on a GPU: tensors that name no device are made there.
 
@@ -8,25 +8,25 @@ values (`pytest.param(..., marks=pytest.mark.full)`, or `grids.covering` for all
 adds, and nothing else.
 """
 
+import gc
 import inspect
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-from places import DEVICE, python_path
+from places import DEVICE
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TRITON_INTERPRET", "1" if DEVICE == "cpu" else "0")  # Triton's kernels on the CPU
-WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tensors are tiny: more threads would only wait for one another
 
-import emulation  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import emulation
+import pytest
+import torch
 
-from dpo_kernels import dispatch  # noqa: E402
+from dpo_kernels import dispatch
 
 if dispatch.HAS_TRITON and DEVICE == "cpu":
     import interpreter
@@ -65,17 +65,22 @@ def is_long(item):
     return any(applies(mark) for mark in item.iter_markers("full"))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage():
+    """What was imported so far is left out when garbage is collected, as trainers and `dpo_kernels.testing.allocated`
+    do in every call: it would cost them more than all else they do."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def process_left_as_it_was():
-    """For tests of TRL, whose arguments set a device and a precision for the whole process. One thread: with products
-    this small, more would only wait for one another."""
+    """For tests of TRL, whose arguments set a device and a precision for the whole process."""
     from accelerate.state import AcceleratorState
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["torch", "cpu", "triton", "cuda"])
@@ -135,20 +140,5 @@ def run_python():
         done = subprocess.run(command, env=env, cwd=root, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
         return done.stdout
-
-    return run
-
-
-@pytest.fixture
-def run_two_processes(tmp_path):
-    """A function that runs a script in two processes that know of each other; it may import the helpers."""
-
-    def run(script, *args):
-        env = {**os.environ, "PYTHONPATH": python_path(), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "0"}
-        (tmp_path / "script.py").write_text(script)
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        command = [*start, tmp_path / "script.py", *args]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stderr[-8000:]}"
 
     return run

@@ -3,11 +3,13 @@
 import ast
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 from places import ROOT
@@ -41,13 +43,15 @@ def succeeds(*args, **options):
     return done
 
 
-def build_module(out, sources, *flags, compiler="g++"):
+def build_module(out, *flags):
     """Compiles csrc as setup.py does, but with flags of its own, to the module `out`."""
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    files, flags_of = sorted((sources / "cpu").glob("*.cpp")), instruction_sets()
-    common = [compiler, "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags]
+    files = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    # of the bindings nobody waits for anything but the compiler
+    flags_of = {"bindings.cpp": ["-O0"], **instruction_sets()}
+    common = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags]
     objects = [out.with_name(f"{file.stem}.o") for file in files]
 
     def compile_one(file, obj):
@@ -58,6 +62,7 @@ def build_module(out, sources, *flags, compiler="g++"):
     succeeds(*common, "-shared", *objects, "-o", out)
 
 
+@pytest.mark.full
 def test_sanitizers(tmp_path):
     """Every kernel, storage type and instruction set; each tensor in an allocation of its very size. The driver ends
     only after each kernel has overstepped by one entry and the sanitizer has killed it for that."""
@@ -67,20 +72,17 @@ def test_sanitizers(tmp_path):
     if not all(os.path.isabs(library) for library in libraries):
         pytest.skip("g++ has no libasan or libubsan")
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-    build_module(tmp_path / f"_native{SUFFIX}", ROOT / "csrc", "-O1", "-g1", *sanitize)
+    build_module(tmp_path / f"_native{SUFFIX}", "-O1", "-g1", *sanitize)
     # libstdc++ too, whose exceptions libasan must find when it starts
     libraries.append(run("g++", "-print-file-name=libstdc++.so.6").stdout.strip())
-    done = succeeds(
-        sys.executable,
-        NATIVE / "with_module.py",
-        tmp_path / f"_native{SUFFIX}",
-        NATIVE / "edges.py",
-        "malloc",
-        PYTHONPATH=str(ROOT),
-        LD_PRELOAD=":".join(libraries),
-        ASAN_OPTIONS="detect_leaks=0",
-        UBSAN_OPTIONS="print_stacktrace=1",
-    )
+    command = [sys.executable, NATIVE / "with_module.py", tmp_path / f"_native{SUFFIX}", NATIVE / "edges.py", "malloc"]
+    environment = {"PYTHONPATH": str(ROOT), "LD_PRELOAD": ":".join(libraries), "OMP_WAIT_POLICY": "passive"}
+    environment["UBSAN_OPTIONS"] = "print_stacktrace=1"
+    # to find the names of functions takes longer than all the rest
+    done = run(*command, **environment, ASAN_OPTIONS="detect_leaks=0:symbolize=0")
+    if done.returncode != 0:
+        done = run(*command, **environment, ASAN_OPTIONS="detect_leaks=0")
+        pytest.fail(done.stdout[-3000:] + done.stderr[-6000:])
     assert "all kernels stayed inside, all oversteps were noticed" in done.stdout
 
 
@@ -137,6 +139,55 @@ def test_unknown_choice_is_an_error(copy):
     assert done.returncode != 0 and message in done.stderr
 
 
+# Writes down what it is asked for, and makes an empty file of it.
+COMPILER = """#!/bin/sh
+echo "$@" >> "$0.log"
+if [ "$1" = --list-gpu-code ]; then echo sm_75 sm_80 sm_90; fi
+while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere nothing is built unless it is asked for")
+@pytest.mark.parametrize(
+    "choice, has_nvcc, modules",
+    [("cpu", True, {"_native"}), ("cuda", True, {"_native", "_cuda"}), (None, True, {"_native", "_cuda"})]
+    + [(None, False, {"_native"})],
+)
+def test_what_is_compiled(copy, tmp_path, choice, has_nvcc, modules):
+    """Each source once, for its own instruction set alone, or for the architectures that this nvcc knows."""
+    for name in ("c++", "nvcc")[: 1 + has_nvcc]:
+        (tmp_path / name).write_text(COMPILER)
+        (tmp_path / name).chmod(0o755)
+    place = copy("compiled")
+    tools = {"CC": str(tmp_path / "c++"), "CXX": str(tmp_path / "c++")}
+    done = build(place, choice, **tools, PATH=os.pathsep.join([str(tmp_path), *NO_NVCC]))
+    assert done.returncode == 0, done.stderr
+    assert {path.name.partition(".")[0] for path in (place / "build").rglob("*.so")} == modules
+
+    def compiled(tool):
+        asked = [line.split() for line in (tmp_path / f"{tool}.log").read_text().splitlines()]
+        return [(next(Path(word).name for word in words if "csrc" in word), words) for words in asked if "-c" in words]
+
+    sources = {path.name for path in (ROOT / "csrc" / "cpu").glob("*.cpp")}
+    wide = set().union(*instruction_sets().values())
+    flags = {name: wide.intersection(words) for name, words in compiled("c++")}
+    assert flags == {name: set(instruction_sets().get(name, ())) for name in sources}
+    assert len(compiled("c++")) == len(sources) and all("-O3" in words for _, words in compiled("c++"))
+    if "_cuda" in modules:
+        sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.c*") if path.suffix in (".cu", ".cpp")}
+        known = {f"-gencode=arch=compute_{a}" for a in ("80,code=sm_80", "90,code=sm_90", "80,code=compute_80")}
+        flags = {name: {word for word in words if "gencode" in word} for name, words in compiled("nvcc")}
+        hopper = {"linear_fold.cu": {"-gencode=arch=compute_90a,code=sm_90a"}}
+        assert flags == dict.fromkeys(sources, known) | hopper and len(compiled("nvcc")) == len(sources)
+
+
+def test_cuda_without_a_compiler_is_an_error(copy):
+    done = build(copy("no_nvcc"), "cuda", **BROKEN)
+    assert (
+        done.returncode != 0 and "DPO_KERNELS_BUILD: expected an nvcc in the PATH for cuda, found none" in done.stderr
+    )
+
+
 @pytest.fixture(scope="module")
 def built(copy):
     """The root of a tree whose extension setup.py has built."""
@@ -148,14 +199,22 @@ def built(copy):
     return place
 
 
+@pytest.fixture(scope="module", params=["installed", pytest.param("built", marks=pytest.mark.full)])
+def module(request):
+    """The extension that is installed, and one that has just been built."""
+    if request.param == "installed":
+        return pytest.importorskip("dpo_kernels._native", reason="the extension was not built").__file__
+    (path,) = built_modules(request.getfixturevalue("built"))
+    return path
+
+
 def tool(name, *args):
     if shutil.which(name) is None:
         pytest.skip(f"no {name}")
     return succeeds(name, *args).stdout
 
 
-def test_module_brings_no_openmp_and_exports_its_entry_alone(built):
-    (module,) = built_modules(built)
+def test_module_brings_no_openmp_and_exports_its_entry_alone(module):
     needed = [line for line in tool("readelf", "-d", module).splitlines() if "NEEDED" in line]
     assert any("libc.so" in line for line in needed) and not any("omp" in line for line in needed), needed
     # weak ones are templates of libstdc++, which are visible whatever -fvisibility says
@@ -164,6 +223,39 @@ def test_module_brings_no_openmp_and_exports_its_entry_alone(built):
     assert not any("dpo_kernels" in name for _, name in exported)
 
 
+def assert_asks_without_wide_instructions(path, symbol):
+    """Of the function that says whether the processor has them."""
+    asking = tool("objdump", "-d", "--no-show-raw-insn", f"--disassemble={symbol}", path)
+    mnemonics = [line.split()[1] for line in asking.splitlines() if line.startswith("  ") and len(line.split()) > 1]
+    assert "ret" in mnemonics and not [m for m in mnemonics if m.startswith("v")], asking
+
+
+def test_wide_instructions_are_of_their_files(module):
+    """In the module, where the linker has put together what has the same name."""
+    if not instruction_sets():
+        pytest.skip("not x86-64")
+    file_of, file, asking = {}, None, []
+    for line in tool("readelf", "--syms", "--wide", module).partition("Symbol table '.symtab'")[2].splitlines():
+        match line.split():
+            case [_, _, _, "FILE", _, _, _, *name]:  # whose symbols follow; without a name: those of all files
+                file = name[0] if name else None
+            case [_, address, _, "FUNC", _, _, section, name] if section != "UND":
+                file_of[int(address, 16)] = file
+                asking += [name] if re.search(r"(baseline|avx2|avx512)_kernels", name) else []
+    wide = {"%ymm": set(), "%zmm": set()}
+    for line in tool("objdump", "-d", "--no-show-raw-insn", module).splitlines():
+        if begins := re.match(r"([0-9a-f]+) <.*>:$", line):
+            function = int(begins[1], 16)
+        for register, files in wide.items():
+            if register in line:
+                files.add(file_of.get(function))
+    assert wide == {"%ymm": {"kernels_avx2.cpp", "kernels_avx512.cpp"}, "%zmm": {"kernels_avx512.cpp"}}
+    assert len(asking) == 3
+    for symbol in asking:
+        assert_asks_without_wide_instructions(module, symbol)
+
+
+@pytest.mark.full
 def test_wide_instructions_stay_in_their_files(built):
     """Nothing compiled for a wider instruction set runs before that set is known to be there: no wide registers in the
     other objects, no symbol that the linker could merge, and the function that asks the processor uses none."""
@@ -178,11 +270,7 @@ def test_wide_instructions_stay_in_their_files(built):
             isa = name.removeprefix("kernels_")
             (symbol,) = tool("nm", "--defined-only", "--extern-only", path).splitlines()
             assert symbol.split()[1] == "T" and f"{isa}_kernels" in symbol
-            asking = tool("objdump", "-d", "--no-show-raw-insn", f"--disassemble={symbol.split()[2]}", path)
-            mnemonics = [
-                line.split()[1] for line in asking.splitlines() if line.startswith("  ") and len(line.split()) > 1
-            ]
-            assert "ret" in mnemonics and not [m for m in mnemonics if m.startswith("v")], asking
+            assert_asks_without_wide_instructions(path, symbol.split()[2])
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++", "aarch64-linux-gnu-g++"])

@@ -1,37 +1,24 @@
 """Every example runs, offline and by itself."""
 
-import os
+import importlib.util
 import re
-import subprocess
-import sys
 
+import forks
 import pytest
-from places import ROOT, python_path
+from places import ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 LOSSES = re.compile(r"\bloss(?:'?: '?| )([0-9.]+)")  # as a trainer logs it, and as a loop prints it
 NEEDS = {"trl_dpo.py": ("trl", "peft")}
 
 
+@pytest.mark.parametrize("run", [forks.python, pytest.param(forks.python_alone, marks=pytest.mark.full)])
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example_runs(path, tmp_path):
+def test_example_runs(path, run, tmp_path):
     for package in ("transformers", "datasets", "accelerate", *NEEDS.get(path.name, ())):
-        pytest.importorskip(package)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": python_path(),
-        "HF_HUB_OFFLINE": "1",
-        "TRITON_INTERPRET": "0",
-        "OMP_NUM_THREADS": "1",
-    }
-    done = subprocess.run(
-        [sys.executable, str(path), "--tiny"],
-        env=environment,
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+    done = run(path, "--tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(LOSSES.findall(done.stdout)) >= 2
     first, *_, last = [float(loss) for loss in LOSSES.findall(done.stdout)]

@@ -3,16 +3,17 @@ and no more."""
 
 import pytest
 import torch
+from grids import covering
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import Record, SavedBytes, head_inputs
 
-TILE = 64 * 1024
+TILE = 32 * 1024
 STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
-# [S, T, H, V]: the logits are 50 to 100 tiles; then more rows, more columns
-SHAPES = {"base": (4, 50, 16, 4000), "rows": (4, 100, 16, 4000), "columns": (4, 50, 16, 8000)}
+# [S, T, H, V]: the logits are 12 tiles and 12 times the head; then more rows, which are two blocks, and more columns
+SHAPES = {"base": (4, 12, 4, 2000), "rows": (4, 24, 4, 2000), "columns": (4, 12, 4, 4000)}
 
 
 @pytest.fixture(autouse=True)
@@ -61,11 +62,12 @@ def results_bytes(inputs, dtype):
     return max(sizes)
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize(("dtype", "softcap"), [(torch.float32, None), (torch.bfloat16, 4.0)])
-@pytest.mark.parametrize("path", ["A", "B", "D", "D for the loss"])
-def test_tile_bounds_paths_a_b_d(shape, dtype, softcap, path):
-    inputs = make(shape, frozen=path in "AB", dtype=dtype)
+@pytest.mark.parametrize(
+    ("path", "shape", "dtype"),
+    covering(["A", "B", "D", "D for the loss"], list(SHAPES), [torch.float32, torch.bfloat16]),
+)
+def test_tile_bounds_paths_a_b_d(path, shape, dtype):
+    inputs, softcap = make(SHAPES[shape], frozen=path in "AB", dtype=dtype), 4.0 if dtype == torch.bfloat16 else None
     if path == "A":
         with torch.no_grad():
             record, saved = run(lambda i: logps_loss(i, softcap=softcap, stats=STATS), inputs, backward=False)
@@ -75,7 +77,7 @@ def test_tile_bounds_paths_a_b_d(shape, dtype, softcap, path):
         record, saved = run(lambda i: logps_loss(i, softcap=softcap, stats=STATS), inputs)
     logits_bytes = inputs.labels.numel() * inputs.weight.shape[0] * 4
     bound = max(TILE, results_bytes(inputs, dtype))
-    assert bound * 2.5 < logits_bytes, "the bound must tell the logits apart"
+    assert bound * 10 < logits_bytes, "the bound must tell the logits apart"
     assert record.largest[0] <= bound, f"{record.largest} exceeds {bound}"
     assert products(record, inputs) == pytest.approx({"A": 1, "B": 2}.get(path, 4))
     rows = int((inputs.labels != -100).sum())
@@ -87,10 +89,10 @@ def test_tile_bounds_paths_a_b_d(shape, dtype, softcap, path):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_chunk_bytes_bounds_path_c(dtype, softcap, groups):
-    inputs = make((12, 20, 16, 4000), frozen=False, dtype=dtype)
+    inputs = make((12, 8, 4, 1000), frozen=False, dtype=dtype)
     rows = int((inputs.labels != -100).sum())
     accumulator = inputs.weight.numel() * 4 if dtype != torch.float32 and groups > 1 else 0
-    chunk_bytes = rows * 4000 * 4 // groups + 8 * 4000 * 4 + accumulator
+    chunk_bytes = rows * 1000 * 4 // groups + 8 * 1000 * 4 + accumulator  # of about 8 rows a pair
     record, saved = run(lambda i: dpo_loss(i, softcap=softcap, chunk_bytes=chunk_bytes), inputs)
     assert products(record, inputs) == pytest.approx(3)
     assert record.largest[0] <= max(chunk_bytes - accumulator, results_bytes(inputs, torch.float32))
@@ -100,14 +102,16 @@ def test_chunk_bytes_bounds_path_c(dtype, softcap, groups):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("labelled", [0.5, 1.0])
 @pytest.mark.usefixtures("not_interpreted")
-def test_path_c_keeps_logits_in_the_memory_of_dw(dtype, labelled):
-    """H = 512 rows of fp32 logits fit in fp32 dW, and half of them in bf16: what is left is the buffer, and with a byte
-    less for it the rows come in several groups, or their logits are computed again."""
-    inputs = make((4, 128, 512, 2000), frozen=False, dtype=dtype, labelled=labelled)
+def test_path_c_keeps_logits_in_the_memory_of_dw(dtype, labelled, set_tile_bytes):
+    """H = 288 rows of fp32 logits fit in fp32 dW, and half of them in bf16, which are more than the 128 that it is done
+    for: what is left is the buffer, and with a byte less for it the rows come in several groups, or their logits are
+    computed again."""
+    set_tile_bytes(64 * 288 * 4)
+    inputs = make((4, 72, 288, 768), frozen=False, dtype=dtype, labelled=labelled)
     rows = int((inputs.labels != -100).sum())
-    fit = 512 if dtype == torch.float32 else 255  # one less for alignment
-    left = 0 if rows <= fit else rows - fit // 32 * 32  # whole tiles, of 32 rows
-    chunk_bytes = max(1, left * 2000 * 4)
+    fit = 288 if dtype == torch.float32 else 143  # one less for alignment
+    left = 0 if rows <= fit else rows - fit // 64 * 64  # whole tiles, of 64 rows
+    chunk_bytes = max(1, left * 768 * 4)
     record, _ = run(lambda i: dpo_loss(i, chunk_bytes=chunk_bytes), inputs)
     assert products(record, inputs) == pytest.approx(3)
     assert record.largest[0] == max(chunk_bytes, inputs.weight.numel() * dtype.itemsize)
@@ -124,16 +128,18 @@ def test_path_c_keeps_logits_in_the_memory_of_dw(dtype, labelled):
         ({"loss_type": ("sigmoid", "sft"), "ld_alpha": 0.3}, 3),
         ({"use_weighting": True}, 3),
         ({"chunk_bytes": 0}, 4),  # no pair fits
-        ({"chunk_bytes": 4000 * 4}, 4),  # one row fits, a pair does not
+        ({"chunk_bytes": 2000 * 4}, 4),  # one row fits, a pair does not
         ({"loss_type": "aot"}, 4),  # sorts the batch: no mean over pairs
         ({"loss_type": ("sigmoid", "aot_unpaired")}, 4),
     ],
 )
+# How an option is routed is the same for all implementations: the slow ones take one for path C and one for path D.
+@pytest.mark.full(when=lambda impl, options: impl in ("triton", "cuda") and options not in ({}, {"chunk_bytes": 0}))
 def test_products_of_the_fused_op(options, expected):
-    inputs = make((4, 50, 16, 4000), frozen=False, dtype=torch.float32)
+    inputs = make(SHAPES["base"], frozen=False, dtype=torch.float32)
     record, _ = run(lambda i: dpo_loss(i, **options), inputs)
     assert products(record, inputs) == pytest.approx(expected)
-    frozen = make((4, 50, 16, 4000), frozen=True, dtype=torch.float32)
+    frozen = make(SHAPES["base"], frozen=True, dtype=torch.float32)
     assert products(run(lambda i: dpo_loss(i, **options), frozen)[0], frozen) == pytest.approx(2)
     with torch.no_grad():
         assert products(run(lambda i: dpo_loss(i, **options), inputs, backward=False)[0], inputs) == pytest.approx(1)
@@ -164,16 +170,17 @@ def peak_bytes(fn):
     return peak, result
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("softcap", [None, 4.0])
-@pytest.mark.parametrize("path", ["A", "B", "C", "D"])
+@pytest.mark.parametrize(
+    ("path", "dtype", "softcap"), covering(["A", "B", "C", "D"], [torch.float32, torch.bfloat16], [None, 4.0])
+)
 def test_peak_memory(path, dtype, softcap, set_tile_bytes):
-    """All that is alive at once: at most four tiles, [N, H] a few times, what is returned, and `chunk_bytes` for C."""
-    tile = 2**20
+    """All that is alive at once: at most four tiles, [N, H] a few times, the bias's gradient, what is returned, and
+    `chunk_bytes` for C."""
+    tile = 2**15
     set_tile_bytes(tile)
-    inputs = make((8, 64, 64, 30000), frozen=path in "AB", dtype=dtype)
+    inputs = make((12, 8, 8, 4000), frozen=path in "AB", dtype=dtype)  # two blocks of rows, 16 of columns; six pairs
     rows = int((inputs.labels != -100).sum())
-    logits_bytes = rows * 30000 * 4
+    logits_bytes = rows * 4000 * 4
     chunk_bytes = {"C": logits_bytes // 3 + 4 * inputs.weight.numel() * (dtype != torch.float32), "D": 0}.get(path)
 
     def step():
@@ -184,8 +191,8 @@ def test_peak_memory(path, dtype, softcap, set_tile_bytes):
         return torch.autograd.grad(loss, [t for t in inputs[:2] if t.requires_grad])
 
     peak, results = peak_bytes(step)
-    bound = 4 * tile + 4 * rows * 64 * 4 + 64 * inputs.labels.numel() + sum(t.nbytes for t in results)
-    bound += chunk_bytes or 0
+    bound = 4 * tile + 4 * rows * 8 * 4 + 64 * inputs.labels.numel() + sum(t.nbytes for t in results)
+    bound += inputs.bias.numel() * 4 * inputs.bias.requires_grad + (chunk_bytes or 0)
     assert peak <= bound < logits_bytes + sum(t.nbytes for t in results), (
         f"{peak / tile:.1f} of {bound / tile:.1f} tiles"
     )
@@ -203,11 +210,11 @@ def test_more_rows_and_columns_make_no_larger_tensor():
 
 def test_the_record_sees_eager_logits():
     """The instrument itself: eager code is caught, with its 3 products over every position."""
-    inputs = make((4, 50, 16, 4000), frozen=False, dtype=torch.float32, labelled=1.0)
+    inputs = make(SHAPES["base"], frozen=False, dtype=torch.float32, labelled=1.0)
     record, saved = run(
         lambda i: eager_token_logps(eager_logits(i.hidden, i.weight), i.labels).sum() + 0 * i.bias.sum(), inputs
     )
-    logits_bytes = inputs.labels.numel() * 4000 * 4
+    logits_bytes = inputs.labels.numel() * 2000 * 4
     assert record.largest[0] >= logits_bytes and saved >= logits_bytes
     assert products(record, inputs) == pytest.approx(3)
 

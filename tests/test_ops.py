@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from grids import IMPLS, covering
 from torch.autograd import gradcheck
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, ops, sequence_logps
@@ -19,9 +20,11 @@ def linear_args(inputs, bias, with_dhidden, stats, dtype):
     )
 
 
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("impl", "with_bias", "frozen", "dtype"),
+    covering(IMPLS, [False, True], [False, True], [torch.float32, torch.bfloat16]),
+    indirect=["impl"],
+)
 def test_opcheck_linear(with_bias, frozen, dtype):
     inputs = head_inputs(dtype=dtype)
     if frozen:
@@ -31,11 +34,15 @@ def test_opcheck_linear(with_bias, frozen, dtype):
 
 
 def test_opcheck_linear_backward():
-    inputs = head_inputs()
-    hidden, weight, labels, bias, _ = (t.detach() for t in inputs)
-    logps, norm, _, _ = ops.linear_token_logps(*linear_args(inputs, inputs.bias, False, [], torch.float32))
-    for need in ((True, True, True), (True, False, False), (False, True, False)):
-        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, torch.float32, *need, choose("auto", torch.get_default_device()))
+    for dtype, *need in (
+        (torch.float32, True, True, True),
+        (torch.bfloat16, True, False, False),  # gradients have the dtype of what they are of, all else is fp32
+        (torch.bfloat16, False, True, False),
+    ):
+        inputs = head_inputs(dtype=dtype)
+        hidden, weight, labels, bias, _ = (t.detach() for t in inputs)
+        logps, norm, _, _ = ops.linear_token_logps(*linear_args(inputs, inputs.bias, False, [], dtype))
+        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, *need, choose("auto", torch.get_default_device()))
         args = (torch.rand(labels.shape), hidden, weight, labels, bias, norm.detach(), logps.detach(), *scalars)
         torch.library.opcheck(ops.linear_token_logps_bwd, args)
 
@@ -68,7 +75,7 @@ def test_opcheck_logits(inplace):
 
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradcheck(frozen):
-    inputs = head_inputs(2, 3, 4, 7, dtype=torch.float64)
+    inputs = head_inputs(2, 3, 3, 5, dtype=torch.float64)
     trained = [inputs.hidden] if frozen else [inputs.hidden, inputs.weight, inputs.bias]
 
     frozen_head = inputs.weight.detach(), inputs.bias.detach()
@@ -103,9 +110,11 @@ def fused_loss(hidden, weight, labels, bias, ref_logps):
     return linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, loss_type="sigmoid").loss
 
 
-@pytest.mark.parametrize("loss", [loss_from_hidden, loss_from_logits, fused_loss])
-@pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("impl", "loss", "frozen", "dynamic"),
+    covering(IMPLS, [loss_from_hidden, loss_from_logits, fused_loss], [False, True], [False, True]),
+    indirect=["impl"],
+)
 def test_compile_fullgraph(loss, frozen, dynamic):
     """Forward and backward in one graph, equal to eager, for shapes and label masks that change between calls."""
     torch._dynamo.reset()

@@ -1,14 +1,14 @@
 """`dpo-kernels bench` runs, writes what it promises, and names what is missing."""
 
 import csv
+import functools
+import importlib.util
 import json
 import os
-import subprocess
-import sys
 
+import forks
 import pytest
 import torch
-from places import python_path
 
 from dpo_kernels.bench import charts, command
 from dpo_kernels.cli import main
@@ -20,23 +20,12 @@ PNG = b"\x89PNG\r\n"
 def bench(tmp_path_factory):
     """Runs the command in a process of its own and gives its JSON, with what it printed, the CSV and the pictures."""
 
-    def run(*arguments):
+    @functools.cache  # it is asked for again where parameters change
+    def run(*arguments, python=forks.python):
         out = tmp_path_factory.mktemp("bench")
-        started = [
-            sys.executable,
-            "-m",
-            "dpo_kernels",
-            "bench",
-            "--quick",
-            "--rounds",
-            "2",
-            "--threads",
-            "1",
-            *arguments,
-        ]
-        started += ["--json", out / "out.json", "--csv", out / "out.csv", "--plot", out / "plots"]
-        environment = {**os.environ, "PYTHONPATH": python_path(), "TRITON_INTERPRET": "0"}
-        done = subprocess.run(started, env=environment, capture_output=True, text=True)
+        files = ("--json", out / "out.json", "--csv", out / "out.csv", "--plot", out / "plots")
+        quick = ("--quick", "--rounds", "2", "--threads", "1")
+        done = python("-m", "dpo_kernels", "bench", *quick, *arguments, *files)
         assert done.returncode == 0, done.stderr
         with (out / "out.csv").open(newline="") as file:
             lines = list(csv.DictReader(file))
@@ -51,15 +40,23 @@ def bench(tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def with_peers(bench):
-    return bench("--mask", "all", "real", "--max-length", "24", "--no-memory")
+@pytest.fixture(
+    scope="module",
+    params=[forks.python, pytest.param(forks.python_alone, marks=pytest.mark.full)],
+    ids=["not compiled", "compiled"],  # what torch.compile is given
+)
+def with_peers(bench, request):
+    return bench("--mask", "all", "real", "--max-length", "24", "--no-memory", python=request.param)
 
 
-@pytest.fixture(scope="module")
-def all_modes(bench):
+@pytest.fixture(scope="module", params=[("64",), pytest.param(("32", "64"), marks=pytest.mark.full)], ids=", ".join)
+def all_modes(bench, request):
     modes = ["--mode", "forward", "frozen", "train", "logits", "--dtype", "float32", "bfloat16"]
-    return bench(*modes, "--tokens", "32", "64", "--peers", "eager", "eager, not in fp32", "--no-memory")
+    return bench(*modes, "--tokens", *request.param, "--peers", "eager", "eager, not in fp32", "--no-memory")
+
+
+def sizes_of(report):
+    return report["arguments"]["tokens"]
 
 
 def rows_of(report, title):
@@ -78,7 +75,7 @@ def test_report_says_where_it_comes_from(with_peers):
 
 
 def test_every_row_is_timed_or_says_why_not(with_peers, all_modes):
-    assert len(with_peers["tables"]) == 2 and len(all_modes["tables"]) == 5 * 2 * 2
+    assert len(with_peers["tables"]) == 2 and len(all_modes["tables"]) == 5 * 2 * len(sizes_of(all_modes))
     for report in (with_peers, all_modes):
         for table in report["tables"]:
             assert table["title"] in report["stdout"]
@@ -118,7 +115,8 @@ def test_ours_are_right(with_peers, title):
     ],
 )
 def test_peers_compute_the_same(with_peers, package, name):
-    pytest.importorskip(package)
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
     if name.startswith("F.") and not hasattr(torch.nn.functional, "linear_cross_entropy"):
         pytest.skip("this version of PyTorch has no linear_cross_entropy")
     for title in ("Trained head, every position", "Trained head, real batch"):
@@ -146,7 +144,7 @@ def test_modes_have_the_gradients_that_they_say(all_modes):
 
 def test_bf16_inputs_keep_exact_log_probabilities(all_modes):
     tables = [table for table in all_modes["tables"] if table["dtype"] == "bfloat16" and table["mode"] != "train"]
-    assert len(tables) == 8
+    assert len(tables) == 4 * len(sizes_of(all_modes))
     for table in tables:
         rows = {row["name"]: row for row in table["rows"]}
         rounded = rows["eager, not in fp32" if table["mode"].startswith("logits") else "eager"]
@@ -177,16 +175,17 @@ def test_csv_has_a_line_for_each_row(all_modes, with_peers):
         "forward",
         "all",
         "float32",
-        "32",
+        str(sizes_of(all_modes)[0]),
         "512",
     )
     assert first["torch"] and first["device"] and first["commit"] == (all_modes["environment"]["commit"] or "")
 
 
 def test_pictures(all_modes, with_peers):
-    """Bars for every table; curves over N, of which there are two, for every mode and dtype."""
-    assert len(with_peers["pictures"]) == 2 and len(all_modes["pictures"]) == 20 + 10
-    assert sum("_over_n_" in picture.name for picture in all_modes["pictures"]) == 10
+    """Bars for every table; curves over N, where there are two, for every mode and dtype."""
+    sizes = len(sizes_of(all_modes))
+    assert len(with_peers["pictures"]) == 2 and len(all_modes["pictures"]) == 10 * sizes + 10 * (sizes > 1)
+    assert sum("_over_n_" in picture.name for picture in all_modes["pictures"]) == 10 * (sizes > 1)
     for picture in all_modes["pictures"]:
         assert picture.read_bytes().startswith(PNG) and picture.stat().st_size > 10_000
         assert str(picture) in all_modes["stdout"]
@@ -225,6 +224,7 @@ def test_curves_show_every_row_and_the_limit(tmp_path, monkeypatch):
     assert time.get_xscale() == time.get_yscale() == "log"
 
 
+@pytest.mark.full  # three processes; the harness is tested with two
 def test_memory_is_measured_beside_time(bench):
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("no /proc/self/clear_refs")

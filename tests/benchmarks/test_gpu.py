@@ -3,11 +3,10 @@
 import importlib.util
 import json
 import multiprocessing
-import os
-import subprocess
 import sys
 import time
 
+import forks
 import pytest
 from places import ROOT, python_path
 
@@ -18,22 +17,29 @@ GRADIENTS = {"dhidden", "dweight"}
 
 
 @pytest.fixture(scope="module")
-def gpu_report(tmp_path_factory):
-    """Of the GPU's benchmark on the CPU, Triton's kernels interpreted, in larger blocks than ship."""
-    out = tmp_path_factory.mktemp("gpu")
-    if dispatch.HAS_TRITON:
-        corrected = (
-            "import interpreter\n\ninterpreter.correct()\nfrom dpo_kernels.impl import triton\n\ntriton.BLOCK_N = 32\n"
-        )
-        (out / "sitecustomize.py").write_text(corrected)
-    command = [sys.executable, BENCHMARKS / "gpu.py", "--quick", "--device", "cpu", "--json", out / "out.json"]
-    command += ["--impl", "torch", "triton", "cuda", "--only", "paths,E,tiles,masks", "--rounds", "1"]
-    command += ["--peers", "eager", "TRL", "Liger, not compiled", "QuACK", "QuACK, labelled"]
-    options = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "DPO_KERNELS_COMMIT": "a copy"}
-    environment = {**os.environ, **options, "PYTHONPATH": python_path(out)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return json.loads((out / "out.json").read_text()) | {"stdout": done.stdout}
+def run_gpu(tmp_path_factory):
+    """Runs the GPU's benchmark on the CPU, Triton's kernels interpreted, in larger blocks than ship; its report."""
+
+    def run(parts, python=forks.python, **environment):
+        out = tmp_path_factory.mktemp("gpu")
+        if dispatch.HAS_TRITON:
+            corrected = "import interpreter\n\ninterpreter.correct()\n"
+            corrected += "from dpo_kernels.impl import triton\n\ntriton.BLOCK_N = 32\n"
+            (out / "sitecustomize.py").write_text(corrected)
+        options = ["--quick", "--device", "cpu", "--impl", "torch", "triton", "cuda", "--only", parts, "--rounds", "1"]
+        options += ["--peers", "eager", "TRL", "Liger, not compiled", "QuACK", "QuACK, labelled"]
+        options += ["--json", out / "out.json"]
+        environment |= {"TRITON_INTERPRET": "1", "DPO_KERNELS_COMMIT": "a copy", "PYTHONPATH": python_path(out)}
+        done = python(BENCHMARKS / "gpu.py", *options, **environment)
+        assert done.returncode == 0, done.stderr
+        return json.loads((out / "out.json").read_text()) | {"stdout": done.stdout}
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def gpu_report(run_gpu):
+    return run_gpu("paths,E,tiles,masks", TORCHDYNAMO_DISABLE="1")
 
 
 @pytest.fixture
@@ -72,6 +78,13 @@ def test_gpu_rows_are_timed_or_say_why_not(gpu_report):
             assert rows["B frozen head, torch"]["percent"] == pytest.approx(100 * bare / own)
 
 
+@pytest.mark.full
+def test_gpu_rows_are_compiled(run_gpu):
+    for table in run_gpu("E", forks.python_alone)["tables"]:
+        (row,) = [row for row in table["rows"] if row["name"] == "eager, torch.compile"]
+        assert "reason" in row or 0 < row["min_ms"] <= row["median_ms"], row
+
+
 @pytest.mark.parametrize("title", ["paths", "masks"])
 def test_gpu_contenders_are_right(gpu_report, title):
     rows = rows_of(gpu_report, title)
@@ -92,7 +105,8 @@ def test_gpu_contenders_are_right(gpu_report, title):
 
 @pytest.mark.parametrize("package, name", [("torch", "eager"), ("trl", "TRL"), ("liger_kernel", "Liger, not compiled")])
 def test_gpu_peers_do_what_their_row_says(gpu_report, package, name):
-    pytest.importorskip(package)
+    if importlib.util.find_spec(package) is None:
+        pytest.skip(f"{package} is not installed")
     for title in ("paths", "masks"):
         rows = rows_of(gpu_report, title)
         if name not in ("eager", "TRL") and title == "paths":

@@ -1,12 +1,12 @@
 """The scaling sweep runs, and would notice a cost that grows faster than the work, or memory that grows with it."""
 
 import json
-import os
 import subprocess
-import sys
+from types import SimpleNamespace
 
+import forks
 import pytest
-from places import ROOT, python_path
+from places import ROOT
 
 
 @pytest.fixture
@@ -52,10 +52,33 @@ def test_sums_of_hidden_size_may_grow(scaling):
     assert [point.sums_mib for point in scaling.curves([table])["A, fine"]] == [3 * 32.0]
 
 
-def test_both_sweeps_run(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks" / "scaling.py", tmp_path, "--rounds", "1", "--no-memory"]
-    command += ["--impl", "torch", "--tokens", "8", "16", "--vocab", "256", "512", "--hidden", "16"]
-    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": python_path()}, capture_output=True, text=True)
+@pytest.fixture
+def here(scaling, monkeypatch, capsys):
+    """Runs the script in this process, and what it starts in processes that are there at once."""
+
+    def run(path, *arguments):
+        monkeypatch.setattr(scaling, "subprocess", SimpleNamespace(run=lambda command: forks.python(*command[1:])))
+        monkeypatch.setattr("sys.argv", [str(path), *map(str, arguments)])
+        status = 0
+        try:
+            scaling.main()
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 1
+        return subprocess.CompletedProcess(arguments, status, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def alone():
+    return forks.python_alone
+
+
+@pytest.mark.parametrize("python", ["here", pytest.param("alone", marks=pytest.mark.full)])
+def test_both_sweeps_run(request, tmp_path, python):
+    arguments = ["--rounds", "1", "--no-memory", "--impl", "torch"]
+    arguments += ["--tokens", "8", "16", "--vocab", "256", "512", "--hidden", "16"]
+    done = request.getfixturevalue(python)(ROOT / "benchmarks" / "scaling.py", tmp_path, *arguments)
     # the times of such sizes mean nothing: either verdict is right
     assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
     for name, along in (("tokens", "N"), ("vocab", "V")):

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from places import ROOT, SHARED
@@ -32,12 +34,6 @@ def on_the_cpu():
     torch.set_default_device(before)
 
 
-def run(file, *arguments, root=ROOT):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, str(file), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, timeout=300)
-
-
 # benchmarks/microbenchmarks.py
 
 
@@ -54,15 +50,14 @@ def ops():
         return module
 
 
-def test_every_operator_is_timed_beside_eager(run_python, monkeypatch, tmp_path):
-    pytest.importorskip("pytest_benchmark")
-    for name, value in TINY.items():
-        monkeypatch.setenv(f"DPO_KERNELS_BENCH_{name}", value)
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # with which pytest-benchmark measures nothing
+def test_every_operator_is_timed_beside_eager(tmp_path):
+    if importlib.util.find_spec("pytest_benchmark") is None:
+        pytest.skip("pytest-benchmark is not installed")
+    options = {f"DPO_KERNELS_BENCH_{name}": value for name, value in TINY.items()}
     out = tmp_path / "out.json"
-    run_python(
-        "-m", "pytest", "-p", "no:cacheprovider", "-q", BENCHMARKS / "microbenchmarks.py", f"--benchmark-json={out}"
-    )
+    command = ("-m", "pytest", "-p", "no:cacheprovider", "-q", BENCHMARKS / "microbenchmarks.py")
+    done = forks.python(*command, f"--benchmark-json={out}", DPO_KERNELS_TEST_DEVICE="cpu", **options)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     found = {}
     for benchmark in json.loads(out.read_text())["benchmarks"]:
         assert benchmark["stats"]["median"] > 0
@@ -154,14 +149,19 @@ def other_repository(tmp_path_factory):
     return root
 
 
+def compare(root, *options):
+    """Runs the script of that repository."""
+    return forks.python(root / "benchmarks" / "revisions.py", *QUICK, *options, cwd=root)
+
+
+@pytest.mark.full  # as below, in this repository
 def test_revision_beside_the_working_tree(revisions, tmp_path):
     try:
         commit = revisions.commit_of("HEAD", "--base")
     except ValueError as error:
         pytest.skip(str(error))
     before, out = worktrees(ROOT), tmp_path / "out.json"
-    options = ("--only", "C", "--dtypes", "float32", "--rounds", 3, "--json", out)
-    done = run(BENCHMARKS / "revisions.py", "--base", "HEAD", *QUICK, *options)
+    done = compare(ROOT, "--base", "HEAD", "--only", "C", "--dtypes", "float32", "--rounds", 3, "--json", out)
     assert done.returncode == 0, done.stderr
     assert worktrees(ROOT) == before
     found = json.loads(out.read_text())
@@ -169,36 +169,42 @@ def test_revision_beside_the_working_tree(revisions, tmp_path):
     assert found["base"]["root"] != found["head"]["root"] == str(ROOT)
     assert {"commit", "cpu", "versions"} <= found["environment"].keys()
     (row,) = found["rows"]
-    for side in ("base", "head"):
-        assert len(row[side]["samples_ms"]) == 3 and row[side]["median_ms"] > 0
-    assert row["low"] <= row["ratio"] <= row["high"] and row["verdict"] == "too few rounds to tell"
-    assert {"logps", "loss", "dhidden", "dweight"} == row["difference"].keys()
-    assert max(row["difference"].values()) < 1e-5 and row["operation"] == "C fused loss"
+    assert_compared(row, 3)
     assert "C fused loss  float32  " in done.stdout
 
 
+def assert_compared(row, rounds):
+    for side in ("base", "head"):
+        assert len(row[side]["samples_ms"]) == rounds and row[side]["median_ms"] > 0
+    assert row["low"] <= row["ratio"] <= row["high"] and row["verdict"] == "too few rounds to tell"
+    assert {"logps", "loss", "dhidden", "dweight"} == row["difference"].keys()
+    assert max(row["difference"].values()) < 1e-5 and row["operation"] == "C fused loss"
+
+
 def test_revision_that_is_wrong_is_named_and_not_timed(other_repository, tmp_path):
+    """And what is right there is compared."""
     out = tmp_path / "out.json"
-    options = ("--only", "E", "--dtypes", "float32", "--rounds", 1, "--json", out)
-    done = run(
-        other_repository / "benchmarks" / "revisions.py", "--base", "HEAD", *QUICK, *options, root=other_repository
+    done = compare(
+        other_repository, "--base", "HEAD", "--only", "C,E", "--dtypes", "float32", "--rounds", 3, "--json", out
     )
     assert done.returncode == 1 and "E forward, float32: wrong: error of logps" in done.stderr
-    row = json.loads(out.read_text())["rows"][0]
+    assert re.search("C fused loss +float32", done.stdout)
+    right, row, _ = json.loads(out.read_text())["rows"]
     assert "median_ms" in row["base"] and "median_ms" not in row["head"] and "ratio" not in row
     assert row["difference"]["logps"] > 0.1
+    assert_compared(right, 3)
     assert len(worktrees(other_repository).splitlines()) == 1
 
 
 def test_what_an_old_revision_lacks_is_named(other_repository):
-    done = run(other_repository / "benchmarks" / "revisions.py", "--base", "old", *QUICK, root=other_repository)
+    done = compare(other_repository, "--base", "old")
     assert (
         done.returncode == 2 and "cannot be compared: ImportError: cannot import name 'sequence_logps'" in done.stderr
     )
     assert len(worktrees(other_repository).splitlines()) == 1
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGINT, marks=pytest.mark.full), signal.SIGTERM])
 def test_nothing_is_left_of_a_comparison_that_is_stopped(other_repository, sent):
     command = [sys.executable, "benchmarks/revisions.py", "--base", "HEAD", *QUICK]
     # a job in the background ignores SIGINT, and so would what it starts
@@ -372,6 +378,7 @@ def test_training_steps_on_real_preferences(train_step, monkeypatch, tmp_path):
     assert found["tables"][0]["rows"][1]["loss_deviation"] < 1e-4
 
 
+@pytest.mark.full  # a process that imports all that trains
 def test_memory_of_a_training_step(train_step, monkeypatch):
     """Eager has logits [2B, T, V] in fp32 and more like them; they are most of what this model takes."""
     if not os.access("/proc/self/clear_refs", os.W_OK):

@@ -231,14 +231,14 @@ PUBLISHED = [
     for bias in (True, False)
     for nll in (True, False)
     for ignore_index, beta in ((-100, 0.1), (42, 0.2))
-] + [pytest.param(LARGE, True, True, 42, 0.2, id="large")]
+] + [pytest.param(LARGE, True, True, 42, 0.2, id="large", marks=pytest.mark.full)]
 published = pytest.mark.parametrize(("shape", "bias", "nll", "ignore_index", "beta"), PUBLISHED)
 
 
 @pytest.mark.parametrize(
     ("shape", "bias", "nll", "ignore_index", "beta", "ref_bias"),
     [
-        pytest.param(*case.values, ref_bias, id=f"{case.id}-{ref_bias=}")
+        pytest.param(*case.values, ref_bias, id=f"{case.id}-{ref_bias=}", marks=case.marks)
         for case in PUBLISHED
         for ref_bias in ((True,) if case.id == "large" else (True, False))
     ],

@@ -77,6 +77,7 @@ def build(folder=SOURCES, flags=()):
         if not module.exists():
             objects = [target / f"{source.name}.o" for source in sources]
             commands = [[*command, "-x", "c++", "-c", s, "-o", o] for s, o in zip(sources, objects, strict=True)]
+            commands = [[*c, "-O0"] if s in bindings else c for s, c in zip(sources, commands, strict=True)]
             with ThreadPoolExecutor(os.cpu_count()) as pool:
                 list(pool.map(run, commands))
             partial = target / "linked"

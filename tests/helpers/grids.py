@@ -4,11 +4,21 @@ from itertools import combinations, product
 
 import pytest
 
+# Of the fixture `impl`, for a grid that it is a dimension of: indirect=["impl"]
+IMPLS = ["torch", "cpu", "triton", "cuda"]
+
+
+def each_value(*dimensions):
+    """All combinations of the dimensions' values, as parameters. Those that a walk along all dimensions at once comes
+    by, and so each value, are run every time; the others are run with `--full`."""
+    steps = range(max(map(len, dimensions)))
+    return _parameters(dimensions, {tuple(step % len(values) for values in dimensions) for step in steps})
+
 
 def covering(*dimensions):
     """All combinations of the dimensions' values, as parameters. A few of them, in which any two values of different
     dimensions meet, are run every time; the others are run with `--full`."""
-    grid = list(product(*(range(len(values)) for values in dimensions)))
+    grid = _grid(dimensions)
 
     def meetings(combination):
         return set(combinations(enumerate(combination), 2)) if len(dimensions) > 1 else {combination}
@@ -18,9 +28,18 @@ def covering(*dimensions):
         best = max(grid, key=lambda combination: len(meetings(combination) & missing))  # the first of the best
         few.add(best)
         missing -= meetings(best)
+    return _parameters(dimensions, few)
+
+
+def _grid(dimensions):
+    return list(product(*(range(len(values)) for values in dimensions)))
+
+
+def _parameters(dimensions, every_time):
     return [
         pytest.param(
-            *(values[i] for values, i in zip(dimensions, at, strict=True)), marks=() if at in few else pytest.mark.full
+            *(values[i] for values, i in zip(dimensions, at, strict=True)),
+            marks=() if at in every_time else pytest.mark.full,
         )
-        for at in grid
+        for at in _grid(dimensions)
     ]

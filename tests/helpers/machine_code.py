@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 INSTRUCTIONS = {
@@ -25,9 +26,10 @@ def disassembler():
     return path if path.exists() else None
 
 
-def kernels(path):
-    """A dictionary for each kernel of each architecture in a cubin, or in a module with some."""
-    done = subprocess.run([disassembler(), "-res-usage", "-sass", path], capture_output=True, text=True, check=True)
+def kernels(path, *options):
+    """A dictionary for each kernel of each architecture in a cubin or a module; `options` are for cuobjdump."""
+    command = [disassembler(), "-res-usage", "-sass", *options, path]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     rows, arch = {}, None
     for part in re.split(r"^(?=arch = |[ \t]*Function )", done.stdout, flags=re.MULTILINE):
         if match := re.match(r"arch = sm_(\w+)", part):
@@ -38,18 +40,29 @@ def kernels(path):
             resources = {key: int(found[field]) for key, field in names.items()}
             rows[arch, match[1]] = {"arch": arch, "function": match[1]} | resources
         elif match := re.match(r"\s*Function : (\w+)", part):  # its code
-            counts = {key: len(re.findall(pattern, part)) for key, pattern in INSTRUCTIONS.items()}
-            rows[arch, match[1]] |= counts | {"loops": _loops(part)}
+            code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", part, flags=re.MULTILINE)
+            rows[arch, match[1]] |= _counts(code) | {"loops": _loops(code)}
     return list(rows.values())
 
 
-def _loops(text):
+def _counts(code):
+    """How many there are of each of INSTRUCTIONS."""
+    found = dict.fromkeys(INSTRUCTIONS, 0)
+    # without a predicate and with the first operand; those that are the same are looked at once
+    words = [text.split() for _, text in code]
+    names = [" ".join(each[1:3] if each[0].startswith("@") else each[:2]) for each in words]
+    for instruction, count in Counter(names).items():
+        for key, pattern in INSTRUCTIONS.items():
+            found[key] += count * bool(re.search(pattern, instruction))
+    return found
+
+
+def _loops(code):
     """How many instructions there are from each target of a branch backwards to that branch, in their order."""
-    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+([^;]*);", text, flags=re.MULTILINE)
     place = {int(address, 16): i for i, (address, _) in enumerate(code)}
     found = []
     for i, (_, instruction) in enumerate(code):
-        target = re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", instruction)
+        target = "BRA" in instruction and re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", instruction)
         if target and place[int(target[1], 16)] < i:  # a branch to itself is what code ends with
             found.append(i - place[int(target[1], 16)] + 1)
     return found

@@ -1,6 +1,7 @@
 """Compiles every Triton kernel ahead of time, without a GPU, and prints what the machine code uses, as JSON lines.
 
     PYTHONPATH=tests/helpers python tests/impl/compile_triton.py 80 90 100
+    PYTHONPATH=tests/helpers python tests/impl/compile_triton.py 90 "fold bf16 plain"    # these kernels alone
 
 Tensors are taken to be aligned to 16 bytes and sizes to be multiples of 16, as they are in training, but for what the
 kernels are not specialised on, and for `odd` sizes.
@@ -103,8 +104,11 @@ def usage(compiled):
 
 
 if __name__ == "__main__":
-    for capability in map(int, sys.argv[1:]):
+    capabilities = [int(argument) for argument in sys.argv[1:] if argument.isdecimal()]
+    only = [argument for argument in sys.argv[1:] if not argument.isdecimal()]
+    for capability in capabilities:
+        wanted = [case for case in cases(capability) if not only or case[0] in only]
         with ThreadPoolExecutor() as pool:  # one kernel is disassembled while the next is compiled
-            used = {name: pool.submit(usage, compile_one(*case, capability)) for name, *case in cases(capability)}
+            used = {name: pool.submit(usage, compile_one(*case, capability)) for name, *case in wanted}
         for name, found in used.items():
             print(json.dumps({"kernel": name, "sm": capability} | found.result()), flush=True)

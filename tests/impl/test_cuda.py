@@ -2,12 +2,14 @@
 alignment, and the machine code of each generation of GPUs. Without a GPU they run on the CPU, through the emulation in
 tests/impl/cuda."""
 
+import functools
 import importlib.util
 import math
 
 import machine_code
 import pytest
 import torch
+from grids import covering
 from places import DEVICE
 
 from dpo_kernels import dispatch, linear_sequence_logps, sequence_logps
@@ -15,8 +17,11 @@ from dpo_kernels.impl.interface import STATS, Columns, GradRows, LogitTransform
 from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs
 
-ALL = {"softcap": 5.0, "logit_scale": -0.7, "temperature": 1.3}
-NEGATIVE = {"logit_scale": -0.7, "temperature": 1.3}
+TRANSFORMS = {
+    "plain": {},
+    "all": {"softcap": 5.0, "logit_scale": -0.7, "temperature": 1.3},
+    "negative": {"logit_scale": -0.7, "temperature": 1.3},
+}
 
 
 @pytest.fixture
@@ -37,13 +42,17 @@ def fused(kernels, monkeypatch):
     return kernels
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("transform", [{}, ALL, NEGATIVE], ids=["plain", "all", "negative"])
-@pytest.mark.parametrize("stats", [(), STATS], ids=["", "stats"])
-# [S, T, H, V]: tails of every block; one row; whole blocks of H and V, more rows than a cluster has
-@pytest.mark.parametrize("shape", [(4, 9, 40, 123), (2, 1, 72, 600), (4, 80, 128, 512)], ids=str)
+# [S, T, H, V]; whole blocks of H and V, and more rows than a cluster has
+SHAPES = {"tails": (4, 9, 40, 123), "one row": (2, 1, 72, 600), "whole blocks": (4, 80, 128, 512)}
+
+
+@pytest.mark.parametrize(
+    "dtype, transform, stats, shape",
+    covering(["bfloat16", "float16"], list(TRANSFORMS), ["no stats", "stats"], list(SHAPES)),
+)
 def test_fused_forward(fused, dtype, transform, stats, shape):
-    inputs = head_inputs(*shape, confident=0.3).to(dtype)
+    transform, stats = TRANSFORMS[transform], STATS if stats == "stats" else ()
+    inputs = head_inputs(*SHAPES[shape], confident=0.3).to(getattr(torch, dtype))
     bias = inputs.bias if transform else None
     with torch.no_grad():
         out = linear_sequence_logps(*inputs[:3], bias=bias, stats=stats, impl="cuda", **transform)
@@ -228,25 +237,26 @@ def test_sums_are_brought_to_a_new_maximum_alone(kernels):
         torch.testing.assert_close(sums, torch.tensor(expected)[:, None].expand(3, 2500))
 
 
-@pytest.fixture(scope="module")
-def machine_code_of():
-    """The kernels of the module that was built with this package, by architecture."""
+@functools.cache
+def machine_code_of(generation):
+    """The kernels for a generation of GPUs in the module that was built with this package, by architecture."""
     spec = importlib.util.find_spec("dpo_kernels._cuda")
     if spec is None:
         pytest.skip("the CUDA kernels were not built: no nvcc")
     if machine_code.disassembler() is None:
         pytest.skip("no cuobjdump: Triton is not installed")
     found = {}
-    for kernel in machine_code.kernels(spec.origin):
+    for kernel in machine_code.kernels(spec.origin, "-arch", f"sm_{generation}"):
         found.setdefault(kernel["arch"], []).append(kernel)
     return found
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
-def test_machine_code_of_the_row_kernels(machine_code_of, arch):
+def test_machine_code_of_the_row_kernels(arch):
     """Nothing spills, nothing is atomic, and rows move in 16 bytes; results in half precision of fp32 in 8."""
     counts = dict.fromkeys(("fold_kernel", "dlogits_kernel", "zero_kernel", "finish_kernel"), 0)
-    for kernel in machine_code_of[arch]:
+    for kernel in machine_code_of(arch)[arch]:
         (name,) = (name for name in counts if name in kernel["function"])
         counts[name] += 1
         assert kernel["stack"] == kernel["local"] == kernel["atomics"] == 0, kernel
@@ -258,9 +268,10 @@ def test_machine_code_of_the_row_kernels(machine_code_of, arch):
     assert counts == {"fold_kernel": 20, "dlogits_kernel": 8, "zero_kernel": 4, "finish_kernel": 2}
 
 
-def test_machine_code_of_the_fused_forward(machine_code_of):
+@pytest.mark.full
+def test_machine_code_of_the_fused_forward():
     """Its products are Hopper's, operands come in multicast boxes, and the accumulators stay in registers."""
-    kernels = [kernel for kernel in machine_code_of["90a"] if "linear_fold_kernel" in kernel["function"]]
+    kernels = [kernel for kernel in machine_code_of("90")["90a"] if "linear_fold_kernel" in kernel["function"]]
     assert len(kernels) == 8
     for kernel in kernels:
         assert kernel["hgmma"] > 0 and kernel["multicast"] > 0, kernel

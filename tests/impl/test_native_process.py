@@ -8,13 +8,29 @@ import threading
 import time
 from pathlib import Path
 
+import forks
 import pytest
 import torch
+from places import python_path
 
 from dpo_kernels import dispatch, sequence_logps
 
 _native = pytest.importorskip("dpo_kernels._native", reason="the extension was not built")
 native = pytest.importorskip("dpo_kernels.impl.native")
+
+
+@pytest.fixture(scope="module")
+def python():
+    """A function that runs a script, which finds PyTorch loaded; what it prints."""
+    found = forks.Forks("torch", PYTHONPATH=python_path())
+
+    def run(script, *arguments):
+        done = found.run(script, *arguments)
+        assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-4000:]}"
+        return done.stdout
+
+    yield run
+    found.close()
 
 
 def test_auto_picks_cpu(monkeypatch):
@@ -44,6 +60,7 @@ import sys
 sys.meta_path = [f for f in sys.meta_path if not getattr(f, "__module__", "").startswith("__editable__")]
 import torch
 from dpo_kernels import dispatch, env, sequence_logps
+assert dispatch.__file__.startswith(sys.argv[2])
 cpu = torch.device("cpu")
 assert dispatch.choose("auto", cpu) == "torch"
 reason = dispatch.unavailable_reason("cpu", cpu)
@@ -61,13 +78,14 @@ except ValueError as error:
 
 
 @pytest.mark.parametrize(("broken", "says"), [(False, "compiler"), (True, "does not load")])
-def test_without_the_extension(tmp_path, broken, says, run_python):
+def test_without_the_extension(tmp_path, broken, says, python):
     """None there, or one that does not load: "auto" goes on without it and the reason can be read."""
-    leave_out = shutil.ignore_patterns("_native.*.so", "_native.so", "__pycache__")
+    leave_out = shutil.ignore_patterns("_native.*.so", "_native.so")
     shutil.copytree(Path(dispatch.__file__).parent, tmp_path / "dpo_kernels", ignore=leave_out)
     if broken:
         (tmp_path / "dpo_kernels" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"no library")
-    assert "named the reason" in run_python("-c", WITHOUT_EXTENSION, says, root=tmp_path)
+    (tmp_path / "script.py").write_text(WITHOUT_EXTENSION)
+    assert "named the reason" in python(tmp_path / "script.py", says, tmp_path)
 
 
 THREADS = """
@@ -93,11 +111,12 @@ assert len(runtimes) == 1, runtimes
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("threads", [1, 2, 7])
-def test_threads_are_those_of_pytorchs_openmp(threads, run_python):
+def test_threads_are_those_of_pytorchs_openmp(tmp_path, threads, python):
     """As many as PyTorch was told, this one among them, from the only OpenMP runtime in the process."""
     if not native.HAS_THREADS:
         pytest.skip("this PyTorch has no OpenMP")
-    assert int(run_python("-c", THREADS, threads)) == threads - 1
+    (tmp_path / "script.py").write_text(THREADS)
+    assert int(python(tmp_path / "script.py", threads)) == threads - 1
 
 
 def test_other_python_threads_run_meanwhile():

@@ -2,14 +2,13 @@
 they are compiled, and the machine code that they become on each generation of GPUs, which needs none."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
-from places import DEVICE, python_path
+from grids import covering
+from places import DEVICE
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.interface import STATS, Columns, GradRows, LogitTransform, Rows
@@ -23,7 +22,7 @@ kernels = dispatch.load("triton")
 torch_kernels = dispatch.load("torch")
 linear = pytest.importorskip("dpo_kernels.impl.triton_linear")
 COMPILE = Path(__file__).with_name("compile_triton.py")
-ALL = {"softcap": 5.0, "logit_scale": -0.7, "temperature": 1.3}
+TRANSFORMS = {"plain": {}, "all": {"softcap": 5.0, "logit_scale": -0.7, "temperature": 1.3}}
 
 
 @pytest.fixture
@@ -53,18 +52,19 @@ def assert_same_results(ours, theirs, **tolerances):
         torch.testing.assert_close(found, expected, **tolerances, msg=lambda text, at=name: f"{at}: {text}")
 
 
-# [S, T, H, V]: tails of every block, one row, several blocks of rows; of what ships where that is quick
-SHAPES = [(4, 9, 48, 123), (2, 1, 16, 32), (2, 20, 64, 700)]
+# [S, T, H, V]; of what ships where that is quick
+SHAPES = {"tails": (4, 9, 48, 123), "one row": (2, 1, 16, 32), "blocks of rows": (2, 20, 64, 700)}
 if DEVICE != "cpu":
-    SHAPES += [(4, 100, 208, 1000), (8, 100, 256, 5003)]
+    SHAPES |= {"what ships": (4, 100, 208, 1000), "more of it": (8, 100, 256, 5003)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("transform", [{}, ALL], ids=["plain", "all"])
-@pytest.mark.parametrize("stats", [(), STATS], ids=["", "stats"])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, transform, stats, shape",
+    covering(["bfloat16", "float16"], list(TRANSFORMS), ["no stats", "stats"], list(SHAPES)),
+)
 def test_fused_forward(fused, no_tiles, dtype, transform, stats, shape):
-    inputs = head_inputs(*shape, confident=0.3).to(dtype)
+    transform, stats = TRANSFORMS[transform], STATS if stats == "stats" else ()
+    inputs = head_inputs(*SHAPES[shape], confident=0.3).to(getattr(torch, dtype))
     bias = inputs.bias if transform else None
     with torch.no_grad():
         out = linear_sequence_logps(*inputs[:3], bias=bias, stats=stats, impl="triton", **transform)
@@ -348,17 +348,19 @@ SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB of a block
 INSTRUCTIONS = {"plain": 16, "plain stats": 30, "softcap": 42, "softcap stats": 58}
 
 
-@pytest.mark.parametrize("sm", SHARED_MEMORY)
-def test_machine_code(sm, tmp_path):
+ONE_OF_EACH = ["fold bf16 plain", "dlogits bf16 plain", "linear fold bf16 plain"]
+
+
+@pytest.mark.parametrize(
+    "sm, only", [(90, ONE_OF_EACH), *(pytest.param(sm, [], marks=pytest.mark.full) for sm in SHARED_MEMORY)]
+)
+def test_machine_code(sm, only, tmp_path):
     """Nothing spills, nothing is atomic, tiles move in 16 bytes, and the fused forward runs on tensor cores."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(tmp_path)
-    env["PYTHONPATH"] = python_path()
-    command = [sys.executable, str(COMPILE), str(sm)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = forks.python(COMPILE, sm, *only, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len({row["kernel"] for row in rows}) == len(rows) == (20 if sm == 90 else 13)
+    expected = len(only) or (20 if sm == 90 else 13)
+    assert len({row["kernel"] for row in rows}) == len(rows) == expected
     for row in rows:
         kernel = row["kernel"]
         assert row["stack"] <= STACK and row["local"] == row["atomics"] == 0, row

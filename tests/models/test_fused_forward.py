@@ -101,7 +101,14 @@ def test_an_output_layer_that_runs_twice_is_refused():
         model(**batch(), labels=batch()["input_ids"], fused_lm_head=True)
 
 
-@pytest.mark.parametrize("compiled", [torch.compile, lambda model, **options: model.compile(**options) or model])
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda model, **options: model.compile(**options) or model,
+        pytest.param(torch.compile, marks=pytest.mark.full),
+    ],
+    ids=["method", "function"],
+)
 def test_a_model_that_is_compiled_as_a_whole(compiled):
     model = build("llama")
     add_fused_lm_head(model)

@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
 
+from two_processes import run_in_two
+
 COMMON = """
 import copy, json, os, sys
 import torch
@@ -111,7 +113,6 @@ found = given(ref_logps)
 assert found.loss == found.losses.mean() and found.loss != found.loss.bfloat16(), found.loss
 found.loss.backward()
 assert model.lm_head.weight.grad is not None
-dist.destroy_process_group()
 """
 
 ZERO3 = """
@@ -148,7 +149,6 @@ for name, adapter in (("llama", "full"), ("gemma2", "full"), ("llama", "attentio
         model = made(name, adapter)
         add_fused_lm_head(unwrap(model))
         assert_same(step(model, kind), expected, (name, adapter, kind))
-dist.destroy_process_group()
 """
 
 TENSOR_PARALLEL = """
@@ -177,7 +177,6 @@ def step(kind):
 expected = step("eager")
 for kind in ("fused loss", "fused log-probabilities"):
     assert_same(step(kind), expected, kind)
-dist.destroy_process_group()
 """
 
 TRAINER = """
@@ -207,29 +206,41 @@ for name, lora in (("llama", None), ("gemma2", None), ("llama", LORA)):
 if os.environ["RANK"] == "0":
     with open(sys.argv[1] + "/logs.json", "w") as file:
         json.dump(found, file)
-torch.distributed.barrier()  # no process goes while another still talks to it
-torch.distributed.destroy_process_group()
 """
 
 
-def test_fsdp2(run_two_processes):
-    run_two_processes(COMMON + FSDP2)
+@pytest.fixture
+def run(tmp_path):
+    """Runs a script in two processes, with this test's folder as argument."""
+
+    def run(script):
+        (tmp_path / "script.py").write_text(COMMON + script)
+        run_in_two(tmp_path / "script.py", tmp_path)
+
+    return run
 
 
-def test_zero3(run_two_processes):
+@pytest.mark.full
+def test_fsdp2(run):
+    run(FSDP2)
+
+
+def test_zero3(run):
     pytest.importorskip("deepspeed", reason="tests ZeRO-3, and deepspeed is not installed")
-    run_two_processes(COMMON + ZERO3)
+    run(ZERO3)
 
 
-def test_tensor_parallel(run_two_processes, tmp_path):
-    run_two_processes(COMMON + TENSOR_PARALLEL, tmp_path)
+@pytest.mark.full
+def test_tensor_parallel(run):
+    run(TENSOR_PARALLEL)
 
 
-def test_trainer_with_fsdp2(run_two_processes, tmp_path):
+@pytest.mark.full
+def test_trainer_with_fsdp2(run, tmp_path):
     pytest.importorskip("trl", reason="tests the trainers of TRL, which is not installed")
     from trl_runs import assert_agree
 
-    run_two_processes(COMMON + TRAINER, tmp_path)
+    run(TRAINER)
     logs = json.loads((tmp_path / "logs.json").read_text())
     for mine, theirs in zip(logs[::2], logs[1::2], strict=True):
         assert_agree(mine, theirs)

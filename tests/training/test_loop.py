@@ -22,9 +22,11 @@ from accelerate import Accelerator
 from datasets import Dataset
 from places import SHARED, python_path
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from two_processes import run_in_two
 
 from dpo_kernels.data.demo import demo_model
 from dpo_kernels.testing import Record
+from dpo_kernels.training import loop
 from dpo_kernels.training.checkpoint import MetricsLog, list_checkpoints, read_metrics
 from dpo_kernels.training.config import TrainConfig, load_config
 from dpo_kernels.training.loop import train
@@ -49,11 +51,14 @@ TINY = {
 }
 
 
-def run(directory, **settings):
-    """Trains in `directory` and returns the result and the rows of metrics without what the clock says."""
-    result = train(
-        TrainConfig(**TINY | {"output_dir": str(directory), "cache_dir": str(directory / "cache")} | settings)
-    )
+def run(directory, *, curves=False, **settings):
+    """Trains in `directory` and returns the result and the rows of metrics without what the clock says. Drawing the
+    curves takes as long as the training."""
+    config = TrainConfig(**TINY | {"output_dir": str(directory), "cache_dir": str(directory / "cache")} | settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if not curves:
+            patch.setattr(loop, "plot_training_curves", lambda metrics, picture: None)
+        result = train(config)
     return result, rows_of(directory)
 
 
@@ -76,7 +81,7 @@ def assert_same_run(left, right):
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     directory = tmp_path_factory.mktemp("plain")
-    return (*run(directory, eval_steps=3), directory)
+    return (*run(directory, eval_steps=3, curves=True), directory)
 
 
 def test_a_run_leaves_metrics_curves_and_models(plain):
@@ -319,7 +324,7 @@ def test_a_killed_process_is_resumed_to_the_last_bit(tmp_path, uninterrupted):
     (tmp_path / ".checkpoint-16.tmp").mkdir(exist_ok=True)
     (tmp_path / ".checkpoint-16.tmp" / "weights.safetensors").write_bytes(b"half")
 
-    run(tmp_path, **INTERRUPTED)
+    run(tmp_path, **INTERRUPTED, curves=True)
     assert_same_run(tmp_path, uninterrupted)
     assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-20"]
     assert not list(tmp_path.glob(".*"))
@@ -453,7 +458,7 @@ def test_trackers_get_every_row(tmp_path, monkeypatch):
 
 def test_warnings_reach_the_caller(tmp_path):
     with pytest.warns(UserWarning, match="beta 0.9 is outside"):
-        run(tmp_path, beta=0.9, max_steps=1, eval_fraction=0)
+        run(tmp_path, beta=0.9, max_steps=1, eval_fraction=0, curves=True)  # of which none is held out
 
 
 def pairs_with(prompts):
@@ -546,7 +551,14 @@ def test_real_preferences_are_learned(tmp_path):
     assert rows[-1]["rewards/margins"] > rows[0]["rewards/margins"] and rows[-1]["rewards/accuracies"] >= 0.9
 
 
-def test_two_processes_take_the_steps_of_one(tmp_path):
+def torchrun(script, **environment):
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
+    subprocess.run(start, env=os.environ | environment, check=True, timeout=300)
+
+
+@pytest.mark.parametrize("start", [run_in_two, pytest.param(torchrun, marks=pytest.mark.full)])
+def test_two_processes_take_the_steps_of_one(tmp_path, start):
     # 29 pairs in steps of 4: in the last step of an epoch there is one pair, so that one process has none.
     settings = {"max_rows": 32, "epochs": 2, "lora_r": 2, "reference": "precompute", "loss_type": "sigmoid,sft"}
     _, rows = run(tmp_path / "one", **settings)
@@ -554,9 +566,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     settings |= {"output_dir": str(tmp_path / "two"), "cache_dir": str(tmp_path / "cache")}
     script = tmp_path / "two.py"
     script.write_text(f"from dpo_kernels.training import *\ntrain(TrainConfig(**{TINY | settings!r}))\n")
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": python_path()}
-    subprocess.run(launch, env=environment | {"ACCELERATE_USE_CPU": "true"}, check=True, timeout=300)
+    start(script, ACCELERATE_USE_CPU="true")
     two = rows_of(tmp_path / "two")
     assert len(two) == len(rows) == 16 + 3
     for row, expected in zip(two, rows, strict=True):

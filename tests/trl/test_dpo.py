@@ -6,6 +6,8 @@ import copy
 import math
 import statistics
 import warnings
+from functools import cache
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ pytest.importorskip("trl", reason="tests the trainers of TRL, which is not insta
 pytest.importorskip("peft", reason="trains LoRA too, and peft is not installed")
 
 import trl
+from grids import each_value
 from heads import build
 from peft import LoraConfig, get_peft_model
 from trl_runs import (
@@ -33,6 +36,7 @@ from trl_runs import (
     settings,
     tokenizer,
     trl_names,
+    weights_of,
 )
 
 import dpo_kernels.trl as ours
@@ -47,13 +51,24 @@ pytestmark = pytest.mark.usefixtures("process_left_as_it_was")
 # DPO
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@cache
+def of_trl(name, adapted):
+    """The weights that TRL's own trainer ends with, and its logs."""
+    with TemporaryDirectory() as directory:
+        trainer, logs = dpo(trl.DPOTrainer, directory, prototype(name), lora=LORA if adapted else None)
+    return weights_of(trainer), logs
+
+
+@pytest.mark.parametrize(
+    "name, lora",
+    each_value(ARCHITECTURES, [None, LORA]),
+    ids=lambda value: value if isinstance(value, str) else "LoRA" if value else "full",
+)
 def test_logs_of_every_architecture_agree(tmp_path, name, lora):
     mine, my_logs = dpo(ours.DPOTrainer, tmp_path, prototype(name), lora=lora)
-    theirs, their_logs = dpo(trl.DPOTrainer, tmp_path, prototype(name), lora=lora)
+    weights, their_logs = of_trl(name, lora is LORA)
     assert_agree(my_logs, their_logs)
-    assert_weights_agree(mine, theirs)
+    assert_weights_agree(weights_of(mine), weights)
     assert {"loss", "rewards/margins", "logits/chosen", "entropy", "num_tokens"} <= my_logs[0].keys()
     assert ("aux_loss" in my_logs[0]) == (name == "mixtral")
 
@@ -163,7 +178,7 @@ def rms(values):
     return float(values.square().mean().sqrt())
 
 
-@pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
+@pytest.mark.parametrize("lora", [None, pytest.param(LORA, marks=pytest.mark.full)], ids=["full", "LoRA"])
 def test_whole_model_in_bf16_is_closer_to_fp32(lora):
     """The rms over 12,000 tokens of what autocast does to a log-probability, over that with TRL's head.
 
@@ -189,6 +204,7 @@ def test_whole_model_in_bf16_is_closer_to_fp32(lora):
     assert ratios == pytest.approx(expected, abs=0.02)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
 def test_in_bf16_ours_are_closer_to_fp32(tmp_path, lora):
     """The rms over steps and metrics of the deviation from the run in fp32, over that of TRL's own trainer. Both round
@@ -196,7 +212,7 @@ def test_in_bf16_ours_are_closer_to_fp32(tmp_path, lora):
     ratios = []
     for name in ARCHITECTURES:
         model, off = with_backbone_in_fp32(name), []
-        _, exact = dpo(trl.DPOTrainer, tmp_path, model, lora=lora)
+        _, exact = of_trl(name, lora is LORA)
         for trainer_class in (ours.DPOTrainer, trl.DPOTrainer):
             _, rounded = dpo(trainer_class, tmp_path, model, lora=lora, bf16=True)
             assert not torch.is_autocast_enabled("cpu")

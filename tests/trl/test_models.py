@@ -17,6 +17,7 @@ from datasets import Dataset
 from peft import PrefixTuningConfig, PromptTuningConfig
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from trl_runs import assert_agree, logs_of, preferences, prototype, settings, tokenizer, unpaired
+from two_processes import run_in_two
 
 import dpo_kernels.trl as ours
 
@@ -114,14 +115,15 @@ for algorithm in ("DPO", "KTO", "CPO", "ORPO"):
 if os.environ["RANK"] == "0":
     with open(sys.argv[1] + "/logs.json", "w") as file:
         json.dump(found, file)
-torch.distributed.barrier()  # no process goes while another still talks to it
-torch.distributed.destroy_process_group()
 """
 
 
-def test_two_processes(run_two_processes, tmp_path):
+@pytest.mark.full
+def test_two_processes(tmp_path):
     """Of the last batch, in training and in evaluation, one row is left."""
-    run_two_processes(EVERY_PROCESS, tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(EVERY_PROCESS)
+    run_in_two(script, tmp_path)
     found = json.loads((tmp_path / "logs.json").read_text())
     assert found.keys() == {"DPO", "KTO", "CPO", "ORPO"}
     for logs in found.values():

@@ -13,6 +13,7 @@ pytest.importorskip("peft", reason="trains LoRA too, and peft is not installed")
 
 import trl
 from accelerate import Accelerator
+from grids import each_value
 from peft import LoraConfig
 from torch.overrides import TorchFunctionMode
 from trl_runs import (
@@ -26,6 +27,7 @@ from trl_runs import (
     tokenizer,
     trained,
     unpaired,
+    weights_of,
 )
 
 import dpo_kernels.trl as ours
@@ -57,7 +59,7 @@ def test_kto(tmp_path, options, lora):
         found.append(trained(trainer_class, config, prototype("mistral"), unpaired(), lora, ref_model=reference))
     (mine, my_logs), (theirs, their_logs) = found
     assert_agree(my_logs, their_logs)
-    assert_weights_agree(mine, theirs)
+    assert_weights_agree(weights_of(mine), weights_of(theirs))
     assert any({"kl", "entropy", "rewards/margins", "logits/chosen", "num_tokens"} <= log.keys() for log in my_logs)
     assert {"eval_kl", "eval_rewards/margins"} <= my_logs[-1].keys()
     if options.get("per_device_train_batch_size") == 2:
@@ -72,7 +74,7 @@ def test_kto_of_a_mixture_of_experts(tmp_path):
         reference, config = copy.deepcopy(prototype("mixtral")), trl.KTOConfig(**settings(tmp_path))
         found.append(trained(trainer_class, config, model, unpaired(), ref_model=reference))
     assert_agree(found[0][1], found[1][1])
-    assert_weights_agree(found[0][0], found[1][0])
+    assert_weights_agree(weights_of(found[0][0]), weights_of(found[1][0]))
     assert found[0][1][0]["aux_loss"] > 0
 
 
@@ -135,20 +137,23 @@ def test_reference_free_is_verified(tmp_path, monkeypatch, algorithm):
 
 
 @EXPERIMENTAL
-@pytest.mark.parametrize("name", ["llama", "gemma2", "cohere", "phi", "mixtral", "roberta"])
 @pytest.mark.parametrize(
-    "algorithm, options",
-    [
-        ("ORPO", {}),
-        ("CPO", {"loss_type": "sigmoid"}),
-        ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}),
-        ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.5}),
-        ("CPO", {"loss_type": "ipo"}),
-        ("CPO", {"loss_type": "hinge"}),
-    ],
+    "name, algorithm",
+    each_value(
+        ["llama", "gemma2", "cohere", "phi", "mixtral", "roberta"],
+        [
+            ("ORPO", {}),
+            ("CPO", {"loss_type": "sigmoid"}),
+            ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.0}),
+            ("CPO", {"loss_type": "simpo", "cpo_alpha": 0.5}),
+            ("CPO", {"loss_type": "ipo"}),
+            ("CPO", {"loss_type": "hinge"}),
+        ],
+    ),
     ids=str,
 )
-def test_reference_free(tmp_path, name, algorithm, options):
+def test_reference_free(tmp_path, name, algorithm):
+    algorithm, options = algorithm
     module = __import__(f"trl.experimental.{algorithm.lower()}", fromlist=["x"])
     theirs = getattr(module, f"{algorithm}Trainer")
     config_class = getattr(module, f"{algorithm}Config")
@@ -162,7 +167,7 @@ def test_reference_free(tmp_path, name, algorithm, options):
     assert issubclass(getattr(ours, f"{algorithm}Trainer"), theirs)
     (mine, my_logs), (of_trl, their_logs) = found
     assert_agree(my_logs, their_logs)
-    assert_weights_agree(mine, of_trl)
+    assert_weights_agree(weights_of(mine), weights_of(of_trl))
     assert {"nll_loss", "logits/chosen", "logps/rejected"} <= my_logs[0].keys()
 
 

@@ -23,6 +23,7 @@ pytest.importorskip("trl", reason="compares with TRL, which is not installed")
 pytest.importorskip("peft", reason="compares LoRA too, and peft is not installed")
 
 from datasets import Dataset
+from grids import each_value
 from peft import LoraConfig, get_peft_model
 from places import SHARED
 from transformers import Qwen2Config, Qwen2ForCausalLM, get_scheduler
@@ -230,8 +231,10 @@ def test_every_loss_agrees(tmp_path, loss_type):
     compare(tmp_path, options, tiny_model(), grouped=loss_type not in BATCH_LOSSES)
 
 
-@pytest.mark.parametrize("f_divergence", ["forward_kl", "js", "alpha"])
-@pytest.mark.parametrize("loss_type", sorted(F_DIVERGENCE_LOSSES.intersection(LOSS_OPTIONS) - {"sft"}))
+@pytest.mark.parametrize(
+    "loss_type, f_divergence",
+    each_value(sorted(F_DIVERGENCE_LOSSES.intersection(LOSS_OPTIONS) - {"sft"}), ["forward_kl", "js", "alpha"]),
+)
 def test_every_f_divergence_agrees(tmp_path, loss_type, f_divergence):
     options = {"loss_type": loss_type, "f_divergence": f_divergence, "f_alpha": 0.4, **LOSS_OPTIONS[loss_type]}
     model = tiny_model()
