@@ -77,7 +77,7 @@ if [ $device = cpu ]; then
 fi
 pytest="$python -m pytest -q -p no:cacheprovider"
 $python -c "import xdist" 2> /dev/null && parallel="-n 8"  # Triton compiles for longer than the tests run
-step tests kernels 60 $pytest ${parallel:-} $tests
+step tests kernels 60 $pytest ${parallel:-} --full $tests
 step timings timings 240 bash -c 'timings "$@"' - --seconds 220
 step tests grid 60 $pytest ${parallel:-} $(printf "tests/test_%s.py " logps linear_dpo memory numerics ops)
 for tool in memcheck racecheck; do
