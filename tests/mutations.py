@@ -1,0 +1,1211 @@
+"""Do the tests notice? One line of the product is broken at a time, and tests that should fail then are run.
+
+    python tests/mutations.py [--only TEXT] [--out FILE] [--revision COMMIT] [--jobs N]
+
+Everything happens in copies of what git tracks, with the extension modules that were built here. Each set of tests has
+to pass there first. A mutation that no test notices SURVIVES, and the exit status is 1; so it is for an entry of the
+list that is BROKEN: whose text is no longer there once, which does not compile, or which has no tests.
+
+A mutation is a bug: it changes results, errors, memory or determinism. What changes none of them does not belong here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import platform
+import queue
+import re
+import resource
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from importlib import metadata
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+Result = TypeVar("Result")
+TIMEOUT = 400  # seconds, after which tests that have not ended have noticed
+
+
+class Mutation(NamedTuple):
+    """A line of the product, and what breaks it. `old` is in `file` once; `tests` are files below tests/, with
+    options of pytest's where a whole file would take minutes."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+# Sources, and the tests of several mutations
+SIMD, CPU = "csrc/cpu/simd.h", "csrc/cpu/kernels_impl.h"
+ROWS_CU, ROW, MATH, FUSED_CU = (f"csrc/cuda/{name}" for name in ("rows.cu", "row.cuh", "math.cuh", "linear_fold.cu"))
+TRITON, TRITON_LINEAR, TRITON_MATH = (f"dpo_kernels/impl/triton{part}.py" for part in ("", "_linear", "_math"))
+TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch", "paths", "fold", "native", "cuda"))
+DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES = (
+    f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses")
+)
+HEAD, FUSED_FORWARD, WRAPPERS = (f"dpo_kernels/models/{n}.py" for n in ("head", "fused_forward", "through_wrappers"))
+LAYOUTS, LOADING, TOKENS, BATCHING = (
+    f"dpo_kernels/data/{name}.py" for name in ("layouts", "loading", "tokenization", "batching")
+)
+LOOP, SETUP, STATE, CHECKPOINT = (f"dpo_kernels/training/{n}.py" for n in ("loop", "setup", "state", "checkpoint"))
+PAIRS, POLICY, REFERENCE, CONFIG = (
+    f"dpo_kernels/training/{name}.py" for name in ("pairs", "policy", "reference_model", "config")
+)
+LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
+TRL = "dpo_kernels/trl"
+
+NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
+CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
+TRITON_TESTS = "impl/test_triton.py -k 'not machine_code and not every_batch'"
+CONSUMERS = "test_logps.py test_linear_dpo.py test_numerics.py"
+ON_CPU = f"{CONSUMERS} impl/test_native.py -k '(cpu or test_native) and not outside and not budget'"
+ON_CUDA = f"{CONSUMERS} impl/test_cuda.py -k 'cuda and not machine_code and not budget'"
+ON_TORCH = f"{CONSUMERS} test_ops.py -k 'torch and not budget'"
+LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("logps", "linear_dpo", "numerics"))
+PUBLISHED = "test_losses.py -k published"
+LOSS_TESTS, REFERENCE_FREE = "test_losses.py", "test_losses_reference_free.py"
+HEAD_TESTS, FORWARD_TESTS = "models/test_head.py", "models/test_fused_forward.py"
+LAYOUT_TESTS, LOADING_TESTS, BATCH_TESTS = "data/test_layouts.py", "data/test_loading.py", "data/test_batching.py"
+STEPS = "training/test_loop.py -k 'eager_loop or metrics_curves or accumulated or window or best'"
+RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or found_finished'"
+LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"
+GOLDEN = "training/test_golden.py -k 'of_the_loop and not two'"
+TWO = "training/test_golden.py training/test_loop.py -k 'two'"
+DPO, OTHERS = "trl/test_dpo.py", "trl/test_others.py"
+LIGER_TESTS = "compat/test_liger.py"
+
+MUTATIONS = {
+    "C++ kernels of the CPU": [
+        # what is almost 0 stays at the least normal number
+        Mutation(SIMD, "maximum(broadcast(-105.0f), x)", "maximum(broadcast(-87.0f), x)", NATIVE_TESTS),
+        # NaN becomes a number
+        Mutation(SIMD, "maximum(broadcast(-105.0f), x)", "maximum(x, broadcast(-105.0f))", NATIVE_TESTS),
+        # 1 - tanh^2 where tanh has reached 1
+        Mutation(
+            SIMD, "4.0f * e * inverse * inverse", "1.0f - (1.0f - e) * (1.0f - e) * inverse * inverse", NATIVE_TESTS
+        ),
+        # ties away from zero
+        Mutation(SIMD, "(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "(bits + 0x8000u) >> 16", NATIVE_TESTS),
+        # lanes added up in fp32
+        Mutation(SIMD, "double sum = 0;", "float sum = 0;", NATIVE_TESTS),
+        # the label among the others
+        Mutation(CPU, "ranges[1] = {label + 1, segment.last}", "ranges[1] = {label, segment.last}", NATIVE_TESTS),
+        # a tail without its mask
+        Mutation(CPU, "if (count != lanes) e = first_lanes(e, count, T(0));", "", NATIVE_TESTS),
+        Mutation(CPU, "maximum(count == lanes ? u : first_lanes(u, count, lowest), m)", "maximum(u, m)", NATIVE_TESTS),
+        # 0 times infinity
+        Mutation(CPU, "e * maximum(broadcast(T(-1e4)), d)", "e * d", ON_CPU),
+        # the last of equal segments
+        Mutation(CPU, "if (kStats && segment_max > old_max)", "if (kStats && segment_max >= old_max)", ON_CPU),
+        # cancels
+        Mutation(CPU, "-::expm1(logp[row]) * g[row]", "(1 - ::exp(logp[row])) * g[row]", ON_CPU),
+        # a wrong stride
+        Mutation(
+            CPU, "row[(segment.first + i) * logits.stride_v]", "row[segment.first + i * logits.stride_v]", NATIVE_TESTS
+        ),
+        # a softcap forgotten
+        Mutation("csrc/arithmetic.h", "return softcap == 0 && slope() == 1;", "return slope() == 1;", NATIVE_TESTS),
+        # as many threads as the machine has, whatever PyTorch was told
+        Mutation(
+            "csrc/cpu/team.cpp",
+            "static_cast<unsigned>(threads), 0)",
+            "0u, 0)",
+            "impl/test_native_process.py -k 'openmp'",
+        ),
+        # the narrowest instruction set
+        Mutation(
+            "csrc/cpu/bindings.cpp",
+            "available().front()",
+            "available().back()",
+            "impl/test_native_process.py test_cli.py",
+        ),
+        # Python's other threads wait
+        Mutation(
+            "csrc/cpu/bindings.cpp",
+            "kernels->logits_fold(dtype_of(dtype), logits, rows, state, stats, threads); },\n      release_gil());",
+            "kernels->logits_fold(dtype_of(dtype), logits, rows, state, stats, threads); });",
+            "impl/test_native_process.py -k 'meanwhile'",
+        ),
+    ],
+    "CUDA kernels": [
+        # the last of equal entries
+        Mutation(ROWS_CU, "if (block > top) {", "if (block >= top) {", CUDA_TESTS),
+        # a scale forgotten
+        Mutation(
+            ROWS_CU,
+            "(sum_ez + sum * (top - new_max)) * new_factor",
+            "sum_ez * new_factor",
+            "test_logps.py -k 'cuda and stats'",
+        ),
+        # off by one
+        Mutation(
+            ROWS_CU,
+            "i < row.v; i += kThreads) row[i] = S{};",
+            "i < row.v - 1; i += kThreads) row[i] = S{};",
+            "test_logps.py -k 'cuda and (budget_from or contiguous)'",
+        ),
+        # memory that nobody wrote to
+        Mutation(
+            ROWS_CU,
+            "if (value != nullptr && label < 0 && blockIdx.y == 0 && threadIdx.x == 0) value[n] = 0;",
+            "",
+            "test_numerics.py -k 'cuda and uninit'",
+        ),
+        # barriers forgotten
+        Mutation(ROWS_CU, "__syncthreads();  // all have read the old maximum", "", CUDA_TESTS),
+        Mutation(ROW, "if (sizeof(O) < sizeof(S)) __syncthreads();", "", CUDA_TESTS),
+        Mutation(MATH, "__syncthreads();  // what an earlier call left there has been read", "", CUDA_TESTS),
+        # wrong strides
+        Mutation(
+            ROWS_CU,
+            "static_cast<const T*>(grad.norm), grad.norm_stride, static_cast",
+            "static_cast<const T*>(grad.norm), tile.n, static_cast",
+            "test_logps.py -k 'cuda and KiB'",
+        ),
+        Mutation(ROW, "if (stride != 1) return v;", "", "test_logps.py -k 'cuda and contiguous'"),
+        Mutation(
+            FUSED_CU, "static_cast<cuuint64_t>(m.stride) * 2", "static_cast<cuuint64_t>(m.columns) * 2", CUDA_TESTS
+        ),
+        # vectors at addresses that are not multiples of their size, which a GPU refuses
+        Mutation(
+            ROW, "to.stride == 1 && reinterpret_cast<uintptr_t>(at) % sizeof(*at) == 0;", "to.stride == 1;", CUDA_TESTS
+        ),
+        # cancels
+        Mutation(
+            MATH,
+            "t < 0.625f ? fmaf(t * s, p, t) : (1 - e) * inverse",
+            "(1 - e) * inverse",
+            "impl/test_triton.py -k 'wide_softcap and cuda'",
+        ),
+        Mutation(
+            ROWS_CU, "lead > 0 ? -log1p(sum * exp(-lead)) : lead", "lead", "test_logps.py -k 'cuda and confident'"
+        ),
+        # a stage given back while products read it
+        Mutation(FUSED_CU, "wgmma_wait<1>();", "wgmma_wait<2>();", CUDA_TESTS),
+        # a scale forgotten
+        Mutation(
+            FUSED_CU, "outer * (at(kPartMax, split) - top), factor", "at(kPartMax, split) - top, factor", CUDA_TESTS
+        ),
+        # the last of equal splits
+        Mutation(FUSED_CU, "if (argmax < 0 && apart == 0)", "if (apart == 0)", CUDA_TESTS),
+    ],
+    "Triton kernels": [
+        # a label of an earlier tile
+        Mutation(TRITON, "is_row & (label >= 0) & (label < V)", "is_row & (label < V)", TRITON_TESTS),
+        # a missing mask
+        Mutation(
+            TRITON,
+            "tl.where(inside & (columns != label[:, None]), z,",
+            "tl.where(columns != label[:, None], z,",
+            TRITON_TESTS,
+        ),
+        # a flipped sign
+        Mutation(
+            TRITON, "rescale = tl.exp(old_top - top)[:, None]", "rescale = tl.exp(top - old_top)[:, None]", TRITON_TESTS
+        ),
+        # places within a tile
+        Mutation(TRITON, "tl.store(argmax_ptr + n, start + argmax,", "tl.store(argmax_ptr + n, argmax,", TRITON_TESTS),
+        # a wrong stride
+        Mutation(
+            TRITON,
+            "tl.load(norm_ptr + stride_norm + n,",
+            "tl.load(norm_ptr + N + n,",
+            "test_logps.py -k 'triton and KiB'",
+        ),
+        # memory that nobody wrote to
+        Mutation(
+            TRITON,
+            "writes = is_row & tl.where(has_label, label // BLOCK_V == block, block == 0)",
+            "writes = is_row & (label // BLOCK_V == block)",
+            "test_numerics.py -k 'triton and uninit'",
+        ),
+        # strides not looked at
+        Mutation(TRITON, "t.to(acc).contiguous() for t in of)", "t.to(acc) for t in of)", TRITON_TESTS),
+        Mutation(TRITON_LINEAR, "bias = None if bias is None else bias.contiguous()", "", TRITON_TESTS),
+        # compiled for every number of rows
+        Mutation(
+            TRITON,
+            '@triton.jit(\n    do_not_specialize=["start", "N", "stride_field"],',
+            '@triton.jit(\n    do_not_specialize=["start", "stride_field"],',
+            "impl/test_triton.py -k 'every_batch and A'",
+        ),
+        # sums that do not follow the maximum
+        Mutation(TRITON_LINEAR, "(part[4] + part[2] * (top - fold.max)) * factor", "part[4] * factor", TRITON_TESTS),
+        # the argmax of another split
+        Mutation(
+            TRITON_LINEAR, "torch.where(top == fold.max, argmax, torch.iinfo(torch.int64).max)", "argmax", TRITON_TESTS
+        ),
+        # what copies of 16 bytes cannot take
+        Mutation(TRITON_LINEAR, "        and t.stride(0) % 16 == 0\n", "", TRITON_TESTS),
+        # cancels
+        Mutation(TRITON_MATH, "magnitude = tl.where(t < 0.625, t * s * p + t, magnitude)", "", TRITON_TESTS),
+        # a series far from 0
+        Mutation(TRITON_MATH, "tl.where(x > -0.35,", "tl.where(x > -35.0,", TRITON_TESTS),
+    ],
+    "plain PyTorch, paths and what calls the kernels": [
+        # the last of equal blocks
+        Mutation(
+            TORCH,
+            "torch.where(block_max > old_max, block_argmax",
+            "torch.where(block_max >= old_max, block_argmax",
+            "test_logps.py -k 'torch and top1'",
+        ),
+        # 0 times infinity
+        Mutation(TORCH, "torch.special.xlogy(z, z).sum(1)", "(z * z.log()).sum(1)", LOGPS_TESTS),
+        # the label's slope of whatever tile comes last
+        Mutation(
+            TORCH,
+            "own = torch.where(inside, slope.gather(1, column), fold.label_slope[rows, None])",
+            "own = slope.gather(1, column)",
+            LOGPS_TESTS,
+        ),
+        # cancels where tanh has reached 1
+        Mutation(
+            TORCH,
+            "torch.cosh(a).reciprocal_().square_() if with_slope",
+            "1 - a.tanh().square() if with_slope",
+            "test_numerics.py -k 'torch and fp32'",
+        ),
+        # path C's logits overwritten
+        Mutation(TORCH, "_transform_(a.clone() if keep else a,", "_transform_(a,", DPO_TESTS),
+        # dW in half precision rounded at every tile
+        Mutation(
+            PATHS,
+            "rounded_by_product = one_tile and k.operand",
+            "rounded_by_product = k.operand",
+            "test_numerics.py -k 'torch'",
+        ),
+        # dW of the first group alone
+        Mutation(PATHS, "if group.stop == n:", "if group.start == 0:", DPO_TESTS),
+        # the softcap's slope forgotten
+        Mutation(
+            PATHS,
+            "label = -torch.expm1(fold.logp) * transform.slope * fold.label_slope",
+            "label = -torch.expm1(fold.logp) * transform.slope",
+            LOGPS_TESTS,
+        ),
+        # dropped roundings
+        Mutation(
+            PATHS, "bias[block].to(compute_dtype).to(accumulate_dtype", "bias[block].to(accumulate_dtype", DPO_TESTS
+        ),
+        Mutation(PATHS, "weight[y[span]].to(compute_dtype).to(dx.dtype)", "weight[y[span]].to(dx.dtype)", DPO_TESTS),
+        # a bias of the other sign
+        Mutation(PATHS, "b.resolve_neg().contiguous()", "b.contiguous()", NATIVE_TESTS),
+        # blocks of the head larger than a tile
+        Mutation(
+            PATHS,
+            "columns = max(1, numel // max(h, rows))",
+            "columns = max(1, numel // rows)",
+            "test_memory.py planning/test_planning.py -k 'torch'",
+        ),
+        # memory that alignment may take
+        Mutation(PATHS, "fit = (h - 1) * weight.dtype.itemsize", "fit = h * weight.dtype.itemsize", DPO_TESTS),
+        # overflows for labels that lead by far
+        Mutation(FOLD, "shift = torch.maximum(self.max, self.target)", "shift = self.max", LOGPS_TESTS),
+        # cancels
+        Mutation(FOLD, "lead > 0, -torch.log1p", "lead > 60, -torch.log1p", LOGPS_TESTS),
+        # 0 times infinity
+        Mutation(
+            FOLD,
+            "torch.where(self.logp == -math.inf, 0.0, -self.logp.exp() * self.logp)",
+            "-self.logp.exp() * self.logp",
+            NUMERICS,
+        ),
+        # any of equal logits
+        Mutation(
+            FOLD,
+            "first = (self.target == self.max) & (self.y < self.argmax)",
+            "first = self.target == self.max",
+            "test_logps.py -k 'torch and top1'",
+        ),
+        # long chains of sums
+        Mutation(NATIVE, "spans(a.shape[1], MAX_TERMS)", "spans(a.shape[1], a.shape[1])", NATIVE_TESTS),
+        # strides not looked at
+        Mutation(NATIVE, "*(t.to(dtype).contiguous() for t in of[1:])", "*(t.to(dtype) for t in of[1:])", NATIVE_TESTS),
+        # the argmax of other rows
+        Mutation(NATIVE, "fold.argmax[start:]", "fold.argmax", ON_CPU),
+        Mutation(CUDA, "fold.argmax[rows]", "fold.argmax", ON_CUDA),
+        # 0 times infinity
+        Mutation(
+            CUDA,
+            "or (transform.softcap is None and abs(transform.slope) < torch.finfo(torch.float32).tiny)",
+            "",
+            CUDA_TESTS,
+        ),
+        # rows that lie one over another
+        Mutation(CUDA, "rows = t.stride(0) >= t.shape[1] and t.stride(0)", "rows = t.stride(0)", CUDA_TESTS),
+    ],
+    "functions and operators": [
+        # what lies at ignored positions
+        Mutation(
+            LOGPS,
+            "token_weights.to(token_logps.dtype).masked_fill(labels == ignore_index, 0)",
+            "token_weights.to(token_logps.dtype)",
+            LOGPS_TESTS,
+        ),
+        # 0 / 0
+        Mutation(LOGPS, "logps = logps / num_tokens.clamp(min=1)", "logps = logps / num_tokens", LOGPS_TESTS),
+        # narrow sums
+        Mutation(
+            LOGPS,
+            'wide = token_logps.dtype if token_logps.device.type == "mps" else torch.float64',
+            "wide = token_logps.dtype",
+            NUMERICS,
+        ),
+        # dropped detaches
+        Mutation(LINEAR_DPO, "ref_logps = ref_logps.detach().to(", "ref_logps = ref_logps.to(", ON_TORCH),
+        # shifted the other way
+        Mutation(
+            LOGPS,
+            "[token_weights[:, 1:], token_weights.new_zeros(sequences, min(1, length))]",
+            "[token_weights.new_zeros(sequences, min(1, length)), token_weights[:, :-1]]",
+            LOGPS_TESTS,
+        ),
+        # a product more than is needed
+        Mutation(
+            LOGPS,
+            "with_dhidden = torch.is_grad_enabled() and frozen",
+            "with_dhidden = frozen",
+            "test_memory.py -k 'torch'",
+        ),
+        # fp64 rounded to bf16
+        Mutation(
+            LOGPS,
+            "torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:",
+            "torch.is_autocast_enabled(device):",
+            ON_TORCH,
+        ),
+        # a bias without its gradient
+        Mutation(
+            LOGPS,
+            "frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))",
+            "frozen = not weight.requires_grad",
+            ON_TORCH,
+        ),
+        # swallowed errors
+        Mutation(LOGPS, "if inplace_backward and any(", "if False and any(", ON_TORCH),
+        Mutation(OPS, "        check_finite(x, rows, waits=num_labelled == UNKNOWN)", "        pass", ON_TORCH),
+        Mutation(GATHER, "if low.isfinite() & high.isfinite():", "if low.isfinite():", ON_TORCH),
+        Mutation(DISPATCH, "reason = unavailable_reason(impl, device)\n    if", "reason = None\n    if", LOGPS_TESTS),
+        # a setting that is off
+        Mutation(
+            DISPATCH,
+            'os.environ.get("TRITON_INTERPRET") == "1"',
+            'os.environ.get("TRITON_INTERPRET")',
+            f"test_cli.py {TRITON_TESTS}",
+        ),
+        # off by one
+        Mutation(GATHER, "(labels >= vocab_size)", "(labels > vocab_size)", LOGPS_TESTS),
+        Mutation(
+            LINEAR_DPO,
+            "if max(sizes) > budget:",
+            "if max(sizes) >= budget:",
+            "test_memory.py planning/test_planning.py test_linear_dpo.py -k 'torch'",
+        ),
+        # memory that nobody wrote to
+        Mutation(
+            GATHER,
+            "dhidden = grads[0].new_zeros(ctx.shape)",
+            "dhidden = grads[0].new_empty(ctx.shape)",
+            "test_numerics.py -k 'torch and uninit'",
+        ),
+        Mutation(
+            OPS, "    load(impl).zero_rows_(out, unlabelled_rows(labels, ignore_index, of.y.shape[0]))", "", LOGPS_TESTS
+        ),
+        # a compiled graph with another dtype
+        Mutation(OPS, "dtype = accumulate_dtype(compute_dtype)\n", "dtype = hidden.dtype\n", "test_ops.py -k 'torch'"),
+        # memory that is not counted
+        Mutation(LINEAR_DPO, "chunk_bytes -= weight.numel() * dtype.itemsize", "pass", "test_memory.py -k 'torch'"),
+        # another order
+        Mutation(
+            LINEAR_DPO,
+            "torch.argsort(rows.sequence % pairs * 2 + rows.sequence // pairs,",
+            "torch.argsort(rows.sequence,",
+            DPO_TESTS,
+        ),
+        # a wrong reduction
+        Mutation(
+            LINEAR_DPO,
+            "mean_chosen_length=num_tokens[:pairs].sum() / pairs",
+            "mean_chosen_length=num_tokens.sum() / pairs",
+            DPO_TESTS,
+        ),
+        # gradients in fp16 before the loss scale
+        Mutation(
+            LINEAR_DPO,
+            "torch.float16 not in (compute_dtype, weight.dtype, hidden.dtype)",
+            "torch.float16 != compute_dtype",
+            DPO_TESTS,
+        ),
+        # gradients handed out twice
+        Mutation(LINEAR_DPO, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
+    ],
+    "losses": [
+        # flipped signs
+        Mutation(
+            LOSSES,
+            "* logistic_loss(h) + label_smoothing * logistic_loss(-h)",
+            "* logistic_loss(h) - label_smoothing * logistic_loss(-h)",
+            PUBLISHED,
+        ),
+        # wrong factors
+        Mutation(
+            LOSSES,
+            "(_per_token_margins(p) - 1 / (2 * p.beta)) ** 2",
+            "(_per_token_margins(p) - 1 / p.beta) ** 2",
+            PUBLISHED,
+        ),
+        Mutation(
+            LOSSES,
+            "beta * (chosen - rejected) - gamma, label_smoothing",
+            "beta * (chosen - rejected - gamma), label_smoothing",
+            REFERENCE_FREE,
+        ),
+        # gradients that saturate
+        Mutation(
+            LOSSES, "return torch.exp(F.logsigmoid(x))", "return torch.sigmoid(x)", "test_losses.py -k 'saturated'"
+        ),
+        Mutation(
+            LOSSES,
+            "return -torch.sigmoid(-h) * grad_output",
+            "return (torch.sigmoid(h) - 1) * grad_output",
+            "test_losses.py -k 'saturated'",
+        ),
+        Mutation(
+            LOSSES, " + math.exp(EXP_LIMIT) * torch.relu(x - EXP_LIMIT)", "", "test_losses.py -k 'tangent or extreme'"
+        ),
+        Mutation(LOSSES, " + torch.relu(logps + MIN_LOGP_GAP) / math.expm1(MIN_LOGP_GAP)", "", REFERENCE_FREE),
+        # cancels
+        Mutation(
+            LOSSES,
+            "torch.where(x.abs() < 1, torch.expm1(x.clamp(-1, 1)), _exp(x) - 1)",
+            "_exp(x) - 1",
+            "test_losses.py -k 'accurate'",
+        ),
+        # another order
+        Mutation(
+            LOSSES, "(policy.sort().values - reference.sort().values)", "(policy.sort().values - reference)", PUBLISHED
+        ),
+        Mutation(LOSSES, ".detach().mean().clamp(min=0)", ".detach().clamp(min=0).mean()", REFERENCE_FREE),
+        # a dropped detach
+        Mutation(
+            LOSSES,
+            "losses = losses * pair_weights.detach()",
+            "losses = losses * pair_weights",
+            "test_losses.py -k 'pair_weights'",
+        ),
+        # off by one
+        Mutation(LOSSES, "positions <= shared_lengths[:, None]", "positions < shared_lengths[:, None]", REFERENCE_FREE),
+        # division by 0
+        Mutation(
+            LOSSES,
+            "-chosen_logps / max(mean_chosen_length, 1e-6)",
+            "-chosen_logps / mean_chosen_length",
+            f"{LOSS_TESTS} {REFERENCE_FREE}",
+        ),
+        Mutation(
+            LOSSES,
+            "return chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)",
+            "return chosen / chosen_lengths, rejected / rejected_lengths",
+            REFERENCE_FREE,
+        ),
+        # a narrower dtype
+        Mutation(
+            LOSSES,
+            "any(tensor.dtype == torch.float64 for",
+            "all(tensor.dtype == torch.float64 for",
+            "test_losses.py -k 'mixed'",
+        ),
+        # a swallowed error
+        Mutation(
+            LOSSES,
+            "if use_weighting and not BATCH_LOSSES.isdisjoint(names):",
+            "if use_weighting and BATCH_LOSSES.issuperset(names):",
+            LOSS_TESTS,
+        ),
+    ],
+    "models": [
+        # scales forgotten
+        Mutation(HEAD, "            divisor = 1 / divisor", "            pass", HEAD_TESTS),
+        Mutation(HEAD, "(lora_a(dropped) * scaling).to(hidden)", "lora_a(dropped).to(hidden)", HEAD_TESTS),
+        Mutation(FUSED_FORWARD, "* (head.logit_scale / weight.shape[0])", "/ weight.shape[0]", FORWARD_TESTS),
+        # adapters that are off
+        Mutation(HEAD, "        layer.unmerge()  #", "        pass  #", HEAD_TESTS),
+        Mutation(HEAD, "inactive = layer.disable_adapters or not adapters", "inactive = not adapters", HEAD_TESTS),
+        # state that is not left as it was
+        Mutation(
+            HEAD, 'stack.enter_context(torch.random.fork_rng(devices=cuda, device_type="cuda"))', "pass", HEAD_TESTS
+        ),
+        Mutation(WRAPPERS, '            vars(module)["forward"] = before', "            pass", FORWARD_TESTS),
+        Mutation(WRAPPERS, "        after_all_other_hooks.remove()", "        pass", FORWARD_TESTS),
+        # a check that lets everything pass, and one that lets nothing
+        Mutation(HEAD, "tolerance = max(1e-4, 4 * max(", "tolerance = max(1e-4, 400 * max(", HEAD_TESTS),
+        Mutation(HEAD, "dtypes |= {model_logits.dtype, *layer_dtypes}", "dtypes |= {model_logits.dtype}", HEAD_TESTS),
+        # a cache that nobody wants
+        Mutation(HEAD, 'return {"use_cache": False} if accepted else {}', "return {}", HEAD_TESTS),
+        # the router's loss in evaluation
+        Mutation(HEAD, " and self.model.training and self.aux_loss_coef", " and self.aux_loss_coef", HEAD_TESTS),
+        # padding of the vocabulary
+        Mutation(
+            HEAD,
+            "            weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]",
+            "            pass",
+            HEAD_TESTS,
+        ),
+        # refused without need, and not refused
+        Mutation(HEAD, "if layer.training and any(", "if any(", HEAD_TESTS),
+        # a copy that uses the original's head
+        Mutation(FUSED_FORWARD, "        fused: _Fused = self._fused_lm_head\n", "", FORWARD_TESTS),
+        # checked at every step
+        Mutation(FUSED_FORWARD, "            self.is_checked = True", "            pass", FORWARD_TESTS),
+        # rounded by autocast, and by what casts outputs
+        Mutation(
+            FUSED_FORWARD,
+            "    with torch.autocast(hidden.device.type, enabled=False):\n        return",
+            "    with torch.no_grad():\n        return",
+            f"{FORWARD_TESTS} {OTHERS}",
+        ),
+        Mutation(
+            WRAPPERS,
+            "other if other.dtype == value.dtype else _WithValue.apply(other, value.detach())",
+            "other",
+            FORWARD_TESTS,
+        ),
+        # statistics of the next position
+        Mutation(
+            FUSED_FORWARD, "stats[STATS[name]][:, :-1] for", "stats[STATS[name]][:, 1:] for", f"{FORWARD_TESTS} {DPO}"
+        ),
+    ],
+    "data": [
+        # best against second
+        Mutation(LAYOUTS, "else worse[-1:])]", "else worse[:1])]", LAYOUT_TESTS),
+        # off by one
+        Mutation(
+            LAYOUTS,
+            "most = min(len(chosen), len(rejected)) - 1",
+            "most = min(len(chosen), len(rejected))",
+            LAYOUT_TESTS,
+        ),
+        Mutation(TOKENS, "prompt[len(prompt) - room + 1 :]", "prompt[len(prompt) - room :]", LOADING_TESTS),
+        Mutation(BATCHING, "num_labelled += end - max(start, 1)", "num_labelled += end - start", BATCH_TESTS),
+        # the space of a word left to the prompt
+        Mutation(LAYOUTS, 'if cut and chosen[cut - 1] == " ":', "if False:", LAYOUT_TESTS),
+        # turns in another order
+        Mutation(LAYOUTS, "prompt.insert(0, message)", "prompt.append(message)", LAYOUT_TESTS),
+        # two system turns
+        Mutation(LAYOUTS, 'if not system or prompt[0]["role"] == "system":', "if not system:", LAYOUT_TESTS),
+        # a call of a tool is no answer
+        Mutation(
+            LAYOUTS,
+            'message["content"].strip() or message.get("tool_calls")',
+            'message["content"].strip()',
+            LAYOUT_TESTS,
+        ),
+        # cache keys that lack a part
+        Mutation(
+            LOADING,
+            "digest_of(digest, max_rows, ranked_pairs, empty_response)",
+            "digest_of(digest, ranked_pairs, empty_response)",
+            LOADING_TESTS,
+        ),
+        Mutation(
+            LOADING,
+            "digest_of(digest, max_rows, ranked_pairs, empty_response)",
+            "digest_of(digest, max_rows, empty_response)",
+            LOADING_TESTS,
+        ),
+        Mutation(
+            LOADING,
+            "digest_of(digest, max_rows, ranked_pairs, empty_response)",
+            "digest_of(digest, max_rows, ranked_pairs)",
+            LOADING_TESTS,
+        ),
+        Mutation(
+            LOADING,
+            "digest_of(*((str(file), file_digest(file)) for file in files))",
+            "digest_of(*(str(file) for file in files))",
+            LOADING_TESTS,
+        ),
+        Mutation(
+            TOKENS,
+            "dataset._fingerprint, _tokenizer_digest(tokenizer), settings)",
+            "dataset._fingerprint, settings)",
+            LOADING_TESTS,
+        ),
+        Mutation(
+            TOKENS, "contents, special, tokenizer.chat_template)", "contents, tokenizer.chat_template)", LOADING_TESTS
+        ),
+        # files read otherwise than they were written
+        Mutation(
+            LOADING, 'encoding="utf-8-sig", newline="") as stream:', 'encoding="utf-8-sig") as stream:', LOADING_TESTS
+        ),
+        Mutation(
+            LOADING, 'line.decode("utf-8-sig" if number == 1 else "utf-8")', 'line.decode("utf-8")', LOADING_TESTS
+        ),
+        Mutation(LOADING, "    csv.field_size_limit(2**31 - 1)", "    pass", LOADING_TESTS),
+        # the order of the disk
+        Mutation(LOADING, 'for p in sorted(path.rglob("*"))', 'for p in path.rglob("*")', LOADING_TESTS),
+        # nothing held out
+        Mutation(
+            LOADING,
+            "max(1, round(len(dataset) * (eval_fraction or 0)))",
+            "round(len(dataset) * (eval_fraction or 0))",
+            LOADING_TESTS,
+        ),
+        # prompts on both sides of the split
+        Mutation(LOADING, "held_out += prompts[place]", "held_out.append(prompts[place][0])", LOADING_TESTS),
+        # EOS after the end of a turn
+        Mutation(TOKENS, "text.chosen.rstrip().endswith(special)", "text.chosen.endswith(special)", LOADING_TESTS),
+        # dropped rows counted as altered
+        Mutation(
+            TOKENS,
+            "for number in kept for reason in altered[number]",
+            "for number in range(len(altered)) for reason in altered[number]",
+            LOADING_TESTS,
+        ),
+        # a space before a response
+        Mutation(TOKENS, "if joined == anchor + single:", "if True:", LOADING_TESTS),
+        # rounded down
+        Mutation(
+            BATCHING,
+            "-(-length // self.pad_to_multiple_of) * self",
+            "length // self.pad_to_multiple_of * self",
+            BATCH_TESTS,
+        ),
+        # pair by pair
+        Mutation(
+            BATCHING,
+            "for key in _REF_LOGPS for example in examples]",
+            "for example in examples for key in _REF_LOGPS]",
+            BATCH_TESTS,
+        ),
+    ],
+    "training": [
+        # scales forgotten
+        Mutation(LOOP, "accelerator.backward(loss * share)", "accelerator.backward(loss)", STEPS),
+        Mutation(SETUP, "yield micro, share * len(micro),", "yield micro, share,", STEPS),
+        Mutation(
+            POLICY,
+            "loss = loss + self.head.aux_loss_coef * aux_loss",
+            "loss = loss + aux_loss",
+            "training/test_loop.py -k 'router'",
+        ),
+        # a process without pairs counts one
+        Mutation(LOOP, "if share:\n                    state", "if True:\n                    state", TWO),
+        # every process evaluates everything
+        Mutation(
+            LOOP,
+            "range(accelerator.process_index, len(held_out), accelerator.num_processes)",
+            "range(len(held_out))",
+            TWO,
+        ),
+        # modes
+        Mutation(LOOP, "    run.policy_loss.train()\n", "", RESUMED),
+        Mutation(REFERENCE, "        adapter.train()", "        pass", GOLDEN),
+        Mutation(
+            REFERENCE,
+            "copy.deepcopy(model).eval().requires_grad_(False)",
+            "copy.deepcopy(model).requires_grad_(False)",
+            LOOP_TESTS,
+        ),
+        Mutation(
+            SETUP,
+            "        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)",
+            "        pass",
+            LOOP_TESTS,
+        ),
+        # everything is clipped away
+        Mutation(
+            LOOP, "config.max_grad_norm or math.inf", "config.max_grad_norm", "training/test_loop.py -k 'divergence'"
+        ),
+        # a mean over other pairs
+        Mutation(LOOP, 'run.lengths["chosen_ids"][rows].mean()', 'run.lengths["chosen_ids"].mean()', STEPS),
+        # the optimizer
+        Mutation(
+            SETUP,
+            'if weight.dim() < 2], "weight_decay": 0.0}',
+            'if weight.dim() < 2], "weight_decay": config.weight_decay}',
+            LOOP_TESTS,
+        ),
+        Mutation(
+            SETUP,
+            "math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps",
+            "config.warmup_steps or math.ceil(config.warmup_ratio * steps)",
+            LOOP_TESTS,
+        ),
+        # a seed forgotten
+        Mutation(SETUP, "    set_seed(config.seed, device_specific=True)  #", "    #", GOLDEN),
+        Mutation(
+            PAIRS,
+            "np.random.default_rng([seed, epoch])",
+            "np.random.default_rng(seed)",
+            "training/test_loop.py -k 'every_epoch'",
+        ),
+        # other weights on an old trajectory
+        Mutation(SETUP, '        "the starting weights": fingerprint,\n', "", RESUMED),
+        # checkpoints that forget a part
+        Mutation(STATE, '        set_random_state(here["random"], run.device)\n', "", RESUMED),
+        Mutation(STATE, '"window": self.window.tensors()}', '"window": Window.empty(run.device).tensors()}', RESUMED),
+        Mutation(
+            STATE,
+            'in ("step", "before", "latest", "best"):\n            setattr',
+            'in ("step", "before", "latest"):\n            setattr',
+            LOOP_TESTS,
+        ),
+        # off by one
+        Mutation(CHECKPOINT, "[: -limit if limit else 0]", "[: -limit - 1 if limit else 0]", RESUMED),
+        Mutation(CHECKPOINT, 'if row["step"] <= step]', 'if row["step"] < step]', RESUMED),
+        Mutation(STATE, "== 0 or self.finished", "== 0", STEPS),
+        # 16 before 8
+        Mutation(CHECKPOINT, "sorted(found, key=_step)", "sorted(found)", RESUMED),
+        # half a line
+        Mutation(CHECKPOINT, ' if line.endswith("\\n")]', "]", RESUMED),
+        # the best
+        Mutation(STATE, "held_out, self.best or self.before)", "held_out, self.before)", STEPS),
+        Mutation(
+            STATE, "return difference < 0 if", "return difference <= 0 if", "training/test_loop.py -k 'no_better'"
+        ),
+        # metrics
+        Mutation(
+            STATE,
+            "self.tokens += 2 * prompts + chosen + rejected",
+            "self.tokens += prompts + chosen + rejected",
+            LOOP_TESTS,
+        ),
+        Mutation(
+            POLICY,
+            "accurate = (chosen_rewards > rejected_rewards)",
+            "accurate = (chosen_rewards >= rejected_rewards)",
+            LOOP_TESTS,
+        ),
+        Mutation(
+            "dpo_kernels/training/plots.py",
+            '_line(rewards, rows, f"eval/rewards/{side}",',
+            '_line(rewards, rows, f"rewards/{side}",',
+            LOOP_TESTS,
+        ),
+        # the same lengths are not the same tokens
+        Mutation(
+            PAIRS, "hasher.update(tokens.astype(np.int64).data)", "hasher.update(str(len(tokens)).encode())", LOOP_TESTS
+        ),
+        # caches of the reference that lack a part of their key
+        Mutation(REFERENCE, '        "model": fingerprint,\n', "", LOOP_TESTS),
+        Mutation(REFERENCE, '"ld_alpha", "temperature", "impl")', '"ld_alpha", "impl")', LOOP_TESTS),
+        # errors that come too late
+        Mutation(
+            PAIRS,
+            "tokens.max() >= entries",
+            "tokens.max() > entries",
+            "training/test_loop.py -k 'outside_the_vocabulary'",
+        ),
+        Mutation(
+            PAIRS, 'np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])', 'lengths["chosen_ids"]', LOOP_TESTS
+        ),
+        # settings without effect
+        Mutation(POLICY, '            "temperature": config.temperature,\n', "", LOOP_TESTS),
+        Mutation(REFERENCE, "                temperature=self.config.temperature,\n", "", LOOP_TESTS),
+        Mutation(
+            POLICY,
+            'options |= {"chunk_bytes": config.chunk_bytes, "mean',
+            'options |= {"mean',
+            "training/test_loop.py -k 'bound'",
+        ),
+        Mutation(
+            CONFIG,
+            '"f_divergence", "f_alpha", "discopop_tau")',
+            '"f_divergence", "f_alpha")',
+            f"training/test_config.py trl/test_parity.py {LOOP_TESTS}",
+        ),
+        # what settings mean
+        Mutation(
+            CONFIG,
+            "if isinstance(value, bool) or not isinstance(value, (int, float, str)):",
+            "if not isinstance(value, (int, float, str)):",
+            "training/test_config.py",
+        ),
+        # a wrong default
+        Mutation(
+            CONFIG,
+            "add_eos: bool = option(True,",
+            "add_eos: bool = option(False,",
+            f"training/test_config.py {LOOP_TESTS}",
+        ),
+    ],
+    "TRL and what other libraries call": [
+        Mutation(f"{TRL}/_dpo.py", "trainer.label_smoothing if smoothed else 0.0,", "trainer.label_smoothing,", DPO),
+        Mutation(f"{TRL}/_dpo.py", "    labels[:, 0] = -100  #", "    #", "trl/test_models.py -k 'virtual'"),
+        # metrics of all steps so far
+        Mutation(f"{TRL}/_metrics.py", "recorded(trainer).pop(mode, [])", "recorded(trainer).get(mode, [])", DPO),
+        # a baseline below 0
+        Mutation(
+            f"{TRL}/_kto.py",
+            '(sums["kl"] / sums["processes"]).clamp(min=0) if',
+            '(sums["kl"] / sums["processes"]) if',
+            OTHERS,
+        ),
+        Mutation(
+            f"{TRL}/_reference_free.py",
+            "out.all_mean_logits[:, :-1] if orpo else out.all_mean_logits",
+            "out.all_mean_logits",
+            OTHERS,
+        ),
+        Mutation(
+            f"{TRL}/_reference_free.py",
+            "/ (scored[:pairs, 1:] != -100).sum()",
+            "/ (labels[:pairs, 1:] != -100).sum()",
+            OTHERS,
+        ),
+        # TRL's own trainers with our head
+        Mutation(
+            f"{TRL}/_head.py", "for name, value in before.items():", "for name, value in {}.items():", f"{OTHERS} {DPO}"
+        ),
+        # a first batch that is not logged
+        Mutation(f"{TRL}/_verify.py", "        recorded(trainer).update(kept)", "        pass", f"{OTHERS} {DPO}"),
+        # NaN agrees with everything
+        Mutation(
+            f"{TRL}/_verify.py",
+            "if not abs(a - b) <= tolerance * max(1.0, abs(b)):",
+            "if abs(a - b) > tolerance * max(1.0, abs(b)):",
+            f"{OTHERS} {DPO}",
+        ),
+        # scales forgotten
+        Mutation(LIGER, "reference[:pairs] = self.gamma / self.beta", "reference[:pairs] = self.gamma", LIGER_TESTS),
+        Mutation(
+            SCORING, "ref_sums = ref_logps * lengths if average else ref_logps", "ref_sums = ref_logps", LIGER_TESTS
+        ),
+        Mutation(SCORING, "+ _input.shape[1] * bias_sum", "+ bias_sum", LIGER_TESTS),
+        # dropped detaches
+        Mutation(
+            LIGER,
+            "dtype=logps.dtype, device=logps.device).detach()",
+            "dtype=logps.dtype, device=logps.device)",
+            LIGER_TESTS,
+        ),
+        Mutation(SCORING, "    with torch.no_grad():", "    with torch.enable_grad():", LIGER_TESTS),
+        # tokens of another target
+        Mutation(LIGER, "token_logps[:pairs].masked_fill(nll_labels != chosen, 0)", "token_logps[:pairs]", LIGER_TESTS),
+        # a wrong reduction
+        Mutation(
+            TRAINERS,
+            "return losses.mean(), chosen_rewards",
+            "return losses.sum(), chosen_rewards",
+            "compat/test_functions.py",
+        ),
+    ],
+    "planning, bench and the command": [
+        Mutation(
+            "dpo_kernels/planning/step.py",
+            "    return low\n",
+            "    return high\n",
+            "planning/test_planning.py -k 'largest'",
+        ),
+        Mutation(
+            "dpo_kernels/planning/head_memory.py",
+            "else columns * self.h * self.a\n",
+            "else columns * self.h * self.e\n",
+            "planning/test_planning.py -k 'ours'",
+        ),
+        Mutation(
+            "dpo_kernels/planning/head_memory.py",
+            "4 if train_head else 3, scored)",
+            "3 if train_head else 2, scored)",
+            "planning/test_planning.py",
+        ),
+        # NaN is right
+        Mutation("dpo_kernels/bench/cases.py", "if not error <= limit:", "if error > limit:", "bench/test_harness.py"),
+        Mutation(
+            "dpo_kernels/bench/cases.py",
+            'error[oracle.token_logps != 0] if name == "token_logps" else error',
+            "error",
+            "bench/test_harness.py",
+        ),
+        # a second run on what the first left
+        Mutation(
+            "dpo_kernels/bench/cases.py",
+            "            self.logits.detach().copy_(self.original)",
+            "            pass",
+            "bench/test_harness.py",
+        ),
+        Mutation("dpo_kernels/bench/measure.py", 'n=4, method="inclusive"', "n=4", "bench/test_harness.py"),
+        Mutation(
+            "dpo_kernels/bench/report.py",
+            'if row["over_ours"] < 1\n',
+            'if row["over_ours"] <= 1\n',
+            "bench/test_harness.py",
+        ),
+        # an error that nobody explains
+        Mutation(
+            "dpo_kernels/cli.py", "ImportError, FloatingPointError) as error:", "ImportError) as error:", "test_cli.py"
+        ),
+    ],
+}
+
+
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
+PACKAGES = ("torch", "triton", "transformers", "peft", "trl", "liger_kernel", "numpy", "pytest")
+
+
+class Broken(Exception):
+    """The list is wrong, not the tests: a text that is not there once, a mutant that does not compile, no tests."""
+
+
+class Copy:
+    """A copy of the repository that mutations are put into, and everything that its tests leave behind."""
+
+    def __init__(self, folder: Path, revision: str | None) -> None:
+        self.root, self.aside = folder / "repository", folder / "aside"
+        for path in (self.root, self.aside, folder / "tmp"):
+            path.mkdir(parents=True)
+        if revision:
+            archive = subprocess.run(["git", "archive", revision], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
+            subprocess.run(["tar", "-x", "-C", self.root], input=archive, check=True)
+        else:
+            for name in filter(None, said("git", "ls-files", "-z").split("\0")):
+                if (ROOT / name).is_file():
+                    (self.root / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copy2(ROOT / name, self.root / name)
+        for module in (ROOT / "dpo_kernels").glob("*.so"):
+            shutil.copy2(module, self.root / "dpo_kernels")
+        self.cache = folder / "cache"
+        self.env = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(map(str, [self.root, self.root / "tests" / "helpers"])),
+            "COLUMNS": "250",  # of what pytest says of a failure
+            "PYTHONDONTWRITEBYTECODE": "1",  # a mutant of the same size and second would be taken for the original
+            "TMPDIR": str(folder / "tmp"),
+            "HF_HUB_OFFLINE": "1",
+            "HF_DATASETS_CACHE": str(self.cache),  # where a mutant's wrong rows would be found by the next one
+        }
+        self.build("csrc/")  # what was built may be older than the sources
+        for name in ("dpo_kernels", "dpo_kernels._native"):
+            found = self.python("-c", f"import {name} as module; print(module.__file__)").stdout.strip()
+            if not Path(found).is_relative_to(self.root):
+                raise Broken(f"{name} is imported from {found}, not from the copy")
+        shutil.copy2(self.native, self.aside)
+
+    @property
+    def native(self) -> Path:
+        return self.root / "dpo_kernels" / f"_native{SUFFIX}"
+
+    def python(self, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+        command, env = [sys.executable, *arguments], self.env | more
+        done = subprocess.run(command, cwd=self.root, env=env, capture_output=True, text=True)
+        if done.returncode:
+            raise Broken((done.stdout + done.stderr)[-4000:])
+        return done
+
+    def build(self, file: str) -> None:
+        """Compiles what comes of this source: for the CPU, and for the emulation of CUDA, which does so by itself when
+        a test asks for it; here an error of the compiler is told from a test that fails."""
+        if file.startswith("csrc/") and not file.startswith("csrc/cuda/"):
+            self.python("setup.py", "build_ext", "--inplace", DPO_KERNELS_BUILD="cpu")
+        if file.startswith("csrc/") and not file.startswith("csrc/cpu/"):
+            self.python("-c", "import emulation; emulation.build()")
+
+    @contextmanager
+    def mutated(self, mutation: Mutation) -> Iterator[None]:
+        path = self.root / mutation.file
+        before = path.read_text()
+        path.write_text(before.replace(mutation.old, mutation.new))
+        try:
+            if path.suffix == ".py":
+                compile(path.read_text(), path, "exec")
+                self.python("-m", "ruff", "check", "--isolated", "--quiet", "--select=F821", str(path))  # unknown names
+            self.build(mutation.file)
+            yield
+        except SyntaxError as error:
+            raise Broken(str(error)) from None
+        finally:
+            path.write_text(before)
+            if mutation.file.startswith("csrc/"):
+                shutil.copy2(self.aside / self.native.name, self.native)
+
+    def test(self, tests: str) -> Outcome:
+        shutil.rmtree(self.cache, ignore_errors=True)
+        words = [f"tests/{word}" if ".py" in word else word for word in shlex.split(tests)]
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-n", "0", *words]
+        started = time.perf_counter()
+        with (self.aside / "output").open("w+") as file:
+            process = subprocess.Popen(
+                command, cwd=self.root, env=self.env, stdout=file, stderr=subprocess.STDOUT, start_new_session=True
+            )
+            try:
+                status: int | None = process.wait(TIMEOUT)
+            except subprocess.TimeoutExpired:
+                status = None
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # and what it started
+            process.wait()
+            file.seek(0)
+            output = file.read()
+        return Outcome(status, output, time.perf_counter() - started)
+
+
+class Outcome(NamedTuple):
+    status: int | None  # None: it did not end
+    output: str
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        return self.status == 0
+
+    @property
+    def by(self) -> str:
+        """What noticed: the first test that fails, with what it says."""
+        if self.status is None:
+            where = re.findall(r"in (test_\w+)", self.output)
+            return f"does not end in {TIMEOUT} s" + f", {where[-1]}" * bool(where)
+        if self.status < 0:
+            where = re.search(r"in (test_\w+)", self.output)
+            return f"crash, {signal.Signals(-self.status).name}" + (f", {where[1]}" if where else "")
+        failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*)$", self.output, re.MULTILINE)
+        if self.status != 1 or failed is None:
+            raise Broken(f"pytest's exit status {self.status}\n{self.output[-4000:]}")
+        return f"{failed[1]:.160}"
+
+
+def said(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+
+
+def heading(revision: str | None) -> list[str]:
+    commit = said("git", "rev-parse", "--short=12", revision or "HEAD")
+    changes = not revision and said("git", "status", "--porcelain", "--untracked-files=no")
+    versions = (f"{package} {metadata.version(package)}" for package in PACKAGES)
+    compiler = said(os.environ.get("CXX", "g++"), "--version").splitlines()[0]
+    return [
+        f"commit {commit}, {'with changes that are not committed' if changes else 'clean'}",
+        f"python {platform.python_version()}, {', '.join(versions)}",
+        f"{compiler}; {platform.platform()}, {os.cpu_count()} CPUs",
+    ]
+
+
+def shown(mutation: Mutation) -> str:
+    """What changes, with a few characters around it."""
+    old, new = (" ".join(text.split()) for text in (mutation.old, mutation.new))
+    same = len(os.path.commonprefix([old, new]))
+    same_end = len(os.path.commonprefix([old[same:][::-1], new[same:][::-1]]))
+    start, end = max(0, same - 24), max(0, same_end - 12)
+    cut = [("..." if start else "") + text[start : len(text) - end] + ("..." if end else "") for text in (old, new)]
+    return f"{mutation.file}: {cut[0]} -> {cut[1] or 'nothing'}"
+
+
+def check_list(copy: Copy, mutations: list[Mutation]) -> None:
+    problems = []
+    for mutation in mutations:
+        path = copy.root / mutation.file
+        count = path.read_text().count(mutation.old) if path.is_file() else 0
+        if count != 1 or mutation.old == mutation.new:
+            problems.append(f"{mutation.file} has {count} times: {mutation.old}")
+    if problems:
+        raise Broken("\n".join(problems))
+
+
+def wrong_with(copy: Copy, tests: str) -> str:
+    """Nothing, where they pass and there are some: else that they fail means nothing."""
+    outcome = copy.test(tests)
+    print(f"{outcome.seconds:.0f} s: {tests}", file=sys.stderr, flush=True)
+    if outcome.passed and re.search(r"\b[1-9]\d* passed", outcome.output):
+        return ""
+    return f"without a mutation: {tests}\n{outcome.output[-4000:]}"
+
+
+def outcome_of(copy: Copy, mutation: Mutation, unbroken: dict[str, str]) -> tuple[str, str]:
+    """What became of it, and who noticed. `unbroken`: what is wrong with tests where nothing is mutated."""
+    if error := unbroken[mutation.tests]:
+        return "BROKEN", error
+    try:
+        with copy.mutated(mutation):
+            outcome = copy.test(mutation.tests)
+        return ("SURVIVED", mutation.tests) if outcome.passed else ("noticed", outcome.by)
+    except Broken as error:
+        return "BROKEN", str(error)
+
+
+def run(copies: list[Copy], chosen: dict[str, list[Mutation]], say: Callable[[str], None]) -> tuple[int, int]:
+    """How many survive, and how many entries of the list are broken."""
+    everything = list(chain.from_iterable(chosen.values()))
+    check_list(copies[0], everything)
+    free: queue.SimpleQueue[Copy] = queue.SimpleQueue()
+    for copy in copies:
+        free.put(copy)
+
+    def in_a_copy(function: Callable[..., Result], *arguments: Any) -> Result:
+        copy = free.get()
+        try:
+            return function(copy, *arguments)
+        finally:
+            free.put(copy)
+
+    counts = {}
+    with ThreadPoolExecutor(len(copies)) as pool:
+        tests = list(dict.fromkeys(mutation.tests for mutation in everything))
+        unbroken = dict(zip(tests, pool.map(lambda words: in_a_copy(wrong_with, words), tests), strict=True))
+        outcomes = pool.map(lambda mutation: in_a_copy(outcome_of, mutation, unbroken), everything)
+        for subject, mutations in chosen.items():
+            say(f"\n{subject}")
+            found = Counter()
+            for mutation in mutations:
+                kind, by = next(outcomes)
+                found[kind] += 1
+                say(f"  {kind:<8}  {shown(mutation)}\n            {by}")
+            counts[subject] = found
+    say(f"\n{'':40}{'mutations':>10}{'noticed':>10}{'survived':>10}{'broken':>10}")
+    counts["all"] = sum(counts.values(), Counter())
+    for subject, found in counts.items():
+        numbers = [found.total(), found["noticed"], found["SURVIVED"], found["BROKEN"]]
+        say(f"{subject:40}" + "".join(f"{number:>10}" for number in numbers))
+    return counts["all"]["SURVIVED"], counts["all"]["BROKEN"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="mutations whose subject, file or text has this")
+    parser.add_argument("--out", type=Path, help="where to write what is printed, too")
+    parser.add_argument("--jobs", type=int, default=2, help="copies that work side by side; 2")
+    parser.add_argument("--revision", help="break this commit, not the working tree")
+    options = parser.parse_args()
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        print(line, flush=True)
+        lines.append(line)
+        if options.out:
+            options.out.write_text("\n".join(lines) + "\n")
+
+    chosen = {
+        subject: [m for m in mutations if any(options.only in text for text in (subject, m.file, m.old, m.new))]
+        for subject, mutations in MUTATIONS.items()
+    }
+    chosen = {subject: mutations for subject, mutations in chosen.items() if mutations}
+    for line in heading(options.revision):
+        say(line)
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        try:
+            copies = [Copy(Path(folder) / str(i), options.revision) for i in range(options.jobs)]
+            survived, broken = run(copies, chosen, say)
+        except Broken as error:
+            sys.exit(str(error))
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    say(f"\n{(used.ru_utime + used.ru_stime) / 60:.0f} minutes of processors")
+    return 1 if survived or broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
