@@ -1,6 +1,6 @@
 """Do the tests notice? One line of the product is broken at a time, and tests that should fail then are run.
 
-    python tests/mutations.py [--only TEXT] [--out FILE] [--revision COMMIT] [--jobs N]
+    python tests/mutations.py [--only TEXT] [--out FILE] [--revision COMMIT] [--jobs N] [--again FILE]
 
 Everything happens in copies of what git tracks, with the extension modules that were built here. Each set of tests has
 to pass there first. A mutation that no test notices SURVIVES, and the exit status is 1; so it is for an entry of the
@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -113,18 +113,18 @@ MUTATIONS = {
         # the last of equal segments
         Mutation(CPU, "if (kStats && segment_max > old_max)", "if (kStats && segment_max >= old_max)", ON_CPU),
         # cancels
-        Mutation(CPU, "-::expm1(logp[row]) * g[row]", "(1 - ::exp(logp[row])) * g[row]", ON_CPU),
+        Mutation(CPU, "-::expm1(logp[row]) * g[row]", "(1 - static_cast<T>(::exp(logp[row]))) * g[row]", ON_CPU),
         # a wrong stride
         Mutation(
             CPU, "row[(segment.first + i) * logits.stride_v]", "row[segment.first + i * logits.stride_v]", NATIVE_TESTS
         ),
         # a softcap forgotten
         Mutation("csrc/arithmetic.h", "return softcap == 0 && slope() == 1;", "return slope() == 1;", NATIVE_TESTS),
-        # as many threads as the machine has, whatever PyTorch was told
+        # another number of threads than PyTorch was told
         Mutation(
             "csrc/cpu/team.cpp",
             "static_cast<unsigned>(threads), 0)",
-            "0u, 0)",
+            "static_cast<unsigned>(threads) + 1, 0)",
             "impl/test_native_process.py -k 'openmp'",
         ),
         # the narrowest instruction set
@@ -132,7 +132,7 @@ MUTATIONS = {
             "csrc/cpu/bindings.cpp",
             "available().front()",
             "available().back()",
-            "impl/test_native_process.py test_cli.py",
+            "impl/test_native_process.py -k 'fastest'",
         ),
         # Python's other threads wait
         Mutation(
@@ -272,14 +272,14 @@ MUTATIONS = {
             TORCH,
             "own = torch.where(inside, slope.gather(1, column), fold.label_slope[rows, None])",
             "own = slope.gather(1, column)",
-            LOGPS_TESTS,
+            "test_numerics.py -k 'torch and fp32'",
         ),
         # cancels where tanh has reached 1
         Mutation(
             TORCH,
             "torch.cosh(a).reciprocal_().square_() if with_slope",
             "1 - a.tanh().square() if with_slope",
-            "test_numerics.py -k 'torch and fp32'",
+            "test_numerics.py -k 'torch and saturated'",
         ),
         # path C's logits overwritten
         Mutation(TORCH, "_transform_(a.clone() if keep else a,", "_transform_(a,", DPO_TESTS),
@@ -311,7 +311,7 @@ MUTATIONS = {
             PATHS,
             "columns = max(1, numel // max(h, rows))",
             "columns = max(1, numel // rows)",
-            "test_memory.py planning/test_planning.py -k 'torch'",
+            "test_memory.py -k 'blocks'",
         ),
         # memory that alignment may take
         Mutation(PATHS, "fit = (h - 1) * weight.dtype.itemsize", "fit = h * weight.dtype.itemsize", DPO_TESTS),
@@ -1138,7 +1138,19 @@ def outcome_of(copy: Copy, mutation: Mutation, unbroken: dict[str, str]) -> tupl
         return "BROKEN", str(error)
 
 
-def run(copies: list[Copy], chosen: dict[str, list[Mutation]], say: Callable[[str], None]) -> tuple[int, int]:
+def noticed_before(file: Path) -> dict[str, str]:
+    """Of an earlier result: each mutation that was noticed there, and by what."""
+    lines = file.read_text().splitlines()
+    return {
+        mutation.removeprefix("  noticed   "): by.strip()
+        for mutation, by in pairwise(lines)
+        if mutation.startswith("  noticed   ")
+    }
+
+
+def run(
+    copies: list[Copy], chosen: dict[str, list[Mutation]], before: dict[str, str], say: Callable[[str], None]
+) -> tuple[int, int]:
     """How many survive, and how many entries of the list are broken."""
     everything = list(chain.from_iterable(chosen.values()))
     check_list(copies[0], everything)
@@ -1155,9 +1167,14 @@ def run(copies: list[Copy], chosen: dict[str, list[Mutation]], say: Callable[[st
 
     counts = {}
     with ThreadPoolExecutor(len(copies)) as pool:
-        tests = list(dict.fromkeys(mutation.tests for mutation in everything))
+        tests = list(dict.fromkeys(mutation.tests for mutation in everything if shown(mutation) not in before))
         unbroken = dict(zip(tests, pool.map(lambda words: in_a_copy(wrong_with, words), tests), strict=True))
-        outcomes = pool.map(lambda mutation: in_a_copy(outcome_of, mutation, unbroken), everything)
+
+        def outcome(mutation: Mutation) -> tuple[str, str]:
+            by = before.get(shown(mutation))
+            return ("noticed", by) if by else in_a_copy(outcome_of, mutation, unbroken)
+
+        outcomes = pool.map(outcome, everything)
         for subject, mutations in chosen.items():
             say(f"\n{subject}")
             found = Counter()
@@ -1178,6 +1195,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="mutations whose subject, file or text has this")
     parser.add_argument("--out", type=Path, help="where to write what is printed, too")
+    parser.add_argument("--again", type=Path, help="an earlier result: what it says was noticed is taken from there")
     parser.add_argument("--jobs", type=int, default=2, help="copies that work side by side; 2")
     parser.add_argument("--revision", help="break this commit, not the working tree")
     options = parser.parse_args()
@@ -1196,10 +1214,12 @@ def main() -> int:
     chosen = {subject: mutations for subject, mutations in chosen.items() if mutations}
     for line in heading(options.revision):
         say(line)
+    if options.again:
+        say(f"what was noticed before, by tests that are still there: {options.again.read_text().splitlines()[0]}")
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         try:
             copies = [Copy(Path(folder) / str(i), options.revision) for i in range(options.jobs)]
-            survived, broken = run(copies, chosen, say)
+            survived, broken = run(copies, chosen, noticed_before(options.again) if options.again else {}, say)
         except Broken as error:
             sys.exit(str(error))
     used = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -267,6 +267,15 @@ def test_second_backward():
     loss.backward()
 
 
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+def test_no_gradient_flows_into_the_reference(chunk_bytes):
+    inputs = head_inputs().to(torch.float64)
+    inputs.ref_logps.requires_grad_()
+    out = fused(inputs, chunk_bytes=chunk_bytes)
+    out.loss.backward()
+    assert inputs.ref_logps.grad is None and not out.chosen_rewards.requires_grad
+
+
 def test_gradients_accumulate_into_leaves():
     # the gradients formed in the forward are handed over, not shared: a second step must not change the first's
     inputs = head_inputs()

@@ -265,6 +265,24 @@ def test_autocast_rounds_operands_and_keeps_fp32_logits(frozen):
         torch.testing.assert_close(mine.double(), best, rtol=0, atol=1e-5)
 
 
+def test_autocast_leaves_fp64_alone():
+    inputs = head_inputs().to(torch.float64)
+    with torch.autocast(torch.get_default_device().type, torch.bfloat16):
+        out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels)
+    assert torch.equal(out.logps, linear_sequence_logps(*inputs[:3]).logps)
+
+
+def test_a_bias_alone_has_its_gradient():
+    """With the weight frozen the bias still asks for a second pass."""
+    inputs = head_inputs()
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    for x in (hidden, inputs.hidden):
+        loss = linear_sequence_logps(x, weight, inputs.labels, bias=inputs.bias).logps.sum()
+        (mine,) = torch.autograd.grad(loss, inputs.bias)
+        best = eager_token_logps(eager_logits(hidden, weight, bias=inputs.bias), inputs.labels).sum()
+        torch.testing.assert_close(mine, torch.autograd.grad(best, inputs.bias)[0])
+
+
 def test_extreme_logits():
     """Logits of +-1e4 and masked entries of -inf leave everything finite and right."""
     inputs = head_inputs(dtype=torch.float32, logit_std=1e4)
@@ -370,7 +388,9 @@ def test_errors_name_the_argument(monkeypatch):
     nan[s, t, 7] = torch.nan
     cases = {
         r"labels: expected values in \[0, 123\).*got 123 for sequence 2, position 3": {"labels": labels},
-        rf"hidden: expected finite.*sequence {s}, position {t}": {"hidden": nan},
+        rf"hidden: expected finite.*sequence {s}, position {t} ": {"hidden": nan},
+        rf"hidden: expected finite.*sequence {s}, position {t} \(": {"hidden": nan.nan_to_num(nan=torch.inf)},
+        rf"hidden: expected finite.*sequence {s}, position {t} \(1": {"hidden": nan.nan_to_num(nan=-torch.inf)},
         r"hidden: expected shape \[S, T, H\]": {"hidden": inputs.hidden[0]},
         r"weight: expected shape \[V, 31\]": {"weight": inputs.weight[:, 1:]},
         r"weight: expected the dtype of hidden": {"weight": inputs.weight.double()},
@@ -394,6 +414,8 @@ def test_errors_name_the_argument(monkeypatch):
     for message, change in cases.items():
         with pytest.raises(ValueError, match=message):
             broken(**change)
+    with pytest.raises(ValueError, match="inplace_backward: expected logits whose elements share no memory"):
+        sequence_logps(torch.zeros(1, 1, 5).expand(2, 3, 5), torch.ones(2, 3).long(), inplace_backward=True)
     # hidden states that are not labelled may hold anything
     ignored = inputs.hidden.detach().clone()
     ignored[inputs.labels == -100] = torch.nan

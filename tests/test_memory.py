@@ -99,6 +99,13 @@ def test_chunk_bytes_bounds_path_c(dtype, softcap, groups):
     assert saved <= 64 * inputs.labels.numel()
 
 
+def test_chunk_bytes_that_a_pair_just_fits_in():
+    inputs = make((12, 8, 4, 1000), frozen=False, dtype=torch.float32, labelled=1.0)
+    for missing, expected in ((0, 3), (1, 4)):  # of 16 rows a pair
+        record, _ = run(lambda i, size=16 * 1000 * 4 - missing: dpo_loss(i, chunk_bytes=size), inputs)
+        assert products(record, inputs) == pytest.approx(expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("labelled", [0.5, 1.0])
 @pytest.mark.usefixtures("not_interpreted")
@@ -217,6 +224,16 @@ def test_the_record_sees_eager_logits():
     logits_bytes = inputs.labels.numel() * 2000 * 4
     assert record.largest[0] >= logits_bytes and saved >= logits_bytes
     assert products(record, inputs) == pytest.approx(3)
+
+
+def test_blocks_hold_no_more_than_a_tile():
+    """Also of few rows with a large H, where the columns of W are what is large."""
+    for n, v, h in [(8192, 128256, 4096), (8, 32000, 4096), (300, 151936, 64), (1, 50, 100_000), (7, 5, 3)]:
+        for tile in (2**12, 2**20, 2**27):
+            rows, columns = paths._blocks(n, v, h, torch.float32, tile)
+            assert 1 <= rows <= n and 1 <= columns <= v
+            assert rows == 1 or rows * max(columns, h) <= tile // 4, (n, v, h, tile)
+            assert columns == 1 or columns * max(rows, h) <= tile // 4, (n, v, h, tile)
 
 
 def test_blocks_of_operands_that_are_read_in_place():

@@ -91,8 +91,10 @@ def test_each_confident_row_keeps_its_digits(half_precision_operands, path):
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("softcap", [None, 6.0])
-def test_each_confident_row_keeps_its_digits_in_fp32(path, softcap):
+@pytest.mark.parametrize(("softcap", "tiles"), [(None, False), (6.0, False), (6.0, True)])
+def test_each_confident_row_keeps_its_digits_in_fp32(path, softcap, tiles, set_tile_bytes):
+    if tiles:
+        set_tile_bytes(32 * 1024)  # 128 of the 500 columns
     exact = head_inputs(4, 40, 64, 500, confident=1.0, labelled=1.0, logit_std=3.0).to(torch.float64)
     (mine, *_) = gradients(exact.to(torch.float32), path, softcap=softcap)
     (best, *_) = eager_gradients(exact, path, softcap=softcap)
@@ -117,6 +119,44 @@ def test_a_common_offset_of_the_logits_costs_nothing(offset):
     p = exact.detach().softmax(-1)
     for name, best in (("entropy", torch.special.entr(p).sum(-1)), ("log_sum_sq_probs", p.square().sum(-1).log())):
         torch.testing.assert_close(out.stats[name][labelled].double(), best[labelled], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_saturated_softcap_keeps_its_slope(frozen):
+    """Where tanh has reached 1 in fp32, 1 - tanh^2 is 0; 1 / cosh^2 is the small number that it should be."""
+    hidden, labels = torch.full((2, 3, 4), 0.25), torch.tensor([[0, 1, 2], [3, 4, 5]])
+    weight = torch.tensor([9.0, 10.0, 11.0, 12.0, -9.0, -11.0])[:, None].expand(6, 4)
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        x, w = hidden.to(dtype).requires_grad_(), weight.to(dtype).contiguous().requires_grad_(not frozen)
+        if dtype == torch.float32:
+            logps = linear_sequence_logps(x, w, labels, softcap=1.0).token_logps
+        else:
+            logps = eager_token_logps(eager_logits(x, w, softcap=1.0), labels)
+        found.append(torch.autograd.grad(logps.sum(), [x] if frozen else [x, w]))
+    for mine, best in zip(*found, strict=True):
+        torch.testing.assert_close(mine.double(), best, rtol=1e-3, atol=0)
+
+
+def test_statistics_of_entries_that_are_masked():
+    """A bias or a logit of -inf takes an entry out: nothing is left of it, not 0 * -inf either."""
+    inputs = head_inputs(2, 6, 16, 60)
+    bias, inside = torch.zeros(60), torch.arange(60) % 7 != 3
+    labels = torch.where(inputs.labels % 7 == 3, 0, inputs.labels)
+    logits = eager_logits(inputs.hidden, inputs.weight)
+    names = ("entropy", "log_sum_sq_probs")
+    best = linear_sequence_logps(inputs.hidden, inputs.weight[inside], torch.where(labels < 0, -100, 0), stats=names)
+    with torch.no_grad():
+        fused = linear_sequence_logps(
+            inputs.hidden, inputs.weight, labels, bias=bias.where(inside, -torch.inf), stats=names
+        )
+        folded = sequence_logps(logits.where(inside, -torch.inf), labels, stats=names)
+    grown = linear_sequence_logps(
+        inputs.hidden.requires_grad_(), inputs.weight, labels, bias=bias.where(inside, -torch.inf), stats=names
+    )
+    for out in (fused, folded, grown):
+        for name in names:
+            torch.testing.assert_close(out.stats[name], best.stats[name], rtol=1e-5, atol=1e-5)
 
 
 def test_entropy_of_a_label_that_cannot_be():

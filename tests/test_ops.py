@@ -134,6 +134,19 @@ def test_compile_fullgraph(loss, frozen, dynamic):
                 torch.testing.assert_close(mine, other)
 
 
+def test_errors_name_the_position_in_a_compiled_graph_too():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda hidden, weight, labels: linear_sequence_logps(hidden, weight, labels).logps, backend="eager"
+    )
+    inputs = head_inputs()
+    hidden = inputs.hidden.detach().clone()
+    s, t = torch.nonzero(inputs.labels != -100)[5].tolist()
+    hidden[s, t, 7] = torch.nan
+    with pytest.raises(ValueError, match=rf"hidden: expected finite.*sequence {s}, position {t}"):
+        compiled(hidden, inputs.weight.detach(), inputs.labels)
+
+
 def test_compile_with_inductor():
     # one case through the default backend, which generates code around the operators
     torch._dynamo.reset()

@@ -92,6 +92,30 @@ def test_the_order_of_threads_and_copies_changes_nothing(fused, monkeypatch):
     assert all(torch.equal(other, found[0]) for other in found[1:])
 
 
+def test_a_weight_whose_rows_lie_apart(fused):
+    """Read in place, as a part of a larger matrix."""
+    inputs = head_inputs(2, 20, 40, 300, labelled=1.0).to(torch.bfloat16)
+    apart = torch.full((300, 96), torch.nan, dtype=torch.bfloat16)
+    apart[:, :40] = inputs.weight
+    with torch.no_grad():
+        together, read_in_place = (
+            linear_sequence_logps(inputs.hidden, weight, inputs.labels, impl="cuda").token_logps
+            for weight in (inputs.weight, apart[:, :40])
+        )
+    assert torch.equal(together, read_in_place)
+
+
+def test_the_order_of_threads_changes_no_row(kernels, monkeypatch):
+    """The same of the kernels on rows, whose statistics go through one shared memory one after the other."""
+    logits, labels = torch.randn(1, 3, 1500), torch.tensor([[3, 700, 1499]])
+    found = []
+    for seed in range(6):
+        monkeypatch.setenv("DPO_EMULATION_SEED", str(seed))
+        out = sequence_logps(logits, labels, stats=STATS, impl="cuda")
+        found.append(torch.stack([out.token_logps, *(out.stats[name].float() for name in STATS)]))
+    assert all(torch.equal(other, found[0]) for other in found[1:])
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_first_of_equal_logits_is_the_top_one(fused, monkeypatch, splits):
     monkeypatch.setattr(fused, "splits_of", lambda *_: splits)

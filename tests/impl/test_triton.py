@@ -378,3 +378,13 @@ def test_machine_code(sm, only, tmp_path):
             entries = kernels.MAX_BLOCK_V // (8 * 32)  # of a thread
             limit = INSTRUCTIONS[kernel.split(maxsplit=2)[2].removesuffix(" exp")]
             assert row["loops"][0] <= limit * entries, row
+
+
+@pytest.mark.skipif(not dispatch.HAS_TRITON, reason="Triton is not installed")
+@pytest.mark.parametrize(("value", "works"), [("1", True), ("0", False), ("", False), (None, False)])
+def test_the_interpreter_is_asked_for_by_its_one_value(monkeypatch, value, works):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+    reason = dispatch.unavailable_reason("triton", torch.device("cpu"))
+    assert (reason is None) == works and (works or "TRITON_INTERPRET=1" in reason)
