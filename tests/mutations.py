@@ -80,7 +80,11 @@ LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("log
 PUBLISHED = "test_losses.py -k published"
 LOSS_TESTS, REFERENCE_FREE = "test_losses.py", "test_losses_reference_free.py"
 HEAD_TESTS, FORWARD_TESTS = "models/test_head.py", "models/test_fused_forward.py"
-LAYOUT_TESTS, LOADING_TESTS, BATCH_TESTS = "data/test_layouts.py", "data/test_loading.py", "data/test_batching.py"
+LAYOUT_TESTS, LOADING_TESTS, BATCH_TESTS = (
+    "data/test_layouts.py",
+    "data/test_loading.py data/test_text_files.py",
+    "data/test_batching.py",
+)
 STEPS = "training/test_loop.py -k 'eager_loop or metrics_curves or accumulated or window or best'"
 RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or found_finished'"
 LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"

@@ -449,6 +449,7 @@ def test_batch_losses_are_exactly_those_that_are_no_mean_over_pairs():
         ({"f_divergence": "js", "loss_type": ["sigmoid", "bco_pair"]}, r"for loss_type \['bco_pair'\], got 'js'"),
         ({"ld_alpha": 1.5}, r"ld_alpha must be None or a number in \[0, 1\], got 1.5"),
         ({"use_weighting": True, "loss_type": "aot"}, "undefined for loss_type 'aot'"),
+        ({"use_weighting": True, "loss_type": ["sigmoid", "aot"]}, "undefined for loss_type"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -72,6 +72,11 @@ def test_system_column_makes_text_conversational():
     assert one({**row, "system": ""})[0] == "q"
 
 
+def test_a_prompt_with_a_system_turn_of_its_own_gets_no_second_one():
+    row = {"system": "s", "prompt": [system("t"), user("q")], "chosen": "a", "rejected": "b"}
+    assert one(row)[0] == [system("t"), user("q")]
+
+
 def test_ultrafeedback_binarized_repeats_the_prompt():
     row = {
         "prompt": "q",

@@ -162,6 +162,30 @@ def test_what_is_not_asked_for_is_not_there():
         _ = found.preference
 
 
+def test_statistics_are_of_the_labels_positions():
+    model = build("llama")
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits"))
+    inputs = batch()
+    with torch.no_grad():
+        found = model(**inputs, labels=labels_of(inputs), fused_lm_head=True)
+        logits, scored = model(**inputs).logits[:, :-1], labels_of(inputs)[:, 1:] != -100
+    assert_close(found.entropy[scored], torch.special.entr(logits.softmax(-1)).sum(-1)[scored])
+    assert_close(found.mean_logits[scored], logits.mean(-1)[scored])
+
+
+def test_the_head_is_checked_once():
+    """A check is a forward of the model: the first call has two, the next has one."""
+    model = build("llama")
+    add_fused_lm_head(model)
+    counted = []
+    model.model.register_forward_hook(lambda *_: counted.append(1))
+    for _ in range(2):
+        model(**batch(), labels=labels_of(batch()), fused_lm_head=True)
+    first, counted[:] = len(counted), []
+    model(**batch(), labels=labels_of(batch()), fused_lm_head=True)
+    assert len(counted) == 1 and first > 2
+
+
 def test_forward_without_the_flag_is_the_models_own():
     model, plain = build("qwen2"), build("qwen2")
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
@@ -189,8 +213,12 @@ def test_copy_of_a_model_has_a_head_of_its_own():
     with torch.no_grad():
         for weight in other.parameters():
             weight.mul_(1.5)
-        for each in (model, other):
-            logits = each(input_ids=tokens).logits[:, :-1]
+        plain = build("qwen2")
+        for each, factor in ((model, 1), (other, 1.5)):
+            for weight, first in zip(plain.parameters(), model.parameters(), strict=True):
+                weight.copy_(first * factor)
+            logits = plain(input_ids=tokens).logits[:, :-1]
+            assert torch.equal(each(input_ids=tokens).logits[:, :-1], logits)
             expected = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
             found = each(input_ids=tokens, labels=tokens, fused_lm_head=True).log_probs
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -215,6 +243,9 @@ def test_mean_logits_of_all_positions(name):
     expected = model(**inputs).logits.mean(-1)
     found = model(**inputs, labels=tokens, fused_lm_head=True, all_mean_logits=True).all_mean_logits
     assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+    with torch.autocast("cpu", torch.bfloat16):  # hidden states in bf16; their sums over the vocabulary stay in fp32
+        found = model(**inputs, labels=tokens, fused_lm_head=True, all_mean_logits=True).all_mean_logits
+    assert found.dtype == torch.float32
 
 
 def test_a_head_at_the_output_layer_gives_no_hidden_states():
