@@ -725,13 +725,13 @@ MUTATIONS = {
             REFERENCE,
             "copy.deepcopy(model).eval().requires_grad_(False)",
             "copy.deepcopy(model).requires_grad_(False)",
-            LOOP_TESTS,
+            "training/test_setup.py",
         ),
         Mutation(
             SETUP,
             "        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)",
             "        pass",
-            LOOP_TESTS,
+            "training/test_setup.py",
         ),
         # everything is clipped away
         Mutation(
@@ -744,13 +744,13 @@ MUTATIONS = {
             SETUP,
             'if weight.dim() < 2], "weight_decay": 0.0}',
             'if weight.dim() < 2], "weight_decay": config.weight_decay}',
-            LOOP_TESTS,
+            "training/test_setup.py",
         ),
         Mutation(
             SETUP,
             "math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps",
             "config.warmup_steps or math.ceil(config.warmup_ratio * steps)",
-            LOOP_TESTS,
+            "training/test_setup.py",
         ),
         # a seed forgotten
         Mutation(SETUP, "    set_seed(config.seed, device_specific=True)  #", "    #", GOLDEN),
