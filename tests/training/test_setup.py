@@ -6,8 +6,8 @@ from torch import nn
 
 pytest.importorskip("accelerate", reason="the loop needs accelerate, which is not installed")
 
-from dpo_kernels.training.reference_model import frozen_copy
 from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.reference_model import frozen_copy
 from dpo_kernels.training.setup import Schedule, deterministic_algorithms, make_optimizer
 
 
