@@ -761,7 +761,7 @@ MUTATIONS = {
             "training/test_loop.py -k 'every_epoch'",
         ),
         # other weights on an old trajectory
-        Mutation(SETUP, '        "the starting weights": fingerprint,\n', "", RESUMED),
+        Mutation(SETUP, '        "the starting weights": fingerprint,\n', "", "training/test_state.py"),
         # checkpoints that forget a part
         Mutation(STATE, '        set_random_state(here["random"], run.device)\n', "", RESUMED),
         Mutation(STATE, '"window": self.window.tensors()}', '"window": Window.empty(run.device).tensors()}', RESUMED),
@@ -769,7 +769,7 @@ MUTATIONS = {
             STATE,
             'in ("step", "before", "latest", "best"):\n            setattr',
             'in ("step", "before", "latest"):\n            setattr',
-            LOOP_TESTS,
+            "training/test_state.py",
         ),
         # off by one
         Mutation(CHECKPOINT, "[: -limit if limit else 0]", "[: -limit - 1 if limit else 0]", RESUMED),
@@ -789,7 +789,7 @@ MUTATIONS = {
             STATE,
             "self.tokens += 2 * prompts + chosen + rejected",
             "self.tokens += prompts + chosen + rejected",
-            LOOP_TESTS,
+            "training/test_state.py",
         ),
         Mutation(
             POLICY,
@@ -801,15 +801,23 @@ MUTATIONS = {
             "dpo_kernels/training/plots.py",
             '_line(rewards, rows, f"eval/rewards/{side}",',
             '_line(rewards, rows, f"rewards/{side}",',
-            LOOP_TESTS,
+            "training/test_state.py",
         ),
         # the same lengths are not the same tokens
         Mutation(
-            PAIRS, "hasher.update(tokens.astype(np.int64).data)", "hasher.update(str(len(tokens)).encode())", LOOP_TESTS
+            PAIRS,
+            "hasher.update(tokens.astype(np.int64).data)",
+            "hasher.update(str(len(tokens)).encode())",
+            "training/test_state.py -k 'lengths'",
         ),
         # caches of the reference that lack a part of their key
-        Mutation(REFERENCE, '        "model": fingerprint,\n', "", LOOP_TESTS),
-        Mutation(REFERENCE, '"ld_alpha", "temperature", "impl")', '"ld_alpha", "impl")', LOOP_TESTS),
+        Mutation(REFERENCE, '        "model": fingerprint,\n', "", "training/test_state.py -k 'cached'"),
+        Mutation(
+            REFERENCE,
+            '"ld_alpha", "temperature", "impl")',
+            '"ld_alpha", "impl")',
+            "training/test_state.py -k 'cached'",
+        ),
         # errors that come too late
         Mutation(
             PAIRS,
@@ -822,7 +830,12 @@ MUTATIONS = {
         ),
         # settings without effect
         Mutation(POLICY, '            "temperature": config.temperature,\n', "", LOOP_TESTS),
-        Mutation(REFERENCE, "                temperature=self.config.temperature,\n", "", LOOP_TESTS),
+        Mutation(
+            REFERENCE,
+            "                temperature=self.config.temperature,\n",
+            "",
+            "training/test_state.py -k 'cached'",
+        ),
         Mutation(
             POLICY,
             'options |= {"chunk_bytes": config.chunk_bytes, "mean',
