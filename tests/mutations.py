@@ -826,7 +826,10 @@ MUTATIONS = {
             "training/test_loop.py -k 'outside_the_vocabulary'",
         ),
         Mutation(
-            PAIRS, 'np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])', 'lengths["chosen_ids"]', LOOP_TESTS
+            PAIRS,
+            'np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])',
+            'lengths["chosen_ids"]',
+            "training/test_setup.py",
         ),
         # settings without effect
         Mutation(POLICY, '            "temperature": config.temperature,\n', "", LOOP_TESTS),

@@ -6,7 +6,11 @@ from torch import nn
 
 pytest.importorskip("accelerate", reason="the loop needs accelerate, which is not installed")
 
+from datasets import Dataset
+
+from dpo_kernels.data.demo import demo_model
 from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.pairs import check_fits
 from dpo_kernels.training.reference_model import frozen_copy
 from dpo_kernels.training.setup import Schedule, deterministic_algorithms, make_optimizer
 
@@ -72,3 +76,12 @@ def test_steps_of_the_warm_up(tmp_path, changes, expected):
     """A number of steps comes before a share of them, also where it is 0."""
     config = settings(tmp_path, max_steps=10, **changes)
     assert Schedule.of(config, pairs=64, processes=1).warmup_steps == expected
+
+
+@pytest.mark.parametrize("longest", ["chosen_ids", "rejected_ids"])
+def test_a_pair_is_as_long_as_its_longer_response(longest):
+    row = {"prompt_ids": [5] * 3, "chosen_ids": [6], "rejected_ids": [7]} | {longest: [8] * 6}
+    pairs = Dataset.from_list([row | {longest: [9]}, row])
+    check_fits(pairs, demo_model(300, max_positions=9), "m")
+    with pytest.raises(ValueError, match="max_length: a pair has 9 tokens, but the model 'm' has 8 positions"):
+        check_fits(pairs, demo_model(300, max_positions=8), "m")
