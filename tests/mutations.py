@@ -849,7 +849,7 @@ MUTATIONS = {
             CONFIG,
             '"f_divergence", "f_alpha", "discopop_tau")',
             '"f_divergence", "f_alpha")',
-            f"training/test_config.py trl/test_parity.py {LOOP_TESTS}",
+            "training/test_setup.py",
         ),
         # what settings mean
         Mutation(
@@ -863,7 +863,7 @@ MUTATIONS = {
             CONFIG,
             "add_eos: bool = option(True,",
             "add_eos: bool = option(False,",
-            f"training/test_config.py {LOOP_TESTS}",
+            "training/test_setup.py",
         ),
     ],
     "TRL and what other libraries call": [

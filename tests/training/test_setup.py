@@ -9,7 +9,8 @@ pytest.importorskip("accelerate", reason="the loop needs accelerate, which is no
 from datasets import Dataset
 
 from dpo_kernels.data.demo import demo_model
-from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.losses import validate_dpo_options
+from dpo_kernels.training.config import TrainConfig, dpo_options
 from dpo_kernels.training.pairs import check_fits
 from dpo_kernels.training.reference_model import frozen_copy
 from dpo_kernels.training.setup import Schedule, deterministic_algorithms, make_optimizer
@@ -85,3 +86,26 @@ def test_a_pair_is_as_long_as_its_longer_response(longest):
     check_fits(pairs, demo_model(300, max_positions=9), "m")
     with pytest.raises(ValueError, match="max_length: a pair has 9 tokens, but the model 'm' has 8 positions"):
         check_fits(pairs, demo_model(300, max_positions=8), "m")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss_type": "discopop", "discopop_tau": 0.3},
+        {"f_divergence": "alpha", "f_alpha": 0.7},
+        {"loss_type": "cdpo", "label_smoothing": 0.2},
+        {"loss_type": "sigmoid,sft", "loss_weights": "1,0.5"},
+        {"ld_alpha": 0.5},
+        {"use_weighting": True},
+        {"beta": 0.3},
+    ],
+)
+def test_every_setting_of_the_loss_reaches_it(tmp_path, changes):
+    config = settings(tmp_path, **changes)
+    options = dpo_options(config)
+    validate_dpo_options(**options)
+    assert {name: options[name] for name in changes} == {name: getattr(config, name) for name in changes}
+
+
+def test_responses_end_with_eos_unless_told_otherwise(tmp_path):
+    assert settings(tmp_path).add_eos and not settings(tmp_path, add_eos="false").add_eos
