@@ -102,3 +102,15 @@ def test_a_run_that_fails_has_status_1_and_a_traceback_on_demand(tmp_path, capsy
     assert "none.jsonl" in error and "Traceback" not in error
     assert main([*arguments, "--traceback"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_is_one_line(monkeypatch, capsys, tmp_path):
+    import dpo_kernels.training
+
+    def diverges(config):
+        raise FloatingPointError("loss is nan")
+
+    monkeypatch.setattr(dpo_kernels.training, "train", diverges)
+    assert main(["train", "--model", "demo", "--dataset", "demo", "--output-dir", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "dpo-kernels: error: loss is nan" in captured.err and "Traceback" not in captured.err

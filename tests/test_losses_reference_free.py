@@ -369,3 +369,14 @@ TOKENS = torch.zeros(4, 6, dtype=torch.int64)
 def test_errors_name_the_argument(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("loss", [simpo_loss, orpo_loss, cpo_loss])
+def test_responses_without_a_labelled_token(loss):
+    """Their log-probability is 0, and so is their average: not 0 / 0."""
+    zero, lengths = torch.zeros(2, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3])
+    chosen, rejected = zero * 1.0, torch.tensor([0.0, -4.0], dtype=torch.float64)
+    more = {"mean_chosen_length": 0.0} if loss is cpo_loss else {}
+    out = loss(chosen, rejected, chosen_lengths=lengths, rejected_lengths=lengths, **more)
+    (grad,) = torch.autograd.grad(out.losses.sum(), zero)
+    assert torch.isfinite(out.losses).all() and torch.isfinite(grad).all()

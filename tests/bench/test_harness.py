@@ -247,6 +247,7 @@ def test_errors_of_tokens_are_of_labelled_ones():
     off = oracle.token_logps + 0.25 * inputs.labelled
     found = cases.errors(cases.Result(token_logps=off), oracle)
     assert found["token_logps"] == pytest.approx(0.25)
+    assert cases.wrong({"loss": float("nan")}, case).startswith("wrong: error of loss nan")
     assert cases.wrong({"token_logps": 0.25}, cases.HeadCase(8192, 8, 64, dtype=torch.bfloat16))
     assert cases.wrong({"token_logps": 0.15, "logps": 5.0}, cases.HeadCase(8192, 8, 64, dtype=torch.bfloat16)) is None
 

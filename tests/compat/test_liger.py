@@ -363,6 +363,12 @@ def test_kto_options(average, with_reference, kl):
     check(ours, expected, given)
 
 
+def test_the_baseline_of_kto_has_no_gradient():
+    given, baseline = make((5, 9, 31, 123)), torch.rand(5, dtype=torch.float64, requires_grad=True)
+    kto(given, is_good(given), baseline * 2)[0].backward()
+    assert baseline.grad is None and given.hidden.grad is not None
+
+
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "nothing"])
 @pytest.mark.parametrize("name", CLASSES)
 def test_what_is_frozen(name, trained):
