@@ -723,13 +723,13 @@ MUTATIONS = {
             REFERENCE,
             "copy.deepcopy(model).eval().requires_grad_(False)",
             "copy.deepcopy(model).requires_grad_(False)",
-            "training/test_setup.py",
+            "training/test_run.py",
         ),
         Mutation(
             SETUP,
             "        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)",
             "        pass",
-            "training/test_setup.py",
+            "training/test_run.py",
         ),
         # everything is clipped away
         Mutation(
@@ -742,13 +742,13 @@ MUTATIONS = {
             SETUP,
             'if weight.dim() < 2], "weight_decay": 0.0}',
             'if weight.dim() < 2], "weight_decay": config.weight_decay}',
-            "training/test_setup.py",
+            "training/test_run.py",
         ),
         Mutation(
             SETUP,
             "math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps",
             "config.warmup_steps or math.ceil(config.warmup_ratio * steps)",
-            "training/test_setup.py",
+            "training/test_run.py",
         ),
         # a seed forgotten
         Mutation(SETUP, "    set_seed(config.seed, device_specific=True)  #", "    #", GOLDEN),
@@ -827,7 +827,7 @@ MUTATIONS = {
             PAIRS,
             'np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])',
             'lengths["chosen_ids"]',
-            "training/test_setup.py",
+            "training/test_run.py",
         ),
         # settings without effect
         Mutation(POLICY, '            "temperature": config.temperature,\n', "", "training/test_state.py -k 'cached'"),
@@ -847,7 +847,7 @@ MUTATIONS = {
             CONFIG,
             '"f_divergence", "f_alpha", "discopop_tau")',
             '"f_divergence", "f_alpha")',
-            "training/test_setup.py",
+            "training/test_run.py",
         ),
         # what settings mean
         Mutation(
@@ -861,7 +861,7 @@ MUTATIONS = {
             CONFIG,
             "add_eos: bool = option(True,",
             "add_eos: bool = option(False,",
-            "training/test_setup.py",
+            "training/test_run.py",
         ),
     ],
     "TRL and what other libraries call": [
@@ -899,7 +899,7 @@ MUTATIONS = {
             f"{TRL}/_verify.py",
             "if not abs(a - b) <= tolerance * max(1.0, abs(b)):",
             "if abs(a - b) > tolerance * max(1.0, abs(b)):",
-            f"{OTHERS} {DPO}",
+            "trl/test_verify.py",
         ),
         # scales forgotten
         Mutation(LIGER, "reference[:pairs] = self.gamma / self.beta", "reference[:pairs] = self.gamma", LIGER_TESTS),

@@ -125,15 +125,18 @@ def test_reduction_shift_weights(reduction, shift, ignore_index):
             torch.testing.assert_close(mine, other)
 
 
-def test_every_block_of_rows_has_its_own_top_one(set_tile_bytes):
+def test_every_block_of_rows_has_its_own_first_of_equal_logits(set_tile_bytes):
     set_tile_bytes(4 * 1024)  # a few rows and columns at a time
     inputs = head_inputs(4, 20, 64, 300, labelled=1.0)
     with torch.no_grad():
-        out = linear_sequence_logps(*inputs[:3], stats=("is_top1",))
-        logits = eager_logits(inputs.hidden, inputs.weight)
-        likely = linear_sequence_logps(*inputs[:2], logits.argmax(-1), stats=("is_top1",))
-    assert torch.equal(out.stats["is_top1"].bool(), logits.argmax(-1) == inputs.labels)
-    assert likely.stats["is_top1"].bool().all()
+        weight = inputs.weight.detach().clone()
+        weight[[40, 41, 290]] = 20 * weight[40]  # the largest of all for half of the rows
+        top = eager_logits(inputs.hidden, weight).argmax(-1)
+        for shift in (0, 1, 250):
+            labels = torch.where(top == 40, 40 + shift, 7)
+            out = linear_sequence_logps(inputs.hidden, weight, labels, stats=("is_top1",))
+            assert torch.equal(out.stats["is_top1"].bool(), (top == labels) & (shift == 0))
+    assert 10 < (top == 40).sum() < 70
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
