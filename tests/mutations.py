@@ -1095,7 +1095,7 @@ class Outcome(NamedTuple):
         failed = re.search(r"^(?:FAILED|ERROR) (?:tests/)?(.*)$", self.output, re.MULTILINE)
         if self.status != 1 or failed is None:
             raise Broken(f"pytest's exit status {self.status}\n{self.output[-4000:]}")
-        return f"{failed[1]:.160}"
+        return f"{failed[1]:.160}".replace(tempfile.gettempdir(), "TMPDIR")
 
 
 def said(*command: str) -> str:
@@ -1233,7 +1233,8 @@ def main() -> int:
     for line in heading(options.revision):
         say(line)
     if options.again:
-        say(f"what was noticed before, by tests that are still there: {options.again.read_text().splitlines()[0]}")
+        earlier = [line for line in options.again.read_text().splitlines() if "commit " in line]
+        say("\n".join(f"noticed before, by tests that are still there: {line.rpartition(': ')[2]}" for line in earlier))
     with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
         try:
             copies = [Copy(Path(folder) / str(i), options.revision) for i in range(options.jobs)]
