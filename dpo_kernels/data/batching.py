@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
+_RESPONSES = ("chosen", "rejected")
 
 
 @dataclass
@@ -17,7 +20,8 @@ class PairCollator:
     """Collates B pairs to one right-padded batch of 2B sequences: rows `0..B-1` chosen, `B..2B-1` rejected.
 
     A pair is a mapping with `prompt_ids`, `chosen_ids` and `rejected_ids` (lists of token ids), as
-    `tokenize_preferences` makes them, and optionally `index` and the pair `ref_chosen_logps`, `ref_rejected_logps`.
+    `tokenize_preferences` makes them, and optionally `index`, the pair `ref_chosen_logps`, `ref_rejected_logps`, a
+    `weight`, and `chosen_token_weights`, `rejected_token_weights`: numbers >= 0, one a token of the response; None: 1.
 
     Args:
         pad_token_id: fills `input_ids` past a sequence's end. Any id of the vocabulary will do: padding is masked.
@@ -26,14 +30,18 @@ class PairCollator:
 
     Returns a dict with
         `input_ids`, `attention_mask`, `labels` `[2B, T]` int64: labels are unshifted, `labels[s, t] = input_ids[s, t]`
-            on the response, `ignore_index` elsewhere;
+            on the response where the token's weight is not 0, `ignore_index` elsewhere;
+        `token_weights` `[2B, T]` float32, where some token of the batch has a weight other than 0 and 1: unshifted like
+            the labels, the weight of token t of sequence s, 0 without a label;
+        `pair_weights` `[B]` float32, where the examples carry a weight;
         `num_labelled` int: labels that some position predicts, `(labels[:, 1:] != ignore_index).sum()`, counted here,
             on the host;
         `ref_logps` `[2B]` float32, where the examples carry reference log-probabilities;
         `index` `[B]` int64, where the examples carry their index.
 
     Raises `ValueError` for options out of range, for no examples, for an example without tokens or without one of the
-    three keys, and where only some examples carry reference log-probabilities or an index.
+    three keys, for weights that are negative, not finite, or not as many as the tokens of their response, and where
+    only some examples carry reference log-probabilities, an index or a weight.
     """
 
     pad_token_id: int
@@ -62,8 +70,8 @@ class PairCollator:
                     f"(keys: {', '.join(example)}); tokenize_preferences makes them"
                 )
 
-        responses = ("chosen_ids", "rejected_ids")
-        sequences = [(example["prompt_ids"], example[key]) for key in responses for example in examples]
+        sequences = [(example["prompt_ids"], example[f"{key}_ids"]) for key in _RESPONSES for example in examples]
+        weights = [_token_weights(examples, number, key) for key in _RESPONSES for number in range(len(examples))]
         lengths = [len(prompt) + len(response) for prompt, response in sequences]
         if min(lengths) == 0:
             raise ValueError(f"examples[{lengths.index(0) % len(examples)}]: expected token ids, got an empty sequence")
@@ -75,27 +83,53 @@ class PairCollator:
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, self.ignore_index, dtype=torch.int64)
-        num_labelled = 0
+        token_weights = torch.zeros(shape, dtype=torch.float32)
         for row, (prompt, response) in enumerate(sequences):
             start, end = len(prompt), len(prompt) + len(response)
             input_ids[row, :start] = torch.as_tensor(prompt, dtype=torch.int64)
             input_ids[row, start:end] = torch.as_tensor(response, dtype=torch.int64)
             attention_mask[row, :end] = 1
-            labels[row, start:end] = input_ids[row, start:end]
-            num_labelled += end - max(start, 1)  # no position predicts the first token of a sequence
+            given = weights[row]
+            token_weights[row, start:end] = 1 if given is None else given
+        labelled = token_weights != 0
+        labels[labelled] = input_ids[labelled]
 
         batch: dict[str, Any] = {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "labels": labels,
-            "num_labelled": num_labelled,
+            "num_labelled": int(labelled[:, 1:].sum()),  # no position predicts the first token of a sequence
         }
+        if bool(((token_weights != 1) & labelled).any()):
+            batch["token_weights"] = token_weights
+        if _carried(examples, ("weight",)):
+            pair_weights = [_weight(example["weight"], f"examples[{n}]: weight") for n, example in enumerate(examples)]
+            batch["pair_weights"] = torch.tensor(pair_weights, dtype=torch.float32)
         if _carried(examples, _REF_LOGPS):
             ref_logps = [float(example[key]) for key in _REF_LOGPS for example in examples]
             batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)
         if _carried(examples, ("index",)):
             batch["index"] = torch.tensor([int(example["index"]) for example in examples], dtype=torch.int64)
         return batch
+
+
+def _token_weights(examples: Sequence[Mapping[str, Any]], number: int, response: str) -> Tensor | None:
+    given, length = examples[number].get(f"{response}_token_weights"), len(examples[number][f"{response}_ids"])
+    if given is None:
+        return None
+    weights, name = torch.as_tensor(given, dtype=torch.float32), f"examples[{number}]: {response}_token_weights"
+    if weights.shape != (length,):
+        raise ValueError(f"{name}: expected a number for each of the {length} tokens, got shape {tuple(weights.shape)}")
+    if length and not bool((weights >= 0).all() & weights.isfinite().all()):
+        raise ValueError(f"{name}: expected finite numbers >= 0, got {weights.tolist()}")
+    return weights
+
+
+def _weight(value: Any, name: str) -> float:
+    weight = float(value)
+    if not (math.isfinite(weight) and weight >= 0):
+        raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+    return weight
 
 
 def _carried(examples: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:

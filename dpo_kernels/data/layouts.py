@@ -1,23 +1,59 @@
 """Layouts of preference data: told apart by their columns, converted to rows of prompt, chosen and rejected.
 
-A converted row is `{"source", "prompt", "chosen", "rejected", "tools"}`. `source` says where the row came from, as in
-`"pairs.jsonl, row 12"`. The other three are all plain text, or all lists of messages
-`{"role": ..., "content": ..., ...}` (conversational); `tools` is a list of function descriptions, or None.
+A converted row has the keys
+
+    source                     where the row came from, as in "pairs.jsonl, row 12"
+    prompt, chosen, rejected   all plain text, or all lists of messages {"role", "content", ...} (conversational)
+    tools                      a list of function descriptions, or None
+    weight                     how much the pair counts, at least 0, or None
+    chosen_token_weights, rejected_token_weights   a number of at least 0 for each token of a response, or None
+    altered                    reasons for which the row was changed or looks odd
 """
 
 from __future__ import annotations
 
+import difflib
 import json
-import os
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
+from dpo_kernels.data.messages import (
+    LOOKS_LIKE_MESSAGES,
+    Message,
+    Messages,
+    canonical_role,
+    is_blank,
+    is_null,
+    is_transcript,
+    number,
+    parse_text_or_messages,
+    records,
+    says_nothing,
+    text,
+    tools,
+    transcript,
+    weight,
+)
+from dpo_kernels.data.shared_text import split_shared_text
+from dpo_kernels.data.structured_text import from_json
+from dpo_kernels.data.turns import (
+    prompt_turns,
+    repeats_prompt,
+    response_turns,
+    split_shared_turns,
+    with_system,
+    without_repeated_prompt,
+    without_repeated_text,
+)
+
 Row = dict[str, Any]
-Messages = list[dict[str, Any]]
 
 RANKED_PAIRS = ("best_vs_worst", "best_vs_each")
 EMPTY_RESPONSE = ("error", "drop")
+
+OTHER_TOOLS = "lists of tools that differ were given: the first kept"  # noticed about a row
 
 KNOWN_LAYOUTS = """\
   prompt, chosen, rejected                       text or messages; chosen and rejected may repeat the prompt, as in
@@ -27,44 +63,52 @@ KNOWN_LAYOUTS = """\
   message_id, parent_id, text, role, rank        OpenAssistant: a tree of messages with ranked replies
   input, preferred_output, non_preferred_output  OpenAI and Azure: input is {messages, tools}
   conversations, chosen, rejected                LLaMA-Factory sharegpt ranking: messages are {from, value}
-  instruction, [input], chosen, rejected         LLaMA-Factory alpaca ranking; question may stand for instruction"""
+  instruction, [input], chosen, rejected         LLaMA-Factory alpaca ranking, [history]; question may stand for
+                                                 instruction
+Messages, tools and tool calls may be JSON text. In each but OpenAssistant: [system], [tools], [weight],
+[chosen_token_weights], [rejected_token_weights]"""
+
+# Columns by which layouts are told apart; the first that has its columns is taken
+_REQUIRED = (
+    ("explicit", ("prompt", "chosen", "rejected")),
+    ("openai", ("input", "preferred_output", "non_preferred_output")),
+    ("sharegpt", ("conversations", "chosen", "rejected")),
+    ("alpaca", ("instruction", "chosen", "rejected")),
+    ("alpaca", ("question", "chosen", "rejected")),
+    ("nectar", ("prompt", "answers")),
+    ("openassistant", ("message_id", "parent_id", "text", "role", "rank")),
+    ("implicit", ("chosen", "rejected")),
+)
+_TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
+_OPTIONAL = {"alpaca": ("input", "history"), "openassistant": ("deleted",)}
+_OPTIONAL_IN_MOST = ("system", "tools", "weight", *_TOKEN_WEIGHTS)
+_NOT_IN = {"openassistant": _OPTIONAL_IN_MOST, "nectar": _TOKEN_WEIGHTS}
 
 # Columns that would hold the prompt of a layout that is not known. With one of these beside chosen and rejected,
 # taking the prompt from what the two share would lose it without a word.
-_PROMPT_LIKE = {"question", "query", "instruction", "input", "context", "history", "system", "messages", "conversation"}
-
-_ROLES = {
-    "human": "user",
-    "prompter": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "observation": "tool",
+_PROMPT_LIKE = {
+    *("prompt", "prompts", "question", "questions", "query", "instruction", "instructions", "input", "inputs"),
+    *("context", "history", "messages", "conversation", "conversations", "dialog", "dialogue", "problem", "request"),
+    *("user_prompt", "user_message", "post"),
+}
+# Further columns that would change what is trained if they were used
+_TELLING = {
+    *("image", "images", "video", "videos", "audio", "audios", "function", "functions", "tools", "system", "weight"),
+    *("system_prompt", "system_message", "documents", "weights", "sample_weight", *_TOKEN_WEIGHTS),
 }
 
 
 def recognize(columns: Collection[str]) -> str:
     """Name of the layout that has these columns: `"explicit"`, `"implicit"`, `"nectar"`, `"openassistant"`, `"openai"`,
-    `"sharegpt"` or `"alpaca"`. Further columns, such as scores, are ignored.
+    `"sharegpt"` or `"alpaca"`. Further columns, such as scores, are not used: `unused` names them.
 
-    Raises `ValueError` for unpaired data (KTO) and for anything else that is not known, showing the columns found.
+    Raises `ValueError` for unpaired data (KTO) and for anything else that is not known, showing the columns found, and
+    those that would be a layout if they were written as it has them.
     """
     has = set(columns).issuperset
-    if has(("prompt", "chosen", "rejected")):
-        return "explicit"
-    if has(("input", "preferred_output", "non_preferred_output")):
-        return "openai"
-    if has(("conversations", "chosen", "rejected")):
-        return "sharegpt"
-    if has(("instruction", "chosen", "rejected")) or has(("question", "chosen", "rejected")):
-        return "alpaca"
-    if has(("prompt", "answers")):
-        return "nectar"
-    if has(("message_id", "parent_id", "text", "role", "rank")):
-        return "openassistant"
-    if has(("chosen", "rejected")) and not _PROMPT_LIKE.intersection(columns):
-        return "implicit"
+    for layout, required in _REQUIRED:
+        if has(required) and (layout != "implicit" or not _PROMPT_LIKE.intersection(map(_plain, columns))):
+            return layout
     found = ", ".join(columns) or "none"
     if has(("completion", "label")) or has(("kto_tag",)):
         raise ValueError(
@@ -74,8 +118,65 @@ def recognize(columns: Collection[str]) -> str:
         )
     raise ValueError(
         f"the columns found ({found}) are no known preference layout. Known layouts:\n{KNOWN_LAYOUTS}\n"
-        "Rename or convert the columns to one of these"
+        f"Rename or convert the columns to one of these{_hint(columns)}"
     )
+
+
+def _plain(column: str) -> str:
+    return re.sub(r"[\s-]+", "_", column.strip("\ufeff \t").lower())
+
+
+def _hint(columns: Collection[str]) -> str:
+    """Which columns come closest to a layout, and to what they would have to be renamed."""
+    plain = {_plain(column): column for column in columns}
+    for _, required in _REQUIRED:
+        missing = [name for name in required if name not in columns]
+        if missing and all(name in plain for name in missing):
+            return ": " + ", ".join(f"{plain[name]!r} to {name!r}" for name in missing)
+    for _, required in _REQUIRED:
+        missing = [name for name in required if name not in plain]
+        if len(missing) == 1 and len(required) > 1:
+            others = [name for name in plain if name not in required]
+            close = [name for name in others if missing[0] == "prompt" and name in _PROMPT_LIKE]
+            close = close or difflib.get_close_matches(missing[0], others, n=1)
+            which = f": is it {plain[close[0]]!r}?" if close else ""
+            return f". Of {', '.join(required)} only {missing[0]!r} is missing{which}"
+    return ""
+
+
+def unused(layout: str, columns: Collection[str]) -> list[str]:
+    """The columns that a layout, as `recognize` named it, does not read."""
+    used = {*_OPTIONAL.get(layout, ()), *_OPTIONAL_IN_MOST}.difference(_NOT_IN.get(layout, ()))
+    used.update(*(names for known, names in _REQUIRED if known == layout))
+    if layout == "alpaca" and "instruction" in columns:
+        used.remove("question")
+    return [column for column in columns if column not in used]
+
+
+def unused_note(layout: str, columns: Collection[str]) -> str:
+    """A sentence about the columns that are not used, or nothing: first those that one would expect to be."""
+    names = unused(layout, columns)
+    telling = [name for name in names if _plain(name) in _PROMPT_LIKE | _TELLING]
+    rest = [name for name in names if name not in telling]
+    parts = [
+        f"the column {group[0]!r} is not used"
+        if len(group) == 1
+        else f"the columns {', '.join(map(repr, group))} are not used"
+        for group in (telling, rest)
+        if group
+    ]
+    if telling:
+        parts[0] += ", and training would differ with " + ("it" if len(telling) == 1 else "them")
+    return "; ".join(parts)
+
+
+def has_system(rows: Iterable[tuple[str, Mapping[str, Any]]]) -> bool:
+    """Whether the column `system` holds something in any row: then no row of the dataset is plain text."""
+    return any(_has_system(row) for _, row in rows)
+
+
+def _has_system(row: Mapping[str, Any]) -> bool:
+    return bool(row.get("system")) and not is_blank(row["system"])
 
 
 def convert(
@@ -84,6 +185,7 @@ def convert(
     *,
     ranked_pairs: str = "best_vs_worst",
     empty_response: str = "error",
+    conversational: bool = False,
 ) -> Iterator[Row]:
     """Converts `(source, row)` pairs of a layout that `recognize` named, one at a time (OpenAssistant: all at once,
     since a reply may come before its prompt).
@@ -93,47 +195,62 @@ def convert(
             the best answer with every answer that is ranked below it.
         empty_response: `"error"`, or `"drop"` to let rows with an empty response through, for the tokenization to
             drop and count.
+        conversational: make conversations of rows of plain text, too: for datasets with a system turn in some row
+            (`has_system`).
 
     Raises `ValueError` that begins with the row's source: a field that is missing, of another type than its layout
-    has, or empty; a row of text among conversations, or the other way round.
+    has, or empty; a row of text among conversations, or a row without a weight among rows that have one, and the
+    other way round.
     """
     if ranked_pairs not in RANKED_PAIRS:
         raise ValueError(f"ranked_pairs: expected one of {RANKED_PAIRS}, got {ranked_pairs!r}")
     if empty_response not in EMPTY_RESPONSE:
         raise ValueError(f"empty_response: expected one of {EMPTY_RESPONSE}, got {empty_response!r}")
-    converter: Callable[[Mapping[str, Any]], Row]
     if layout == "openassistant":
         converted = _from_message_tree(rows, ranked_pairs)
-    elif layout == "nectar":
-        converted = ((source, pair) for source, row in rows for pair in _located(source, _nectar, row, ranked_pairs))
     else:
-        converter = {
+        converters: dict[str, Callable[[_Fields], list[Row]]] = {
             "explicit": _explicit,
             "implicit": _implicit,
+            "nectar": partial(_nectar, ranked_pairs=ranked_pairs),
             "openai": _openai,
             "sharegpt": _sharegpt,
             "alpaca": _alpaca,
-        }[layout]
-        converted = ((source, _located(source, converter, row)) for source, row in rows)
-    conversational = None
+        }
+        converted = (
+            (source, pair)
+            for source, row in rows
+            for pair in _located(source, _pairs_of, row, converters[layout], conversational)
+        )
+    first: Row = {}
     for source, pair in converted:
-        is_conversational = isinstance(pair["prompt"], list)
-        if conversational is None:
-            conversational = is_conversational
-        if is_conversational != conversational:
-            kinds = ("conversational", "plain text") if is_conversational else ("plain text", "conversational")
-            raise ValueError(f"{source}: this row is {kinds[0]}, the rows before it are {kinds[1]}: expected one kind")
+        pair = {"source": source, "tools": None, "weight": None, **dict.fromkeys(_TOKEN_WEIGHTS), "altered": [], **pair}
+        first = first or pair
+        _check_alike(pair, first)
         for field in ("chosen", "rejected"):
             if empty_response == "error" and is_empty(pair[field]):
                 raise ValueError(f"{source}: the {field} response is empty")
-        yield {"source": source, "tools": None, **pair}
+        yield pair
+
+
+def _check_alike(pair: Row, first: Row) -> None:
+    """Whether a row is of one kind with those before it."""
+    source = pair["source"]
+    kinds = [("conversational" if isinstance(row["prompt"], list) else "plain text") for row in (pair, first)]
+    if kinds[0] != kinds[1]:
+        why = next((f" ({LOOKS_LIKE_MESSAGES})" for row in (pair, first) if LOOKS_LIKE_MESSAGES in row["altered"]), "")
+        raise ValueError(f"{source}: this row is {kinds[0]}, the rows before it are {kinds[1]}: expected one kind{why}")
+    if (pair["weight"] is None) != (first["weight"] is None):
+        has, had = ("no weight", "has one") if pair["weight"] is None else ("a weight", "has none")
+        raise ValueError(f"{source}: this row has {has}, {first['source']} {had}: expected one for each row")
 
 
 def is_empty(response: str | Messages) -> bool:
-    """Whether a response says nothing: blank text, or messages with neither text nor a tool call."""
+    """Whether a response says nothing: blank text, or an assistant's turns with neither text nor a tool call."""
     if isinstance(response, str):
         return not response.strip()
-    return not any(message["content"].strip() or message.get("tool_calls") for message in response)
+    turns = [message for message in response if message["role"] == "assistant"] or response
+    return all(map(says_nothing, turns))
 
 
 def _located(source: str, converter: Callable[..., Any], *args: Any) -> Any:
@@ -147,214 +264,142 @@ def _located(source: str, converter: Callable[..., Any], *args: Any) -> Any:
 
 
 def _field(row: Mapping[str, Any], name: str) -> Any:
-    if row.get(name) is None:
+    if is_null(row.get(name)):
         raise ValueError(f"the field {name!r} is {'null' if name in row else 'missing'}")
     return row[name]
 
 
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"the field {name!r}: expected text, got {type(value).__name__}")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the field {name!r} holds half of a surrogate pair, which is no Unicode text") from None
-    return value
+class _Fields:
+    """A row's fields as layouts read them, and in `altered` what was noticed about them."""
+
+    def __init__(self, row: Mapping[str, Any], conversational: bool) -> None:
+        self.row = row
+        self.altered: list[str] = []
+        self._tools = [tools(row.get("tools"))]
+        self.system = self._read_system()
+        self.conversational = conversational or bool(self.system)
+
+    def __contains__(self, name: str) -> bool:
+        return not is_blank(self.row.get(name))
+
+    def read(self, name: str) -> str | Messages:
+        """Text or messages of a field that has to be there."""
+        return self.parsed(_field(self.row, name), name)
+
+    def parsed(self, value: Any, name: str) -> str | Messages:
+        parsed = parse_text_or_messages(value, name)
+        self.altered += parsed.altered
+        self._tools.append(parsed.tools)
+        return parsed.value
+
+    def tools(self) -> list[Any] | None:
+        """Those of the row, or those that came with its messages."""
+        given = [one for one in self._tools if one]
+        if len({json.dumps(one, sort_keys=True, default=repr) for one in given}) > 1:
+            self.altered.append(OTHER_TOOLS)
+        return given[0] if given else None
+
+    def refuse_without_turns(self) -> None:
+        for name, given in (("tools", self.tools()), ("system", self.conversational)):
+            if given:
+                raise ValueError(
+                    f"the field {name!r} needs a conversational prompt for the chat template, got plain text"
+                )
+
+    def _read_system(self) -> Messages:
+        if not _has_system(self.row):
+            return []
+        system = self.parsed(self.row["system"], "system")
+        turns = [{"role": "system", "content": system}] if isinstance(system, str) else system
+        if others := {turn["role"] for turn in turns} - {"system", "developer"}:
+            raise ValueError(f"the field 'system': expected text or a system turn, got one of role {min(others)!r}")
+        return turns
 
 
-def _text_or_messages(value: Any, name: str) -> str | Messages:
-    if isinstance(value, str):
-        return _text(value, name)
-    if isinstance(value, Mapping):
-        return [_message(value, name)]
-    if isinstance(value, list) and value:
-        return [_message(message, name) for message in value]
-    came = "an empty list" if value == [] else type(value).__name__
-    raise ValueError(f"the field {name!r}: expected text or a list of messages, got {came}")
+def _pairs_of(row: Mapping[str, Any], converter: Callable[[_Fields], list[Row]], conversational: bool) -> list[Row]:
+    """The pairs of a row, each with what the row says of all of them."""
+    fields = _Fields(row, conversational)
+    pairs = converter(fields)
+    common: Row = {"weight": weight(row["weight"], "weight") if "weight" in fields else None}
+    for name in _TOKEN_WEIGHTS:
+        common[name] = _token_weights(row[name], name) if name in fields else None
+    return [{**pair, **common, "altered": list(dict.fromkeys(fields.altered))} for pair in pairs]
 
 
-def _messages(value: Any, name: str, role: str) -> Messages:
-    """Messages as they are; text becomes one message of the given role."""
-    value = _text_or_messages(value, name)
-    return [{"role": role, "content": value}] if isinstance(value, str) else value
-
-
-def _message(value: Any, name: str) -> dict[str, Any]:
-    """One message with the keys role and content first, from {role, content} or {from, value}; null keys are left out.
-
-    Tool calls keep their arguments as an object, which is what chat templates expect, also where they came as the JSON
-    text that the OpenAI format has.
-    """
-    if not isinstance(value, Mapping):
-        raise ValueError(f"the field {name!r}: expected messages, objects with role and content, got {value!r:.80}")
-    role = value.get("role", value.get("from"))
-    if not isinstance(role, str):
-        raise ValueError(f"the field {name!r}: a message has no role (keys: {', '.join(map(str, value))})")
-    content = value.get("content", value.get("value"))
-    extra = {k: v for k, v in value.items() if k not in ("role", "from", "content", "value") and v is not None}
-    if role == "function_call":
-        calls = _json(_text(content, name), name)
-        extra["tool_calls"] = [{"type": "function", "function": call} for call in _as_list(calls)]
-        role, content = "assistant", None
-    if extra.get("tool_calls"):
-        extra["tool_calls"] = [_tool_call(call, name) for call in extra["tool_calls"]]
-    if content is None:
-        if not extra.get("tool_calls"):
-            raise ValueError(f"the field {name!r}: a message of role {role!r} has no content")
-        content = ""
-    if isinstance(content, list):
-        content = "".join(_text_part(part, name) for part in content)
-    return {"role": _ROLES.get(role, role), "content": _text(content, name), **extra}
-
-
-def _text_part(part: Any, name: str) -> str:
-    if not isinstance(part, Mapping) or part.get("type") != "text":
-        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        raise ValueError(f"the field {name!r}: content parts must be text, got {kind!r}")
-    return _text(part.get("text"), name)
-
-
-def _tool_call(call: Any, name: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else None
-    if not isinstance(function, Mapping):
-        raise ValueError(f"the field {name!r}: expected a tool call with a function, got {call!r:.80}")
-    if not isinstance(function.get("arguments"), str):
-        return dict(call)
-    function = {**function, "arguments": _json(function["arguments"], name)}
-    return {**call, "function": function} if "function" in call else dict(function)
-
-
-def _tools(value: Any) -> list[Any] | None:
-    """Tools as a list, also from JSON text, in which LLaMA-Factory keeps them; None where there are none."""
-    if isinstance(value, str):
-        value = _json(value, "tools") if value.strip() else None
-    return _as_list(value) if value else None
-
-
-def _as_list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"the field {name!r}: expected JSON text, got {text!r:.80} ({error})") from None
-
-
-def _with_system(row: Mapping[str, Any], prompt: Messages) -> Messages:
-    system = row.get("system")
-    if not system or prompt[0]["role"] == "system":
-        return prompt
-    return [{"role": "system", "content": _text(system, "system")}, *prompt]
+def _token_weights(value: Any, name: str) -> list[float]:
+    value = from_json(value, name)
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"the field {name!r}: expected a list with a number for each token, got {value!r:.80}")
+    return [weight(item, name) for item in value]
 
 
 # Layouts
 
 
-def _explicit(row: Mapping[str, Any]) -> Row:
-    prompt, chosen, rejected = (_text_or_messages(_field(row, n), n) for n in ("prompt", "chosen", "rejected"))
-    tools = _tools(row.get("tools"))
-    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str) and not row.get("system"):
-        if tools:
-            raise ValueError("the field 'tools' needs a conversational prompt for the chat template, got plain text")
-        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    prompt = _messages(prompt, "prompt", "user")
-    chosen = _messages(chosen, "chosen", "assistant")
-    rejected = _messages(rejected, "rejected", "assistant")
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        prompt, chosen, rejected = _without_repeated_prompt(prompt, chosen, rejected)
-    return {"prompt": _with_system(row, prompt), "chosen": chosen, "rejected": rejected, "tools": tools}
+def _text_pair(prompt: str, chosen: str, rejected: str) -> Row:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
-def _without_repeated_prompt(prompt: Messages, chosen: Messages, rejected: Messages) -> tuple[Messages, ...]:
-    """Splits off the turns that both conversations share. They must hold the prompt's last turn; what the prompt has
-    before it (a system turn, say) and what the two share after it belong to the prompt."""
-    shared, chosen, rejected = _split_shared_turns(chosen, rejected)
-    last = prompt[-1]["content"].strip()
-    places = [i for i, message in enumerate(shared) if message["content"].strip() == last]
-    if not places:
-        raise ValueError(
-            "chosen and rejected neither start with an assistant turn nor repeat the prompt: expected the response "
-            "alone, or the whole conversation"
-        )
-    head = shared[: places[-1] + 1]
-    return (prompt if len(prompt) > len(head) else head) + shared[len(head) :], chosen, rejected
-
-
-def _split_shared_turns(chosen: Messages, rejected: Messages) -> tuple[Messages, Messages, Messages]:
-    """Shared first turns, and the rest of both: at least one turn each, so that equal conversations stay a pair."""
-    most = min(len(chosen), len(rejected)) - 1
-    shared = next((i for i in range(most) if chosen[i] != rejected[i]), most)
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _implicit(row: Mapping[str, Any]) -> Row:
-    chosen, rejected = (_text_or_messages(_field(row, n), n) for n in ("chosen", "rejected"))
-    tools = _tools(row.get("tools"))
+def _conversation(fields: _Fields, prompt: str | Messages, chosen: str | Messages, rejected: str | Messages) -> Row:
     if isinstance(chosen, str) and isinstance(rejected, str):
-        if not (_is_transcript(chosen) and _is_transcript(rejected)):
-            if tools:
-                raise ValueError("the field 'tools' needs conversations for the chat template, got plain text")
-            parts = split_shared_text(chosen, rejected)
-            return dict(zip(("prompt", "chosen", "rejected"), parts, strict=True))
-        chosen, rejected = _transcript(chosen), _transcript(rejected)
-    if isinstance(chosen, str) or isinstance(rejected, str):
+        before = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        responses = without_repeated_text(before, chosen, rejected, fields.altered)
+        if responses != (chosen, rejected) or is_transcript(before):
+            chosen, rejected = (response.strip() for response in responses)  # the space was part of the whole text
+    prompt, chosen, rejected = without_repeated_prompt(
+        prompt_turns(prompt), response_turns(chosen), response_turns(rejected), fields.altered
+    )
+    return _with_prompt(fields, prompt, chosen, rejected)
+
+
+def _with_prompt(fields: _Fields, prompt: Messages, chosen: Messages, rejected: Messages) -> Row:
+    prompt = with_system(prompt, fields.system, fields.altered)
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": fields.tools()}
+
+
+def _explicit(fields: _Fields) -> list[Row]:
+    prompt, chosen, rejected = (fields.read(name) for name in ("prompt", "chosen", "rejected"))
+    if isinstance(prompt, str) and isinstance(chosen, str) and isinstance(rejected, str):
+        responses = without_repeated_text(prompt, chosen, rejected, fields.altered)
+        if responses == (chosen, rejected) and repeats_prompt(prompt, responses):
+            chosen, rejected = transcript(chosen), transcript(rejected)
+        elif not fields.conversational:
+            fields.refuse_without_turns()
+            return [_text_pair(prompt, *responses)]
+    return [_conversation(fields, prompt, chosen, rejected)]
+
+
+def _implicit(fields: _Fields) -> list[Row]:
+    chosen, rejected = (fields.read(name) for name in ("chosen", "rejected"))
+    if LOOKS_LIKE_MESSAGES in fields.altered:  # the prompt would end inside an object
+        raise ValueError(
+            "chosen and rejected look like messages, and cannot be read as such: expected messages, or a column prompt"
+        )
+    if (
+        isinstance(chosen, str)
+        and isinstance(rejected, str)
+        and not (is_transcript(chosen) and is_transcript(rejected))
+    ):
+        fields.refuse_without_turns()
+        return [_text_pair(*split_shared_text(chosen, rejected))]
+    turns = [transcript(side) if isinstance(side, str) and is_transcript(side) else side for side in (chosen, rejected)]
+    if isinstance(turns[0], str) or isinstance(turns[1], str):
         raise ValueError("expected chosen and rejected both as text or both as messages, got one of each")
-    prompt, chosen, rejected = _split_shared_turns(chosen, rejected)
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "tools": tools}
+    return [_with_prompt(fields, *split_shared_turns(turns[0], turns[1]))]
 
 
-def split_shared_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Prompt and responses of two texts that begin alike: cut where the first word in which they differ begins.
-
-    A space before that word goes with the response (`"A:"`, `" blue"`), as byte-level vocabularies have it; other
-    white space stays in the prompt. `("A: grey", "A: green")` gives `("A:", " grey", " green")`, not a cut at "gre".
-    """
-    cut = len(os.path.commonprefix([chosen, rejected]))
-    while cut and not chosen[cut - 1].isspace():
-        cut -= 1
-    if cut and chosen[cut - 1] == " ":
-        cut -= 1
-    return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def _is_transcript(text: str) -> bool:
-    return re.match(r"\s*Human:", text) is not None and "\n\nAssistant:" in text
-
-
-def _transcript(text: str) -> Messages:
-    r"""Messages of `"\n\nHuman: ...\n\nAssistant: ..."`; white space around a turn is part of the format."""
-    _, *turns = re.split(r"(?:^\s*|\n\n)(Human|Assistant):", text)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[turns[i]], "content": turns[i + 1].strip()} for i in range(0, len(turns), 2)]
-
-
-def _nectar(row: Mapping[str, Any], ranked_pairs: str) -> list[Row]:
-    text, answers = _text(_field(row, "prompt"), "prompt"), _field(row, "answers")
-    prompt: Messages = _transcript(text) if _is_transcript(text) else [{"role": "user", "content": text}]
-    if prompt[-1] == {"role": "assistant", "content": ""}:
-        prompt = prompt[:-1]
+def _nectar(fields: _Fields, ranked_pairs: str) -> list[Row]:
+    prompt, answers = fields.read("prompt"), records(from_json(_field(fields.row, "answers"), "answers"))
+    answers = [from_json(answer, "answers") for answer in answers] if isinstance(answers, list | tuple) else answers
     if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
         raise ValueError(f"the field 'answers': expected a list of objects with answer and rank, got {answers!r:.80}")
-    ranked = [(_rank(answer), _text(_field(answer, "answer"), "answer")) for answer in answers]
+    ranked = [
+        (number(_field(answer, "rank"), "rank"), fields.parsed(_field(answer, "answer"), "answer"))
+        for answer in answers
+    ]
     if len({rank for rank, _ in ranked}) < 2:
         raise ValueError(f"the field 'answers': expected two differently ranked answers or more, got {len(ranked)}")
-    return [
-        {
-            "prompt": prompt,
-            "chosen": [{"role": "assistant", "content": best}],
-            "rejected": [{"role": "assistant", "content": worse}],
-        }
-        for best, worse in _pairs(ranked, ranked_pairs)
-    ]
-
-
-def _rank(row: Mapping[str, Any]) -> float:
-    rank = _field(row, "rank")
-    if isinstance(rank, bool) or not isinstance(rank, int | float):
-        raise ValueError(f"the field 'rank': expected a number, got {rank!r:.80}")
-    return rank
+    return [_conversation(fields, prompt, best, worse) for best, worse in _pairs(ranked, ranked_pairs)]
 
 
 def _pairs(ranked: list[tuple[float, Any]], ranked_pairs: str) -> list[tuple[Any, Any]]:
@@ -365,47 +410,42 @@ def _pairs(ranked: list[tuple[float, Any]], ranked_pairs: str) -> list[tuple[Any
     return [(best, item) for item in (worse if ranked_pairs == "best_vs_each" else worse[-1:])]
 
 
-def _openai(row: Mapping[str, Any]) -> Row:
-    given = _field(row, "input")
-    if not isinstance(given, Mapping):
-        raise ValueError(f"the field 'input': expected an object with messages, got {type(given).__name__}")
-    return {
-        "prompt": _messages(_field(given, "messages"), "input.messages", "user"),
-        "chosen": _messages(_field(row, "preferred_output"), "preferred_output", "assistant"),
-        "rejected": _messages(_field(row, "non_preferred_output"), "non_preferred_output", "assistant"),
-        "tools": _tools(given.get("tools")),
-    }
+def _openai(fields: _Fields) -> list[Row]:
+    return [_conversation(fields, *map(fields.read, ("input", "preferred_output", "non_preferred_output")))]
 
 
-def _sharegpt(row: Mapping[str, Any]) -> Row:
-    return {
-        "prompt": _with_system(row, _messages(_field(row, "conversations"), "conversations", "user")),
-        "chosen": _messages(_field(row, "chosen"), "chosen", "assistant"),
-        "rejected": _messages(_field(row, "rejected"), "rejected", "assistant"),
-        "tools": _tools(row.get("tools")),
-    }
+def _sharegpt(fields: _Fields) -> list[Row]:
+    return [_conversation(fields, *map(fields.read, ("conversations", "chosen", "rejected")))]
 
 
-def _alpaca(row: Mapping[str, Any]) -> Row:
-    name = "instruction" if "instruction" in row else "question"
-    question = _text(_field(row, name), name)
-    if row.get("input"):
-        question += "\n" + _text(row["input"], "input")
+def _alpaca(fields: _Fields) -> list[Row]:
+    name = "instruction" if "instruction" in fields or "question" not in fields else "question"
+    question = fields.read(name)
+    if "input" in fields:
+        if not isinstance(question, str):
+            raise ValueError(f"the field 'input' goes with text, got messages in the field {name!r}")
+        question += "\n" + text(fields.row["input"], "input")
+    asked: Messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    history = _history(fields.row["history"]) if "history" in fields else []
+    return [_conversation(fields, [*history, *asked], fields.read("chosen"), fields.read("rejected"))]
+
+
+def _history(value: Any) -> Messages:
+    """Turns of `[[question, answer], ...]`, or of messages."""
+    value = from_json(value, "history")
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        turns = parse_text_or_messages(value, "history").value
+        assert isinstance(turns, list)
+        return turns
     prompt: Messages = []
-    for exchange in row.get("history") or []:
-        if not isinstance(exchange, list) or len(exchange) != 2:
+    for exchange in value if isinstance(value, list | tuple) else [value]:
+        if not isinstance(exchange, list | tuple) or len(exchange) != 2:
             raise ValueError(f"the field 'history': expected pairs of question and answer, got {exchange!r:.80}")
         prompt += [
-            {"role": "user", "content": _text(exchange[0], "history")},
-            {"role": "assistant", "content": _text(exchange[1], "history")},
+            {"role": "user", "content": text(exchange[0], "history")},
+            {"role": "assistant", "content": text(exchange[1], "history")},
         ]
-    prompt.append({"role": "user", "content": question})
-    return {
-        "prompt": _with_system(row, prompt),
-        "chosen": _messages(_field(row, "chosen"), "chosen", "assistant"),
-        "rejected": _messages(_field(row, "rejected"), "rejected", "assistant"),
-        "tools": _tools(row.get("tools")),
-    }
+    return prompt
 
 
 def _from_message_tree(rows: Iterable[tuple[str, Mapping[str, Any]]], ranked_pairs: str) -> Iterator[tuple[str, Row]]:
@@ -414,30 +454,42 @@ def _from_message_tree(rows: Iterable[tuple[str, Mapping[str, Any]]], ranked_pai
     Deleted replies, and replies without a rank, are in no pair: they are not preferences. A pair's source is that of
     the better reply.
     """
-    messages: dict[str, tuple[dict[str, Any], str | None]] = {}
-    replies: dict[str, list[tuple[float, tuple[str, dict[str, Any]]]]] = {}
+    messages: dict[Hashable, tuple[Message, Hashable]] = {}
+    replies: dict[Hashable, list[tuple[float, tuple[str, Message]]]] = {}
     for source, row in rows:
-        message = _located(source, _tree_message, row)
-        parent = row.get("parent_id")
-        messages[row["message_id"]] = (message, parent)
-        if message["role"] == "assistant" and parent and row.get("rank") is not None:
-            rank = _located(source, _rank, row)
-            if not row.get("deleted"):
-                replies.setdefault(parent, []).append((rank, (source, message)))
+        name, parent, message, rank = _located(source, _tree_message, row)
+        if name in messages:
+            raise ValueError(f"{source}: the message_id {name!r} has been there before: expected each once")
+        messages[name] = (message, parent)
+        if message["role"] == "assistant" and parent is not None and rank is not None:
+            replies.setdefault(parent, []).append((rank, (source, message)))
 
     for parent, ranked in replies.items():
         for (source, better), (_, worse) in _pairs(ranked, ranked_pairs):
             prompt: Messages = []
-            ancestor: str | None = parent
-            while ancestor:
+            seen: set[Hashable] = set()
+            ancestor: Hashable = parent
+            while ancestor is not None:
                 if ancestor not in messages:
                     raise ValueError(f"{source}: the message {ancestor!r}, which it answers, is not in the data")
+                if ancestor in seen:
+                    raise ValueError(f"{source}: the message {ancestor!r} is among its own ancestors (parent_id)")
+                seen.add(ancestor)
                 message, ancestor = messages[ancestor]
                 prompt.insert(0, message)
             yield source, {"prompt": prompt, "chosen": [better], "rejected": [worse]}
 
 
-def _tree_message(row: Mapping[str, Any]) -> dict[str, Any]:
-    for name in ("message_id", "text", "role"):
-        _field(row, name)
-    return _message({"role": row["role"], "content": row["text"]}, "text")
+def _tree_message(row: Mapping[str, Any]) -> tuple[Hashable, Hashable, Message, float | None]:
+    """Id, parent's id, message, and the rank of one that is ranked and not deleted."""
+    for name in ("message_id", "parent_id"):
+        if not isinstance(row.get(name), Hashable):
+            raise ValueError(f"the field {name!r}: expected text or a number, got {row[name]!r:.80}")
+    parent = None if is_blank(row.get("parent_id")) else row["parent_id"]
+    role = canonical_role(text(_field(row, "role"), "role"))
+    message = {"role": role, "content": text(_field(row, "text"), "text")}
+    rank = None if is_blank(row.get("rank")) else number(row["rank"], "rank")
+    deleted = row.get("deleted")
+    if isinstance(deleted, str):
+        deleted = deleted.strip().lower() not in ("", "0", "false", "no")
+    return _field(row, "message_id"), parent, message, None if deleted and not is_null(deleted) else rank

@@ -1,45 +1,49 @@
-"""Preference datasets: from files or the hub to normalized rows, each with its source."""
+"""Preference datasets: from files or the hub to normalized rows, each with its source; several of them as a mixture."""
 
 from __future__ import annotations
 
-import csv
 import functools
-import gzip
 import hashlib
 import json
 import os
-import re
-from collections.abc import Callable, Iterator, Mapping
-from itertools import chain, islice
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
 from datasets import Dataset, Features, Json, List, Value
 
-from dpo_kernels.data import layouts
+from dpo_kernels.data import files, formats, layouts, mixtures
 
-_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".csv", ".parquet")
-_SPLIT_NAMES = {
-    "train": {"train", "training"},
-    "validation": {"validation", "valid", "val", "dev", "eval"},
-    "test": {"test", "testing"},
-}
 _ROWS_TO_RECOGNIZE = 100  # the first rows of a JSON file may lack optional fields
-_NORMALIZED = ("source", "prompt", "chosen", "rejected")
+_MARK = "Preference pairs in the form of dpo_kernels.data.load_preferences"  # a dataset's description
+_PARTS = ("prompt", "chosen", "rejected")
+_WHERE_THERE_ARE_ANY = {
+    "tools": Json(),
+    "weight": Value("float64"),
+    "chosen_token_weights": List(Value("float64")),
+    "rejected_token_weights": List(Value("float64")),
+    "altered": List(Value("string")),
+}
+_LATE = "late"  # unused columns that no row before has, while a dataset is made
 
-_RawRows = Iterator[tuple[str, Mapping[str, Any]]]
+Name: TypeAlias = "str | os.PathLike[str] | Dataset"
 
 
 # Loading
 
 
 def load_preferences(
-    name_or_path: str | os.PathLike[str],
+    name_or_path: Name | Sequence[Name],
     *,
-    split: str = "train",
-    name: str | None = None,
+    split: str | Sequence[str] = "train",
+    name: str | Sequence[str | None] | None = None,
+    weights: Sequence[float] | None = None,
+    seed: int = 0,
     max_rows: int | None = None,
     ranked_pairs: str = "best_vs_worst",
     empty_response: str = "error",
@@ -48,49 +52,56 @@ def load_preferences(
     """Preference pairs in one form, from any of `dpo_kernels.data.layouts.KNOWN_LAYOUTS`.
 
     Args:
-        name_or_path: a local `.jsonl` (also `.jsonl.gz`), `.json`, `.csv` or `.parquet` file; a directory of those, or
-            one that `Dataset.save_to_disk` wrote; or a dataset on the hub.
-        split: split to load. A single file is its own train split. In a directory, files whose names or folders hold
-            a split's name (`train`, `validation`, `test`, ...) belong to it; where none does, all are train.
-        name: configuration of a hub dataset.
-        max_rows: keep the first `max_rows` pairs.
+        name_or_path: a local `.jsonl`, `.ndjson`, `.json`, `.csv` or `.tsv` file (each also packed, as in `.jsonl.gz`)
+            or `.parquet` file; a directory of those, or one that `Dataset.save_to_disk` wrote; a dataset on the hub; a
+            `Dataset`; or several of these, one after the other in the result.
+        split: split to load, or one for each of several datasets. A single file is its own train split. In a
+            directory, files whose names or folders have a split's name (`train`, `validation`, `test`, ...) as a word
+            belong to it; all others are train.
+        name: configuration of a hub dataset, or one for each of several datasets.
+        weights: how often the pairs of each dataset are taken, once by default: 2 takes each twice, 0.5 a random half
+            of them, 1.5 all of them and a random half once more, 0 none.
+        seed: with the dataset's place in the list, what that random part follows from.
+        max_rows: keep the first `max_rows` pairs, of each dataset.
         ranked_pairs: how ranked answers become pairs, `"best_vs_worst"` or `"best_vs_each"`.
         empty_response: `"error"`, or `"drop"`, which leaves rows with an empty response to `tokenize_preferences` to
             drop and count.
         cache_dir: where `datasets` keeps the converted rows; default: its own cache directory.
 
     Returns a `Dataset` with the columns `prompt`, `chosen`, `rejected`, either all text or all lists of messages
-    `{"role", "content", ...}`; `source`, which names file and row; and `tools`, where some row has tools. It is
-    converted once, then served from the cache while contents, path and options stay the same; its fingerprint is the
-    same in every process.
+    `{"role", "content", ...}`; `source`, which names file and row; and, where some row has them, `tools`, `weight` (of
+    the pair), `chosen_token_weights`, `rejected_token_weights` (lists of numbers) and `altered` (reasons for which a
+    row is not what the file has). Rows are converted once, then served from the cache while contents, path and options
+    stay the same; the fingerprint is the same in every process.
+
+    Warns of files in a directory that are left out, and of columns that are not used: one warning each.
 
     Raises `ValueError`: for columns of no known layout, or unpaired ones; naming file and row (counted from 1: the
     line of a JSON Lines file, the element of a JSON array, the record of a CSV file) for a broken line, a field
-    missing or of the wrong type, or an empty response; for a file or split that is not there.
+    missing or of the wrong type, or an empty response; for a file or split that is not there, or a damaged archive;
+    for datasets of different kinds, for one that is there twice, and for weights that leave nothing of one.
     """
-    path = Path(name_or_path).expanduser()
-    options: dict[str, Any] = {
-        "max_rows": max_rows,
-        "ranked_pairs": ranked_pairs,
-        "empty_response": empty_response,
-        "cache_dir": cache_dir,
-    }
-    if not path.exists():
-        if path.name.endswith(_SUFFIXES) or str(name_or_path).startswith((".", "/", "~")):
-            raise ValueError(f"name_or_path: there is no file or directory {str(name_or_path)!r}")
-        dataset = datasets.load_dataset(str(name_or_path), name, split=split, cache_dir=cache_dir)
-        return normalize_preferences(dataset, origin=f"{name_or_path}[{split}]", **options)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, Dataset):
-            saved = datasets.DatasetDict({"train": saved})
-        if split not in saved:
-            raise ValueError(f"split: {str(path)!r} has the splits {', '.join(map(str, saved))}, not {split!r}")
-        return normalize_preferences(saved[split], origin=str(path), **options)
-
-    files = _data_files(path, split)
-    digest = digest_of(*((str(file), file_digest(file)) for file in files))
-    return _converted(lambda: chain.from_iterable(map(_read, files)), digest, str(path), **options)
+    several = isinstance(name_or_path, list | tuple)
+    names: list[Any] = list(name_or_path) if isinstance(name_or_path, list | tuple) else [name_or_path]
+    if not names or not all(isinstance(one, str | os.PathLike | Dataset) for one in names):
+        raise ValueError(f"name_or_path: expected a name or path, or a list of them, got {name_or_path!r:.80}")
+    splits, configurations = _one_each("split", split, names), _one_each("name", name, names)
+    shares = mixtures.shares(weights, len(names))
+    options = _Options(max_rows, ranked_pairs, empty_response, cache_dir)
+    notes = _Notes()
+    loaded: list[_Loaded | None] = []
+    for place, (one, its_split, configuration) in enumerate(zip(names, splits, configurations, strict=True), start=1):
+        if not shares[place - 1]:
+            loaded.append(None)
+            notes.files.append(f"{'dataset' if isinstance(one, Dataset) else one}: left out whole: its weight is 0")
+            continue
+        loaded.append(_load(one, its_split, configuration, options, notes, f" {place}" if several else ""))
+    if several or weights is not None:
+        dataset = _joined(loaded, shares, seed)
+    else:
+        (dataset,) = (one.dataset for one in loaded if one)
+    notes.warn()
+    return dataset
 
 
 def normalize_preferences(
@@ -102,66 +113,273 @@ def normalize_preferences(
     empty_response: str = "error",
     cache_dir: str | None = None,
 ) -> Dataset:
-    """Converts a `Dataset` of any known layout to the form of `load_preferences`; `origin` names it in `source`.
+    """Converts a `Dataset` of any known layout to the form of `load_preferences`; `origin` names it in `source`. Rows
+    that have this form already stay as they are.
 
-    Raises `ValueError` as `load_preferences` does.
+    Warns and raises `ValueError` as `load_preferences` does.
     """
+    notes = _Notes()
+    options = _Options(max_rows, ranked_pairs, empty_response, cache_dir)
+    dataset = _normalized(dataset, origin, options, notes)
+    notes.warn()
+    return dataset
+
+
+@dataclass(frozen=True)
+class _Options:
+    max_rows: int | None
+    ranked_pairs: str
+    empty_response: str
+    cache_dir: str | None
+
+    def __post_init__(self) -> None:
+        if self.max_rows is not None and self.max_rows < 1:
+            raise ValueError(f"max_rows: expected None or at least 1, got {self.max_rows}")
+
+
+@dataclass(frozen=True)
+class _Notes:
+    """What there is to say of a load, a sentence a dataset."""
+
+    files: list[str] = field(default_factory=list)
+    unused: list[str] = field(default_factory=list)
+
+    def warn(self) -> None:
+        for sentences in (self.files, self.unused):
+            if sentences:
+                warnings.warn("\n".join(sentences), stacklevel=3)
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    dataset: Dataset
+    origin: str
+    made_of: frozenset[str]  # files, or what stands for them: a dataset that is given twice has some twice
+
+
+def _one_each(argument: str, value: Any, names: Sequence[Any]) -> list[Any]:
+    """A value for each dataset."""
+    values = [value] * len(names) if value is None or isinstance(value, str) else list(value)
+    if len(values) != len(names):
+        raise ValueError(f"{argument}: expected one, or one for each of {len(names)} datasets, got {len(values)}")
+    return values
+
+
+def _load(name: Name, split: str, configuration: str | None, options: _Options, notes: _Notes, place: str) -> _Loaded:
+    """One dataset; `place`, as in `" 2"`, tells it from others of its name in `source`, where there are several."""
+    if isinstance(name, Dataset):
+        origin = f"dataset{place}"
+        return _Loaded(_normalized(name, origin, options, notes), origin, frozenset([name._fingerprint]))
+    path = Path(name).expanduser()
+    if not path.exists():
+        if path.name.lower().endswith(formats.SUFFIXES) or str(name).startswith((".", "/", "~")):
+            raise ValueError(f"name_or_path: there is no file or directory {str(name)!r}")
+        try:
+            dataset = datasets.load_dataset(str(name), configuration, split=split, cache_dir=options.cache_dir)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"name_or_path: no file or directory {str(name)!r}, nor on the hub: {error}") from error
+        origin = f"{name}/{configuration}[{split}]" if configuration and place else f"{name}[{split}]"
+        return _Loaded(_normalized(dataset, origin, options, notes), origin, frozenset([f"{origin} {configuration}"]))
+    if (path / "dataset_dict.json").exists() or all((path / f"{n}.json").exists() for n in ("state", "dataset_info")):
+        dataset = _normalized(_saved(path, split), str(path), options, notes)
+        return _Loaded(dataset, str(path), frozenset([f"{path.resolve()}[{split}]"]))
+
+    found, left_out = files.find(path, split)
+    if left_out:
+        notes.files.append(f"{path}: left out {'; '.join(left_out)}")
+    digests = {file: file_digest(file) for file in found}
+    notes.files.extend(files.repeated(digests))
+    sources = [_Source(str(file), digest, functools.partial(formats.read, file)) for file, digest in digests.items()]
+    dataset = _converted(sources, str(path), options, notes)
+    return _Loaded(dataset, str(path), frozenset(str(file.resolve()) for file in found))
+
+
+def _saved(path: Path, split: str) -> Dataset:
+    """A split of what `save_to_disk` wrote."""
+    try:
+        saved = datasets.load_from_disk(str(path))
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path}: the saved dataset cannot be loaded: {error}") from None
+    if isinstance(saved, Dataset):
+        saved = datasets.DatasetDict({"train": saved})
+    if split not in saved:
+        raise ValueError(f"split: {str(path)!r} has the splits {', '.join(map(str, saved))}, not {split!r}")
+    return saved[split]
+
+
+def _normalized(dataset: Dataset, origin: str, options: _Options, notes: _Notes) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset: expected one split, a datasets.Dataset, got {type(dataset).__name__}")
-    return _converted(
-        lambda: _dataset_rows(dataset, origin),
-        digest_of(dataset._fingerprint, origin),
-        origin,
-        max_rows=max_rows,
-        ranked_pairs=ranked_pairs,
-        empty_response=empty_response,
-        cache_dir=cache_dir,
+    if is_normalized(dataset):
+        return dataset if options.max_rows is None else dataset.select(range(min(options.max_rows, len(dataset))))
+    read = functools.partial(formats.dataset_rows, dataset, origin)
+    return _converted([_Source(origin, dataset._fingerprint, read)], origin, options, notes)
+
+
+def _joined(loaded: Sequence[_Loaded | None], shares: Sequence[float], seed: int) -> Dataset:
+    """All datasets as one; None stands for those whose share is 0."""
+    there = [one for one in loaded if one]
+    made_of: dict[str, str] = {}
+    for one in there:
+        if twice := sorted(one.made_of & made_of.keys()):
+            raise ValueError(
+                f"name_or_path: {made_of[twice[0]]!r} and {one.origin!r} are the same, or share {twice[0]!r}: to take "
+                "the pairs of a dataset twice, give it the weight 2"
+            )
+        made_of |= dict.fromkeys(one.made_of, one.origin)
+    kinds = {one.dataset.features["prompt"] == Value("string"): one.origin for one in reversed(there)}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"name_or_path: {kinds[True]!r} is plain text, {kinds[False]!r} is conversational: expected one kind"
+        )
+    sizes = [(one.origin, len(one.dataset)) if one else ("", 0) for one in loaded]
+    rows = mixtures.rows(sizes, shares, seed)
+    fingerprint = digest_of([one.dataset._fingerprint for one in there], shares, seed)
+    return datasets.concatenate_datasets([one.dataset for one in there]).select(rows, new_fingerprint=fingerprint)
+
+
+# Conversion
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Rows of one layout: of a file, or of a dataset."""
+
+    origin: str
+    digest: str  # of the contents
+    read: Callable[[], formats.RawRows]
+
+    @functools.cached_property
+    def first_rows(self) -> list[tuple[str, Mapping[str, Any]]]:
+        return list(islice(self.read(), _ROWS_TO_RECOGNIZE))
+
+    @functools.cached_property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(chain.from_iterable(row for _, row in self.first_rows)))
+
+    @functools.cached_property
+    def layout(self) -> str:
+        try:
+            return layouts.recognize(self.columns)
+        except ValueError as error:
+            raise ValueError(f"{self.origin}: {error}") from None
+
+
+class _HasSystem(Exception):
+    """A row has a system turn, so that rows of plain text before it are conversations too."""
+
+
+def _converted(sources: Sequence[_Source], origin: str, options: _Options, notes: _Notes) -> Dataset:
+    digest = digest_of(
+        [(s.origin, s.digest) for s in sources], options.max_rows, options.ranked_pairs, options.empty_response
     )
-
-
-def _converted(
-    read: Callable[[], _RawRows],
-    digest: str,
-    origin: str,
-    *,
-    max_rows: int | None,
-    ranked_pairs: str,
-    empty_response: str,
-    cache_dir: str | None,
-) -> Dataset:
-    if max_rows is not None and max_rows < 1:
-        raise ValueError(f"max_rows: expected None or at least 1, got {max_rows}")
-    first_rows = list(islice(read(), _ROWS_TO_RECOGNIZE))
-    if not first_rows:
-        raise ValueError(f"{origin}: there are no rows")
+    if empty := [source.origin for source in sources if not source.first_rows]:
+        if len(empty) == len(sources):
+            raise ValueError(f"{origin}: there are no rows")
+        notes.files.append(f"{origin}: no rows in {', '.join(empty)}")
+        sources = [source for source in sources if source.first_rows]
+    conversational = any(layouts.has_system(source.first_rows) for source in sources)
     try:
-        layout = layouts.recognize(list(dict.fromkeys(chain.from_iterable(row for _, row in first_rows))))
-    except ValueError as error:
-        raise ValueError(f"{origin}: {error}") from None
+        dataset = _generated(sources, origin, options, digest, conversational)
+    except _HasSystem:
+        dataset = _generated(sources, origin, options, digest, conversational=True)
 
-    def convert() -> Iterator[layouts.Row]:
-        return layouts.convert(read(), layout, ranked_pairs=ranked_pairs, empty_response=empty_response)
+    unused: dict[str, list[str]] = {}
+    for source in sources:
+        unused.setdefault(source.layout, []).extend(source.columns)
+    for entry in dict.fromkeys(chain.from_iterable(dataset.data.column(_LATE).drop_null().to_pylist())):
+        layout, _, column = entry.partition(" ")
+        unused[layout].append(column)
+    said = [layouts.unused_note(layout, list(dict.fromkeys(columns))) for layout, columns in unused.items()]
+    notes.unused.extend(f"{origin}: {note}" for note in said if note)
 
-    first = next(convert(), None)
+    dataset = dataset.remove_columns(
+        [
+            name
+            for name in [*_WHERE_THERE_ARE_ANY, _LATE]
+            if name == _LATE or dataset.data.column(name).null_count == len(dataset)
+        ]
+    )
+    dataset.info.description = _MARK
+    return dataset
+
+
+def _generated(
+    sources: Sequence[_Source], origin: str, options: _Options, digest: str, conversational: bool
+) -> Dataset:
+    rows = functools.partial(_normalized_rows, sources, options, conversational)
+    first = next(rows(), None)
     if first is None:
-        raise ValueError(f"{origin}: there is no preference pair among the rows, which have the layout {layout!r}")
+        names = ", ".join(dict.fromkeys(repr(source.layout) for source in sources))
+        raise ValueError(f"{origin}: there is no preference pair among the rows, which have the layout {names}")
     # Messages and tools differ in their keys from row to row. As Arrow structs, each would get all keys of the others.
     part: Any = Value("string") if isinstance(first["prompt"], str) else List(Json())
-    features = Features({"source": Value("string"), "prompt": part, "chosen": part, "rejected": part, "tools": Json()})
+    features = {"source": Value("string"), **dict.fromkeys(_PARTS, part), **_WHERE_THERE_ARE_ANY}
     try:
-        dataset = Dataset.from_generator(
-            lambda: map(_as_json_text, islice(convert(), max_rows)),
-            features=features,
-            cache_dir=cache_dir,
-            fingerprint=digest_of(digest, max_rows, ranked_pairs, empty_response),
+        return Dataset.from_generator(
+            lambda: map(_as_json_text, islice(rows(), options.max_rows)),
+            features=Features({**features, _LATE: List(Value("string"))}),
+            cache_dir=options.cache_dir,
+            fingerprint=digest_of(digest, conversational),
         )
     except datasets.exceptions.DatasetGenerationError as error:
+        if isinstance(error.__cause__, _HasSystem):
+            raise error.__cause__ from None
         if isinstance(error.__cause__, ValueError):
             raise ValueError(str(error.__cause__)) from None
         raise
-    if dataset.data.column("tools").null_count == len(dataset):
-        dataset = dataset.remove_columns("tools")
-    return dataset
+
+
+def _normalized_rows(sources: Sequence[_Source], options: _Options, conversational: bool) -> Iterator[layouts.Row]:
+    """The rows of all sources, of one kind: plain text or conversations."""
+    is_text: bool | None = None
+    late: list[str] = []
+    # OpenAssistant's replies may have their prompt in another file; the rows of other layouts are complete in theirs.
+    for _, group in groupby(sources, key=lambda source: source.layout == "openassistant" or source.origin):
+        together = list(group)
+        pairs = layouts.convert(
+            chain.from_iterable(_watched(source, conversational, late) for source in together),
+            together[0].layout,
+            ranked_pairs=options.ranked_pairs,
+            empty_response=options.empty_response,
+            conversational=conversational,
+        )
+        for row in pairs:
+            if is_text is None:
+                is_text = isinstance(row["prompt"], str)
+            if isinstance(row["prompt"], str) != is_text:
+                kinds = ("plain text", "conversational")[:: -1 if is_text else 1]
+                raise ValueError(
+                    f"{row['source']}: this row is {kinds[0]}, the rows of other files before it are {kinds[1]}"
+                )
+            yield {**row, _LATE: late[:]}
+            late.clear()
+
+
+def _watched(source: _Source, conversational: bool, late: list[str]) -> formats.RawRows:
+    """The rows of a source, whose layout is that of its first rows: a column that comes later must not change it. Such
+    columns go into `late` if they are not used."""
+    known = set(source.columns)
+    for where, row in source.read():
+        if not known.issuperset(row):
+            new = [column for column in row if column not in known]
+            known.update(new)
+            try:
+                layout = layouts.recognize(known)
+            except ValueError:
+                layout = "unknown"
+            if layout != source.layout:
+                raise ValueError(
+                    f"{where}: the row has columns that the first {_ROWS_TO_RECOGNIZE} have not ({', '.join(new)}), "
+                    f"and with these the layout is {layout!r}, not {source.layout!r}"
+                )
+            late += [f"{layout} {column}" for column in layouts.unused(layout, new)]
+        if not conversational and layouts.has_system([(where, row)]):
+            raise _HasSystem
+        yield where, row
+
+
+# Rows as they are stored
 
 
 def _as_json_text(row: layouts.Row) -> layouts.Row:
@@ -172,157 +390,41 @@ def _as_json_text(row: layouts.Row) -> layouts.Row:
         try:
             encoded = json.dumps(value, ensure_ascii=False, allow_nan=False)
             encoded.encode()
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{row['source']}: not to be kept as JSON: {error}") from None
         if Json().encode_example(encoded) != encoded:
             raise ValueError(f"{row['source']}: not to be kept as JSON, a number in it is too large: {encoded:.200}")
         return encoded
 
-    row = {**row, "tools": text(row["tools"]) if row["tools"] else None}
+    stored = {**row, "tools": text(row["tools"]) if row["tools"] else None}
+    stored |= {name: row[name] or None for name in ("altered", _LATE)}
     if isinstance(row["prompt"], list):
-        for name in ("prompt", "chosen", "rejected"):
-            row[name] = [text(message) for message in row[name]]
-    return row
+        stored |= {name: [text(message) for message in row[name]] for name in _PARTS}
+    return stored
 
 
 def from_json_text(row: Mapping[str, Any]) -> layouts.Row:
-    row = {**row, "tools": json.loads(row["tools"]) if row.get("tools") else None}
+    """A stored row as `layouts.convert` gave it. A pair without a weight among pairs with weights has 1."""
+    weight = 1.0 if row.get("weight") is None and "weight" in row else row.get("weight")
+    row = {**dict.fromkeys(_WHERE_THERE_ARE_ANY), **row, "weight": weight, "altered": list(row.get("altered") or [])}
+    row["tools"] = json.loads(row["tools"]) if row["tools"] else None
     if isinstance(row["prompt"], list):
-        for name in ("prompt", "chosen", "rejected"):
-            row[name] = [json.loads(message) for message in row[name]]
+        row |= {name: [json.loads(message) for message in row[name]] for name in _PARTS}
     return row
 
 
-def _data_files(path: Path, split: str) -> list[Path]:
-    if path.is_file():
-        if not path.name.endswith(_SUFFIXES):
-            raise ValueError(f"name_or_path: expected a file ending in {', '.join(_SUFFIXES)}, got {str(path)!r}")
-        if split != "train":
-            raise ValueError(f"split: a single file is its own train split, got {split!r} for {str(path)!r}")
-        return [path]
-    files = [p for p in sorted(path.rglob("*")) if p.is_file() and p.name.endswith(_SUFFIXES)]
-    if not files:
-        raise ValueError(f"name_or_path: no file ending in {', '.join(_SUFFIXES)} in the directory {str(path)!r}")
-    by_split: dict[str, list[Path]] = {}
-    for file in files:
-        words = set(re.split(r"[^a-z]+", str(file.relative_to(path)).lower()))
-        for known, names in _SPLIT_NAMES.items():
-            if words & names:
-                by_split.setdefault(known, []).append(file)
-                break
-    by_split = by_split or {"train": files}
-    if split not in by_split:
-        raise ValueError(f"split: the directory {str(path)!r} has the splits {', '.join(by_split)}, not {split!r}")
-    return by_split[split]
+def is_normalized(dataset: Dataset) -> bool:
+    """Whether the rows are in the form of `load_preferences`, also after they were selected, mapped or saved. It takes
+    more than columns of these names and types."""
+    if not isinstance(dataset, Dataset) or dataset.info.description != _MARK:
+        return False
+    kinds = [dataset.features.get(name) for name in ("source", *_PARTS)]
+    if kinds[0] != Value("string") or dataset.data.column("source").null_count:
+        return False
+    return kinds[1:] in ([Value("string")] * 3, [List(Json())] * 3)
 
 
-# Reading files. A row's source is known here, which pyarrow's readers would not tell.
-
-
-def _read(file: Path) -> _RawRows:
-    if file.suffix == ".csv":
-        return _read_csv(file)
-    if file.suffix == ".parquet":
-        return _read_parquet(file)
-    if file.suffix == ".json":
-        with open(file, encoding="utf-8-sig", errors="replace") as stream:
-            if stream.read(4096).lstrip().startswith("["):
-                return _read_json_array(file)
-    return _read_json_lines(file)
-
-
-def _read_json_lines(file: Path) -> _RawRows:
-    opener: Any = gzip.open if file.suffix == ".gz" else open
-    with opener(file, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            source = f"{file}, row {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-                raise ValueError(f"{source}: the line is not valid JSON: {error}") from None
-            yield source, _object(row, source)
-
-
-def _read_json_array(file: Path) -> _RawRows:
-    """Elements of a JSON array, decoded one by one: the file's text and one row are in memory, never all rows."""
-    try:
-        text = file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: the file is not UTF-8 text: {error}") from None
-    decode, separator = json.JSONDecoder().raw_decode, re.compile(r"[\s,]*")
-    at, number = text.index("[") + 1, 0
-    while True:
-        at = separator.match(text, at).end()  # type: ignore[union-attr]
-        if text.startswith("]", at):
-            break
-        number += 1
-        source = f"{file}, row {number}"
-        try:
-            row, at = decode(text, at)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{source}: the element is not valid JSON: {error}") from None
-        yield source, _object(row, source)
-    if text[at + 1 :].strip():
-        raise ValueError(f"{file}: the array of {number} rows is followed by {text[at + 1 : at + 41].strip()!r}")
-
-
-def _object(row: Any, source: str) -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise ValueError(f"{source}: expected a JSON object, got {type(row).__name__}")
-    return row
-
-
-def _read_csv(file: Path) -> _RawRows:
-    csv.field_size_limit(2**31 - 1)  # the default of 128 KiB a cell is less than long responses need
-    number = 0
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        try:
-            for number, row in enumerate(reader, start=1):
-                source = f"{file}, row {number}"
-                if None in row:
-                    raise ValueError(f"{source}: more cells than the header's {len(reader.fieldnames or ())}")
-                yield source, {column: _cell(cell, f"{source}: column {column!r}") for column, cell in row.items()}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}, row {number + 1}: the record is not valid CSV: {error}") from None
-
-
-def _cell(cell: str | None, where: str) -> Any:
-    """A cell of text, or of messages written as JSON."""
-    if cell is None or not re.match(r"\[\{\s*['\"](role|from|content|value)['\"]", cell):
-        return cell
-    try:
-        return json.loads(cell)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} looks like a list of messages, which must be JSON: {error}") from None
-
-
-def _read_parquet(file: Path) -> _RawRows:
-    try:
-        dataset = Dataset.from_parquet(str(file))
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:  # ArrowInvalid is a ValueError
-        raise ValueError(f"{file}: the file is not valid Parquet: {error.__cause__ or error}") from None
-    yield from _dataset_rows(dataset, str(file))
-
-
-def _dataset_rows(dataset: Dataset, origin: str) -> _RawRows:
-    kinds = {name: getattr(feature, "feature", feature) for name, feature in dataset.features.items()}
-    media = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image | datasets.Audio | datasets.Video)]
-    exact = {name for name, kind in kinds.items() if isinstance(kind, Json)}
-    for number, row in enumerate(dataset.remove_columns(media), start=1):
-        yield (
-            f"{origin}, row {number}",
-            {name: value if name in exact else _without_nulls(value) for name, value in row.items()},
-        )
-
-
-def _without_nulls(value: Any) -> Any:
-    """Undoes what Arrow does to objects with different keys: each gets the keys of all, null where it had none."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+# Cache
 
 
 def file_digest(file: Path) -> str:
@@ -336,20 +438,13 @@ def file_digest(file: Path) -> str:
 @functools.cache
 def _code_digest() -> str:
     """Changes whenever the code that makes cached rows does, so that no cache outlives it."""
-    return "".join(file_digest(Path(file)) for file in (__file__, layouts.__file__))
+    return "".join(file_digest(file) for file in sorted(Path(__file__).parent.glob("*.py")))
 
 
 def digest_of(*parts: Any) -> str:
     """Fingerprint of what cached rows depend on: the same in every process, unlike a pickle's."""
     text = json.dumps([_code_digest(), *parts], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def is_normalized(dataset: Dataset) -> bool:
-    if not isinstance(dataset, Dataset) or set(dataset.column_names) - {"tools"} != set(_NORMALIZED):
-        return False
-    kinds = [dataset.features[name] for name in _NORMALIZED]
-    return kinds[0] == Value("string") and kinds[1:] in ([Value("string")] * 3, [List(Json())] * 3)
 
 
 # Splitting
@@ -391,6 +486,7 @@ def split_train_eval(
     rest = sorted(set(range(len(dataset))) - set(held_out))
     if not rest:
         raise ValueError(
-            f"dataset: {len(dataset)} rows with {len(prompts)} different prompts leave nothing to train on"
+            f"dataset: {len(dataset)} rows with {len(prompts)} different prompts leave nothing to train on "
+            "beside held-out pairs: give those as a dataset of their own, or train without evaluation"
         )
     return dataset.select(rest), dataset.select(sorted(held_out))

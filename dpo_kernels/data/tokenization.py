@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,8 +13,16 @@ import datasets
 import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
-from dpo_kernels.data import layouts
+from dpo_kernels.data import layouts, marks, rendering
 from dpo_kernels.data.loading import digest_of, file_digest, from_json_text, is_normalized, normalize_preferences
+from dpo_kernels.data.rendering import EMPTY as EMPTY
+from dpo_kernels.data.rendering import IDENTICAL as IDENTICAL
+from dpo_kernels.data.rendering import NO_BOUNDARY as NO_BOUNDARY
+from dpo_kernels.data.rendering import NO_PROMPT as NO_PROMPT
+from dpo_kernels.data.rendering import OTHER_PROMPTS as OTHER_PROMPTS
+from dpo_kernels.data.rendering import REDRAWN as REDRAWN
+from dpo_kernels.data.rendering import REFUSED as REFUSED
+from dpo_kernels.data.rendering import ChatTemplate, PairTexts, Response, Segment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,27 +32,25 @@ TRUNCATION = ("prompt_start", "response_end", "drop", "error")
 _EXAMPLES = 5  # rows that a report names for each reason
 _Ids = tuple[list[int], list[int], list[int]]
 
-# Why pairs are dropped
-IDENTICAL = "chosen and rejected are identical"
+# Why pairs are dropped, and how they are altered, besides what rendering.py has for conversations
 IDENTICAL_AFTER_CUT = "chosen and rejected are identical after cutting to max_length"
-EMPTY = "empty response"
-NO_PROMPT = "no prompt: nothing predicts the first token of a response"
-OTHER_PROMPTS = "chosen and rejected continue different prompts: they part before an assistant turn"
 TOO_LONG = "longer than max_length"
 PROMPT_TOO_LONG = "the prompt leaves no room for a response in max_length"
-NO_BOUNDARY = "the tokenizer has no exact boundary between prompt and response"
-REFUSED = "the chat template refuses the conversation: "  # and what it says
-# How pairs are altered
+UNLABELLED = "no token of a response is labelled: all of its weights are 0"
 PROMPT_CUT = "start of the prompt cut to fit max_length"
 RESPONSE_CUT = "end of a response cut to fit max_length"
-REDRAWN = "the chat template renders the prompt otherwise before a response: boundary moved to where they part"
+UNKNOWN = "text that the tokenizer does not know became its token for the unknown"
 
+_WEIGHTS = ("weight", "chosen_token_weights", "rejected_token_weights")
 _TOKENIZED = Features(
     {
         "index": Value("int64"),
         "prompt_ids": List(Value("int32")),
         "chosen_ids": List(Value("int32")),
         "rejected_ids": List(Value("int32")),
+        "weight": Value("float64"),
+        "chosen_token_weights": List(Value("float64")),
+        "rejected_token_weights": List(Value("float64")),
         "dropped": Value("string"),
         "altered": List(Value("string")),
     }
@@ -98,6 +103,7 @@ def tokenize_preferences(
     truncation: str = "prompt_start",
     add_eos: bool = True,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    train_on: str = "all",
     num_proc: int | None = None,
 ) -> tuple[Dataset, DataReport]:
     """Token ids of preference pairs, and a report of every pair that was dropped or altered on the way.
@@ -109,10 +115,21 @@ def tokenize_preferences(
 
     Plain text is used as it is, after the tokenizer's BOS, where it has one. Conversations go through the tokenizer's
     chat template: prompt turns with `add_generation_prompt=True`, and what the whole conversation's rendering adds to
-    that is the response. Where that rendering does not start with the rendered prompt, the boundary moves back to
-    where the three renderings part (and not into a special token), and the row is reported as altered. The template
-    writes the special tokens; none is added before the prompt. All turns of a response are labelled, tool results
-    included.
+    that is the response. Where that rendering does not start with the rendered prompt, the response begins after what
+    both have between the prompt's last text and the response's first, and the row is reported as altered. A prompt
+    that ends with an assistant turn is continued: the response follows its text, in the same turn. The template writes
+    the special tokens; none is added before the prompt.
+
+    The template is not trusted. A response whose text, reasoning or tool calls it leaves out, changes or repeats is
+    dropped; what it does to a prompt, or to a turn that is not labelled, is reported. A pair that it refuses, with an
+    error of any class, is dropped with what the error says. Arguments of tool calls are given as objects, and as JSON
+    text to templates that cannot take objects.
+
+    Labelled are the assistant's turns of a response, each from the end of its prompt for generation to the token that
+    ends the turn; other turns and tool outputs between them are not. A message's `train` (bool) says whether it is
+    labelled, its `weight` how much its tokens count; templates see neither. The columns `chosen_token_weights` and
+    `rejected_token_weights` (one number a token of the response, with or without the EOS that is added here) multiply
+    with that, and `weight` is passed on.
 
     Args:
         dataset: from `load_preferences`, or with columns of any known layout.
@@ -121,17 +138,23 @@ def tokenize_preferences(
             `"prompt_start"` cuts the oldest prompt tokens but BOS, as many as the longer response needs, down to one;
             then the ends of responses that still do not fit. `"response_end"` keeps the prompt and cuts the ends of
             the responses. `"drop"` drops the pair. `"error"` raises.
-        add_eos: end each response with EOS. A plain-text response that ends with it gets no second one, nor does a
-            conversation whose template ends the turn with a special token of its own (`<|im_end|>` and white space).
+        add_eos: end each response with EOS. A response that ends with it, as text or by its id, gets no second one, nor
+            does a conversation whose template ends the turn with a special token of its own (`<|eot_id|>` and white
+            space).
         chat_template_kwargs: passed to the chat template, such as `{"enable_thinking": False}`.
+        train_on: which assistant turns of a response are labelled, `"all"` or `"last"`, where their messages have no
+            `train`.
         num_proc: processes; by default one, in which fast tokenizers use all cores.
 
     Returns the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int) and `index`, the pair's number
-    in `dataset`; and the `DataReport`. Results are cached on disk by the dataset's fingerprint, the tokenizer's
+    in `dataset`; where pairs have weights, `weight` (float); where tokens of a response have weights other than 1,
+    `chosen_token_weights` and `rejected_token_weights` (lists of float as long as the ids; 0: no label); and the
+    `DataReport`. Results are cached on disk by the dataset's fingerprint, the tokenizer's
     contents, its template and the options. Warns with the report's summary where pairs are dropped.
 
     Raises `ValueError` for a tokenizer without EOS (with `add_eos`) or without a chat template (conversations), for
-    options out of range, for pairs longer than `max_length` with `"error"`, and where no pair is left.
+    options out of range, for token weights that are not as many as the tokens of their response (naming the row and
+    both numbers), for pairs longer than `max_length` with `"error"`, and where no pair is left.
     """
     if not is_normalized(dataset):
         dataset = normalize_preferences(dataset)
@@ -139,26 +162,32 @@ def tokenize_preferences(
         raise ValueError(f"max_length: expected None or at least 2, got {max_length}")
     if truncation not in TRUNCATION:
         raise ValueError(f"truncation: expected one of {TRUNCATION}, got {truncation!r}")
+    if train_on not in rendering.TRAIN_ON:
+        raise ValueError(f"train_on: expected one of {rendering.TRAIN_ON}, got {train_on!r}")
     if add_eos and tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__!r} has no EOS token to end responses "
             "with: set tokenizer.eos_token, or pass add_eos=False"
         )
-    if not isinstance(dataset.features["prompt"], Value) and not tokenizer.chat_template:
+    template_kwargs = dict(chat_template_kwargs or {})
+    conversational = not isinstance(dataset.features["prompt"], Value)
+    if conversational and not (tokenizer.chat_template or template_kwargs.get("chat_template")):
         raise ValueError(
             f"tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat template, which "
             "conversations need: set tokenizer.chat_template, or take the tokenizer of the instruct model"
         )
-    template_kwargs = dict(chat_template_kwargs or {})
-    if reserved := {"tools", "tokenize", "add_generation_prompt"} & set(template_kwargs):
+    ours = {"conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
+    if reserved := ours & set(template_kwargs):
         raise ValueError(f"chat_template_kwargs: {', '.join(sorted(reserved))} are set by tokenize_preferences")
     settings = {
         "max_length": max_length,
         "truncation": truncation,
         "add_eos": add_eos,
         "template_kwargs": template_kwargs,
+        "train_on": train_on,
     }
-    depends_on = (file_digest(Path(__file__)), dataset._fingerprint, _tokenizer_digest(tokenizer), settings)
+    code = [file_digest(Path(str(file))) for file in (__file__, rendering.__file__, marks.__file__)]
+    depends_on = (code, dataset._fingerprint, _tokenizer_digest(tokenizer), settings)
     tokenized = dataset.with_format("arrow").map(  # the stored JSON text, see _as_json_text
         _tokenize_batch,
         batched=True,
@@ -185,9 +214,25 @@ def tokenize_preferences(
         raise ValueError(f"dataset: no preference pair is left\n{report.summary()}")
     if report.dropped:
         warnings.warn(report.summary(), stacklevel=2)
-    if len(kept) < len(dataset):
+    return _with_weights(tokenized.remove_columns(["dropped", "altered"]), kept), report
+
+
+def _with_weights(tokenized: Dataset, kept: list[int]) -> Dataset:
+    """The rows that are kept: without the columns of weights that none of them has, and with weights of 1 where only
+    some have them."""
+    given = {name: int(tokenized.data.column(name).is_valid().to_numpy()[kept].sum()) for name in _WEIGHTS}
+    tokenized = tokenized.remove_columns([name for name, count in given.items() if not count])
+    if len(kept) < len(tokenized):
         tokenized = tokenized.select(kept)
-    return tokenized.remove_columns(["dropped", "altered"]), report
+    if any(0 < count < len(kept) for count in given.values()):
+        fingerprint = digest_of(tokenized._fingerprint, "weights of 1")
+        tokenized = tokenized.map(_fill_weights, new_fingerprint=fingerprint, desc="Filling in weights of 1")
+    return tokenized
+
+
+def _fill_weights(row: dict[str, Any]) -> dict[str, Any]:
+    ones = {"weight": 1.0, **{f"{key}_token_weights": [1.0] * len(row[f"{key}_ids"]) for key in ("chosen", "rejected")}}
+    return {name: value if row[name] is None else row[name] for name, value in ones.items() if name in row}
 
 
 def _by_reason(dataset: Dataset, rows: list[tuple[int, str]]) -> dict[str, Rows]:
@@ -212,15 +257,6 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest_of(type(tokenizer).__name__, contents, special, tokenizer.chat_template)
 
 
-class _Texts(NamedTuple):
-    """A pair's text, once it is known where the prompt ends."""
-
-    prompt: str
-    chosen: str
-    rejected: str
-    altered: bool = False
-
-
 def _tokenize_batch(
     batch: pa.Table,
     numbers: list[int],
@@ -230,102 +266,107 @@ def _tokenize_batch(
     truncation: str,
     add_eos: bool,
     template_kwargs: dict[str, Any],
+    train_on: str = "all",
 ) -> dict[str, list[Any]]:
-    added = tokenizer.added_tokens_decoder.values()
-    special = tuple({*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""})
-    unsplit = [*special, *(token.content for token in added)]
+    template = ChatTemplate(tokenizer, template_kwargs, train_on)
     bos = _ids_before_text(tokenizer)
+    eos = tokenizer.eos_token_id if add_eos else None
 
     rows = [from_json_text(row) for row in batch.to_pylist()]
-    texts = [_texts(row, tokenizer, template_kwargs, unsplit) for row in rows]
-    usable = [text for text in texts if isinstance(text, _Texts)]
+    texts = [_plain(row, template) if isinstance(row["prompt"], str) else template.texts(row) for row in rows]
+    usable = [text for text in texts if isinstance(text, PairTexts)]
     prompts = iter(_encode(tokenizer, [text.prompt for text in usable]))
-    responses = iter(
-        _encode_continuations(tokenizer, [part for text in usable for part in (text.chosen, text.rejected)])
-    )
+    responses = [response for text in usable for response in (text.chosen, text.rejected)]
+    parts = iter(_encode_continuations(tokenizer, [part.text for response in responses for part in response.segments]))
 
     columns: dict[str, list[Any]] = {name: [] for name in _TOKENIZED}
     for number, row, text in zip(numbers, rows, texts, strict=True):
         ids: _Ids = ([], [], [])
-        altered: list[str] = []
+        weights: tuple[list[float], list[float]] | tuple[None, None] = (None, None)
+        altered: list[str] = list(row.get("altered") or ())
         if isinstance(text, str):
             dropped = text
         else:
-            prompt, chosen, rejected = next(prompts), next(responses), next(responses)
+            prompt = next(prompts)
             if isinstance(row["prompt"], str) and prompt[: len(bos)] != bos:
                 prompt = bos + prompt
+            chosen = _joined(text.chosen, parts, eos, row, "chosen_token_weights")
+            rejected = _joined(text.rejected, parts, eos, row, "rejected_token_weights")
             if chosen is None or rejected is None:
                 dropped = NO_BOUNDARY
-            elif not chosen or not rejected:
+            elif not chosen.ids or not rejected.ids:
                 dropped = EMPTY
             elif not prompt:
                 dropped = NO_PROMPT
-            elif chosen == rejected:
+            elif chosen.ids == rejected.ids:
                 dropped = IDENTICAL
             else:
-                if add_eos:
-                    eos = [tokenizer.eos_token_id]
-                    chosen = chosen if text.chosen.rstrip().endswith(special) else chosen + eos
-                    rejected = rejected if text.rejected.rstrip().endswith(special) else rejected + eos
-                ids, altered, dropped = _fit(
-                    (prompt, chosen, rejected), bool(prompt[0] == tokenizer.bos_token_id), max_length, truncation
+                ids, cuts, dropped = _fit(
+                    (prompt, chosen.ids, rejected.ids),
+                    bool(prompt[0] == tokenizer.bos_token_id),
+                    max_length,
+                    truncation,
                 )
-                if text.altered:
-                    altered.append(REDRAWN)
-        for name, value in zip(columns, (number, *ids, dropped, altered), strict=True):
+                weights = (chosen.weights[: len(ids[1])], rejected.weights[: len(ids[2])])
+                if not dropped and not all(map(any, weights)):
+                    ids, weights, dropped = ([], [], []), (None, None), UNLABELLED
+                elif all(weight == 1 for part in weights for weight in part):
+                    weights = (None, None)
+                unknown = [UNKNOWN] if _has_unknown(tokenizer, text, ids) else []
+                altered = list(dict.fromkeys([*altered, *text.altered, *cuts, *unknown]))
+        values = (number, *ids, row.get("weight"), *weights, dropped, altered)
+        for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     return columns
 
 
-def _texts(
-    row: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    template_kwargs: Mapping[str, Any],
-    unsplit: Sequence[str],
-) -> _Texts | str:
-    """The pair's text, or the reason for dropping it."""
-    from jinja2.exceptions import TemplateError
-
-    prompt, chosen, rejected = row["prompt"], row["chosen"], row["rejected"]
+def _plain(row: Mapping[str, Any], template: ChatTemplate) -> PairTexts | str:
+    chosen, rejected = row["chosen"], row["rejected"]
     if layouts.is_empty(chosen) or layouts.is_empty(rejected):
         return EMPTY
     if chosen == rejected:
         return IDENTICAL
-    if isinstance(prompt, str):
-        return _Texts(prompt, chosen, rejected)
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        return OTHER_PROMPTS
-    if not prompt:
-        return NO_PROMPT
-
-    def render(messages: layouts.Messages, add_generation_prompt: bool) -> str:
-        rendered = tokenizer.apply_chat_template(
-            messages,
-            tools=row["tools"],
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            **template_kwargs,
-        )
-        return str(rendered)
-
-    try:
-        opening = render(prompt, True)
-        whole = render(prompt + chosen, False), render(prompt + rejected, False)
-    except (TemplateError, TypeError) as error:
-        return f"{REFUSED}{str(error) or type(error).__name__:.120}"
-    exact = whole[0].startswith(opening) and whole[1].startswith(opening)
-    end = len(opening) if exact else _shared_length((opening, *whole), unsplit)
-    return _Texts(opening[:end], whole[0][end:], whole[1][end:], altered=not exact)
+    answers = [Response([Segment(text, 1.0)], template.ends(text)) for text in (chosen, rejected)]
+    return PairTexts(row["prompt"], answers[0], answers[1], [])
 
 
-def _shared_length(texts: Sequence[str], unsplit: Sequence[str]) -> int:
-    """Length of what all texts begin with, less the beginning of a special token that not all of them have."""
-    shared = len(os.path.commonprefix(list(texts)))
-    for token in unsplit:
-        for start in range(max(0, shared - len(token) + 1), shared):
-            if any(text.startswith(token, start) for text in texts):
-                return start
-    return shared
+class _Tokens(NamedTuple):
+    ids: list[int]
+    weights: list[float]
+
+
+def _joined(
+    response: Response, parts: Iterator[list[int] | None], eos: int | None, row: Mapping[str, Any], column: str
+) -> _Tokens | None:
+    """The tokens of a response, of which `parts` gives those of the next segments; None if one has no boundary.
+
+    EOS comes last, with the weight of the last segment, unless the response ends with it or is closed.
+    """
+    found = [(next(parts), segment.weight) for segment in response.segments]
+    ids = [token for part, _ in found for token in part or ()]
+    weights = [weight for part, weight in found for _ in part or ()]
+    if any(part is None for part, _ in found):
+        return None
+    length = len(ids)
+    if ids and eos is not None and ids[-1] != eos and not response.closed:
+        ids, weights = [*ids, eos], [*weights, response.segments[-1].weight]
+    if (given := row.get(column)) is not None:
+        if len(given) not in (length, len(ids)):
+            lengths = f"{length}" if length == len(ids) else f"{length}, or {len(ids)} with EOS"
+            raise ValueError(
+                f"{row['source']}: {column}: expected a number for each token of the response, {lengths}, "
+                f"got {len(given)}"
+            )
+        weights = [a * b for a, b in zip(weights, [*given, 1.0][: len(ids)], strict=True)]
+    return _Tokens(ids, weights)
+
+
+def _has_unknown(tokenizer: PreTrainedTokenizerBase, text: PairTexts, ids: _Ids) -> bool:
+    unknown = tokenizer.unk_token_id
+    if unknown is None or unknown in (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id):
+        return False
+    parts = [text.prompt, *(segment.text for response in (text.chosen, text.rejected) for segment in response.segments)]
+    return any(unknown in part for part in ids) and not any(str(tokenizer.unk_token) in part for part in parts)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -49,6 +49,50 @@ def test_reference_logps_are_chosen_before_rejected():
     assert batch["ref_logps"].dtype == torch.float32
 
 
+def weighted(number, **weights):
+    return {**PAIRS[number], **weights}
+
+
+def test_labels_are_where_weights_are_not_0():
+    pairs = [weighted(0, chosen_token_weights=[0, 1]), weighted(1, rejected_token_weights=[1.0, 0.0, 1.0])]
+    batch = PairCollator(pad_token_id=0)(pairs)
+    x = -100
+    assert batch["labels"].tolist() == [[x, x, x, x, 5], [x, 9, x, x, x], [x, x, x, 6, x], [x, 10, x, 12, x]]
+    assert batch["num_labelled"] == int((batch["labels"][:, 1:] != x).sum()) == 5
+    assert "token_weights" not in batch  # the labels say it
+    whole = PairCollator(pad_token_id=0)(PAIRS)
+    assert all(torch.equal(batch[key], whole[key]) for key in ("input_ids", "attention_mask"))
+
+
+def test_token_weights_stand_beside_the_labels():
+    pairs = [weighted(0, chosen_token_weights=[0.5, 0], rejected_token_weights=[2]), PAIRS[1]]
+    batch = PairCollator(pad_token_id=0, pad_to_multiple_of=8)(pairs)
+    expected = [[0, 0, 0, 0.5, 0], [0, 1, 0, 0, 0], [0, 0, 0, 2, 0], [0, 1, 1, 1, 0]]
+    assert batch["token_weights"].tolist() == [[*row, 0, 0, 0] for row in expected]
+    assert batch["token_weights"].dtype == torch.float32
+    assert torch.equal(batch["token_weights"] != 0, batch["labels"] != -100)
+    assert batch["num_labelled"] == 6
+
+
+@pytest.mark.parametrize("ones", [None, [1, 1], [1.0, 1.0], torch.ones(2)])
+def test_weights_of_1_are_as_good_as_none(ones):
+    batch, expected = PairCollator(0)([weighted(0, chosen_token_weights=ones), PAIRS[1]]), PairCollator(0)(PAIRS)
+    assert batch.keys() == expected.keys() and torch.equal(batch["labels"], expected["labels"])
+
+
+def test_a_first_token_without_a_prompt_has_a_weight_but_no_prediction():
+    pair = {"prompt_ids": [], "chosen_ids": [1, 2], "rejected_ids": [3], "chosen_token_weights": [0.5, 0]}
+    batch = PairCollator(pad_token_id=0)([pair])
+    assert batch["num_labelled"] == 0 and batch["token_weights"].tolist() == [[0.5, 0], [1, 0]]
+
+
+def test_weights_of_pairs():
+    batch = PairCollator(pad_token_id=0)([weighted(0, weight=0), weighted(1, weight=2.5)])
+    assert batch["pair_weights"].tolist() == [0, 2.5] and batch["pair_weights"].dtype == torch.float32
+    assert "pair_weights" not in PairCollator(pad_token_id=0)(PAIRS)
+    assert batch["num_labelled"] == 7  # a pair's weight is the loss's affair
+
+
 def test_tensors_are_taken_as_well_as_lists():
     tensors = [{key: torch.tensor(value) for key, value in pair.items()} for pair in PAIRS]
     batch, expected = PairCollator(pad_token_id=0)(tensors), PairCollator(pad_token_id=0)(PAIRS)
@@ -63,6 +107,21 @@ def test_tensors_are_taken_as_well_as_lists():
         ([PAIRS[0], {"prompt_ids": [], "chosen_ids": [2], "rejected_ids": []}], r"examples\[1\].*empty sequence"),
         ([PAIRS[0], {k: v for k, v in PAIRS[1].items() if k != "index"}], "index in every pair or in none, got 1 of 2"),
         ([{**PAIRS[0], "ref_chosen_logps": 0.0}], "ref_chosen_logps and ref_rejected_logps"),
+        ([weighted(0, weight=1), PAIRS[1]], "weight in every pair or in none, got 1 of 2"),
+        (
+            [weighted(0, weight=1), weighted(1, weight=-1)],
+            r"examples\[1\]: weight: expected a finite number >= 0, got -1",
+        ),
+        ([weighted(0, weight=float("nan"))], r"examples\[0\]: weight: expected .* got nan"),
+        (
+            [PAIRS[0], weighted(1, rejected_token_weights=[1.0])],
+            r"examples\[1\]: rejected_token_weights: .* the 3 tokens",
+        ),
+        ([weighted(0, chosen_token_weights=[1.0, -1.0])], r"examples\[0\]: chosen_token_weights: expected finite"),
+        (
+            [weighted(0, chosen_token_weights=[1.0, float("inf")])],
+            r"examples\[0\]: chosen_token_weights: expected finite",
+        ),
     ],
 )
 def test_errors_name_the_example_and_the_key(examples, message):

@@ -1,8 +1,21 @@
 """Every known layout in its published form, and what is said about those that are not known or not sound."""
 
+import json
+
 import pytest
 
-from dpo_kernels.data.layouts import KNOWN_LAYOUTS, convert, is_empty, recognize, split_shared_text
+from dpo_kernels.data.layouts import (
+    KNOWN_LAYOUTS,
+    OTHER_TOOLS,
+    convert,
+    has_system,
+    is_empty,
+    recognize,
+    unused,
+    unused_note,
+)
+from dpo_kernels.data.messages import LOOKS_LIKE_MESSAGES
+from dpo_kernels.data.turns import OTHER_SYSTEM, REPEATED_TEXT
 
 
 def user(text):
@@ -43,6 +56,10 @@ def test_explicit_text_is_kept_as_it_is():
             "chosen": " 2",
             "rejected": " 3 ",
             "tools": None,
+            "weight": None,
+            "chosen_token_weights": None,
+            "rejected_token_weights": None,
+            "altered": [],
         }
     ]
 
@@ -66,10 +83,148 @@ def test_text_beside_messages_becomes_a_message(prompt, chosen, rejected):
     assert one(row) == ([user("q")], [assistant("a")], [assistant("b")], None)
 
 
+def test_repeated_text_of_plain_pairs_is_taken_off():
+    start = "\n\nHuman: q\n\nAssistant:"
+    row = {"prompt": start, "chosen": start + " a", "rejected": start + " b"}
+    (pair,) = converted(row)
+    assert (pair["prompt"], pair["chosen"], pair["rejected"]) == (start, " a", " b")
+    assert pair["altered"] == [REPEATED_TEXT]
+    # As turns it has no white space around it.
+    assert one({**row, "system": "s"})[:2] == ([system("s"), user("q")], [assistant("a")])
+    asked = "What colour is the sky?"
+    row = {"prompt": [user(asked)], "chosen": f"{asked} blue", "rejected": f"{asked} red"}
+    assert one(row)[1:3] == ([assistant("blue")], [assistant("red")])
+
+
+def test_transcripts_that_repeat_a_prompt_of_text_are_conversations():
+    row = {"prompt": "q?", "chosen": "Human: q?\n\nAssistant: a", "rejected": "Human: q?\n\nAssistant: b"}
+    assert one(row) == ([user("q?")], [assistant("a")], [assistant("b")], None)
+    other = {**row, "prompt": "write a dialogue"}
+    assert one(other) == ("write a dialogue", row["chosen"], row["rejected"], None)
+
+
+# System turns in a column
+
+
 def test_system_column_makes_text_conversational():
-    row = {"system": "s", "prompt": "q", "chosen": "a", "rejected": "b"}
-    assert one(row) == ([system("s"), user("q")], [assistant("a")], [assistant("b")], None)
-    assert one({**row, "system": ""})[0] == "q"
+    row = {"system": "s", "prompt": "q", "chosen": " a", "rejected": "b"}
+    assert one(row) == ([system("s"), user("q")], [assistant(" a")], [assistant("b")], None)
+
+
+@pytest.mark.parametrize("nothing", ["", None, " \n", float("nan"), [], {}])
+def test_a_system_column_may_be_empty_in_some_rows(nothing):
+    rows = [{"system": s, "prompt": "q", "chosen": "a", "rejected": "b"} for s in (nothing, "s", nothing)]
+    assert one(rows[0])[0] == "q"
+    assert has_system(enumerate(rows)) and not has_system(enumerate(rows[::2]))
+    pairs = converted(*rows, conversational=True)
+    assert [pair["prompt"] for pair in pairs] == [[user("q")], [system("s"), user("q")], [user("q")]]
+    with pytest.raises(ValueError, match="row 2: this row is conversational, the rows before it are plain text"):
+        converted(*rows)
+
+
+@pytest.mark.parametrize(
+    "given", ["s", system("s"), [system("s")], json.dumps([system("s")]), {"type": "system", "content": "s"}]
+)
+def test_forms_of_a_system_column(given):
+    shared = {"system": given, "chosen": "a", "rejected": "b"}
+    prompt = [system("s"), user("q")]
+    for row in (
+        {**shared, "prompt": "q"},
+        {**shared, "prompt": "\n\nHuman: q\n\nAssistant:"},
+        {**shared, "question": "q"},
+        {**shared, "conversations": [{"from": "human", "value": "q"}]},
+        {"system": given, "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+        {"system": given, "chosen": "Human: q\n\nAssistant: a", "rejected": "Human: q\n\nAssistant: b"},
+        {"system": given, "prompt": "q", "answers": [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]},
+        {
+            "system": given,
+            "input": {"messages": [user("q")]},
+            "preferred_output": "a",
+            "non_preferred_output": "b",
+        },
+    ):
+        assert one(row) == (prompt, [assistant("a")], [assistant("b")], None)
+
+
+def test_system_columns_that_do_not_go_with_the_row():
+    row = {"system": "s", "prompt": [system("t"), user("q")], "chosen": "a", "rejected": "b"}
+    (pair,) = converted(row)
+    assert (pair["prompt"], pair["altered"]) == (row["prompt"], [OTHER_SYSTEM])
+    with pytest.raises(ValueError, match="row 1: the field 'system': expected text or a system turn, got .*'user'"):
+        one({**row, "system": [user("x")]})
+    with pytest.raises(ValueError, match="row 1: the field 'system' needs a conversational prompt"):
+        one({"system": "s", "chosen": "Q: a", "rejected": "Q: b"})
+
+
+# Messages as text
+
+
+QUESTION, GOOD, BAD = [user("q")], [assistant("a")], [assistant("b")]
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
+        {"prompt": "q", "chosen": QUESTION + GOOD, "rejected": QUESTION + BAD},
+        {"chosen": QUESTION + GOOD, "rejected": QUESTION + BAD},
+        {"prompt": QUESTION, "answers": [{"rank": 1, "answer": "a"}, {"rank": 2, "answer": "b"}]},
+        {"prompt": QUESTION, "answers": [{"rank": 1, "answer": GOOD}, {"rank": 2, "answer": QUESTION + BAD}]},
+        {"input": {"messages": QUESTION}, "preferred_output": GOOD, "non_preferred_output": BAD},
+        {"input": QUESTION, "preferred_output": GOOD[0], "non_preferred_output": BAD[0]},
+        {"conversations": QUESTION, "chosen": GOOD[0], "rejected": BAD[0]},
+        {"conversations": QUESTION, "chosen": QUESTION + GOOD, "rejected": QUESTION + BAD},
+        {"instruction": QUESTION, "input": "", "history": [], "chosen": GOOD, "rejected": BAD},
+        {"question": "q", "chosen": QUESTION + GOOD, "rejected": BAD},
+    ],
+)
+def test_messages_as_text_in_every_layout(row, written):
+    row = {**row, "tools": TOOLS, "weight": 2}
+    text = {name: value if isinstance(value, str) else written(value) for name, value in row.items()}
+    for given in (row, text):
+        (pair,) = converted(given)
+        assert (pair["prompt"], pair["chosen"], pair["rejected"], pair["tools"]) == (QUESTION, GOOD, BAD, TOOLS)
+        assert (pair["weight"], pair["altered"]) == (2.0, [])
+
+
+def test_text_that_only_looks_like_messages_is_noticed_where_it_stays():
+    cut = json.dumps(GOOD)[:-3]
+    (pair,) = converted({"prompt": "q", "chosen": cut, "rejected": cut + "x"})
+    assert (pair["chosen"], pair["altered"]) == (cut, [LOOKS_LIKE_MESSAGES])
+    rows = [{"prompt": "q", "chosen": GOOD, "rejected": BAD}, {"prompt": "q", "chosen": cut, "rejected": "b"}]
+    with pytest.raises(ValueError, match=f"row 2: this row is plain text, .*{LOOKS_LIKE_MESSAGES}"):
+        converted(*rows)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda turns: json.dumps(turns)[:-3],
+        lambda turns: json.dumps(turns).replace('"', "&quot;"),
+        lambda turns: json.dumps([turns, turns]),
+        lambda turns: json.dumps([{turn["role"]: turn["content"]} for turn in turns]),
+        lambda turns: "".join(f"- role: {turn['role']}\n  content: {turn['content']}\n" for turn in turns),
+    ],
+)
+def test_an_implicit_prompt_does_not_end_inside_of_messages(write):
+    sides = {"chosen": write([*QUESTION, *GOOD]), "rejected": write([*QUESTION, *BAD])}
+    with pytest.raises(ValueError, match="row 1: chosen and rejected look like messages, and cannot be read as such"):
+        converted(sides)
+
+
+def test_a_response_that_is_messages_among_text_is_named():
+    rows = [{"prompt": "q", "chosen": chosen, "rejected": "b"} for chosen in ("a", json.dumps(GOOD))]
+    with pytest.raises(ValueError, match="row 2: this row is conversational, the rows before it are plain text"):
+        converted(*rows)
+
+
+def test_tools_that_come_with_messages():
+    other = [{"name": "other"}]
+    row = {"prompt": {"messages": QUESTION, "tools": TOOLS}, "chosen": GOOD, "rejected": BAD}
+    assert one(row)[3] == TOOLS
+    (pair,) = converted({**row, "tools": other})
+    assert (pair["tools"], pair["altered"]) == (other, [OTHER_TOOLS])
 
 
 def test_a_prompt_with_a_system_turn_of_its_own_gets_no_second_one():
@@ -154,7 +309,6 @@ def test_hh_rlhf_empty_last_turn_is_an_empty_response():
     ],
 )
 def test_implicit_text_is_cut_before_the_first_different_word(chosen, rejected, expected):
-    assert split_shared_text(chosen, rejected) == expected
     assert one({"chosen": chosen, "rejected": rejected}) == (*expected, None)
 
 
@@ -193,6 +347,38 @@ def test_nectar_ties_make_no_pair():
         one({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]})
 
 
+@pytest.mark.parametrize(
+    "answers",
+    [
+        [{"answer": "a", "rank": "1"}, {"answer": "b", "rank": " 2.0"}],
+        {"answer": ["b", "a"], "rank": [2, 1]},
+        [json.dumps({"answer": "a", "rank": 1}), {"answer": "b", "rank": 7}],
+        "[{'answer': 'a', 'rank': 0}, {'answer': 'b', 'rank': np.float64(0.5)}]",
+    ],
+)
+def test_nectar_answers_in_other_forms(answers):
+    assert one({"prompt": "q", "answers": answers}) == ([user("q")], [assistant("a")], [assistant("b")], None)
+
+
+@pytest.mark.parametrize(
+    ("answers", "error"),
+    [
+        ([{"answer": "a", "rank": rank}, {"answer": "b", "rank": 2}], error)
+        for rank, error in [
+            (None, "'rank' is null"),
+            (float("nan"), "'rank' is null"),
+            ("1st", "'rank': expected a number, got '1st'"),
+            (True, "'rank': expected a number, got True"),
+            (float("inf"), "'rank': expected a number, got inf"),
+        ]
+    ]
+    + [("best", "'answers': expected JSON text"), (3, "'answers': expected a list"), (["a"], "expected JSON text")],
+)
+def test_unsound_nectar_answers(answers, error):
+    with pytest.raises(ValueError, match=f"row 1: the field {error}|row 1: .*{error}"):
+        one({"prompt": "q", "answers": answers})
+
+
 def tree(message_id, parent_id, role, text, rank=None, **extra):
     return {"message_id": message_id, "parent_id": parent_id, "role": role, "text": text, "rank": rank, **extra}
 
@@ -220,9 +406,45 @@ def test_openassistant_ranked_replies():
     assert [pair["rejected"][0]["content"] for pair in each] == ["second", "third", "bad"]
 
 
-def test_openassistant_reply_to_a_message_that_is_not_there():
-    rows = [tree("a1", "p", "assistant", "first", 0), tree("a2", "p", "assistant", "second", 1)]
-    with pytest.raises(ValueError, match="row 1: the message 'p', which it answers, is not in the data"):
+@pytest.mark.parametrize(
+    ("first", "second", "nothing"),
+    [(0, 1, None), (1.0, 2.0, float("nan")), ("1", "2", ""), (("a", 1), ("a", 2), None), (True, "x", None)],
+)
+def test_openassistant_ids_and_ranks_of_other_types(first, second, nothing):
+    rows = [
+        tree(first, nothing, "Prompter", "q", nothing),
+        tree(second, first, "ASSISTANT", "good", "0" if nothing == "" else 0.0, deleted="False"),
+        tree("third", first, "gpt", "bad", "1.0" if nothing == "" else 1),
+        tree("fourth", first, "assistant", "removed", 2, deleted="true"),
+        tree("fifth", first, "assistant", "never ranked", nothing, deleted=nothing),
+    ]
+    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in converted(*rows)] == [
+        ([user("q")], [assistant("good")], [assistant("bad")])
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changed", "error"),
+    [
+        ({}, "row 2: the message 'p', which it answers, is not in the data"),
+        ({"message_id": "p", "parent_id": "p"}, "row 2: the message 'p' is among its own ancestors"),
+        ({"message_id": "p", "parent_id": "a2"}, "row 2: the message 'p' is among its own ancestors"),
+        ({"message_id": "a1"}, "row 2: the message_id 'a1' has been there before"),
+        ({"message_id": None}, "row 1: the field 'message_id' is null"),
+        ({"message_id": ["x"]}, r"row 1: the field 'message_id': expected text or a number, got \['x'\]"),
+        ({"rank": "best"}, "row 1: the field 'rank': expected a number, got 'best'"),
+        ({"rank": True}, "row 1: the field 'rank': expected a number, got True"),
+        ({"text": None}, "row 1: the field 'text' is null"),
+        ({"role": 3}, "row 1: the field 'role': expected text, got int"),
+    ],
+)
+def test_unsound_trees_are_named(changed, error):
+    rows = [
+        {**tree("other", None, "prompter", "q"), **changed},
+        tree("a1", "p", "assistant", "first", 0),
+        tree("a2", "p", "assistant", "second", 1),
+    ]
+    with pytest.raises(ValueError, match=error):
         converted(*rows)
 
 
@@ -280,16 +502,157 @@ def test_llama_factory_alpaca():
     row = {**row, "input": "", "system": "s", "history": [["hi", "hello"]]}
     prompt = [system("s"), user("hi"), assistant("hello"), user("translate")]
     assert one(row) == (prompt, [assistant("yes")], [assistant("no")], None)
-    with pytest.raises(ValueError, match="'history': expected pairs of question and answer"):
-        one({**row, "history": ["hi"]})
+    assert one({**row, "history": [user("hi"), assistant("hello")]})[0] == prompt
+    for written in (json.dumps, repr, lambda history: list(map(tuple, history))):
+        assert one({**row, "history": written([["hi", "hello"]])})[0] == prompt
+    for nothing in (None, "", [], "[]", float("nan")):
+        assert one({**row, "history": nothing})[0] == [system("s"), user("translate")]
+    for history in (["hi"], [["hi"]], ["hi", "hello", "x"], 5):
+        with pytest.raises(ValueError, match="'history': expected pairs of question and answer"):
+            one({**row, "history": history})
+    with pytest.raises(ValueError, match="'history': expected text, got NoneType"):
+        one({**row, "history": [["hi", None]]})
+    with pytest.raises(ValueError, match="'input' goes with text, got messages in the field 'instruction'"):
+        one({**row, "instruction": [user("q")], "input": "x"})
 
 
 def test_question_may_stand_for_instruction():
     row = {"system": "s", "question": "q", "chosen": "a", "rejected": "b"}
     assert one(row) == ([system("s"), user("q")], [assistant("a")], [assistant("b")], None)
+    assert one({**row, "instruction": None})[0] == [system("s"), user("q")]
+    assert one({**row, "instruction": "i"})[0] == [system("s"), user("i")]
+
+
+# Weights
+
+
+@pytest.mark.parametrize("given", [1.5, "1.5", " 1.50"])
+def test_weights_of_pairs(given):
+    text = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    chat = {"prompt": QUESTION, "answers": [{"answer": n, "rank": n} for n in "123"]}
+    for row in (text, chat):
+        pairs = converted({**row, "weight": given}, {**row, "weight": 0}, ranked_pairs="best_vs_each")
+        assert [pair["weight"] for pair in pairs] == [1.5] * (len(pairs) // 2) + [0.0] * (len(pairs) // 2)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error"),
+    [
+        ([1, None], "row 2: this row has no weight, file, row 1 has one: expected one for each row"),
+        ([1, float("nan")], "row 2: this row has no weight"),
+        (["1", ""], "row 2: this row has no weight"),
+        ([None, 1], "row 2: this row has a weight, file, row 1 has none: expected one for each row"),
+        ([1, -1], "row 2: the field 'weight': expected a weight of at least 0, got -1"),
+        ([1, "heavy"], "row 2: the field 'weight': expected a number, got 'heavy'"),
+        ([True], "row 1: the field 'weight': expected a number, got True"),
+        ([float("inf")], "row 1: the field 'weight': expected a number, got inf"),
+        (["nan"], "row 1: the field 'weight': expected a number, got 'nan'"),
+        ([[1]], r"row 1: the field 'weight': expected a number, got \[1\]"),
+    ],
+)
+def test_unsound_weights(weights, error):
+    with pytest.raises(ValueError, match=error):
+        converted(*({"prompt": "q", "chosen": "a", "rejected": "b", "weight": weight} for weight in weights))
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize(
+    ("given", "weights"),
+    [
+        ([1, 0, 0.5], [1.0, 0.0, 0.5]),
+        ("[1, 0]", [1.0, 0.0]),
+        ("array([0., 1.])", [0.0, 1.0]),
+        (["1"], [1.0]),
+        *((none, None) for none in (None, "", float("nan"))),
+    ],
+)
+def test_weights_of_tokens(side, given, weights):
+    (pair,) = converted({"prompt": "q", "chosen": "a", "rejected": "b", f"{side}_token_weights": given})
+    other = {"chosen": "rejected", "rejected": "chosen"}[side]
+    assert (pair[f"{side}_token_weights"], pair[f"{other}_token_weights"]) == (weights, None)
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        (5, "expected a list with a number for each token, got 5"),
+        ({"a": 1}, "expected a list with a number for each token"),
+        ("all", "expected JSON text, got 'all'"),
+        ([1, -1], "expected a weight of at least 0, got -1"),
+        ([None], "expected a number, got None"),
+        ([True], "expected a number, got True"),
+        ([float("nan")], "expected a number, got nan"),
+    ],
+)
+def test_unsound_weights_of_tokens(given, error):
+    with pytest.raises(ValueError, match=f"row 1: the field 'chosen_token_weights': {error}"):
+        one({"prompt": "q", "chosen": "a", "rejected": "b", "chosen_token_weights": given})
+
+
+# Columns that are not used
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "note"),
+    [
+        (["system", "tools", "weight", "chosen_token_weights"], [], ""),
+        (["id"], ["id"], "the column 'id' is not used"),
+        (["id", "score"], ["id", "score"], "the columns 'id', 'score' are not used"),
+        (["images"], ["images"], "the column 'images' is not used, and training would differ with it"),
+        (
+            ["id", "Images", "functions", "History"],
+            ["id", "Images", "functions", "History"],
+            "the columns 'Images', 'functions', 'History' are not used, and training would differ with them; "
+            "the column 'id' is not used",
+        ),
+    ],
+)
+def test_unused_columns_are_named(columns, names, note):
+    columns = ["prompt", "chosen", "rejected", *columns]
+    assert unused(recognize(columns), columns) == names
+    assert unused_note(recognize(columns), columns) == note
+
+
+@pytest.mark.parametrize(
+    ("columns", "names"),
+    [
+        (["question", "instruction", "input", "history", "chosen", "rejected", "output"], ["question", "output"]),
+        (["question", "chosen", "rejected"], []),
+        (["prompt", "conversations", "chosen", "rejected"], ["conversations"]),
+        (["prompt", "answers", "turns", "weight", "rejected_token_weights"], ["turns", "rejected_token_weights"]),
+        (["message_id", "parent_id", "text", "role", "rank", "deleted", "lang", "system"], ["lang", "system"]),
+        (["chosen", "rejected", "system", "image"], ["image"]),
+        (["input", "preferred_output", "non_preferred_output", "prompt"], ["prompt"]),
+    ],
+)
+def test_unused_columns_of_each_layout(columns, names):
+    assert unused(recognize(columns), columns) == names
 
 
 # What is refused
+
+
+@pytest.mark.parametrize(
+    ("columns", "hint"),
+    [
+        (
+            ["Prompt", "Chosen", "Rejected"],
+            "to one of these: 'Prompt' to 'prompt', 'Chosen' to 'chosen', 'Rejected' to 'r",
+        ),
+        (["prompt", "CHOSEN", "rejected "], "'CHOSEN' to 'chosen', 'rejected ' to 'rejected'$"),
+        (["PROMPT", "chosen", "rejected"], "these: 'PROMPT' to 'prompt'$"),  # not an implicit prompt
+        (["Non-preferred output", "preferred_output", "input"], "'Non-preferred output' to 'non_preferred_output'$"),
+        (["Chosen", "Rejected"], "'Chosen' to 'chosen', 'Rejected' to 'rejected'$"),
+        (["prompt", "chosen", "reject"], "only 'rejected' is missing: is it 'reject'\\?$"),
+        (["Problem", "chosen", "rejected"], "only 'prompt' is missing: is it 'Problem'\\?$"),
+        (["messages", "chosen", "rejected"], "only 'prompt' is missing: is it 'messages'\\?$"),
+        (["prompt", "answer", "rejected"], "only 'chosen' is missing$"),
+        (["text", "stars"], "Rename or convert the columns to one of these$"),
+    ],
+)
+def test_columns_that_come_close_are_named(columns, hint):
+    with pytest.raises(ValueError, match=hint):
+        recognize(columns)
 
 
 @pytest.mark.parametrize("columns", [["prompt", "completion", "label"], ["instruction", "output", "kto_tag"]])
@@ -348,3 +711,5 @@ def test_options_out_of_range():
 def test_is_empty():
     assert is_empty(" \n") and is_empty([assistant("")])
     assert not is_empty("x") and not is_empty([assistant("", tool_calls=[{"name": "add"}])])
+    assert not is_empty([assistant("", reasoning_content="hm")])
+    assert is_empty([assistant(" "), user("said by another")])

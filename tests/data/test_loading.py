@@ -18,7 +18,14 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_kernels.data import tokenization
 from dpo_kernels.data.demo import demo_tokenizer
-from dpo_kernels.data.loading import load_preferences, normalize_preferences, split_train_eval
+from dpo_kernels.data.loading import (
+    from_json_text,
+    is_normalized,
+    load_preferences,
+    normalize_preferences,
+    split_train_eval,
+)
+from dpo_kernels.data.messages import LOOKS_LIKE_MESSAGES
 from dpo_kernels.data.tokenization import DataReport, tokenize_preferences
 
 REAL = SHARED / "data"
@@ -164,8 +171,10 @@ def test_directories_and_splits(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, rows)
     (tmp_path / "README.md").write_text("not data")
-    assert pairs(load_preferences(tmp_path)) == text_rows(2) + text_rows(3)
-    assert pairs(load_preferences(tmp_path, split="test")) == text_rows(1)
+    with pytest.warns(UserWarning, match=r"left out sub/test.jsonl \(split test\)$"):
+        assert pairs(load_preferences(tmp_path)) == text_rows(2) + text_rows(3)
+    with pytest.warns(UserWarning, match=r"left out train-0.jsonl, train-1.jsonl \(split train\)$"):
+        assert pairs(load_preferences(tmp_path, split="test")) == text_rows(1)
     with pytest.raises(ValueError, match="has the splits test, train, not 'validation'"):
         load_preferences(tmp_path, split="validation")
     with pytest.raises(ValueError, match="a single file is its own train split, got 'test'"):
@@ -181,6 +190,11 @@ def test_saved_datasets(tmp_path):
         load_preferences(tmp_path / "both", split="dev")
     Dataset.from_list(text_rows(2)).save_to_disk(str(tmp_path / "one"))
     assert pairs(load_preferences(tmp_path / "one")) == text_rows(2)
+    with pytest.raises(ValueError, match="has the splits train, not 'test'"):
+        load_preferences(tmp_path / "one", split="test")
+    (tmp_path / "one/data-00000-of-00001.arrow").write_bytes(b"cut")
+    with pytest.raises(ValueError, match="one: the saved dataset cannot be loaded"):
+        load_preferences(tmp_path / "one")
 
 
 def test_hub_names_go_to_datasets(monkeypatch):
@@ -196,11 +210,250 @@ def test_hub_names_go_to_datasets(monkeypatch):
     assert pairs(loaded) == text_rows(2)
     assert loaded[1]["source"] == "someone/pairs[train[:2]], row 2"
 
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(ValueError, match="no file or directory 'data/pairs', nor on the hub: no network"):
+        load_preferences("data/pairs")
+
 
 def test_media_columns_are_not_decoded():
     dataset = Dataset.from_list([{**row, "picture": {"bytes": b"no image", "path": None}} for row in text_rows(1)])
     dataset = dataset.cast_column("picture", datasets.Image())
-    assert pairs(normalize_preferences(dataset)) == text_rows(1)
+    with pytest.warns(UserWarning, match="'picture' is not used"):
+        assert pairs(normalize_preferences(dataset)) == text_rows(1)
+
+
+def test_the_format_of_a_dataset_does_not_matter():
+    dataset = Dataset.from_list(text_rows(2)).with_format("numpy", columns=["prompt"])
+    assert pairs(normalize_preferences(dataset)) == text_rows(2)
+
+
+def test_weights_and_what_was_altered_are_columns_where_there_are_any(tmp_path):
+    rows = [{**row, "weight": n / 2, "chosen_token_weights": [1, 0.5]} for n, row in enumerate(text_rows(3))]
+    plain, weighted = write(tmp_path / "plain.jsonl", text_rows(2)), write(tmp_path / "weighted.jsonl", rows)
+    loaded = load_preferences(weighted)
+    assert loaded.column_names == ["source", "prompt", "chosen", "rejected", "weight", "chosen_token_weights"]
+    assert loaded["weight"][:] == [0.0, 0.5, 1.0]
+    first = from_json_text(loaded[0])
+    assert first["chosen_token_weights"] == [1.0, 0.5] and first["rejected_token_weights"] is None
+    first = from_json_text(load_preferences(plain)[0])
+    assert first == {
+        **{"source": f"{plain}, row 1", **text_rows(1)[0]},
+        **{"tools": None, "weight": None, "chosen_token_weights": None, "rejected_token_weights": None, "altered": []},
+    }
+    looks_like = {"prompt": "q", "chosen": '[{"role": "assistant", "content": ', "rejected": "b"}
+    loaded = load_preferences(write(tmp_path / "altered.jsonl", [*text_rows(1), looks_like]))
+    assert [from_json_text(row)["altered"] for row in loaded] == [[], [LOOKS_LIKE_MESSAGES]]
+
+
+# Columns, layouts and kinds of rows
+
+
+@pytest.mark.parametrize("rows", [2, 150])
+def test_columns_that_are_not_used_are_named_once(tmp_path, rows):
+    """The first rows' and the last row's, when the rows are converted and when they come from the cache."""
+    given = [{**row, "functions": [], "id": 1} for row in text_rows(rows)]
+    path = write(tmp_path / "pairs.jsonl", [*given, {**text_rows(1)[0], "late": 1}])
+    for _ in range(2):
+        with pytest.warns(UserWarning) as caught:
+            assert load_preferences(path).column_names == ["source", "prompt", "chosen", "rejected"]
+        (message,) = [str(warning.message) for warning in caught]
+        assert message.startswith(f"{path}: ") and all(f"'{name}'" in message for name in ("functions", "id", "late"))
+        assert caught[0].filename == __file__
+
+
+def test_columns_of_several_files_are_named_in_one_warning(tmp_path):
+    Dataset.from_list([{**row, "image": b"x", "score": 1} for row in text_rows(1)]).to_parquet(
+        str(tmp_path / "a.parquet")
+    )
+    (tmp_path / "b.csv").write_text(",prompt,chosen,rejected,Notes\n0,p,a,b,c\n")
+    write(tmp_path / "c.jsonl", [{**row, "score": 1} for row in text_rows(1)])
+    with pytest.warns(UserWarning) as caught:
+        load_preferences(tmp_path)
+    (message,) = [str(warning.message) for warning in caught]
+    assert all(message.count(f"'{name}'") == 1 for name in ("image", "score", "unnamed column 1", "Notes"))
+
+
+def test_nothing_is_said_where_all_is_used(tmp_path, recwarn):
+    load_preferences(write(tmp_path / "pairs.jsonl", [{**chat_row(), "tools": TOOLS, "system": "s", "weight": 2}]))
+    assert not [warning for warning in recwarn if warning.category is UserWarning]
+
+
+@pytest.mark.parametrize(
+    ("first", "late", "message"),
+    [
+        ({"chosen": "q a", "rejected": "q b"}, {"prompt": "p"}, r"\(prompt\), .* is 'explicit', not 'implicit'"),
+        (
+            {"chosen": "q a", "rejected": "q b"},
+            {"instruction": "p"},
+            r"\(instruction\), .* is 'alpaca', not 'implicit'",
+        ),
+        (
+            {"instruction": "q", "chosen": "a", "rejected": "b"},
+            {"prompt": "p"},
+            r"\(prompt\), .* is 'explicit', not 'alpaca'",
+        ),
+        ({"chosen": "q a", "rejected": "q b"}, {"messages": []}, r"\(messages\), .* is 'unknown', not 'implicit'"),
+        (
+            {"chosen": "q a", "rejected": "q b"},
+            {"n": 1, "conversations": []},
+            r"\(n, conversations\), .* is 'sharegpt', n",
+        ),
+    ],
+)
+def test_a_late_column_that_would_change_the_layout_is_an_error(tmp_path, first, late, message):
+    path = write(tmp_path / "pairs.jsonl", [first] * 120 + [{**first, **late}])
+    with pytest.raises(ValueError, match=f"row 121: the row has columns that the first 100 have not {message}"):
+        load_preferences(path)
+
+
+def test_each_file_of_a_folder_has_a_layout_of_its_own(tmp_path):
+    write(tmp_path / "a.jsonl", [chat_row("q0")])
+    write(
+        tmp_path / "b.jsonl", [{"chosen": "\n\nHuman: q1\n\nAssistant: a", "rejected": "\n\nHuman: q1\n\nAssistant: b"}]
+    )
+    answers = [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]
+    write(tmp_path / "c.jsonl", [{"prompt": "q2", "answers": answers}])
+    write(tmp_path / "d.jsonl", [{"instruction": "q3", "chosen": "a", "rejected": "b"}])
+    (tmp_path / "e.csv").write_text("prompt,chosen,rejected\n")  # no rows: fine beside others
+    Dataset.from_list(text_rows(1)).select([]).to_parquet(str(tmp_path / "f.parquet"))
+    write(tmp_path / "g.jsonl", [chat_row("q4")])
+    expected = [chat_row(f"q{n}") for n in range(5)]
+    with pytest.warns(UserWarning, match="no rows in .*/e.csv, .*/f.parquet"):
+        loaded = load_preferences(tmp_path)
+    assert pairs(loaded) == expected
+    assert [source.rpartition("/")[2] for source in loaded["source"]] == [f"{name}.jsonl, row 1" for name in "abcdg"]
+    write(tmp_path / "h.jsonl", [{"text": "q"}])
+    with pytest.raises(ValueError, match=r"h.jsonl: the columns found \(text\) are no known"):
+        load_preferences(tmp_path)
+
+
+def test_files_of_a_folder_are_of_one_kind(tmp_path):
+    write(tmp_path / "a.jsonl", text_rows(2))
+    for conversation in (chat_row(), {"instruction": "q", "chosen": "a", "rejected": "b"}):
+        write(tmp_path / "b.jsonl", [conversation])
+        with pytest.raises(ValueError, match="b.jsonl, row 1: this row is conversational, the rows of other files bef"):
+            load_preferences(tmp_path)
+    write(tmp_path / "b.jsonl", [{**row, "weight": 2} for row in text_rows(2)])
+    assert [from_json_text(row)["weight"] for row in load_preferences(tmp_path)] == [1.0, 1.0, 2.0, 2.0]
+
+
+def test_replies_find_their_prompt_in_another_file(tmp_path):
+    message = {"parent_id": None, "role": "prompter", "text": "q", "message_id": "1", "rank": None}
+    replies = [
+        {**message, "parent_id": "1", "role": "assistant", "text": t, "message_id": t, "rank": r}
+        for t, r in ("a0", "b1")
+    ]
+    write(tmp_path / "a.jsonl", replies)
+    write(tmp_path / "b.jsonl", [message])
+    assert pairs(load_preferences(tmp_path)) == [chat_row()]
+
+
+def test_a_folder_says_what_it_leaves_out_and_what_is_there_twice(tmp_path):
+    for name in ("pairs.jsonl", "pairs (1).jsonl", "dev.jsonl"):
+        write(tmp_path / name, text_rows(2))
+    (tmp_path / "pairs.csv").write_text("prompt,chosen,rejected\nSay 0:, yes 0, no 0\n")
+    (tmp_path / "dataset_info.json").write_text('{"pairs": {}}')
+    (tmp_path / "header.csv").write_text("prompt,chosen,rejected\n")
+    (tmp_path / "none.json").write_text("[]")
+    with pytest.warns(UserWarning) as caught:
+        assert len(load_preferences(tmp_path)) == 5
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.split("\n") == [
+        f"{tmp_path}: left out dataset_info.json (describes data, holds none); dev.jsonl (split validation)",
+        f"{tmp_path}/pairs.jsonl is a copy of {tmp_path}/pairs (1).jsonl: its rows are there twice",
+        f"{tmp_path}: no rows in {tmp_path}/header.csv, {tmp_path}/none.json",
+    ]
+    write(tmp_path / "pairs.jsonl", text_rows(1))
+    with pytest.warns(
+        UserWarning, match="pairs.jsonl has the name of .*/pairs.csv: rows that are in both are there tw"
+    ):
+        load_preferences(tmp_path)
+
+
+def test_a_folder_without_names_of_splits_is_read_as_a_whole():
+    path = SHARED / "cases" / "mixture"
+    if not path.exists():
+        pytest.skip(f"no case at {path}")
+    assert len(load_preferences(path)) == 7
+
+
+@pytest.mark.parametrize("rows", [1, 150])
+@pytest.mark.parametrize("empty", ["", None, "  "])
+def test_a_system_turn_in_a_later_row_makes_conversations_of_all(tmp_path, rows, empty):
+    plain = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    path = write(tmp_path / "pairs.jsonl", [{**plain, "system": empty}] * rows + [{**plain, "system": "Be nice"}])
+    for _ in range(2):  # the second one from the cache
+        loaded = load_preferences(path)
+        assert pairs(loaded.select([0, rows])) == [
+            chat_row(),
+            {**chat_row(), "prompt": [{"role": "system", "content": "Be nice"}, user("q")]},
+        ]
+    assert pairs(load_preferences(path, max_rows=rows))[0] == (plain if rows > 100 else chat_row())
+
+
+# Rows that have the form already
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda dataset: dataset.select([1, 0]),
+        lambda dataset: dataset.shuffle(seed=0),
+        lambda dataset: dataset.filter(lambda row: True),
+        lambda dataset: dataset.map(lambda row: {"mine": 1}),
+        lambda dataset: dataset.train_test_split(0.4, seed=0)["train"],
+        lambda dataset: dataset.remove_columns("weight"),
+        lambda dataset: dataset.shard(2, 0).flatten_indices(),
+        lambda dataset: datasets.concatenate_datasets([dataset, dataset]),
+        lambda dataset: datasets.interleave_datasets([dataset, dataset]),
+        lambda dataset: dataset.with_format("arrow"),
+    ],
+    ids=["select", "shuffle", "filter", "map", "split", "remove", "shard", "concatenate", "interleave", "format"],
+)
+@pytest.mark.parametrize("row", [text_rows(1)[0], chat_row()], ids=["text", "conversational"])
+def test_normalized_rows_are_known_after_they_were_changed(tmp_path, change, row):
+    loaded = load_preferences(write(tmp_path / "pairs.jsonl", [{**row, "weight": 2}] * 3))
+    changed = change(loaded)
+    assert is_normalized(changed)
+    assert normalize_preferences(changed) is changed
+
+
+def test_normalized_rows_come_back_from_disk(tmp_path):
+    loaded = load_preferences(write(tmp_path / "pairs.jsonl", [{**row, "weight": 2} for row in text_rows(3)]))
+    DatasetDict({"train": loaded, "test": loaded.select([1])}).save_to_disk(str(tmp_path / "saved"))
+    again = load_preferences(tmp_path / "saved")
+    assert again[:] == loaded[:]
+    assert load_preferences(tmp_path / "saved", max_rows=2)[:] == loaded[:2]
+    assert load_preferences(tmp_path / "saved", split="test")[0]["source"] == f"{tmp_path}/pairs.jsonl, row 2"
+
+
+def test_columns_of_the_same_names_alone_are_not_normalized(tmp_path, tokenizer):
+    rows = [{"source": "forum", "prompt": "q", "chosen": "a", "rejected": "b"}]
+    with pytest.warns(UserWarning, match="'source' is not used"):
+        loaded = normalize_preferences(Dataset.from_list(rows))
+    assert loaded[0]["source"] == "dataset, row 1"
+    nothing = Dataset.from_list([{**rows[0], "chosen": " "}])
+    assert not is_normalized(nothing)
+    with pytest.raises(ValueError, match="row 1: the chosen response is empty"):
+        tokenize_preferences(nothing, tokenizer)
+    assert not is_normalized(loaded.remove_columns("source"))
+    assert not is_normalized(loaded.select_columns(["source", "prompt"]))
+    assert not is_normalized(datasets.concatenate_datasets([loaded, Dataset.from_list(text_rows(1))]))
+
+
+def test_what_the_options_change_is_not_served_from_the_cache(tmp_path):
+    answers = [{"answer": text, "rank": rank} for rank, text in enumerate("abc")]
+    path = write(tmp_path / "nectar.jsonl", [{"prompt": "q", "answers": answers}])
+    assert [len(load_preferences(path, ranked_pairs=which)) for which in ("best_vs_worst", "best_vs_each")] == [1, 2]
+    path = write(tmp_path / "pairs.jsonl", [*text_rows(1), {**text_rows(1)[0], "chosen": ""}])
+    assert len(load_preferences(path, empty_response="drop")) == 2
+    with pytest.raises(ValueError, match="row 2: the chosen response is empty"):
+        load_preferences(path)
+    write(path, text_rows(3))
+    assert len(load_preferences(path, empty_response="drop")) == 3
 
 
 def test_max_rows(tmp_path):
@@ -246,15 +499,10 @@ def test_max_rows(tmp_path):
         ("a.json", b"[]", "there are no rows"),
         ("a.json", b"[7]", "row 1: expected a JSON object, got int"),
         ("a.json", b"[\xff]", "not UTF-8"),
-        ("a.csv", b"prompt,chosen,rejected\np,a,b\np,a\n", "row 2: the field 'rejected' is null"),
+        ("a.csv", b"prompt,chosen,rejected\np,a,b\np,a\n", "row 2: fewer cells than the header's 3"),
         ("a.csv", b"prompt,chosen,rejected\np,a,b,c\n", "row 1: more cells than the header's 3"),
         ("a.csv", b'prompt,chosen,rejected\np,a,b\np,"a,b\n', "row 2: the record is not valid CSV"),
         ("a.csv", b"prompt,chosen,rejected\np,a,\n", "row 1: the rejected response is empty"),
-        (
-            "a.csv",
-            b"prompt,chosen,rejected\n\"[{'role': 'user'}]\",a,b\n",
-            "row 1: column 'prompt' looks like a list of me",
-        ),
         ("a.parquet", b"PAR1 not really", "the file is not valid Parquet"),
         (
             "a.jsonl",
@@ -361,8 +609,8 @@ def test_renderings_that_part_early_move_the_boundary_and_are_reported(templated
     )
     (row,), report = tokenize_preferences(Dataset.from_list([chat_row(chosen="<b>", rejected="<c>")]), tokenizer)
     assert counts(report.altered) == {tokenization.REDRAWN: 1}
-    assert tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nq<|im_end|><|im_start|>assistant\n<"
-    assert tokenizer.decode(row["chosen_ids"]) == "b><|im_end|>"
+    assert tokenizer.decode(row["prompt_ids"]) == "<|im_start|>user\nq<|im_end|><|im_start|>assistant\n"
+    assert tokenizer.decode(row["chosen_ids"]) == "<b><|im_end|>"  # none of it is in the prompt, though "<" is shared
 
 
 def test_alterations_of_dropped_pairs_are_not_counted(templated):
@@ -698,6 +946,7 @@ def test_split_is_deterministic_and_keeps_prompts_together():
     assert split_train_eval(dataset, eval_fraction=0.2, seed=1)[1][:] == held_out[:]
     assert split_train_eval(dataset, eval_fraction=0.2, seed=2)[1][:] != held_out[:]
     assert len(split_train_eval(dataset, eval_rows=4)[1]) == 6  # two whole prompts
+    assert len(split_train_eval(dataset, eval_fraction=0.001)[1]) == 3  # something at least
 
 
 def test_split_of_tokenized_pairs(tokenizer):
@@ -722,7 +971,7 @@ def test_split_options_out_of_range(options, message):
 
 def test_split_of_a_single_prompt():
     rows = [{"prompt": "p", "chosen": f"a{n}", "rejected": "b"} for n in range(3)]
-    with pytest.raises(ValueError, match="3 rows with 1 different prompts leave nothing to train on"):
+    with pytest.raises(ValueError, match="3 rows with 1 different prompts leave nothing to train on beside held"):
         split_train_eval(Dataset.from_list(rows), eval_rows=1)
 
 
