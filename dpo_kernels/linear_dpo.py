@@ -30,6 +30,7 @@ from dpo_kernels.losses import (
     wpo_weights,
 )
 from dpo_kernels.ops import refuse_second_derivative
+from dpo_kernels.pair_groups import Group, pair_major, plan_groups
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows
 
 DEFAULT_CHUNK_BYTES = 2**30
@@ -39,11 +40,11 @@ class LinearDPOOutput(NamedTuple):
     """The loss of B pairs, S = 2B sequences. Only `loss` carries a gradient. fp32 (fp64 for fp64 inputs)."""
 
     loss: Tensor
-    """[] mean of `losses`."""
+    """[] mean of `losses`, over which each pair counts as much as its weight says."""
     losses: Tensor
-    """[B]"""
+    """[B], unweighted."""
     logps: Tensor
-    """[S] log-probability of each response in nats, length-desensitized where `ld_alpha` is given."""
+    """[S] log-probability of each response in nats, its tokens weighted by `token_weights` and `ld_alpha`."""
     num_tokens: Tensor
     """[S] int64: labelled positions."""
     chosen_rewards: Tensor
@@ -101,9 +102,13 @@ def linear_dpo_loss(
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     mean_chosen_length: Tensor | float | None = None,
+    token_weights: Tensor | None = None,
+    pair_weights: Tensor | None = None,
+    lengths: Tensor | None = None,
     stats: Sequence[str] = (),
     num_labelled: int | None = None,
     chunk_bytes: int | None = None,
+    check_hidden: bool = True,
     impl: str = "auto",
 ) -> LinearDPOOutput:
     """DPO loss (arXiv 2305.18290, Eq. 7, and its variants) straight from hidden states, without the `[S, T, V]` logits.
@@ -125,15 +130,23 @@ def linear_dpo_loss(
         hidden: [S, T, H] floating point; rows 0..B-1 chosen, B..2B-1 rejected. hidden[s, t] predicts labels[s, t].
         weight: [V, H], same dtype as `hidden` (any under autocast).
         labels: [S, T] integers in [0, V), or `ignore_index` on prompt and padding.
-        ref_logps: [S] log-probabilities of the same responses under the reference model, in nats; with `ld_alpha`,
-            length-desensitized alike.
-        bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, impl: as in
-            `linear_sequence_logps`.
+        ref_logps: [S] log-probabilities of the same responses under the reference model, in nats; with `ld_alpha` or
+            `token_weights`, weighted alike.
+        bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, check_hidden, impl: as
+            in `linear_sequence_logps`.
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau: as in `dpo_loss`.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).
         use_weighting: weigh each pair by how likely the policy makes it (WPO, arXiv 2406.11827, Eq. 2).
         mean_chosen_length: for "sft" on a part of a larger batch: the mean number of chosen tokens in all of it. These
-            pairs' own if None.
+            pairs' own if None. Pairs count as in the loss, by their weights.
+        token_weights: [S, T], aligned with `labels`, finite and at least 0: weight of each position's log-probability
+            in that of the response. What "ipo", "sigmoid_norm" and "sft" divide by, and what `ld_alpha` and WPO count,
+            are labelled positions, whatever they weigh. Positions without a label may hold anything.
+        lengths: [S] what "ipo" and "sigmoid_norm" divide by instead, in tokens. With `shift` the first token of a
+            sequence has no position that predicts it, and so does not count unless it is counted here.
+        pair_weights: [B], finite and at least 0: the loss is sum_b w_b losses_b / sum_b w_b, or 0 if all are 0. Weight
+            0 is as good as no such pair, weight 2 as good as the pair twice. Not for "aot" and "aot_unpaired". Through
+            neither kind of weights does a gradient go.
         chunk_bytes: what the logits of one group, and a dW accumulator in fp32 where the head is of lower precision and
             there are several groups, may take together; 1 GiB if None. A single group keeps the logits of H rows (H / 2
             in half precision) in the memory of dW instead. 0 always takes the path of 4 products.
@@ -146,6 +159,9 @@ def linear_dpo_loss(
     check_num_labelled(num_labelled)
     check_stats(stats)
     _check_pairs(hidden, ref_logps, chunk_bytes)
+    _check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
+    _check_weights("pair_weights", pair_weights, hidden, (hidden.shape[0] // 2,))
+    _check_weights("lengths", lengths, hidden, (hidden.shape[0],))
     options = _LossOptions(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, ld_alpha, use_weighting,
         mean_chosen_length, ignore_index, tuple(stats),
@@ -153,28 +169,40 @@ def linear_dpo_loss(
     checked = options._asdict()
     del checked["mean_chosen_length"], checked["ignore_index"], checked["wanted_stats"]
     validate_dpo_options(**checked)
+    if pair_weights is not None and BATCH_LOSSES.intersection(options.names):
+        raise ValueError(
+            f"pair_weights: expected None for loss_type {loss_type!r}, which sorts the batch, so that its losses are "
+            "those of ranks and not of pairs"
+        )
     impl = choose(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
-    ref_logps = ref_logps.detach().to(accumulate_dtype(compute_dtype))
-    labels, _ = prepare_labels(labels, None, ignore_index, shift)
+    dtype = accumulate_dtype(compute_dtype)
+    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
+    waits = num_labelled is None
+    if token_weights is not None:
+        token_weights = token_weights.to(dtype).masked_fill(labels == ignore_index, 0)
+        _check_weight_values("token_weights", token_weights, waits)
+    shares = None
+    if pair_weights is not None:
+        _check_weight_values("pair_weights", pair_weights, waits)
+        shares = _shares(pair_weights).to(dtype)
+    given = _Given(labels, ref_logps.detach().to(dtype), token_weights, lengths, shares, labels.shape[0] // 2)
+    if mean_chosen_length is None:
+        options = options._replace(mean_chosen_length=given.mean_chosen_length(ignore_index))
     transform = LogitTransform(float(logit_scale), softcap, float(temperature))
 
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
-    if (
-        torch.is_grad_enabled()
-        and head_trained
-        and torch.float16 not in (compute_dtype, weight.dtype, hidden.dtype)
-        and not BATCH_LOSSES.intersection(options.names)
-        and not torch.compiler.is_compiling()
-    ):
+    dtypes = compute_dtype, weight.dtype, hidden.dtype
+    if torch.is_grad_enabled() and head_trained and takes_groups(options.names, dtypes):
         rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        groups = _plan_groups(rows, labels, weight, accumulate_dtype(compute_dtype), budget, impl)
+        groups = plan_groups(rows, given.pairs, weight, dtype, budget, impl, dweight=weight.requires_grad)
         if groups is not None:
-            rows = _pair_major(rows, labels.shape[0] // 2)
+            rows = pair_major(rows, given.pairs)
             x = GatherRows.apply(hidden, *rows)
-            check_finite(x.detach(), rows, waits=num_labelled is None)
-            grouped = _Grouped(rows, labels, ref_logps, groups, transform, compute_dtype, options, impl)
+            if check_hidden:
+                check_finite(x.detach(), rows, waits)
+            grouped = _Grouped(rows, given, groups, transform, compute_dtype, options, impl)
             found = _GroupedLoss.apply(x, weight, bias, grouped)
             return LinearDPOOutput._make((*found[:-1], named_stats(stats, found[-1])))
 
@@ -187,12 +215,13 @@ def linear_dpo_loss(
         ignore_index=ignore_index,
         stats=options.stats,
         num_labelled=num_labelled,
+        check_hidden=check_hidden,
         impl=impl,
     )
     for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
-    loss, logps = _pair_losses(out.token_logps, for_wpo, labels, ref_logps, options)
+    loss, logps = _pair_losses(out.token_logps, for_wpo, given, options)
     return LinearDPOOutput(
-        loss.losses.mean(),
+        given.mean(loss.losses),
         loss.losses.detach(),
         logps.detach(),
         out.num_tokens,
@@ -200,6 +229,11 @@ def linear_dpo_loss(
         loss.rejected_rewards,
         {name: out.stats[name] for name in stats},
     )
+
+
+def takes_groups(names: Sequence[str], dtypes: Sequence[torch.dtype]) -> bool:
+    """Whether the loss is a mean over pairs, and its gradients may be formed before the incoming one is known."""
+    return BATCH_LOSSES.isdisjoint(names) and torch.float16 not in dtypes and not torch.compiler.is_compiling()
 
 
 def transform_options(transform: LogitTransform) -> dict[str, Any]:
@@ -222,26 +256,117 @@ def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> 
         raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes}")
 
 
+def _check_weights(name: str, weights: object, hidden: Tensor, shape: tuple[int, ...]) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise ValueError(f"{name}: expected a tensor or None, got {type(weights).__name__}")
+    if tuple(weights.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(weights.shape)}")
+    if weights.is_complex():
+        raise ValueError(f"{name}: expected real numbers, got {weights.dtype}")
+    if weights.device != hidden.device:
+        raise ValueError(f"{name}: expected device {hidden.device}, that of hidden, got {weights.device}")
+    if weights.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f"{name}: expected weights that need no gradient, since none goes through them: detach them, or put the "
+            "loss together from linear_sequence_logps and dpo_loss"
+        )
+
+
+def _check_weight_values(name: str, weights: Tensor, waits: bool) -> None:
+    """As `labelled_rows` does: on a CUDA device that is not to be waited for, by an assertion."""
+    if torch.compiler.is_compiling():
+        return
+    wrong = ~((weights >= 0) & (weights < float("inf")))  # NaN is neither
+    if waits or weights.device.type == "cpu":
+        if wrong.any():
+            place = torch.nonzero(wrong)[0].tolist()
+            where = ", ".join(f"{what} {i}" for what, i in zip(_PLACES[name], place, strict=True))
+            raise ValueError(
+                f"{name}: expected finite numbers of at least 0, got {weights[tuple(place)].item()} for {where} "
+                f"({int(wrong.sum())} such weight(s))"
+            )
+    elif weights.device.type == "cuda":
+        torch._assert_async(~wrong.any(), f"{name}: expected finite numbers of at least 0")
+
+
+_PLACES = {"token_weights": ("sequence", "position"), "pair_weights": ("pair",)}
+
+
+def _shares(pair_weights: Tensor) -> Tensor:
+    """[B] what part of the mean each pair is: they sum to 1, or to 0 if all weights are 0."""
+    weights = pair_weights.to(torch.float32 if pair_weights.device.type == "mps" else torch.float64)
+    largest = weights.max()
+    weights = weights / torch.where(largest > 0, largest, 1)  # whose sum is finite
+    return weights / weights.sum().clamp(min=1)
+
+
+class _Given(NamedTuple):
+    """What is known of the responses before their log-probabilities are, positions shifted to those that predict."""
+
+    labels: Tensor  # [S, T]
+    ref_logps: Tensor  # [S]
+    token_weights: Tensor | None  # [S, T], 0 where there is no label
+    lengths: Tensor | None  # [S]; None: labelled positions
+    shares: Tensor | None  # [B] of `_shares`; None: each is 1 / pairs
+    pairs: int  # in all, where these are a part
+
+    def part(self, of: slice) -> _Given:
+        """The same of some pairs, chosen first."""
+        both = [of, slice(of.start + self.pairs, of.stop + self.pairs)]
+
+        def cut(t: Tensor) -> Tensor:
+            return torch.cat([t[s] for s in both])
+
+        weights, lengths = (None if t is None else cut(t) for t in (self.token_weights, self.lengths))
+        shares = None if self.shares is None else self.shares[of]
+        return _Given(cut(self.labels), cut(self.ref_logps), weights, lengths, shares, self.pairs)
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """[] what these losses [b] are of the mean over all pairs. Of a pair without weight nothing is in it, finite or
+        not, nor in its gradient."""
+        if self.shares is None:
+            return losses.sum() / self.pairs
+        return torch.where(self.shares > 0, losses * self.shares, 0).sum()
+
+    def mean_chosen_length(self, ignore_index: int) -> Tensor:
+        """[] number of labelled positions."""
+        lengths = (self.labels != ignore_index).sum(1).chunk(2)[0].to(self.ref_logps.dtype)
+        if self.shares is None:
+            return lengths.mean()
+        return torch.where(self.shares.any(), (lengths * self.shares).sum(), lengths.mean())
+
+
+def response_logps(
+    token_logps: Tensor, labels: Tensor, token_weights: Tensor | None, ld_alpha: float | None, ignore_index: int
+) -> tuple[Tensor, Tensor]:
+    """[S] sums of [S, T], without and with the weights that desensitize to length. Policy and reference are summed by
+    this alike: where they are one model, rewards are 0 to the bit."""
+    weighted = token_logps if token_weights is None else token_logps * token_weights
+    plain = sum_tokens(weighted)
+    if ld_alpha is None:
+        return plain, plain
+    weights = length_desensitized_weights(labels, ld_alpha, ignore_index=ignore_index)
+    return plain, sum_tokens(weighted * weights.to(token_logps.dtype))
+
+
 def _pair_losses(
-    token_logps: Tensor,
-    log_sum_sq_probs: Tensor | None,
-    labels: Tensor,
-    ref_logps: Tensor,
-    options: _LossOptions,
+    token_logps: Tensor, log_sum_sq_probs: Tensor | None, given: _Given, options: _LossOptions
 ) -> tuple[PreferenceLoss, Tensor]:
     """Losses of b pairs from [2b, T] token log-probabilities, chosen first; and the log-probabilities [2b] they use."""
-    plain = sum_tokens(token_logps)
-    logps = plain
-    if options.ld_alpha is not None:
-        weights = length_desensitized_weights(labels, options.ld_alpha, ignore_index=options.ignore_index)
-        logps = sum_tokens(token_logps * weights.to(token_logps.dtype))
-    pair_weights = None
+    labels = given.labels
+    plain, logps = response_logps(token_logps, labels, given.token_weights, options.ld_alpha, options.ignore_index)
+    if given.shares is not None:  # the slope of a loss may be infinite where its weight is 0
+        present = (given.shares > 0).repeat(2)
+        plain, logps = (torch.where(present, t, t.detach()) for t in (plain, logps))
+    wpo = None
     if log_sum_sq_probs is not None:
-        pair_weights = wpo_weights(token_logps, log_sum_sq_probs, labels, ignore_index=options.ignore_index)
-    lengths = (labels != options.ignore_index).sum(1)
+        wpo = wpo_weights(token_logps, log_sum_sq_probs, labels, ignore_index=options.ignore_index)
+    lengths = (labels != options.ignore_index).sum(1) if given.lengths is None else given.lengths
     loss = dpo_loss(
         *logps.chunk(2),
-        *ref_logps.chunk(2),
+        *given.ref_logps.chunk(2),
         beta=options.beta,
         loss_type=options.loss_type,
         loss_weights=options.loss_weights,
@@ -253,56 +378,17 @@ def _pair_losses(
         rejected_lengths=lengths.chunk(2)[1],
         mean_chosen_length=options.mean_chosen_length,
         sft_chosen_logps=plain.chunk(2)[0],
-        pair_weights=pair_weights,
+        pair_weights=wpo,
     )
     return loss, logps
-
-
-class _Group(NamedTuple):
-    rows: slice  # of the rows in pair-major order
-    pairs: slice
-
-
-def _pair_major(rows: Rows, pairs: int) -> Rows:
-    """Rows sorted by pair, chosen before rejected, then by position."""
-    order = torch.argsort(rows.sequence % pairs * 2 + rows.sequence // pairs, stable=True)
-    return Rows(rows.sequence[order], rows.position[order])
-
-
-def _plan_groups(
-    rows: Rows, labels: Tensor, weight: Tensor, dtype: torch.dtype, chunk_bytes: int, impl: str
-) -> list[_Group] | None:
-    """Whole pairs in groups whose logits fit in `chunk_bytes`; None if that cannot be, or there is nothing to group."""
-    n, pairs = rows.sequence.shape[0], labels.shape[0] // 2
-    row_bytes = weight.shape[0] * dtype.itemsize
-    if n == 0 or chunk_bytes == 0:
-        return None
-    free = paths.rows_kept_in_dw(load(impl), n, weight, dtype) if weight.requires_grad else 0
-    if (n - free) * row_bytes <= chunk_bytes:
-        return [_Group(slice(0, n), slice(0, pairs))]
-    if weight.requires_grad and weight.dtype != dtype:
-        chunk_bytes -= weight.numel() * dtype.itemsize
-    budget = chunk_bytes // row_bytes
-    sizes = torch.bincount(rows.sequence % pairs, minlength=pairs).tolist()
-    if max(sizes) > budget:
-        return None
-    groups, first_row, first_pair, size = [], 0, 0, 0
-    for pair, more in enumerate([*sizes, budget + 1]):
-        if size + more > budget:
-            if size:
-                groups.append(_Group(slice(first_row, first_row + size), slice(first_pair, pair)))
-            first_row, first_pair, size = first_row + size, pair, 0
-        size += more
-    return groups
 
 
 class _Grouped(NamedTuple):
     """What path C needs beside its differentiable inputs."""
 
     rows: Rows
-    labels: Tensor
-    ref_logps: Tensor
-    groups: list[_Group]
+    given: _Given
+    groups: list[Group]
     transform: LogitTransform
     compute_dtype: torch.dtype
     options: _LossOptions
@@ -315,24 +401,21 @@ class _GroupedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: _Grouped) -> tuple[Tensor, ...]:
-        sequences, length = g.labels.shape
-        pairs = sequences // 2
-        y = g.labels[g.rows.sequence, g.rows.position]
-        num_tokens = (g.labels != g.options.ignore_index).sum(1)
-        options = g.options
-        if options.mean_chosen_length is None:
-            options = options._replace(mean_chosen_length=num_tokens[:pairs].sum() / pairs)
+        labels, ref_logps = g.given.labels, g.given.ref_logps
+        sequences, length = labels.shape
+        pairs, options = g.given.pairs, g.options
+        y = labels[g.rows.sequence, g.rows.position]
+        num_tokens = (labels != options.ignore_index).sum(1)
         # A pair without labelled tokens is in no group's rows, but in a group's pairs: groups cover all pairs.
-        losses, chosen_rewards, rejected_rewards = x.new_empty(3, pairs, dtype=g.ref_logps.dtype)
+        losses, chosen_rewards, rejected_rewards = x.new_empty(3, pairs, dtype=ref_logps.dtype)
         logps = losses.new_empty(sequences)
-        table = x.new_zeros(len(options.wanted_stats), sequences, length, dtype=g.ref_logps.dtype)
+        table = x.new_zeros(len(options.wanted_stats), sequences, length, dtype=ref_logps.dtype)
 
         of_wpo = options.stats.index("log_sum_sq_probs") if options.use_weighting else 0
 
         def coefficients(i: int, row_logps: Tensor, stats: Tensor) -> Tensor:
             rows, of = g.groups[i]
-            both = [of, slice(of.start + pairs, of.stop + pairs)]
-            size = of.stop - of.start
+            part, size = g.given.part(of), of.stop - of.start
             sequence, position = g.rows.sequence[rows], g.rows.position[rows]
             table[:, sequence, position] = stats[: len(table)].to(table.dtype)
             local = sequence % pairs - of.start + sequence // pairs * size
@@ -343,14 +426,12 @@ class _GroupedLoss(torch.autograd.Function):
                 loss, group_logps = _pair_losses(
                     ScatterRows.apply(leaf, local, position, shape),
                     ScatterRows.apply(stats[of_wpo], local, position, shape) if options.use_weighting else None,
-                    torch.cat([g.labels[s] for s in both]),
-                    torch.cat([g.ref_logps[s] for s in both]),
+                    part,
                     options,
                 )
-                (dlogp,) = torch.autograd.grad(loss.losses.sum() / pairs, leaf)
+                (dlogp,) = torch.autograd.grad(part.mean(loss.losses), leaf)
             losses[of], chosen_rewards[of], rejected_rewards[of] = (t.detach() for t in loss)
-            for s, part in zip(both, group_logps.detach().chunk(2), strict=True):
-                logps[s] = part
+            logps.view(2, pairs)[:, of] = group_logps.detach().view(2, size)
             return dlogp
 
         with torch.autocast(x.device.type, enabled=False):
@@ -369,7 +450,7 @@ class _GroupedLoss(torch.autograd.Function):
             )
         ctx.mark_non_differentiable(losses, logps, num_tokens, chosen_rewards, rejected_rewards, table)
         ctx.set_materialize_grads(False)
-        return losses.mean(), losses, logps, num_tokens, chosen_rewards, rejected_rewards, table
+        return g.given.mean(losses), losses, logps, num_tokens, chosen_rewards, rejected_rewards, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

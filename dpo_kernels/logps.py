@@ -46,6 +46,7 @@ def linear_sequence_logps(
     reduction: str = "sum",
     stats: Sequence[str] = (),
     num_labelled: int | None = None,
+    check_hidden: bool = True,
     impl: str = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of label sequences under a language-model head, without the `[S, T, V]` logits.
@@ -82,6 +83,7 @@ def linear_sequence_logps(
         num_labelled: number of positions that count, after the shift, where the host knows it. A CUDA device is then
             not waited for: labels are checked by assertions on it, and hidden states that are not finite give
             log-probabilities that are not.
+        check_hidden: False: hidden states that are not finite give log-probabilities that are not, and no error.
         impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.
 
     Raises:
@@ -106,7 +108,8 @@ def linear_sequence_logps(
         # Rows are compacted out here where their number may decide shapes: only [N, H] is saved for the backward.
         rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
         x, y = GatherRows.apply(hidden, *rows), labels[rows.sequence, rows.position]
-        check_finite(x.detach(), rows, waits=num_labelled is None)
+        if check_hidden:
+            check_finite(x.detach(), rows, waits=num_labelled is None)
         row_logps, _, row_values, _ = ops.linear_token_logps(
             x[None], weight, y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, impl
         )

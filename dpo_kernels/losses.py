@@ -394,7 +394,8 @@ def dpo_loss(
         mean_chosen_length: scalar, what sft divides by: the mean of chosen_lengths over the whole batch, for a caller
             that passes a part of it; None takes the mean of chosen_lengths.
         sft_chosen_logps: [B], what sft uses in place of chosen_logps where those are weighted by token.
-        pair_weights: [B], multiplies the losses (see `wpo_weights`); no gradient goes through.
+        pair_weights: [B], multiplies the losses (see `wpo_weights`) and is not divided out again; no gradient goes
+            through. A mean over pairs that count differently is the caller's to take, as `linear_dpo_loss` does.
 
     Returns:
         PreferenceLoss, in fp32, or fp64 where an input is. Rewards are beta * r whatever the loss or the f-divergence.
@@ -588,10 +589,11 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
     """KTO's baseline z_0 = max(0, mean(log pi(y') - log pi_ref(y'))) [], detached. arXiv 2402.01306, Section 4.
 
     kl_logps, ref_kl_logps [S] are the log-probabilities of mismatched responses: each prompt with the response of
-    another. Over several processes, gather both first: the mean comes before the maximum.
+    another. Of none (S = 0) it is 0. Over several processes, gather both first: the mean comes before the maximum.
     """
     kl_logps, ref_kl_logps = _as_vectors(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
-    return (kl_logps - ref_kl_logps).detach().mean().clamp(min=0)
+    logratios = (kl_logps - ref_kl_logps).detach()
+    return (logratios.sum() / max(1, len(logratios))).clamp(min=0)
 
 
 def kto_loss(
@@ -747,6 +749,8 @@ def _as_vectors(**tensors: Tensor) -> list[Tensor]:
     """The tensors in their common compute type, once they are [B], floating-point and of one length."""
     first, *_ = tensors.items()
     for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor of shape [B], got {type(tensor).__name__}")
         if tensor.dim() != 1 or tensor.shape != first[1].shape:
             shape = f"{tuple(first[1].shape)} as {first[0]} has" if first[1].dim() == 1 else "[B]"
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")

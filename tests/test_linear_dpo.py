@@ -8,7 +8,7 @@ from grids import IMPLS, covering
 from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
-from dpo_kernels.losses import LOSSES, length_desensitized_weights, wpo_weights
+from dpo_kernels.losses import BATCH_LOSSES, LOSSES, length_desensitized_weights, wpo_weights
 from dpo_kernels.testing import assert_within_budget, head_inputs
 
 pytestmark = pytest.mark.usefixtures("impl")
@@ -18,18 +18,22 @@ ROW = 123 * 8  # bytes of one row of fp64 logits
 CHUNKS = {"one group": None, "groups": 14 * ROW, "recompute": 0}
 
 
-def eager(inputs, *, loss_type="sigmoid", ld_alpha=None, use_weighting=False, shift=False, **options):
-    """The loss from whole logits, the pieces put together by hand."""
+def eager(
+    inputs, *, loss_type="sigmoid", ld_alpha=None, use_weighting=False, shift=False, token_weights=None, **options
+):
+    """The losses of the pairs from whole logits, the pieces put together by hand."""
     transform = {k: options.pop(k) for k in ("logit_scale", "softcap", "temperature") if k in options}
     logits = eager_logits(inputs.hidden, inputs.weight, bias=inputs.bias, **transform)
     labels = inputs.labels
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
+        token_weights = None if token_weights is None else token_weights[:, 1:]
     token_logps = eager_token_logps(logits, labels)
-    plain = token_logps.sum(1)
+    weighted = token_logps if token_weights is None else token_logps * token_weights
+    plain = weighted.sum(1)
     logps, pair_weights = plain, None
     if ld_alpha is not None:
-        logps = (token_logps * length_desensitized_weights(labels, ld_alpha)).sum(1)
+        logps = (weighted * length_desensitized_weights(labels, ld_alpha)).sum(1)
     if use_weighting:
         pair_weights = wpo_weights(token_logps, (2 * logits.log_softmax(-1)).logsumexp(-1), labels)
     chosen_lengths, rejected_lengths = (labels != -100).sum(1).chunk(2)
@@ -73,10 +77,16 @@ def fused(inputs, **options):
     return linear_dpo_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.ref_logps, bias=inputs.bias, **options)
 
 
-def check(inputs, chunk_bytes, **options):
-    out = fused(inputs, chunk_bytes=chunk_bytes, **options)
+def check(inputs, chunk_bytes, pair_weights=None, **options):
+    out = fused(inputs, chunk_bytes=chunk_bytes, pair_weights=pair_weights, **options)
+    if pair_weights is not None:
+        lengths = (inputs.labels != -100).sum(1).chunk(2)[0]
+        options = {"mean_chosen_length": (lengths * pair_weights).sum() / pair_weights.sum()} | options
     expected, logps = eager(inputs, **options)
-    torch.testing.assert_close(out.loss, expected.losses.mean())
+    mean = (
+        expected.losses.mean() if pair_weights is None else (expected.losses * pair_weights).sum() / pair_weights.sum()
+    )
+    torch.testing.assert_close(out.loss, mean)
     torch.testing.assert_close(out.losses, expected.losses.detach())
     torch.testing.assert_close(out.logps, logps.detach())
     torch.testing.assert_close(out.chosen_rewards, expected.chosen_rewards)
@@ -87,7 +97,7 @@ def check(inputs, chunk_bytes, **options):
     assert [t.requires_grad for t in tensors] == [True, False, False, False, False, False] and stats == {}
     wanted = [t for t in (inputs.hidden, inputs.weight, inputs.bias) if t.requires_grad]
     ours = torch.autograd.grad(out.loss * 3, wanted)
-    for mine, other in zip(ours, torch.autograd.grad(expected.losses.mean() * 3, wanted), strict=True):
+    for mine, other in zip(ours, torch.autograd.grad(mean * 3, wanted), strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
 
 
@@ -125,6 +135,191 @@ def test_options(options, chunks, frozen):
     inputs.weight.requires_grad_(not frozen)
     inputs.bias.requires_grad_(not frozen)
     check(inputs, chunk_bytes, **options)
+
+
+MEANS_OVER_PAIRS = [name for name in LOSSES if name not in BATCH_LOSSES]
+WEIGHTS = {
+    "pairs": {"pair_weights": torch.tensor([0.3, 2.5, 1.0], dtype=torch.float64)},
+    "tokens": {"token_weights": torch.linspace(0, 3, 6 * 9, dtype=torch.float64).view(6, 9)},
+}
+
+
+@pytest.mark.parametrize(
+    ("impl", "loss_type", "chunks", "weights", "frozen"),
+    covering(
+        IMPLS,
+        [*MEANS_OVER_PAIRS, ("sigmoid", "sft", "ipo")],
+        list(CHUNKS),
+        [*WEIGHTS, "both"],
+        [False, True],
+        others=False,
+    ),
+    indirect=["impl"],
+)
+def test_weights_of_pairs_and_tokens(loss_type, chunks, weights, frozen):
+    inputs = head_inputs(6, 9, dtype=torch.float64)
+    inputs.weight.requires_grad_(not frozen)
+    inputs.bias.requires_grad_(not frozen)
+    given = WEIGHTS[weights] if weights in WEIGHTS else WEIGHTS["pairs"] | WEIGHTS["tokens"]
+    given = {name: value.to(inputs.hidden.device) for name, value in given.items()}
+    smoothing = {"label_smoothing": SMOOTHED[loss_type]} if loss_type in SMOOTHED else {}
+    check(inputs, CHUNKS[chunks], loss_type=loss_type, beta=0.3, **given, **smoothing)
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"ld_alpha": 0.3},
+        {"use_weighting": True},
+        {"shift": True},
+        {"loss_type": ("sigmoid", "sft"), "mean_chosen_length": 7.5},
+        {"ld_alpha": 0.5, "use_weighting": True, "loss_type": ("sigmoid", "sft")},
+    ],
+    ids=str,
+)
+def test_weights_beside_other_options(chunk_bytes, options):
+    weights = {name: value.to(torch.get_default_device()) for each in WEIGHTS.values() for name, value in each.items()}
+    check(head_inputs(6, 9, dtype=torch.float64), chunk_bytes, **weights, **options)
+
+
+def gradients(inputs, **options):
+    out = fused(inputs, **options)
+    return out, torch.autograd.grad(out.loss, (inputs.hidden, inputs.weight, inputs.bias))
+
+
+@pytest.mark.parametrize(
+    ("impl", "loss_type", "chunk_bytes"),
+    covering(IMPLS, [*MEANS_OVER_PAIRS, ("sigmoid", "sft")], list(CHUNKS.values())),
+    indirect=["impl"],
+)
+def test_weights_say_how_often_a_pair_is_there(loss_type, chunk_bytes):
+    """Weights 1, 2 and 0: the same loss and gradients as of the first pair, and twice the second."""
+    inputs = head_inputs(6, 9, dtype=torch.float64)
+    options = {"loss_type": loss_type, "chunk_bytes": chunk_bytes}
+    options |= {"label_smoothing": SMOOTHED[loss_type]} if loss_type in SMOOTHED else {}
+    weighted, ours = gradients(inputs, pair_weights=torch.tensor([1, 2, 0]), **options)
+    rows = torch.tensor([0, 1, 1, 3, 4, 4])
+    hidden, labels, ref_logps = (t[rows] for t in (inputs.hidden, inputs.labels, inputs.ref_logps))
+    repeated = fused(inputs._replace(hidden=hidden, labels=labels, ref_logps=ref_logps), **options)
+    torch.testing.assert_close(weighted.loss, repeated.loss)
+    theirs = torch.autograd.grad(repeated.loss, (inputs.hidden, inputs.weight, inputs.bias))
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+    unweighted = fused(inputs, **options | {"mean_chosen_length": float((labels[:3] != -100).sum()) / 3})
+    for name in ("losses", "logps", "num_tokens", "chosen_rewards", "rejected_rewards"):  # these are each pair's own
+        torch.testing.assert_close(getattr(weighted, name), getattr(unweighted, name))
+
+
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+def test_a_pair_without_weight_is_as_good_as_absent(chunk_bytes):
+    """Even where its reference is not a number; and where no pair has any, there is no loss and no gradient."""
+    inputs = head_inputs(6, 9, dtype=torch.float64)
+    for broken in (float("nan"), -float("inf")):
+        inputs.ref_logps[[1, 4]] = broken
+        out, grads = gradients(inputs, pair_weights=torch.tensor([1.0, 0.0, 3.0]), chunk_bytes=chunk_bytes)
+        assert out.loss.isfinite() and not out.chosen_rewards[1].isfinite()
+        assert all(grad.isfinite().all() and grad.any() for grad in grads)
+        assert not grads[0][[1, 4]].any()
+        out, grads = gradients(inputs, pair_weights=torch.zeros(3), loss_type="sft", chunk_bytes=chunk_bytes)
+        assert out.loss == 0 and not any(grad.any() for grad in grads)
+    lengths = (inputs.labels[:3] != -100).sum(1).double()
+    torch.testing.assert_close(out.losses, -out.logps[:3] / lengths.mean())  # as without weights
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+@pytest.mark.parametrize(
+    "weights",
+    [
+        torch.tensor([1, 3, 2]),
+        torch.tensor([1, 3, 2], dtype=torch.int8),
+        torch.tensor([0.5, 1.5, 1.0], dtype=torch.bfloat16),
+        torch.tensor([1e4, 3e4, 2e4], dtype=torch.float16),
+        torch.tensor([0.5e308, 1.5e308, 1e308], dtype=torch.float64),  # whose sum is infinite
+        torch.tensor([1e-300, 3e-300, 2e-300], dtype=torch.float64),  # 0 in fp32
+        torch.tensor([1.0, 9, 3, 9, 2, 9])[::2],
+    ],
+    ids=lambda weights: str(weights.tolist()),
+)
+def test_only_the_ratios_of_weights_matter(chunk_bytes, weights):
+    inputs = head_inputs(6, 9)
+    expected = fused(inputs, pair_weights=torch.tensor([1.0, 3.0, 2.0]), chunk_bytes=chunk_bytes).loss
+    torch.testing.assert_close(fused(inputs, pair_weights=weights, chunk_bytes=chunk_bytes).loss, expected)
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+def test_token_weights_need_no_care_where_nothing_is_labelled(chunk_bytes):
+    inputs = head_inputs(6, 9)
+    unlabelled = inputs.labels == -100
+    plain, ours = gradients(inputs, chunk_bytes=chunk_bytes)
+    for weights in (
+        torch.ones(6, 9, dtype=torch.int64),
+        ~unlabelled,
+        torch.ones(6, 9).masked_fill(unlabelled, torch.nan),
+    ):
+        weighted, theirs = gradients(inputs, token_weights=weights, chunk_bytes=chunk_bytes)
+        torch.testing.assert_close(weighted.loss, plain.loss)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+def test_weights_compile():
+    inputs, pairs, tokens = head_inputs(6, 9), torch.tensor([1.0, 0.0, 2.0]), torch.rand(6, 9)
+
+    def loss(hidden, weight, pairs, tokens):
+        return linear_dpo_loss(
+            hidden, weight, inputs.labels, inputs.ref_logps, pair_weights=pairs, token_weights=tokens, loss_type="ipo"
+        ).loss
+
+    arguments = (inputs.hidden, inputs.weight, pairs, tokens)
+    compiled, eagerly = torch.compile(loss, fullgraph=True, backend="aot_eager")(*arguments), loss(*arguments)
+    torch.testing.assert_close(compiled, eagerly)
+    wanted = (inputs.hidden, inputs.weight)
+    for mine, other in zip(torch.autograd.grad(compiled, wanted), torch.autograd.grad(eagerly, wanted), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+def test_weights_are_checked():
+    inputs, ones, one = head_inputs(6, 9), torch.ones(3), torch.ones(6, 9)
+    labelled = torch.nonzero(inputs.labels != -100)[3].tolist()
+    odd = one.clone()
+    odd[tuple(labelled)] = -0.5
+    where = f"sequence {labelled[0]}, position {labelled[1]}"
+    cases = [
+        ({"pair_weights": torch.ones(6)}, r"pair_weights: expected shape \[3\], got \[6\]"),
+        ({"pair_weights": torch.ones(3, 1)}, r"pair_weights: expected shape \[3\], got \[3, 1\]"),
+        ({"pair_weights": torch.ones(())}, r"pair_weights: expected shape \[3\], got \[\]"),
+        ({"pair_weights": [1.0, 1.0, 1.0]}, "pair_weights: expected a tensor or None, got list"),
+        ({"pair_weights": 1.0}, "pair_weights: expected a tensor or None, got float"),
+        (
+            {"pair_weights": torch.tensor([1.0, -1.0, 1.0])},
+            r"finite numbers of at least 0, got -1.0 for pair 1 \(1 such",
+        ),
+        ({"pair_weights": torch.tensor([1, -1, -1])}, r"finite numbers of at least 0, got -1 for pair 1 \(2 such"),
+        ({"pair_weights": torch.tensor([1.0, 1.0, torch.nan])}, "pair_weights: expected finite.*got nan for pair 2"),
+        ({"pair_weights": torch.tensor([torch.inf, 1.0, 1.0])}, "pair_weights: expected finite.*got inf for pair 0"),
+        ({"pair_weights": ones.to(torch.complex64)}, "pair_weights: expected real numbers, got torch.complex64"),
+        ({"pair_weights": ones.to("meta")}, "pair_weights: expected device .*that of hidden, got meta"),
+        ({"pair_weights": ones.clone().requires_grad_()}, "pair_weights: expected weights that need no gradient"),
+        ({"pair_weights": ones, "loss_type": "aot"}, "pair_weights: expected None for loss_type 'aot', which sorts"),
+        (
+            {"pair_weights": ones, "loss_type": ("sigmoid", "aot_unpaired")},
+            "pair_weights: expected None .*aot_unpaired",
+        ),
+        ({"token_weights": one[:, 1:]}, r"token_weights: expected shape \[6, 9\], got \[6, 8\]"),
+        ({"token_weights": one[:3]}, r"token_weights: expected shape \[6, 9\], got \[3, 9\]"),
+        ({"token_weights": odd}, f"token_weights: expected finite numbers of at least 0, got -0.5 for {where}"),
+        ({"token_weights": one * torch.inf}, "token_weights: expected finite numbers of at least 0, got inf"),
+        ({"token_weights": one.clone().requires_grad_()}, "token_weights: expected weights that need no gradient"),
+    ]
+    for options, message in cases:
+        for num_labelled in (None, int((inputs.labels != -100).sum())):
+            with pytest.raises(ValueError, match=message):
+                fused(inputs, num_labelled=num_labelled, **options)
 
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
@@ -173,10 +368,12 @@ def test_one_input_trained(trained):
 
 def test_no_grad_needs_no_gradient():
     inputs = head_inputs()
-    with torch.no_grad():
-        out = fused(inputs)
-    assert not out.loss.requires_grad
-    torch.testing.assert_close(out.loss, fused(inputs).loss.detach())
+    weights = {"pair_weights": torch.tensor([3.0, 1.0]), "token_weights": torch.rand(4, 9)}
+    for options in ({}, weights):
+        with torch.no_grad():
+            out = fused(inputs, **options)
+        assert not out.loss.requires_grad
+        torch.testing.assert_close(out.loss, fused(inputs, **options).loss.detach())
 
 
 @pytest.mark.parametrize(
@@ -254,6 +451,16 @@ def test_autocast(chunk_bytes):
     ):
         assert mine.dtype == torch.float32
         torch.testing.assert_close(mine.double(), best, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+def test_the_reference_gets_no_gradient(chunk_bytes):
+    inputs = head_inputs()
+    inputs.ref_logps.requires_grad_()
+    loss = fused(inputs, chunk_bytes=chunk_bytes).loss
+    loss.backward()
+    assert inputs.ref_logps.grad is None and inputs.hidden.grad.any()
 
 
 def test_second_backward():

@@ -9,6 +9,7 @@ import pytest
 import torch
 from mpmath import exp, log, log1p, mpf
 
+import dpo_kernels
 from dpo_kernels.losses import (
     KTOLoss,
     PreferenceLoss,
@@ -241,6 +242,29 @@ def test_kto_kl_is_a_clamped_mean_without_gradient():
     assert kto_kl(policy.bfloat16(), policy.bfloat16()).dtype == torch.float32
 
 
+@pytest.mark.parametrize(
+    "nothing",
+    [
+        torch.zeros(0),
+        torch.zeros(0, requires_grad=True),
+        torch.zeros(0, dtype=torch.float64),
+        torch.zeros(0, dtype=torch.bfloat16),
+        torch.zeros(4)[4:],
+        torch.zeros(3, requires_grad=True)[
+            torch.zeros(3, dtype=torch.bool)
+        ],  # what a batch without such examples leaves
+    ],
+    ids=lambda nothing: f"{nothing.dtype}, {nothing.requires_grad}",
+)
+def test_kto_kl_of_nothing_is_0(nothing):
+    kl = dpo_kernels.kto_kl(nothing, nothing)
+    assert kl.item() == 0 and kl.shape == () and not kl.requires_grad
+    assert kl.dtype == (torch.float64 if nothing.dtype == torch.float64 else torch.float32)
+    compiled = torch.compile(dpo_kernels.kto_kl, fullgraph=True, backend="eager")(nothing, nothing)
+    assert compiled.item() == 0
+    assert kto_loss(Z, Z, LABELS, kl=kl).losses.isfinite().all()
+
+
 def test_length_desensitized_weights_against_explicit_loops():
     ignore = -100
     labels = torch.tensor(
@@ -357,6 +381,12 @@ TOKENS = torch.zeros(4, 6, dtype=torch.int64)
         (lambda: kto_loss(Z, Z, LABELS, kl=0.0, loss_type="bco"), "loss_type must be one of"),
         (lambda: kto_loss(Z, Z, LABELS, kl=0.0, desirable_weight=-1), "desirable_weight must be a finite number"),
         (lambda: kto_kl(Z, Z[:2]), "ref_kl_logps must have shape"),
+        (lambda: kto_kl(Z[:0], Z[:1]), r"ref_kl_logps must have shape \(0,\) as kl_logps has, got \(1,\)"),
+        (lambda: kto_kl(Z.view(2, 2), Z), r"kl_logps must have shape \[B\], got \(2, 2\)"),
+        (lambda: kto_kl(Z.sum(), Z.sum()), r"kl_logps must have shape \[B\], got \(\)"),
+        (lambda: kto_kl([], []), r"kl_logps must be a tensor of shape \[B\], got list"),
+        (lambda: kto_kl(Z, None), r"ref_kl_logps must be a tensor of shape \[B\], got NoneType"),
+        (lambda: kto_kl(LABELS, LABELS), "kl_logps must be floating-point, got torch.bool"),
         (lambda: length_desensitized_weights(TOKENS[:3], 0.5), r"labels must have shape \[2B, T\].*got \(3, 6\)"),
         (lambda: length_desensitized_weights(TOKENS, 1.5), r"ld_alpha must be a number in \[0, 1\], got 1.5"),
         (

@@ -92,18 +92,24 @@ def linear_logps_fwd(
     compute_dtype: torch.dtype,
     stats: Sequence[str] = (),
     with_dhidden: bool = False,
+    as_with_dhidden: bool = False,
+    blocks: tuple[int, int] | None = None,
 ) -> LinearLogps:
     """Path A, and path B with `with_dhidden`: sum_v exp(z_v - m) dz/da W_v is accumulated with online rescaling in the
-    same sweep, as attention does with keys and values W."""
+    same sweep, as attention does with keys and values W.
+
+    For a reference that is to be summed as another path sums the policy: `as_with_dhidden` is path A with the
+    arithmetic of path B, `blocks` says how many rows and columns a tile has, in place of our own choice."""
     (n, h), v = x.shape, weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
-    rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
-    if n and _reads_in_place(weight, compute_dtype):
+    rows, columns = blocks or _blocks(n, v, h, acc, k.tile_bytes(x.device))
+    if n and blocks is None and _reads_in_place(weight, compute_dtype):
         rows, columns = _traffic_blocks(n, v, acc, k.tile_bytes(x.device))
     fold = k.new_fold(y, acc, stats)
-    if not with_dhidden and k.linear_fold_(fold, x, weight, bias, transform, compute_dtype):
+    in_tiles = with_dhidden or as_with_dhidden or blocks is not None
+    if not in_tiles and k.linear_fold_(fold, x, weight, bias, transform, compute_dtype):
         return LinearLogps(*fold.finish(v, acc), None)
-    expected = x.new_zeros(n, h, dtype=acc) if with_dhidden else None
+    expected = x.new_zeros(n, h if with_dhidden else 1, dtype=acc) if with_dhidden or as_with_dhidden else None
     buffer = x.new_empty(rows * columns, dtype=acc)
     for block in spans(v, columns):
         w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
@@ -115,12 +121,14 @@ def linear_logps_fwd(
             else:
                 e = k.out_tile(a, w.dtype)
                 k.fold_exp_(fold, a, e, span, c, transform, expected[span])
-                k.product(e, w, expected[span], accumulate=True)
+                if with_dhidden:
+                    k.product(e, w, expected[span], accumulate=True)
     logp, norm, values = fold.finish(v, acc)
-    if expected is not None:
-        expected.mul_((-transform.slope * fold.others).to(acc)[:, None])
-        label = -torch.expm1(fold.logp) * transform.slope * fold.label_slope
-        _add_label_rows_(expected, weight, y, label.to(acc), compute_dtype, rows)
+    if expected is None or not with_dhidden:
+        return LinearLogps(logp, norm, values, None)
+    expected.mul_((-transform.slope * fold.others).to(acc)[:, None])
+    label = -torch.expm1(fold.logp) * transform.slope * fold.label_slope
+    _add_label_rows_(expected, weight, y, label.to(acc), compute_dtype, rows)
     return LinearLogps(logp, norm, values, expected)
 
 
@@ -305,3 +313,29 @@ def linear_logps_grouped(
             if group.stop == n:
                 grads.round_block(block)
     return grads.finish(y, rows)
+
+
+def linear_logps_as_grouped(
+    k: TileKernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    transform: LogitTransform,
+    groups: Sequence[slice],
+    *,
+    compute_dtype: torch.dtype,
+    dweight: bool,
+) -> Tensor:
+    """[N] the log-probabilities of `linear_logps_grouped` (with a gradient of `weight` or not), to the bit, in path A's
+    memory: the same products of the same tiles, folded in the same order."""
+    largest = max((group.stop - group.start for group in groups), default=0)
+    acc = accumulate_dtype(compute_dtype)
+    rows, columns, _ = _grouped_blocks(k, largest, weight, acc, len(groups) == 1 and dweight)
+    logps = x.new_empty(x.shape[0], dtype=acc)
+    for group in groups:
+        found = linear_logps_fwd(
+            k, x[group], weight, bias, y[group], transform, compute_dtype=compute_dtype, blocks=(rows, columns)
+        )
+        logps[group] = found.logp
+    return logps

@@ -15,9 +15,10 @@ def each_value(*dimensions):
     return _parameters(dimensions, {tuple(step % len(values) for values in dimensions) for step in steps})
 
 
-def covering(*dimensions):
+def covering(*dimensions, others=True):
     """All combinations of the dimensions' values, as parameters. A few of them, in which any two values of different
-    dimensions meet, are run every time; the others are run with `--full`."""
+    dimensions meet, are run every time; the others are run with `--full`, or, where there are thousands of them
+    (`others=False`), never."""
     grid = _grid(dimensions)
 
     def meetings(combination):
@@ -28,7 +29,7 @@ def covering(*dimensions):
         best = max(grid, key=lambda combination: len(meetings(combination) & missing))  # the first of the best
         few.add(best)
         missing -= meetings(best)
-    return _parameters(dimensions, few)
+    return [each for each in _parameters(dimensions, few) if others or not each.marks]
 
 
 def _grid(dimensions):

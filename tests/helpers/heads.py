@@ -4,6 +4,9 @@ import pytest
 import torch
 import transformers
 
+from dpo_kernels.models.fused_forward import add_fused_lm_head
+from dpo_kernels.models.head import LMHead
+
 VOCAB = 101
 # The names that different config classes have for the same sizes; a config is given those that it has.
 SIZES = {
@@ -129,6 +132,29 @@ def assert_agrees(model, head, inputs=None):
     assert_close(logps, expected)
     (expected * coefficients).sum().backward()
     assert_same_gradients(actual, gradients(model))
+
+
+def by_head(model, inputs):
+    """The log-probabilities of both sequences by `LMHead`."""
+    head = LMHead.from_model(model)
+    torch.manual_seed(3)
+    return head.sequence_logps(head.hidden_states(**inputs)[0], inputs["input_ids"], shift=True).logps
+
+
+def by_forward(model, inputs):
+    """The same by `add_fused_lm_head`."""
+    add_fused_lm_head(model)
+    torch.manual_seed(3)
+    return model(**inputs, labels=inputs["input_ids"], fused_lm_head=True).log_probs.sum(-1)
+
+
+def assert_same_logps(way, model, inputs=None, tolerance=1e-5):
+    """Those of `by_head` or `by_forward` against the model's own logits."""
+    inputs = inputs or batch()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        expected = eager_logps(model(**inputs).logits.float(), inputs["input_ids"])
+        assert_close(way(model, inputs), expected, tolerance)
 
 
 ATTENTION = {"target_modules": ["q_proj", "v_proj"]}

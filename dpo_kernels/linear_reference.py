@@ -1,0 +1,104 @@
+"""The reference's log-probabilities, computed as `linear_dpo_loss` computes the policy's, to the bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.dispatch import choose, load
+from dpo_kernels.impl import paths
+from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
+from dpo_kernels.linear_dpo import DEFAULT_CHUNK_BYTES, response_logps, takes_groups
+from dpo_kernels.logps import (
+    SequenceLogps,
+    check_linear_inputs,
+    check_num_labelled,
+    check_reduction,
+    linear_compute_dtype,
+    prepare_labels,
+)
+from dpo_kernels.pair_groups import pair_major, plan_groups
+from dpo_kernels.rows import check_finite, labelled_rows
+
+GRADIENTS = ("hidden", "weight", "bias")
+
+
+@torch.no_grad()
+def linear_reference_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    gradients: Sequence[str],
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    loss_type: str | Sequence[str] = "sigmoid",
+    ld_alpha: float | None = None,
+    token_weights: Tensor | None = None,
+    num_labelled: int | None = None,
+    chunk_bytes: int | None = None,
+    check_hidden: bool = True,
+    impl: str = "auto",
+) -> SequenceLogps:
+    """Log-probabilities of S = 2B responses under a reference that is scored in the same step as the policy, without a
+    gradient.
+
+    A sum of floating-point numbers depends on its order, and each path of `linear_dpo_loss` has one that suits it:
+    between two of them a response of thousands of tokens differs in the last digits, and with it rewards that ought to
+    be 0. This takes tiles, groups and sums as the policy's call does. Where policy and reference are one model, and see
+    one batch, rewards are 0 and the sigmoid loss is log 2, to the bit. What it costs is one matrix product, as in
+    `linear_sequence_logps`, from which it differs by rounding.
+
+    Args:
+        hidden, weight, labels: as in `linear_dpo_loss`, of the reference.
+        gradients: of which of "hidden", "weight", "bias" the policy's call forms a gradient; none where that is
+            evaluated only. Where no gradient of the head is, sequences need not be pairs.
+        ld_alpha, token_weights, loss_type, chunk_bytes: what the policy's call is given.
+        bias, logit_scale, softcap, temperature, ignore_index, shift, num_labelled, check_hidden, impl: as in
+            `linear_sequence_logps`.
+
+    Raises:
+        ValueError: as in `linear_sequence_logps`, or an unknown name in `gradients`.
+    """
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_num_labelled(num_labelled)
+    check_reduction(labels, token_weights, "sum", (), num_labelled)
+    if isinstance(gradients, str) or not set(gradients) <= set(GRADIENTS):
+        raise ValueError(f"gradients: expected some of {list(GRADIENTS)}, got {gradients!r}")
+    impl = choose(impl, hidden.device)
+    compute_dtype = linear_compute_dtype(hidden, weight)
+    dtype = accumulate_dtype(compute_dtype)
+    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
+    if token_weights is not None:
+        token_weights = token_weights.to(dtype).masked_fill(labels == ignore_index, 0)
+    transform = LogitTransform(float(logit_scale), softcap, float(temperature))
+    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+
+    rows, groups = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled), None
+    pairs, of_head, dweight = labels.shape[0] // 2, {"weight", "bias"}.intersection(gradients), "weight" in gradients
+    if of_head and takes_groups(names, (compute_dtype, weight.dtype, hidden.dtype)):
+        budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
+        groups = plan_groups(rows, pairs, weight, dtype, budget, impl, dweight=dweight)
+    if groups is not None:
+        rows = pair_major(rows, pairs)
+    x, y = hidden[rows.sequence, rows.position], labels[rows.sequence, rows.position]
+    if check_hidden:
+        check_finite(x, rows, waits=num_labelled is None)
+    operands = load(impl), x, weight, bias, y, transform
+    with torch.autocast(hidden.device.type, enabled=False):
+        if groups is not None:  # path C
+            of_rows = [group.rows for group in groups]
+            found = paths.linear_logps_as_grouped(*operands, of_rows, compute_dtype=compute_dtype, dweight=dweight)
+        else:  # path B, or A, which is path D's forward too
+            in_b = bool(gradients) and not of_head
+            found = paths.linear_logps_fwd(*operands, compute_dtype=compute_dtype, as_with_dhidden=in_b).logp
+    token_logps = found.new_zeros(labels.shape)
+    token_logps[rows.sequence, rows.position] = found
+    _, logps = response_logps(token_logps, labels, token_weights, ld_alpha, ignore_index)
+    return SequenceLogps(logps, (labels != ignore_index).sum(1), token_logps, {})
