@@ -9,7 +9,6 @@ ours when it is there instead.
 from __future__ import annotations
 
 import functools
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +18,11 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from dpo_kernels.linear_dpo import linear_dpo_loss
+from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.logps import linear_sequence_logps, sum_over_vocabulary
-from dpo_kernels.models.head import HeadOperands, LMHead
+from dpo_kernels.models.check import NotFinite
+from dpo_kernels.models.head import HeadOperands, LMHead, unwrap
+from dpo_kernels.models.layered_forward import install, is_outermost, layers_of
 from dpo_kernels.models.through_wrappers import split
 from dpo_kernels.rows import shift_labels
 
@@ -38,11 +40,36 @@ class Preference:
 
     Attributes:
         ref_logps: [S]. No tuple or dataclass, in which wrappers would find them and cast them to the model's precision.
-        options: of `linear_dpo_loss`.
+        options: of `linear_dpo_loss`, weights of tokens and pairs among them: token_weights [S, T] is aligned with the
+            `labels` of the call, pair_weights [B].
     """
 
     def __init__(self, ref_logps: Tensor, options: dict[str, Any]) -> None:
         self.ref_logps, self.options = ref_logps, options
+
+
+class Reference:
+    """Asks for log-probabilities [S] of a reference, in the tiles and the order of the policy's
+    (`linear_reference_logps`): where both are one model, rewards are 0 to the bit.
+
+    Attributes:
+        gradients: of which of "hidden", "weight" and "bias" the policy's call forms a gradient.
+        options: of `linear_reference_logps`: loss_type, ld_alpha, chunk_bytes and token_weights of the policy's call.
+    """
+
+    def __init__(self, gradients: Sequence[str], options: dict[str, Any]) -> None:
+        self.gradients, self.options = gradients, options
+
+    @classmethod
+    def of(cls, policy: Any, options: dict[str, Any]) -> Reference:
+        """For a policy, a model with a head by `add_fused_lm_head` in whatever wraps it, that is called with a
+        `Preference` of these options while gradients are recorded as they are now."""
+        layer = layers_of(_model_with_head(policy))[-1].head.output_layer()
+        trained = [name.rpartition(".")[2] for name, weight in layer.named_parameters() if weight.requires_grad]
+        of_head = {"bias" if name == "bias" else "weight" for name in trained}
+        gradients = ("hidden", *sorted(of_head)) if torch.is_grad_enabled() else ()
+        taken = ("loss_type", "ld_alpha", "chunk_bytes", "token_weights")
+        return cls(gradients, {name: value for name, value in options.items() if name in taken})
 
 
 @dataclass
@@ -53,10 +80,15 @@ class FusedOutput(ModelOutput):
     given its attributes.
 
     Attributes:
-        log_probs: [S, T - 1] of labels[:, 1:], with a gradient, and 0 where there is no label.
-        entropy, mean_logits, is_top1, log_sum_sq_probs: [S, T - 1] of the distributions of those labels, 0 or False
-            where there is none.
+        log_probs: [S, T - 1] of labels[:, 1:], with a gradient, and 0 where there is no label; of `shift_labels`
+            [S, T].
+        entropy, mean_logits, is_top1, log_sum_sq_probs: as long as `log_probs`, of the distributions of those labels, 0
+            or False where there is none.
+        label_mask: as long, whether there is a label.
+        loss: [] negative log-likelihood of a label, the mean or over `num_items_in_batch`, and of a mixture of experts
+            in training its auxiliary loss times its coefficient; or the loss of `preference`.
         preference: what `linear_dpo_loss` gives. Then there are no `log_probs`.
+        logps: [S] of a `Reference`, summed.
         all_mean_logits: [S, T] the mean logit of every position, without a gradient.
         aux_loss: [] of a mixture of experts, without its coefficient, or None.
     """
@@ -66,6 +98,13 @@ class FusedOutput(ModelOutput):
 
     def __getitem__(self, key: Any) -> Any:
         return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(key) or ("join" in vars(self) and (key == "loss" or key in self._found))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        found = key in self
+        return self[key] if found else default
 
     def __getattr__(self, name: str) -> Any:
         if "join" not in vars(self):  # it is being made
@@ -79,93 +118,181 @@ class FusedOutput(ModelOutput):
         found: dict[str, Any] = self.join(self.with_gradient)
         return found
 
+    @functools.cached_property
+    def loss(self) -> Tensor:
+        found = self._found
+        if "preference" in found:
+            loss: Tensor = found["preference"].loss
+            return loss
+        items = found["num_items_in_batch"]
+        if items is None:
+            items = found["label_mask"].sum().clamp(min=1)
+        loss = -found["log_probs"].sum() / items
+        return loss if found["aux_loss"] is None else loss + found["aux_loss_coef"] * found["aux_loss"]
 
-def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",)) -> None:
+
+def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",), *, check: bool | None = None) -> None:
     """Makes `model(**inputs, labels=labels, fused_lm_head=True)` return a `FusedOutput`. Other calls are as before.
 
     Args:
-        model: a transformers causal language model by itself; adapters may be inside, but it is in no wrapper.
+        model: a transformers causal language model; in adapters, `torch.compile` or DistributedDataParallel it is the
+            model inside that gets the head.
         outputs: "log_probs", and any of `STATS`.
+        check: whether the head is checked against the model's own logits (`LMHead.check`), in the first such call in
+            training, and in evaluation, when the model is where it will be, and again when hooks on its output layer
+            have changed. None is what was said when a head was last added to this model, or else True.
 
     With `fused_lm_head=True` the forward takes by keyword what the model's own does, and
 
         labels: [S, T] token ids, -100 where a position's token has no label;
-        preference: a `Preference`;
+        shift_labels: [S, T] in their place: what each position predicts, -100 where that is nothing;
+        outputs: in place of those above, for this call;
+        num_items_in_batch: what `loss` divides by;
+        preference: a `Preference`; or reference: a `Reference`;
         all_mean_logits: whether to give those too. With a softcap that is a product over all positions.
 
-    The head is checked against the model's own logits in the first such call (`LMHead.check`), when the model is where
-    it will be. A copy of the model, by `copy.deepcopy`, has a head of its own. Forward hooks that the output layer has
-    see a tuple of tensors in such a call.
+    A head that is there already, this one's or TRL's, is replaced: the latest options hold. A copy of the model, by
+    `copy.deepcopy`, has a head of its own. A model that was pickled comes back without. Forward hooks that the output
+    layer has are not called in such a call, but for those of libraries that wrap or shard models: there are no logits
+    to see, and where a hook changes them the check refuses it. Hidden states that are not finite give log-probabilities
+    that are not.
 
     Raises:
-        ValueError: the model has no head or base model, or `outputs` has a name that is none of the above; from the
-            forward: the head is quantised, or sharded otherwise than by FSDP2, ZeRO-3 or tensor parallelism, or does
-            not give the model's own logits.
+        ValueError: the model has no head, or `outputs` has a name that is none of the above; from the forward: the head
+            is quantised, or sharded otherwise than by FSDP2, ZeRO-3 or tensor parallelism, or does not give the model's
+            own logits, be it for a hook.
     """
+    _check_outputs(outputs)
+    model = unwrap(model)
+    if check is None:
+        check = next((layer.checks for layer in reversed(layers_of(model))), True)
+    install(model, _Fused(LMHead(model, at_output_layer=True), outputs, check))
+
+
+def restore_fused_lm_head(model: Any) -> None:
+    """Adds a head, with all of `STATS`, to a model whose head was taken away or hidden by another one: TRL's trainers
+    put theirs over it, accelerate unwraps forwards."""
+    inner = _model_with_head(model)
+    if inner is not None and not is_outermost(inner):
+        add_fused_lm_head(inner, ("log_probs", *STATS))
+
+
+def _model_with_head(wrapped: Any) -> Any:
+    return next((module for module in wrapped.modules() if layers_of(module)), None)
+
+
+def _check_outputs(outputs: Sequence[str]) -> None:
     if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
         raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")
-    fused = _Fused(LMHead(model, at_output_layer=True), model.forward, [name for name in STATS if name in outputs])
-    model._fused_lm_head = fused
-
-    @functools.wraps(type(model).forward)  # `generate` looks at the signature
-    def forward(self: Any, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
-        fused: _Fused = self._fused_lm_head
-        return fused(*args, **inputs) if fused_lm_head else fused.original(*args, **inputs)
-
-    model.forward = types.MethodType(forward, model)
 
 
 class _Fused:
-    """The head of a model and the forward that it had before. What refers to the model here refers to the copy in a
-    copy of it."""
+    """The head of a model, and forwards that it had before. What refers to the model here refers to the copy in a copy
+    of it."""
 
-    def __init__(self, head: LMHead, original: Callable[..., Any], names: list[str]) -> None:
-        self.head, self.original, self.names = head, original, names
-        self.is_checked = False
+    original: Callable[..., Any]
+    own: Callable[..., Any]
+
+    def __init__(self, head: LMHead, outputs: Sequence[str], checks: bool) -> None:
+        self.head, self.outputs, self.checks = head, tuple(outputs), checks
 
     def __call__(
         self,
         *args: Any,
         labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        outputs: Sequence[str] | None = None,
+        num_items_in_batch: Tensor | int | None = None,
         preference: Preference | None = None,
+        reference: Reference | None = None,
         all_mean_logits: bool = False,
         **inputs: Any,
     ) -> FusedOutput:
-        if args or labels is None or "shift_labels" in inputs:
+        given = labels if shift_labels is None else shift_labels
+        if args or given is None:
             raise ValueError(
-                "fused_lm_head: expected labels, no shift_labels, and all inputs by keyword, got "
-                f"{'no labels' if labels is None else 'labels'}, {len(args)} input(s) by position, and by keyword "
+                "fused_lm_head: expected labels or shift_labels, and all inputs by keyword, got "
+                f"{'no labels' if given is None else 'labels'}, {len(args)} input(s) by position, and by keyword "
                 f"{sorted(inputs)}"
             )
-        if not self.is_checked:
-            with torch.autocast(labels.device.type, enabled=False):
-                torch.compiler.disable(self.head.check)(self.original)  # the model may be compiled as a whole
-            self.is_checked = True
+        if outputs is not None:
+            _check_outputs(outputs)
+        target = _Target(given, shift_labels is not None)
+        names = [name for name in STATS if name in (self.outputs if outputs is None else outputs)]
+        if self.checks:
+            self._check(inputs)
 
         def scored(operands: HeadOperands) -> dict[str, Any]:
-            found = _scored(self.head, operands, shift_labels(labels, -100), self.names, preference)
+            found = _scored(self.head, operands, target, names, preference, reference)
             return found | ({"all_mean_logits": mean_logits(self.head, operands)} if all_mean_logits else {})
 
-        found, aux_loss = self.head.in_forward(self.original, scored, **inputs)
-        return FusedOutput(*split({**found, "aux_loss": aux_loss}))
+        found, aux_loss = self.head.in_forward(self.own, scored, **inputs)
+        parts = {"num_items_in_batch": num_items_in_batch, "aux_loss_coef": self.head.aux_loss_coef}
+        return FusedOutput(*split({**found, **parts, "aux_loss": aux_loss}))
+
+    def _check(self, inputs: dict[str, Any]) -> None:
+        try:
+            self.head.ensure_checked(self.own, inputs)
+        except NotFinite:
+            # weights that are NaN by now give log-probabilities and losses that are, for a gradient scaler to see
+            return
+
+
+class _Target:
+    """Labels [S, T], and what belongs to them, at the positions that predict them."""
+
+    def __init__(self, labels: Tensor, is_shifted: bool) -> None:
+        self.is_shifted, self.unshifted = is_shifted, labels
+
+    def labels(self, device: torch.device) -> Tensor:
+        labels = self.unshifted.to(device)
+        return labels if self.is_shifted else shift_labels(labels, -100)
+
+    def cut(self, values: Tensor) -> Tensor:
+        """[S, T] of all positions to those that may have a label."""
+        return values if self.is_shifted else values[:, :-1]
+
+    def options(self, options: dict[str, Any], device: torch.device) -> dict[str, Any]:
+        """With tensors where they are needed, and weights of tokens [S, T'] at the same positions as labels, before
+        which an adapter may have put virtual tokens."""
+        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in options.items()}
+        weights = moved.get("token_weights")
+        if weights is not None:
+            missing = self.unshifted.shape[1] - weights.shape[1]
+            weights = torch.nn.functional.pad(weights, (max(0, missing), 0))
+            moved["token_weights"] = weights if self.is_shifted else torch.nn.functional.pad(weights[:, 1:], (0, 1))
+        return moved
 
 
 def _scored(
-    head: LMHead, operands: HeadOperands, labels: Tensor, names: list[str], preference: Preference | None
+    head: LMHead,
+    operands: HeadOperands,
+    target: _Target,
+    names: list[str],
+    preference: Preference | None,
+    reference: Reference | None,
 ) -> dict[str, Any]:
     hidden, weight, bias = operands
-    target = labels.to(hidden.device)
+    labels = target.labels(hidden.device)
     options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
-    options["stats"] = [STATS[name] for name in names]
-    found: dict[str, Any] = {}
-    if preference is None:
-        scored = linear_sequence_logps(hidden, weight, target, **options)
-        found["log_probs"], stats = scored.token_logps[:, :-1].clone(), scored.stats  # FSDP2 warns of views
-    else:
+    options["check_hidden"] = False  # what is not finite goes on as NaN, as in the model's own loss
+    found: dict[str, Any] = {"label_mask": target.cut(labels) != -100}
+    stats: dict[str, Tensor] = {}
+    wanted = [STATS[name] for name in names]
+    if preference is not None:
         ref_logps = preference.ref_logps.to(hidden.device)
-        output = linear_dpo_loss(hidden, weight, target, ref_logps, **options, **preference.options)
+        options |= target.options(preference.options, hidden.device)
+        output = linear_dpo_loss(hidden, weight, labels, ref_logps, stats=wanted, **options)
         found["preference"], stats = output._replace(stats={}), output.stats
-    return found | {name: stats[STATS[name]][:, :-1] for name in names}
+    elif reference is not None:
+        options |= target.options(reference.options, hidden.device)
+        scored = linear_reference_logps(hidden, weight, labels, gradients=reference.gradients, **options)
+        found |= {"log_probs": target.cut(scored.token_logps), "logps": scored.logps}
+        names = []
+    else:
+        scored = linear_sequence_logps(hidden, weight, labels, stats=wanted, **options)
+        found["log_probs"], stats = target.cut(scored.token_logps).clone(), scored.stats  # FSDP2 warns of views
+    return found | {name: target.cut(stats[STATS[name]]) for name in names}
 
 
 @torch.no_grad()
@@ -176,7 +303,8 @@ def mean_logits(head: LMHead, operands: HeadOperands) -> Tensor:
     if head.softcap is not None:
         every = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=hidden.device)
         options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
-        return linear_sequence_logps(hidden, weight, every, stats=("mean_logit",), **options).stats["mean_logit"]
+        options |= {"stats": ("mean_logit",), "check_hidden": False}
+        return linear_sequence_logps(hidden, weight, every, **options).stats["mean_logit"]
     weight_sum, bias_sum = sum_over_vocabulary(weight, bias, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         return (hidden.float() @ weight_sum + bias_sum) * (head.logit_scale / weight.shape[0])

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import inspect
-import itertools
-import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
 from dpo_kernels.logps import SequenceLogps, linear_sequence_logps
+from dpo_kernels.models import check
+from dpo_kernels.models.operands import HeadOperands, as_taken_by, layer_operands, name_of
 from dpo_kernels.models.through_wrappers import Found, computed_in
 
 # Where configs keep the factor on the logits, the cap and the weight of the auxiliary loss, for every causal language
@@ -22,14 +23,6 @@ _MULTIPLIERS = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 _AUX_LOSS_COEFS = ("router_aux_loss_coef", "aux_loss_coef")
-
-
-class HeadOperands(NamedTuple):
-    """What a head multiplies: ``logits = softcap(logit_scale * (hidden @ weight.T + bias))``."""
-
-    hidden: Tensor  # [..., H']
-    weight: Tensor  # [V, H']
-    bias: Tensor | None  # [V]
 
 
 class LMHead:
@@ -59,12 +52,15 @@ class LMHead:
         if not hasattr(self.model, "get_output_embeddings") or not hasattr(self.model, "config"):
             raise ValueError(
                 "model must be a transformers causal language model (with a config and get_output_embeddings()), or "
-                f"one inside PEFT, DistributedDataParallel or torch.compile; got {_name(model)}"
+                f"one inside PEFT, DistributedDataParallel or torch.compile; got {name_of(model)}"
             )
         if self.model.config.is_encoder_decoder:
-            raise ValueError(f"model must be decoder-only, got the encoder-decoder {_name(self.model)}")
-        self._base_models()  # a model without a base or a head is an error now rather than at the first step
-        self._output_layer()
+            raise ValueError(f"model must be decoder-only, got the encoder-decoder {name_of(self.model)}")
+        if not at_output_layer:
+            self._base_models()  # a model without a base or a head is an error now rather than at the first step
+        self.output_layer()
+        # In which modes, and with which hooks, the head was found to be right.
+        self._checked: set[tuple[bool, tuple[Any, ...]]] = set()
         config = self._config()
         divisor = _number(config, _DIVISORS) or 1.0
         if config.model_type.startswith("hyperclovax"):  # the one family that multiplies by its `logits_scaling`
@@ -80,10 +76,12 @@ class LMHead:
         Args:
             model: a transformers causal language model, or a PEFT model, DistributedDataParallel or compiled module
                 around one.
-            check: run `check` once: a forward pass of three tokens.
+            check: run `check` now, a forward pass of some 130 tokens, in the mode that the model is in; and once in the
+                other mode, when hidden states or losses are first asked for in it.
 
         Raises:
-            ValueError: no head or base model is found, or the check fails.
+            ValueError: no head or base model is found; the hidden states cannot be had without the logits through what
+                the model is wrapped in; or the check fails (`CheckFailed`, `NotFinite`).
         """
         head = cls(model)
         if check:
@@ -96,8 +94,9 @@ class LMHead:
         The model is called as a whole, through whatever wraps it, with a `logits_to_keep` that keeps no position, and
         the base model's output is caught on its way to the head. To call the base model by itself would be shorter,
         but would skip what happens around it: gradient synchronisation in DistributedDataParallel, the autocast that
-        accelerate puts on the forward, PEFT's forward hooks, and the auxiliary loss, which each mixture-of-experts
-        family computes its own way. Only where forward has no `logits_to_keep` is the base model called.
+        accelerate puts on the forward, PEFT's forward hooks, images that some models put into the text there, and the
+        auxiliary loss, which each mixture-of-experts family computes its own way. Where forward has no
+        `logits_to_keep`, the output layer is left out instead, and the model is taken by itself alone.
 
         Args:
             **inputs: what the model's forward takes, without labels. `use_cache` is set to False. In training,
@@ -113,28 +112,39 @@ class LMHead:
         if self.at_output_layer:
             raise ValueError("at_output_layer: expected False for hidden_states, got True; such a head has in_forward")
         tokens = self._settle(inputs)
+        self._refuse_unreachable()
+        self._check_again()
         caught: list[Tensor] = []
-        aux_loss = None
-        if "logits_to_keep" in self._forward_parameters():
-            no_position = torch.empty(0, dtype=torch.long, device=tokens.device)
-            with self._last_hidden_hook(caught.append):
+        calls: Counter[nn.Module] = Counter()
+
+        def catch(module: nn.Module, hidden: Tensor) -> None:
+            calls[module] += 1
+            caught.append(hidden)
+
+        with self.with_last_hidden(catch):
+            if "logits_to_keep" in self._forward_parameters():
+                no_position = torch.empty(0, dtype=torch.long, device=tokens.device)
                 outputs = self.wrapped(**inputs, logits_to_keep=no_position)
-            aux_loss = getattr(outputs, "aux_loss", None)
-        elif self.wrapped is self.model:
-            caught.append(self._base_models()[0](**inputs)[0])
+            else:
+                with computed_in(self.output_layer(), lambda hidden: None, self._no_logits):
+                    outputs = self.wrapped(**inputs)
         if not caught:
             raise ValueError(
-                f"cannot get the hidden states of {_name(self.model)} inside {_name(self.wrapped)}: its forward has no "
-                "logits_to_keep, or runs the base model where it cannot be observed. Pass the bare model, and compile "
-                "its layers rather than the whole"
+                f"cannot get the hidden states of {name_of(self.model)} inside {name_of(self.wrapped)}: it runs the "
+                "base model where it cannot be observed. Pass the bare model, and compile its layers rather than the "
+                "whole"
+            )
+        if max(calls.values()) > 1:
+            raise ValueError(
+                f"{name_of(self.model)} runs its base model {max(calls.values())} times in a forward, expected once"
             )
         hidden = caught[-1]
         if hidden.shape[:2] != tokens.shape[:2]:
             raise ValueError(
-                f"{_name(self.wrapped)} has hidden states for {list(hidden.shape[:2])} positions, expected "
+                f"{name_of(self.wrapped)} has hidden states for {list(hidden.shape[:2])} positions, expected "
                 f"{list(tokens.shape[:2])} as in its input (prompt-learning adapters are not supported)"
             )
-        return hidden, aux_loss
+        return hidden, getattr(outputs, "aux_loss", None)
 
     def in_forward(
         self, forward: Callable[..., Any], function: Callable[[HeadOperands], Found], /, **inputs: Any
@@ -160,23 +170,28 @@ class LMHead:
         def no_logits(hidden: Tensor) -> Tensor:
             return hidden.new_empty(*hidden.shape[:-2], 0, rows[-1])
 
-        with computed_in(self._output_layer(), computed, no_logits) as results:
+        with computed_in(self.output_layer(), computed, no_logits) as results:
             outputs = forward(**inputs)
         if len(results) != 1:
             raise ValueError(
-                f"{_name(self.model)} runs its output layer {len(results)} times in a forward, expected once"
+                f"{name_of(self.model)} runs its output layer {len(results)} times in a forward, expected once"
             )
         return results[0], getattr(outputs, "aux_loss", None)
 
+    def _no_logits(self, hidden: Tensor) -> Tensor:
+        return hidden.new_empty(*hidden.shape[:-2], 0, self._config().vocab_size)
+
     def _settle(self, inputs: dict[str, Any]) -> Tensor:
         """Checks and completes the inputs of the model, and gives those that stand for its tokens."""
-        tokens: Tensor | None = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        tokens: Tensor | None = inputs.get("input_ids")
+        if tokens is None:
+            tokens = inputs.get("inputs_embeds")
         if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
             raise ValueError(
                 "the model takes input_ids or inputs_embeds and its other inputs here, but not labels or "
                 f"logits_to_keep; got {sorted(inputs)}"
             )
-        inputs.update(self._no_cache())
+        inputs.update(self.no_cache())
         if "output_router_logits" in self._forward_parameters() and self.model.training and self.aux_loss_coef:
             inputs.setdefault("output_router_logits", True)
         return tokens
@@ -196,7 +211,7 @@ class LMHead:
                 on the head is no fixed linear map.
         """
         transform = self._transform()
-        hidden, weight, bias = _layer_operands(self._output_layer(), transform(hidden) if transform else hidden)
+        hidden, weight, bias = layer_operands(self.output_layer(), transform(hidden) if transform else hidden)
         vocab_size = getattr(self._config(), "unpadded_vocab_size", None)
         if vocab_size is not None:  # Inkling drops the padding entries
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
@@ -204,6 +219,7 @@ class LMHead:
 
     def sequence_logps(self, hidden: Tensor, labels: Tensor, **options: Any) -> SequenceLogps:
         """`linear_sequence_logps` of hidden [S, T, H] and labels [S, T] with this head; it takes ``options``."""
+        self._check_again()
         hidden, weight, bias = self.operands(hidden)
         return linear_sequence_logps(
             hidden, weight, labels, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap, **options
@@ -212,82 +228,68 @@ class LMHead:
     def dpo_loss(self, hidden: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> LinearDPOOutput:
         """`linear_dpo_loss` of hidden [S, T, H], labels [S, T] and ref_logps [S] with this head; it takes
         ``options``."""
+        self._check_again()
         hidden, weight, bias = self.operands(hidden)
         return linear_dpo_loss(
             hidden, weight, labels, ref_logps, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap, **options
         )
 
+    @torch.compiler.disable  # it runs the model as it is, and once
     @torch.no_grad()
-    def check(self, forward: Callable[..., Any] | None = None) -> None:
-        """Compares the operands with the model's own logits, in evaluation mode, and settles scale and softcap by them.
+    def check(self, forward: Callable[..., Any] | None = None, inputs: dict[str, Any] | None = None) -> None:
+        """Compares the head with the model's own logits, and settles scale and softcap by them.
 
-        Hidden states of our choice are put in the place of the model's, so that nothing hangs on what it happens
-        to produce: a row of zeros shows the bias, one row gives logits of unit size, and one gives logits so large that
-        no softcap goes unnoticed. Where scale and softcap of the config do not reproduce the logits, their other
-        readings are tried: a multiplier that divides (or the reverse), and a value that the model does not use.
+        Hidden states of our choice are put in the place of the model's, on a text of some 130 tokens; every entry of
+        the vocabulary is compared at some positions, and some entries at every position. Where scale and softcap of the
+        config do not reproduce the logits, their other readings are tried: a multiplier that divides (or the reverse),
+        and a value that the model does not use. The model is in the mode that it has, training or evaluation, but for
+        its layers, whose output is replaced. Modes and random state are left as they were.
 
-        The tolerance is 4 units of the lowest precision that the model's own head computes in, relative to the largest
-        logit of a row. Training mode and random state of the model are left as they were. `forward` is called in place
-        of the model, for what stands in the place of the model's own forward and so must not call the model.
+        Logits may differ by 1e-4 in fp32; otherwise by what the lowest precision rounds that the model's head computes
+        in, and a row as a whole by one unit of it: in bf16 a factor of 1.01 shows. The model is run in full precision,
+        or under the autocast that is active where it does not run otherwise.
+
+        Args:
+            forward: is called in place of the model, for what stands in the place of the model's own forward and so
+                must not call the model.
+            inputs: for a head at the output layer, what the model is run with if it does not run on text alone.
 
         Raises:
-            ValueError: no reading reproduces the logits.
+            CheckFailed: a ValueError: no reading reproduces the logits, or the model does not run.
+            NotFinite: a ValueError: the head's logits are not finite.
         """
-        layer = self._output_layer()
-        measured = []
-        layer_dtypes: list[torch.dtype] = []  # the logits' own dtype does not show a rounding before an upcast
+        self._run_check(forward, inputs, settled=False)
 
-        def substitute(hidden: Tensor) -> Tensor:
-            probe = self._probe(hidden)
-            found = self.operands(probe[0])
-            entries = _some_entries(found.weight)
-            dtypes = {found.hidden.dtype, found.weight.dtype}
-            measured.append((_products(found, entries), entries, found.weight.shape[0], dtypes, found.bias is not None))
-            return probe
+    @torch.compiler.disable
+    @torch.no_grad()
+    def ensure_checked(self, forward: Callable[..., Any] | None = None, inputs: dict[str, Any] | None = None) -> None:
+        """`check`, unless it has passed in the mode that the model is in and, for a head at the output layer, with the
+        hooks that there are. What was settled then holds."""
+        if self._state() not in self._checked:
+            self._run_check(forward, inputs, settled=bool(self._checked))
 
-        with ExitStack() as stack:
-            cuda = [device for device in {p.device for p in self.model.parameters()} if device.type == "cuda"]
-            stack.enter_context(torch.random.fork_rng(devices=cuda, device_type="cuda"))
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-            stack.enter_context(_eval_mode(self.model))
-            stack.enter_context(self._last_hidden_hook(substitute))
-            record_dtype = layer.register_forward_hook(lambda _, __, output: layer_dtypes.append(output.dtype))
-            stack.callback(record_dtype.remove)
-            tokens = torch.arange(3, device=self.model.get_input_embeddings().weight.device).unsqueeze(0)
-            model_logits = (forward or self.model)(input_ids=tokens, **self._no_cache()).logits[0]
-        if not measured:
-            unused = layer if self.at_output_layer else self._base_models()[0]
-            raise ValueError(f"{_name(self.model)} makes its logits without running {_name(unused)}")
-        products, entries, rows, dtypes, has_bias = measured[-1]
-        if model_logits.shape[-1] != rows:
+    def _run_check(self, forward: Callable[..., Any] | None, inputs: dict[str, Any] | None, *, settled: bool) -> None:
+        self._refuse_unreachable()
+        state, given = self._state(), inputs if self.at_output_layer else None
+        self.logit_scale, self.softcap = check.readings(self, forward or self.model, given, settled=settled)
+        self._checked.add(state)
+
+    def _check_again(self) -> None:
+        """Where the head is to be checked, and something has changed since it was."""
+        if self._checked and not self.at_output_layer:
+            self.ensure_checked()
+
+    def _state(self) -> tuple[bool, tuple[Any, ...]]:
+        hooks = check.hooks_of(*self.output_layer().modules()) if self.at_output_layer else ()
+        return self.model.training, hooks
+
+    def _refuse_unreachable(self) -> None:
+        if not (self.at_output_layer or "logits_to_keep" in self._forward_parameters() or self.wrapped is self.model):
             raise ValueError(
-                f"{_name(self.model)} has {model_logits.shape[-1]} logits a position, but {rows} rows in its output "
-                f"layer {_name(layer)}"
+                f"cannot get the hidden states of {name_of(self.model)} inside {name_of(self.wrapped)}: its forward "
+                "has no logits_to_keep. Pass the bare model; or use add_fused_lm_head (dpo_kernels.models), which "
+                "computes the head inside the forward, through adapters and other wrappers"
             )
-
-        expected = model_logits[:, entries.to(model_logits.device)].cpu().double()
-        dtypes |= {model_logits.dtype, *layer_dtypes}
-        # 1e-4 allows for sums in another order; on a GPU, products in single precision may be TF32.
-        tolerance = max(1e-4, 4 * max(torch.finfo(dtype).eps for dtype in dtypes), 4 * 2.0**-10 if cuda else 0.0)
-        differences = []
-        for scale, cap in itertools.product((self.logit_scale, 1 / self.logit_scale, 1.0), (self.softcap, None)):
-            logits = scale * products if cap is None else cap * torch.tanh(scale * products / cap)
-            difference = (logits - expected).abs().amax(-1)
-            largest = torch.maximum(logits.abs(), expected.abs()).amax(-1)
-            if bool((difference <= tolerance * largest + 1e-6).all()):  # not so with a NaN on either side
-                self.logit_scale, self.softcap = scale, cap
-                return
-            differences.append(float(difference.max()))
-        raise ValueError(
-            f"the head found on {_name(self.model)} does not give the model's own logits: the largest difference is "
-            f"{differences[0]:.3g}, with logits up to {float(expected.abs().max()):.3g}. Found: output layer "
-            f"{_name(layer)}, logit_scale {self.logit_scale:g}, softcap {self.softcap}, "
-            f"{'a bias' if has_bias else 'no bias'}, "
-            f"{'a dense transform' if self._transform() else 'no dense transform'} before it. The model does something "
-            "else to its logits. If that is a factor or a cap, set logit_scale or softcap on "
-            "LMHead.from_model(model, check=False) and call check(); otherwise compute the logits and pass them to "
-            "sequence_logps"
-        )
 
     def _config(self) -> Any:
         return self.model.config.get_text_config()
@@ -295,7 +297,7 @@ class LMHead:
     def _forward_parameters(self) -> Mapping[str, inspect.Parameter]:
         return inspect.signature(type(self.model).forward).parameters
 
-    def _no_cache(self) -> dict[str, bool]:
+    def no_cache(self) -> dict[str, bool]:
         parameters = self._forward_parameters()
         accepted = "use_cache" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         return {"use_cache": False} if accepted else {}
@@ -307,21 +309,27 @@ class LMHead:
             base = getattr(self.model, "model", None)
         if not isinstance(base, nn.Module):
             raise ValueError(
-                f"no base model found on {_name(self.model)}: tried its base_model_prefix "
-                f"{self.model.base_model_prefix!r} and the attribute 'model'"
+                f"no base model found on {name_of(self.model)}: tried its base_model_prefix "
+                f"{self.model.base_model_prefix!r} and the attribute 'model'. add_fused_lm_head (dpo_kernels.models) "
+                "needs none: it computes the head in the output layer's own place"
             )
         decoder = getattr(base, "decoder", None)
         return [base, decoder] if isinstance(decoder, nn.Module) else [base]
 
-    def _output_layer(self) -> nn.Module:
+    def output_layer(self) -> nn.Module:
+        """The module that the model multiplies its last hidden states by, with the adapters that it has."""
         layer = self.model.get_output_embeddings()
         if layer is None:
             layer = getattr(self.model, "lm_head", None)
+        if layer is None:  # a model of several towers may leave it to the one for text
+            parts = [part for part in self.model.children() if hasattr(part, "get_output_embeddings")]
+            layers = [found for part in parts if (found := part.get_output_embeddings()) is not None]
+            layer = layers[0] if len(layers) == 1 else None
         # The `weight` of PEFT's wrapper for trainable tokens is computed: a copy of the head, if it is gathered at all.
         if not isinstance(layer, nn.Module) or not hasattr(getattr(layer, "token_adapter", layer), "weight"):
             raise ValueError(
-                f"no language-model head found on {_name(self.model)}: tried get_output_embeddings() and the attribute "
-                f"'lm_head', and got {_name(layer)}. Is it a model for causal language modelling?"
+                f"no language-model head found on {name_of(self.model)}: tried get_output_embeddings() and the "
+                f"attribute 'lm_head', and got {name_of(layer)}. Is it a model for causal language modelling?"
             )
         return layer
 
@@ -335,19 +343,20 @@ class LMHead:
         if hasattr(model, "cls"):  # BERT and most of its family
             return getattr(model.cls.predictions, "transform", None)
         container = getattr(model, "lm_head", None)
-        if getattr(model, "decoder", None) is self._output_layer():  # ModernBertDecoder
+        if getattr(model, "decoder", None) is self.output_layer():  # ModernBertDecoder
             return container
         if container is not None and hasattr(container, "dense") and hasattr(container, "layer_norm"):  # RoBERTa family
             return lambda hidden: container.layer_norm(nn.functional.gelu(container.dense(hidden)))
         return None
 
     @contextmanager
-    def _last_hidden_hook(self, function: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Calls ``function`` on each of the hidden states, and puts what it returns, if anything, in their place."""
+    def with_last_hidden(self, function: Callable[[nn.Module, Tensor], Tensor | None]) -> Iterator[list[nn.Module]]:
+        """Calls ``function`` on the last hidden states and the module that gives or takes them, whenever that is run,
+        and puts what it returns, if anything, in their place. Gives these modules."""
 
         @torch.compiler.disable  # a new function each time would have a compiled model compiled again each time
         def hook(module: nn.Module, args: Any, output: Any) -> Any:
-            replacement = function(output[0])
+            replacement = function(module, output[0])
             if replacement is None:
                 return None
             if isinstance(output, tuple):
@@ -355,160 +364,19 @@ class LMHead:
             output.last_hidden_state = replacement
             return output
 
-        def pre_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor] | None:
-            replacement = function(args[0])
-            return None if replacement is None else (replacement,)
+        @torch.compiler.disable
+        def pre_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            hidden = function(module, args[0]) if self.at_output_layer else None
+            # An output layer in another precision than the model takes these only under autocast, or from here.
+            return (as_taken_by(module, args[0] if hidden is None else hidden),)
 
         with ExitStack() as stack:
-            if self.at_output_layer:
-                stack.callback(self._output_layer().register_forward_pre_hook(pre_hook).remove)
-            else:
-                for module in self._base_models():
-                    stack.callback(module.register_forward_hook(hook).remove)
-            yield
-
-    def _probe(self, hidden: Tensor) -> Tensor:
-        """Three rows like hidden [1, 3, H]: zeros, one for logits of unit size, one for logits as large as the cap."""
-        rows = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(0)).to(hidden)
-        found = self.operands(rows[0])
-        products = _products(found._replace(bias=None), _some_entries(found.weight))
-        size = float(products.square().mean().sqrt()) * abs(self.logit_scale) or 1.0
-        # 30 is the usual cap, for the case that the model has one which the config keeps under a name unknown to us.
-        return rows * rows.new_tensor([0.0, 1.0, self.softcap or 30.0]).div(size).unsqueeze(-1)
-
-
-def _layer_operands(layer: Any, hidden: Tensor) -> HeadOperands:
-    """Operands of an output layer that may be wrapped by PEFT."""
-    if "peft" in sys.modules:  # else nothing in the model can be PEFT's
-        from peft.tuners.tuners_utils import BaseTunerLayer
-        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
-
-        if isinstance(layer, TrainableTokensWrapper):
-            return _layer_operands(layer.token_adapter, hidden)
-        if isinstance(layer, ModulesToSaveWrapper):
-            adapters = layer.active_adapters
-            inactive = layer.disable_adapters or not adapters or adapters[0] not in layer.modules_to_save
-            return _layer_operands(layer.original_module if inactive else layer.modules_to_save[adapters[0]], hidden)
-        if isinstance(layer, BaseTunerLayer):
-            return _adapter_operands(layer, hidden)
-    weight: Tensor = _whole(layer.weight)
-    whole = weight.dim() == 2 and weight.shape[1] == hidden.shape[-1] and not hasattr(weight, "device_mesh")
-    if not whole or not weight.is_floating_point() or weight.is_meta:
-        raise ValueError(
-            f"the output layer's weight must be a floating-point matrix [V, {hidden.shape[-1]}] in one piece; that of "
-            f"{_name(layer)} is a {_name(weight)} {list(weight.shape)} of {weight.dtype} on {weight.device} "
-            "(quantised, sharded or offloaded?)"
-        )
-    bias = getattr(layer, "bias", None)
-    return HeadOperands(hidden.to(weight), weight, None if bias is None else _whole(bias))
-
-
-def _whole(weight: Any) -> Any:
-    """The parameter, gathered where the model is tensor parallel. Each process computes the same from all of it then,
-    and of the gradient takes its own rows. What FSDP2 has sharded differs by process and by its own hooks alone is
-    gathered and reduced, so that stays as it is."""
-    names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None)
-    return weight.full_tensor() if names == ("tp",) else weight
-
-
-def _adapter_operands(layer: Any, hidden: Tensor) -> HeadOperands:
-    from peft.tuners.lora.layer import Linear as LoraLinear
-    from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
-
-    if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as the layer's own forward would
-    if layer.disable_adapters or layer.merged or not layer.active_adapters:
-        return _layer_operands(layer.base_layer, hidden)
-    if isinstance(layer, TrainableTokensLayer):
-        weight = layer.get_merged_weights(layer.active_adapters)
-        return HeadOperands(hidden.to(weight), weight, None)  # this layer leaves out the bias of a Linear that it wraps
-    variants = getattr(layer, "lora_variant", {})
-    kinds = {_name(variants[adapter]) for adapter in layer.active_adapters if adapter in variants}
-    if _class_of(layer) is LoraLinear and not kinds:
-        return _lora_operands(layer, hidden)
-    if kinds - {"DoraLinearVariant"}:
-        raise ValueError(
-            f"{' and '.join(sorted(kinds))} on the head is not supported: it may be no fixed linear map of the hidden "
-            "states. Use plain LoRA or DoRA there, or leave the head out of target_modules"
-        )
-    return _measured_operands(layer, hidden)
-
-
-def _class_of(layer: nn.Module) -> type:
-    """Its class before FSDP2, if at all, made one of its own from that."""
-    if torch.distributed.is_available():
-        from torch.distributed.fsdp import FSDPModule
-
-        if isinstance(layer, FSDPModule):
-            return type(layer).__mro__[2]
-    return type(layer)
-
-
-def _lora_operands(layer: Any, hidden: Tensor) -> HeadOperands:
-    """LoRA as a wider product: ``x Wᵀ + s·dropout(x) Aᵀ Bᵀ = [x, s·dropout(x) Aᵀ] [W, B]ᵀ``.
-
-    Unlike a merged weight ``W + s·B A`` this holds with dropout too, and a small update is not lost in the rounding of
-    W. Both cost one copy of W.
-    """
-    hidden, weight, bias = _layer_operands(layer.base_layer, hidden)
-    hiddens, weights = [hidden], [weight]
-    for adapter in layer.active_adapters:
-        if adapter in layer.lora_A:
-            lora_a, lora_b, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
-            dropped = layer.lora_dropout[adapter](hidden.to(lora_a.weight.dtype))
-            hiddens.append((lora_a(dropped) * scaling).to(hidden))
-            weights.append(lora_b.weight.to(weight))
-            if lora_b.bias is not None:
-                lora_bias = (lora_b.bias * scaling).to(weight)
-                bias = lora_bias if bias is None else bias + lora_bias
-    if len(weights) == 1:
-        return HeadOperands(hidden, weight, bias)
-    return HeadOperands(torch.cat(hiddens, dim=-1), torch.cat(weights, dim=1), bias)
-
-
-def _measured_operands(layer: Any, hidden: Tensor) -> HeadOperands:
-    """Any other adapter (DoRA, LoHa, IA³, OFT, ...): without dropout it is an affine map, so its forward tells which.
-
-    ``layer(0)`` is the bias and ``layer(I)`` the transposed weight plus the bias, differentiable in whatever parameters
-    the adapter has. That costs a product of H rows.
-    """
-    for module in layer.modules():
-        rates = [getattr(module, "p", 0), *getattr(module, "rank_dropout", {}).values()]
-        rates += getattr(module, "module_dropout", {}).values()
-        if layer.training and any(isinstance(rate, float) and rate > 0 for rate in rates):
-            raise ValueError(
-                f"{_name(layer)} with dropout on the head is not supported: its product cannot be told from its "
-                "weights. Set the adapter's dropout to 0, use plain LoRA there, or leave the head out of target_modules"
-            )
-    identity = torch.eye(hidden.shape[-1], dtype=hidden.dtype, device=layer.get_base_layer().weight.device)
-    # Not a call of the layer, which may itself be in one: hooks that gather its weights and hook its outputs ran there.
-    outputs = layer.forward(torch.cat([torch.zeros_like(identity[:1]), identity]))
-    bias = outputs[0]
-    return HeadOperands(hidden.to(outputs), (outputs[1:] - bias).T, bias)
-
-
-def _products(found: HeadOperands, entries: Tensor) -> Tensor:
-    """hidden @ weight.T + bias in fp64 for some entries of the vocabulary."""
-    products = found.hidden.cpu().double() @ found.weight[entries].cpu().double().T
-    return products if found.bias is None else products + found.bias[entries].cpu().double()
-
-
-def _some_entries(weight: Tensor) -> Tensor:
-    """At most 4096 entries of the vocabulary, spread over it, the first and the last among them."""
-    return torch.linspace(0, weight.shape[0] - 1, min(weight.shape[0], 4096), device=weight.device).round().long()
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then for each module the mode that it had."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
+            layer = self.output_layer()
+            stack.callback(layer.register_forward_pre_hook(pre_hook).remove)
+            sources = [layer] if self.at_output_layer else self._base_models()
+            for module in () if self.at_output_layer else sources:
+                stack.callback(module.register_forward_hook(hook).remove)
+            yield sources
 
 
 def unwrap(model: Any) -> Any:
@@ -529,7 +397,3 @@ def _number(config: Any, names: tuple[str, ...]) -> float | None:
     """The first number other than zero that ``config`` has under one of ``names`` (MPT's `logit_scale` may be text)."""
     values = (getattr(config, name, None) for name in names)
     return next((float(value) for value in values if isinstance(value, (int, float)) and value), None)
-
-
-def _name(thing: Any) -> str:
-    return thing.__name__ if isinstance(thing, type) else type(thing).__name__

@@ -208,8 +208,8 @@ def _from_config(path: Path) -> ModelShape:
     if not path.is_file():
         raise ValueError(f"model: expected a config.json, found no file {path}")
     try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:  # what is no JSON, and what is no text
         raise ValueError(f"model: {path} is no valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise ValueError(f"model: {path} must hold an object with a model_type")

@@ -7,6 +7,7 @@ to the precision of the model, too.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Found = TypeVar("Found")
+WRAPPERS = ("accelerate", "deepspeed", "dpo_kernels", "peft", "torch", "transformers")
 
 
 @contextmanager
@@ -23,7 +25,8 @@ def computed_in(
     module: nn.Module, function: Callable[[Tensor], Found], instead: Callable[[Tensor], Tensor]
 ) -> Iterator[list[Found]]:
     """Has calls of the module compute `function` of its argument in the place of its own forward. Their results are in
-    the list that this gives; the caller gets `instead` of the argument."""
+    the list that this gives; the caller gets `instead` of the argument. Forward hooks that are not of what shards or
+    wraps models are left out: there is no output for them to see."""
     joins: list[Callable[[Sequence[Tensor]], Found]] = []
     results: list[Found] = []
 
@@ -40,12 +43,34 @@ def computed_in(
         return instead(args[0])
 
     own = vars(module).get("forward")
-    after_all_other_hooks = module.register_forward_hook(hand_over)
+    with _without_observers(module):
+        after_all_other_hooks = module.register_forward_hook(hand_over)
+        try:
+            with _forward_of(module, forward):
+                yield results
+        finally:
+            after_all_other_hooks.remove()
+
+
+@contextmanager
+def _without_observers(module: nn.Module) -> Iterator[None]:
+    hooks = module._forward_hooks
+    before = dict(hooks)
+    observers = {number for number, hook in before.items() if not _is_of_a_wrapper(hook)}
+    for number in observers:
+        del hooks[number]
     try:
-        with _forward_of(module, forward):
-            yield results
+        yield
     finally:
-        after_all_other_hooks.remove()
+        now = dict(hooks)
+        hooks.clear()  # and filled in the order of registration, in which they run
+        hooks.update({number: hook for number, hook in before.items() if number in observers or number in now} | now)
+
+
+def _is_of_a_wrapper(hook: Any) -> bool:
+    while isinstance(hook, functools.partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", None)).partition(".")[0] in WRAPPERS
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
+import math
 import weakref
 
 import pytest
@@ -14,8 +16,9 @@ pytest.importorskip("transformers", reason="builds its models with transformers,
 
 from heads import ADAPTERS, MODELS, adapt, assert_close, assert_same_gradients, batch, build, eager_logps, gradients
 
-from dpo_kernels.models.fused_forward import Preference, add_fused_lm_head
+from dpo_kernels.models.fused_forward import STATS, Preference, Reference, add_fused_lm_head
 from dpo_kernels.models.head import LMHead, unwrap
+from dpo_kernels.models.layered_forward import layers_of
 from dpo_kernels.models.through_wrappers import split
 
 
@@ -197,9 +200,8 @@ def test_forward_without_the_flag_is_the_models_own():
     for problem, args, inputs in (
         (r"got labels, 1 input\(s\) by position", (tokens,), {"labels": tokens}),
         (r"got no labels, 0 input\(s\) by position, and by keyword \['input_ids'\]", (), {"input_ids": tokens}),
-        ("no shift_labels", (), {"input_ids": tokens, "labels": tokens, "shift_labels": tokens}),
     ):
-        with pytest.raises(ValueError, match=f"fused_lm_head: expected labels.*{problem}"):
+        with pytest.raises(ValueError, match=f"fused_lm_head: expected labels or shift_labels.*{problem}"):
             model(*args, **inputs, fused_lm_head=True)
     with pytest.raises(ValueError, match=r"outputs: expected some of .*got \['logits'\]"):
         add_fused_lm_head(model, outputs=("log_probs", "logits"))
@@ -224,16 +226,6 @@ def test_copy_of_a_model_has_a_head_of_its_own():
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_head_that_gives_other_logits_is_refused():
-    """In the first call, when the model is where it will be."""
-    model = build("cohere")
-    add_fused_lm_head(model)
-    tokens = torch.arange(3, 15).view(2, 6)
-    model.lm_head.register_forward_hook(lambda module, args, output: output**2)
-    with pytest.raises(ValueError, match="does not give the model's own logits"):
-        model(input_ids=tokens, labels=tokens, fused_lm_head=True)
-
-
 @pytest.mark.parametrize("name", sorted(MODELS))
 def test_mean_logits_of_all_positions(name):
     model = build(name)
@@ -251,3 +243,196 @@ def test_mean_logits_of_all_positions(name):
 def test_a_head_at_the_output_layer_gives_no_hidden_states():
     with pytest.raises(ValueError, match="at_output_layer: expected False for hidden_states"):
         LMHead(build("llama"), at_output_layer=True).hidden_states(**batch())
+
+
+# Hooks
+
+
+def scales_logits(module, args, output):
+    return output * 2
+
+
+class Scales:
+    def __call__(self, module, args, output):
+        return output / 3
+
+    def hook(self, module, args, output):
+        return output / 3
+
+
+def scales_in_place(module, args, output):
+    output.mul_(1.05)
+
+
+HOOKS = {
+    "scales_logits": scales_logits,
+    "Scales": Scales(),
+    "Scales.hook": Scales().hook,
+    "scales_in_place": scales_in_place,
+    "<lambda>": lambda module, args, output: output.tanh(),
+    "partial": functools.partial(lambda factor, module, args, output: output * factor, 0.5),
+}
+
+
+@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("name", HOOKS)
+def test_hook_that_changes_logits_is_refused(name, late):
+    model, inputs = build("cohere"), batch()
+    add_fused_lm_head(model)
+    if late:  # after a call that was right
+        assert_as_eager(model)
+    handle = model.lm_head.register_forward_hook(HOOKS[name])
+    named = "lambda" if name == "partial" else name
+    with pytest.raises(ValueError, match=f"(?s)does not give the model's own logits.*{named}"):
+        model(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
+    handle.remove()
+    assert_as_eager(model)
+
+
+def test_hooks_that_watch_and_hooks_on_what_goes_in():
+    """The first see logits where there are some, the second take part."""
+    model, seen = build("llama"), []
+    add_fused_lm_head(model)
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.shape[-1]))
+    model.lm_head.register_forward_pre_hook(lambda module, args: (1.5 * args[0],))
+    hooks = list(model.lm_head._forward_hooks)
+    assert_as_eager(model)
+    assert len(seen) == 2 and hooks == list(model.lm_head._forward_hooks)  # the check, and the model's own forward
+
+
+# Numbers that are none
+
+
+@pytest.mark.parametrize("where", ["hidden states", "head", "bias"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_not_finite_goes_on(where, trained):
+    """So that a gradient scaler skips the step, and the next one is checked and right."""
+    model, inputs = build("phi"), batch()
+    add_fused_lm_head(model)
+    model.lm_head.requires_grad_(trained)
+    weight = {
+        "hidden states": model.model.embed_tokens.weight,
+        "head": model.lm_head.weight,
+        "bias": model.lm_head.bias,
+    }
+    with torch.no_grad():
+        before = weight[where][inputs["input_ids"][0, 1]].clone()
+        weight[where][inputs["input_ids"][0, 1]] = math.nan
+    optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    preference = Preference(torch.zeros(2), {"beta": 0.1})
+    found = model(**inputs, labels=labels_of(inputs), fused_lm_head=True, preference=preference)
+    assert found.loss.isnan()
+    kept = copy.deepcopy(model.state_dict())
+    scaler.scale(found.loss).backward()
+    scaler.step(optimizer)
+    assert all(torch.equal(value, model.state_dict()[name]) or value.isnan().any() for name, value in kept.items())
+    with torch.no_grad():
+        weight[where][inputs["input_ids"][0, 1]] = before
+    optimizer.zero_grad()
+    assert_as_eager(model)
+    assert layers_of(model)[-1].head._checked
+
+
+def test_functions_keep_their_error():
+    head = LMHead(build("llama"))
+    hidden = torch.full((2, 3, 32), math.nan)
+    labels = torch.ones(2, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="hidden: expected finite values"):
+        head.sequence_logps(hidden, labels)
+    with pytest.raises(ValueError, match="hidden: expected finite values"):
+        head.dpo_loss(hidden, labels, torch.zeros(2))
+    assert head.sequence_logps(hidden, labels, check_hidden=False).logps.isnan().all()
+    assert head.dpo_loss(hidden, labels, torch.zeros(2), check_hidden=False).loss.isnan()
+
+
+# What TRL's output has
+
+
+def trls_head(model):
+    utils = pytest.importorskip("trl.trainer.utils", reason="puts TRL's head over ours, and TRL is not installed")
+    utils.add_fused_lm_head(model, outputs=("log_probs", *STATS))
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gemma2"])
+@pytest.mark.parametrize("items", [None, 20])
+@pytest.mark.parametrize("shifted", [False, True])
+def test_output_is_as_trls(name, items, shifted):
+    model = build(name)
+    if name == "mixtral":
+        model.config.output_router_logits = True
+        model.train()
+    theirs = copy.deepcopy(model)
+    trls_head(theirs)
+    add_fused_lm_head(model, outputs=("log_probs", *STATS))
+    inputs = batch()
+    labels = labels_of(inputs)
+    if shifted:
+        asked = {"shift_labels": torch.cat([labels[:, 1:], labels.new_full((2, 1), 8)], 1)}
+    else:
+        asked = {"labels": labels}
+    asked |= {"fused_lm_head": True} | ({} if items is None else {"num_items_in_batch": items})
+    found, expected = (each(**inputs, **asked) for each in (model, theirs))
+    for key in ("loss", "log_probs", "label_mask", *STATS):
+        assert key in found
+        scored = expected["label_mask"] if key in STATS else ...
+        torch.testing.assert_close(getattr(found, key)[scored], getattr(expected, key)[scored], rtol=1e-4, atol=1e-5)
+        assert getattr(found, key).shape == getattr(expected, key).shape
+    found.loss.backward()
+    expected.loss.backward()
+    assert_same_gradients(gradients(model), gradients(theirs))
+
+
+def test_loss_of_a_preference_is_its_loss():
+    model = build("llama")
+    add_fused_lm_head(model)
+    preference = Preference(torch.zeros(2), {"beta": 0.1})
+    found = model(**batch(), labels=labels_of(batch()), fused_lm_head=True, preference=preference)
+    assert found.loss is found["loss"] is found.get("loss") is found.preference.loss and found.get("logits") is None
+
+
+# References, and weights
+
+
+@pytest.mark.parametrize("trained", ["all", "layers", "bias", "nothing"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reference_is_the_policy_to_the_bit(trained, dtype):
+    """In the tiles of whatever gradients the policy forms; with a vocabulary that takes more than one fold."""
+    model = build("phi", vocab_size=5003).to(dtype)
+    for name, weight in model.named_parameters():
+        of_head = name.startswith("lm_head")
+        weight.requires_grad_({"all": True, "layers": not of_head, "bias": name == "lm_head.bias"}.get(trained, False))
+    add_fused_lm_head(model)
+    tokens = torch.randint(3, 5000, (4, 60), generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(1))
+    options = {"beta": 0.1, "ld_alpha": 0.3, "token_weights": weights}
+    inputs = {"input_ids": tokens, "labels": tokens, "fused_lm_head": True}
+    reference = Reference.of(model, options)
+    expected = {"all": ("hidden", "bias", "weight"), "layers": ("hidden",), "bias": ("hidden", "bias")}
+    assert reference.gradients == expected.get(trained, ("hidden",))
+    if trained == "nothing":  # of hidden states neither
+        reference.gradients = ()
+    with torch.no_grad():
+        ref_logps = model(**inputs, reference=reference).logps
+    found = model(**inputs, preference=Preference(ref_logps, options)).preference
+    assert (found.logps - ref_logps == 0).all() and (found.chosen_rewards == 0).all()
+    assert found.loss.item() == pytest.approx(math.log(2), abs=1e-7)
+
+
+@pytest.mark.parametrize("shifted", [False, True])
+def test_token_weights_belong_to_the_labels_of_the_call(shifted):
+    model, inputs = build("llama"), batch()
+    add_fused_lm_head(model)
+    labels = labels_of(inputs)
+    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(2))
+    log_probs = model(**inputs, labels=labels, fused_lm_head=True).log_probs
+    expected = (log_probs * weights[:, 1:]).sum(1)
+    if shifted:
+        labels, weights = (
+            torch.cat([each[:, 1:], torch.full_like(each[:, :1], -100)], 1) for each in (labels, weights)
+        )
+        weights = weights.clamp(min=0)
+    preference = Preference(torch.zeros(2), {"token_weights": weights, "pair_weights": torch.tensor([3.0])})
+    asked = {"shift_labels" if shifted else "labels": labels}
+    found = model(**inputs, **asked, fused_lm_head=True, preference=preference).preference
+    torch.testing.assert_close(found.logps, expected.detach())

@@ -62,7 +62,7 @@ def assert_same(found, expected, case):
 FSDP2 = """
 from peft.tuners.lora import layer as lora
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from dpo_kernels.models.head import _class_of
+from dpo_kernels.models.operands import class_of
 
 dist.init_process_group("gloo")
 labels = torch.randint(3, 95, (4, 6), generator=torch.Generator().manual_seed(dist.get_rank()))
@@ -98,7 +98,7 @@ for name, adapter in (("llama", "full"), ("gemma2", "full"), *(("llama", each) f
             add_fused_lm_head(unwrap(model))
             assert_same(step(sharded(model, group), kind), expected, (name, adapter, group, kind))
             if adapter == "head":  # and is not taken for an adapter of another kind
-                assert _class_of(unwrap(model).lm_head) is lora.Linear
+                assert class_of(unwrap(model).lm_head) is lora.Linear
 
 # What is not cast: the reference on its way in, and the results on their way out.
 model = made("llama", "full")
