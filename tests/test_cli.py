@@ -1,5 +1,8 @@
 """The command: exit status, what it prints where, and how it is told what to do."""
 
+import io
+import json
+import os
 import subprocess
 import sys
 
@@ -60,10 +63,147 @@ def test_a_run_from_a_file_and_flags(tmp_path, capsys):
     flags = ["--output-dir", str(output), "--max_steps", "2", "--no-progress-bar", "--beta=0.6"]
     assert main(["train", str(config), *flags]) == 0
     printed = capsys.readouterr()
-    assert "18 of 18 preference pairs kept" in printed.out
+    assert printed.out.count("train: 18 of 18 preference pairs kept") == 1
+    assert printed.out.count("eval: 2 of 2 preference pairs kept") == 1
+    assert printed.out.count("one of the training pairs:\nprompt (") == 1 and printed.out.count("(labelled text") == 1
     assert "rewards/accuracies" in printed.out and str(output / "final") in printed.out
     assert "warning: beta 0.6 is outside 0.01 to 0.5" in printed.err
     assert (output / "metrics.jsonl").is_file() and (output / "final" / "model.safetensors").is_file()
+    import torch
+    from safetensors.torch import load_file
+
+    from dpo_kernels.data.demo import demo_model
+
+    # a warm-up's first step learns
+    start, first = demo_model(300, seed=42).state_dict(), tmp_path / "first"
+    assert main(["train", str(config), "--output-dir", str(first), "--max-steps", "1", "--no-progress-bar"]) == 0
+    final = load_file(first / "final" / "model.safetensors")
+    assert not any(torch.equal(start[name], final[name]) for name in final if final[name].dim() > 1)
+
+
+def rows(tmp_path, name="pairs.jsonl"):
+    pairs = [{"prompt": f"{n} is ", "chosen": f"{n}!", "rejected": f"{n}?"} for n in range(4)]
+    pairs += [
+        {"prompt": "\x1b[31m \u202e\ud83d\ude00 é ", "chosen": "\x07", "rejected": "同じ"},
+        {**pairs[0], "rejected": "0!"},
+    ]
+    (tmp_path / name).write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return str(tmp_path / name)
+
+
+def preview(*arguments):
+    return main(["preview", "--model", "demo", "--tokenizer", "train:300", *map(str, arguments)])
+
+
+def test_a_preview_shows_reports_lengths_and_pairs(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dataset = rows(tmp_path)
+    assert preview("--dataset", dataset, "--eval-dataset", rows(tmp_path, "eval.jsonl"), "-n", 2, "--seed", 3) == 0
+    printed = capsys.readouterr().out
+    for part in ("train", "eval"):
+        assert f"{part}: 5 of 6 preference pairs kept\n  dropped 1: chosen and rejected are identical" in printed
+    assert printed.count("prompt tokens: ") == printed.count("chosen tokens: ") == printed.count("#  ") * 0 + 2
+    assert printed.count(f", from {dataset}, row ") == 2 and printed.count("\u27e6") >= 4 and "\x1b" not in printed
+    assert "of them labelled" in printed and [path.name for path in tmp_path.iterdir()].count("dpo-output") == 0
+    assert preview("--dataset", dataset, "-n", 2, "--seed", 3, "--eval-fraction", 0) == 0
+    again = capsys.readouterr().out
+    assert again.partition("pair ")[2].partition("\n\n")[0] in printed and "eval: " not in again
+    assert preview("--dataset", dataset, "-n", 0, "--eval-fraction", 0) == 0
+    assert "labelled" not in capsys.readouterr().out
+    assert preview("--dataset", dataset, "-n", 100, "--eval-fraction", 0) == 0
+    everything = capsys.readouterr().out
+    assert everything.count(", from ") == 5 and r"\x1b[31m \u202e😀 é" in everything and r"\x07" in everything
+
+
+def test_a_preview_takes_a_file_and_all_flags_of_train(tmp_path, capsys):
+    config = tmp_path / "run.yaml"
+    config.write_text(f"model: demo\ndataset: {rows(tmp_path)}\ntokenizer: train:300\neval_fraction: 0\n")
+    assert main(["preview", str(config), "-n1", "--max-length", "99", "--max-rows", "7", "--dataset", "demo"]) == 0
+    assert "train: 7 of 7 preference pairs kept" in capsys.readouterr().out
+    assert main(["preview", "-n", "1", str(config)]) == 0
+    assert "train: 5 of 6 preference pairs kept" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["-n", -1], 1, "pairs: expected a number of at least 0, got -1"),
+        (["--dataset", "none.jsonl"], 1, "dataset: there is no file or directory 'none.jsonl'"),
+        (["--learning-rat", 1], 2, "unknown flag '--learning-rat'; did you mean '--learning-rate'?"),
+        (["--train-on", "first"], 2, "train_on: expected one of all, last, got 'first'"),
+        (["--chat-template", "none.jinja"], 1, "chat_template: expected a file with a template or the text of one"),
+        (["--chat-template-kwargs", "{"], 2, "chat_template_kwargs: expected a JSON object"),
+        (["--dataset", "a", "--dataset-weights", 1, 2], 2, "dataset_weights: expected one for each of 1 datasets"),
+    ],
+    ids=str,
+)
+def test_a_preview_that_fails_says_why(capsys, arguments, status, message):
+    assert (
+        preview(*arguments if "--dataset" in arguments else ["--dataset", "demo", "--max-rows", 5, *arguments])
+        == status
+    )
+    error = capsys.readouterr().err
+    assert f"dpo-kernels: error: {message}" in error and "Traceback" not in error
+
+
+def test_a_preview_needs_no_model(tmp_path, capsys, monkeypatch):
+    from dpo_kernels.data.demo import demo_tokenizer
+
+    demo_tokenizer(["hello"], 300).save_pretrained(tmp_path)  # a folder without weights
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("accelerate", "peft") else name)
+    arguments = ["--model", str(tmp_path), "--dataset", rows(tmp_path), "--lora-r", "4", "--reference", "precompute"]
+    assert main(["preview", *arguments]) == 0
+    assert "labelled text is between" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("environment", "coloured"),
+    [({}, True), ({"NO_COLOR": "1"}, False), ({"NO_COLOR": ""}, True), ({"TERM": "dumb"}, False)],
+)
+def test_a_terminal_gets_colours_unless_it_wants_none(tmp_path, capsys, monkeypatch, environment, coloured):
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert preview("--dataset", "demo", "--max-rows", 5, "-n", 1) == 0
+    printed = capsys.readouterr().out
+    assert ("\x1b[32m" in printed) == coloured == ("\u27e6" not in printed)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "shift_jis"])
+def test_output_of_any_encoding_is_written(tmp_path, monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, write_through=True))
+    assert preview("--dataset", rows(tmp_path), "-n", 9, "--eval-fraction", 0) == 0
+    text = written.getvalue().decode(encoding)
+    assert "[[" in text and (r"\u540c" in text) == (encoding != "shift_jis") and r"\U0001f600" in text
+
+
+def test_nobody_has_to_read_on(monkeypatch):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError(32, "Broken pipe")
+
+        flush = write
+
+    error = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", error)
+    monkeypatch.setattr(sys, "stdout", Closed())
+    assert preview("--dataset", "demo", "--max-rows", 5) == main(["env"]) == 141
+    assert preview("--dataset", "demo", "--max-rows", 5, "--dataset-weights", 1) == 141  # which is logged
+    assert "Broken" not in error.getvalue() and "dpo-kernels" not in error.getvalue()
+
+
+@pytest.mark.full
+def test_a_pipe_that_is_closed_ends_the_command_in_silence():
+    reads, writes = os.pipe()
+    os.close(reads)
+    ended = subprocess.run(
+        [sys.executable, "-m", "dpo_kernels", "env"], stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120
+    )
+    os.close(writes)
+    assert ended.returncode == 141 and ended.stderr == ""
 
 
 def test_without_the_extra_the_package_works_and_training_says_what_is_missing():

@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from dpo_kernels.dispatch import IMPLEMENTATIONS
-from dpo_kernels.models.shapes import find_shape
+from dpo_kernels.models.shapes import ModelShape, find_shape
 from dpo_kernels.planning.step import MOST_PAIRS, REFERENCES, TRAIN, WAYS, Step, measured_share, plan
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -125,35 +126,108 @@ def _assumptions(step: Step) -> list[str]:
     return lines
 
 
+# The flags that a training configuration comes to, by its path
+ReadTraining = Callable[[Path], dict[str, Any]]
+SETTINGS_FILES = (".yaml", ".yml")
+# What a step is where neither a flag nor a training configuration says it.
+DEFAULTS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "mixed_precision": "no",
+    "train": "full",
+    "lora_r": 16,
+    "reference": "precomputed",
+    "gradient_checkpointing": False,
+    "chunk_bytes": None,
+    "impl": "auto",
+}
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    def add(flag: str, help: str, **options: Any) -> None:
+        default = DEFAULTS.get(flag[2:].replace("-", "_"))
+        shown = f" (default: {default})" if isinstance(default, str | int) and default is not False else ""
+        parser.add_argument(flag, help=help + shown, **options)
+
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    add("--model", help="hub name or its last part, or a config.json or its folder; nothing is downloaded")
-    add("--hidden", type=int, help="hidden size, for the head alone")
-    add("--vocab", type=int, help="vocabulary size, for the head alone")
-    add("--batch", type=int, required=True, metavar="PAIRS", help="pairs in one forward pass")
-    add("--seq", type=int, required=True, metavar="TOKENS", help="tokens of prompt and response, padded")
-    add("--labelled", type=float, metavar="SHARE", help="of positions; default: as in real pairs of this length")
-    add("--dtype", choices=DTYPES, default="bfloat16", help="dtype of the weights (default: %(default)s)")
-    add("--mixed-precision", choices=AUTOCAST, default="no", help="autocast dtype (default: %(default)s)")
-    add("--train", choices=TRAIN, default="full", help="what is trained (default: %(default)s)")
-    add("--lora-r", type=int, default=16, help="rank of the adapters, on all matrices (default: %(default)s)")
-    add(
-        "--reference",
-        choices=REFERENCES,
-        default="precomputed",
-        help="model: a frozen copy beside the policy; under LoRA the policy itself (default: %(default)s)",
+    parser.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG",
+        help="configuration of `dpo-kernels train`, which says what the flags do not; also as config:FILE",
     )
-    add("--gradient-checkpointing", action="store_true", help="layers are computed again in the backward")
-    add("--chunk-bytes", type=int, help="as linear_dpo_loss takes it (default: 1 GiB)")
-    add("--impl", choices=("auto", *IMPLEMENTATIONS), default="auto", help="of dpo_kernels (default: %(default)s)")
-    add("--device", help="cpu, cuda, ...; default: the accelerator if there is one")
-    add("--memory", type=float, metavar="GIB", help="of the device; default: what it says it has")
-    add("--json", type=Path, metavar="FILE", help="where to write all numbers, in bytes")
+    add(
+        "--model",
+        "hub name or its last part, or a config.json or its folder, also as config:FILE; nothing is downloaded",
+    )
+    add("--hidden", "hidden size, for the head alone", type=int)
+    add("--vocab", "vocabulary size, for the head alone", type=int)
+    add("--batch", "pairs in one forward pass", type=int, metavar="PAIRS")
+    add("--seq", "tokens of prompt and response, padded", type=int, metavar="TOKENS")
+    add("--labelled", "of positions; default: as in real pairs of this length", type=float, metavar="SHARE")
+    add("--dtype", "dtype of the weights", choices=DTYPES)
+    add("--mixed-precision", "autocast dtype", choices=AUTOCAST)
+    add("--train", "what is trained", choices=TRAIN)
+    add("--lora-r", "rank of the adapters, on all matrices", type=int)
+    add("--reference", "model: a frozen copy beside the policy; under LoRA the policy itself", choices=REFERENCES)
+    add(
+        "--gradient-checkpointing",
+        "layers are computed again in the backward",
+        action=argparse.BooleanOptionalAction,
+    )
+    add("--chunk-bytes", "as linear_dpo_loss takes it (default: 1 GiB)", type=int)
+    add("--impl", "of dpo_kernels", choices=("auto", *IMPLEMENTATIONS))
+    add("--device", "cpu, cuda, ...; default: the accelerator if there is one")
+    add("--memory", "of the device; default: what it says it has", type=float, metavar="GIB")
+    add("--json", "where to write all numbers, in bytes", type=Path, metavar="FILE")
 
 
-def run(options: argparse.Namespace) -> int:
+def settle(options: argparse.Namespace, read_training: ReadTraining | None) -> None:
+    """Fills in what the flags leave open: from a configuration of `dpo-kernels train`, if `config` or `model` names
+    one, then from `DEFAULTS`. `model` becomes the name or path of a model, `source` the file that it comes from."""
+    options.source, training = None, None
+    for key in ("config", "model"):
+        named = getattr(options, key)
+        if named is None or not (key == "config" or named.startswith("config:") or named.endswith(SETTINGS_FILES)):
+            continue
+        path = Path(named.removeprefix("config:")).expanduser()
+        if not path.exists():
+            raise ValueError(f"{key}: there is no file {str(path)!r}, which {named!r} names, in {Path.cwd()}")
+        if path.is_dir() or (path.suffix == ".json" and '"model_type"' in path.read_text(errors="replace")):
+            options.model = str(path)
+        elif training is not None:
+            raise ValueError(f"model: expected a model beside the configuration {training}, got another one: {named!r}")
+        else:
+            training = path
+            if key == "model":
+                options.model = None
+    known: dict[str, Any] = {}
+    if training is not None:
+        if read_training is None:
+            raise ValueError(f"config: nobody here reads {training}, a configuration of `dpo-kernels train`")
+        known = read_training(training)
+    model = known.pop("model", None)
+    if model is not None and options.model is None and options.hidden is None and options.vocab is None:
+        options.model, options.source = model, training
+    for name, value in (DEFAULTS | known).items():
+        if getattr(options, name) is None:
+            setattr(options, name, DEFAULTS.get(name) if value is None else value)
+    for name, setting in (("batch", "per_device_batch_size"), ("seq", "max_length")):
+        if getattr(options, name) is None:
+            without = "or a configuration" if training is None else f"since {training} has no {setting}"
+            raise ValueError(f"{name}: expected --{name}, {without}")
+
+
+def _shape(options: argparse.Namespace) -> ModelShape | None:
+    try:
+        return None if options.model is None else find_shape(options.model)
+    except ValueError as error:
+        raise ValueError(f"{options.source}: {error}" if options.source else str(error)) from None
+
+
+def run(options: argparse.Namespace, read_training: ReadTraining | None = None) -> int:
+    """Prints the plan. `read_training` knows the settings of a training, which this part of the package does not."""
+    settle(options, read_training)
     for name, least in (("batch", 1), ("seq", 2), ("lora_r", 1), ("hidden", 1), ("vocab", 1), ("chunk_bytes", 0)):
         value = getattr(options, name)
         if value is not None and value < least:
@@ -165,7 +239,7 @@ def run(options: argparse.Namespace) -> int:
     by_numbers = options.hidden is not None and options.vocab is not None
     if (options.model is None) != by_numbers or (options.hidden is None) != (options.vocab is None):
         raise ValueError("model: expected --model, or both --hidden and --vocab for the head alone")
-    shape = None if options.model is None else find_shape(options.model)
+    shape = _shape(options)
     share = options.labelled or measured_share(options.batch, options.seq)
     step = Step(
         hidden=options.hidden if shape is None else shape.hidden,

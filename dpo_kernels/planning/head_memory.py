@@ -19,6 +19,7 @@ from dpo_kernels import linear_dpo
 from dpo_kernels.dispatch import choose, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import Rows, accumulate_dtype
+from dpo_kernels.pair_groups import plan_groups
 
 # [N]: where rows lie (16), labels (8), the running sums of a sweep (64) and what they are finished in
 ROW_BYTES = 160
@@ -249,7 +250,7 @@ def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[int], str]:
     if torch.float16 in (t.dtype, t.compute_dtype):
         return [], "gradients in fp16 are formed after the loss scale"
     pair = torch.arange(t.n) % pairs
-    groups = linear_dpo._plan_groups(Rows(pair, pair), torch.empty(2 * pairs, 0), t.weight, t.acc, chunk_bytes, t.impl)
+    groups = plan_groups(Rows(pair, pair), pairs, t.weight, t.acc, chunk_bytes, t.impl, dweight=t.weight.requires_grad)
     if groups is not None:
         which = "all pairs" if len(groups) == 1 else f"the pairs, in {len(groups)} groups,"
         return [group.rows.stop - group.rows.start for group in groups], f"the logits of {which} fit in chunk_bytes"

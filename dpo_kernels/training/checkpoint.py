@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
+import re
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +18,9 @@ import numpy as np
 import torch
 
 PREFIX = "checkpoint-"
+WEIGHTS, STATE, PROGRESS = FILES = ("weights.safetensors", "state.pt", "progress.json")
+CHECKSUMS = "SHA256SUMS"  # of FILES, as sha256sum writes and checks them
+_NAME = re.compile(rf"{PREFIX}[0-9]+")
 
 
 @contextmanager
@@ -65,20 +71,61 @@ def _sync(path: Path) -> None:
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
-    """The complete checkpoints in `output_dir`, oldest step first."""
-    found = [path for path in output_dir.glob(f"{PREFIX}[0-9]*") if (path / "progress.json").is_file()]
-    return sorted(found, key=_step)
+    """The checkpoints in `output_dir`, whole or damaged, oldest step first; not what another trainer calls so."""
+    found = [path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir() and _NAME.fullmatch(path.name)]
+    return sorted((path for path in found if _is_ours(path)), key=_step)
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether it has a file of a checkpoint, or has lost them all."""
+    names = {entry.name for entry in path.iterdir()}
+    return not names or not names.isdisjoint({*FILES, CHECKSUMS})
 
 
 def _step(path: Path) -> int:
-    return int(json.loads((path / "progress.json").read_text())["step"])
+    return int(path.name.removeprefix(PREFIX))
+
+
+def damage(path: Path) -> str:
+    """What is wrong with the files of a checkpoint, by their checksums; "" if nothing is."""
+    try:
+        lines = (path / CHECKSUMS).read_text(encoding="ascii").splitlines()
+        sums = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError):  # missing, not to be read, or not a checksum and a name a line
+        sums = {}
+    problems = [problem for name in (CHECKSUMS, *FILES) if (problem := _problem(path / name, sums))]
+    if problems == [f"{CHECKSUMS} is missing"]:
+        return f"{CHECKSUMS} is missing (versions before this one wrote none, and their schedule was another)"
+    return ", ".join(problems)
+
+
+def _problem(file: Path, sums: dict[str, str]) -> str:
+    complete = sums.keys() == set(FILES)
+    try:
+        if not file.exists():
+            return f"{file.name} is missing"
+        if file.stat().st_size == 0:
+            return f"{file.name} is empty"
+        whole = complete if file.name == CHECKSUMS else not complete or _sha256(file) == sums[file.name]
+    except OSError as error:
+        return f"{file.name} cannot be read ({error.strerror})"
+    return "" if whole else f"{file.name} is damaged"
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def find_checkpoint(output_dir: Path, resume: str, overwrite: bool = False) -> Path | None:
-    """The checkpoint that `resume` ("auto", "never" or a path) means, or None for a fresh start.
+    """The checkpoint that `resume` ("auto", "never" or a path) means, or None for a fresh start. "auto" means the
+    newest whose files have the checksums that they were written with, and warns of what is wrong with newer ones.
 
-    Raises `ValueError` where going on would mix this run with the checkpoints of another, or, unless told to
-    `overwrite` it, replace one that has finished and left no checkpoint.
+    Raises `ValueError` where going on would mix this run with the checkpoints of another, where no checkpoint is whole,
+    or, unless told to `overwrite` it, where it would replace a run that has finished and left no checkpoint.
     """
     existing = list_checkpoints(output_dir)
     if existing and overwrite:
@@ -92,7 +139,7 @@ def find_checkpoint(output_dir: Path, resume: str, overwrite: bool = False) -> P
             "output_dir, or overwrite to replace it"
         )
     if resume == "auto":
-        return existing[-1] if existing else None
+        return _newest_whole(existing)
     if resume == "never":
         if existing:
             raise ValueError(
@@ -101,15 +148,35 @@ def find_checkpoint(output_dir: Path, resume: str, overwrite: bool = False) -> P
             )
         return None
     chosen = Path(resume)
-    if not (chosen / "progress.json").is_file():
+    if not chosen.is_dir() or not any((chosen / name).exists() for name in FILES):
         raise ValueError(f"resume: expected 'auto', 'never' or the path of a checkpoint directory, got {resume!r}")
-    newer = [path.name for path in existing if _step(path) > _step(chosen)]
+    if problems := damage(chosen):
+        raise ValueError(f"resume: {chosen} is not whole: {problems}")
+    step = json.loads((chosen / PROGRESS).read_text())["step"]
+    newer = [path.name for path in existing if _step(path) > step]
     if newer:
         raise ValueError(
-            f"resume: {chosen} is at step {_step(chosen)}, but {output_dir} also holds {', '.join(newer)}: "
+            f"resume: {chosen} is at step {step}, but {output_dir} also holds {', '.join(newer)}: "
             "delete what is newer or give another output_dir"
         )
     return chosen
+
+
+def _newest_whole(checkpoints: list[Path]) -> Path | None:
+    passed: list[str] = []
+    for path in reversed(checkpoints):
+        problems = damage(path)
+        if not problems:
+            if passed:
+                warnings.warn(f"{'; '.join(passed)}. Going on from the one before, {path}", stacklevel=5)
+            return path
+        passed.append(f"{path} is not whole: {problems}")
+    if passed:
+        raise ValueError(
+            f"resume: there is no checkpoint to go on from: {'; '.join(passed)}. Delete them to start afresh, or give "
+            "another output_dir"
+        )
+    return None
 
 
 def remove_leftovers(output_dir: Path) -> None:
@@ -129,7 +196,8 @@ def save_checkpoint(
     progress: dict[str, Any],
     limit: int | None,
 ) -> Path:
-    """Writes `checkpoint-STEP` and deletes the oldest beyond `limit`.
+    """Writes `checkpoint-STEP` with the checksums of its files, and deletes the oldest beyond `limit`. Those of later
+    steps, which lie there where this run went on from one before them, do not count.
 
     `weights` are the trainable ones (safetensors), `state` holds tensors and plain values (optimizer, scheduler,
     scaler, random generators), `progress` (JSON) at least the `step`.
@@ -138,12 +206,13 @@ def save_checkpoint(
 
     path = output_dir / f"{PREFIX}{progress['step']}"
     with atomic_directory(path) as directory:
-        save_file(
-            {name: tensor.detach().contiguous() for name, tensor in weights.items()}, directory / "weights.safetensors"
-        )
-        torch.save(state, directory / "state.pt")
-        (directory / "progress.json").write_text(json.dumps(progress, indent=1))
-    for old in list_checkpoints(output_dir)[: -limit if limit else 0]:
+        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
+        torch.save(state, directory / STATE)
+        (directory / PROGRESS).write_text(json.dumps(progress, indent=1))
+        sums = "".join(f"{_sha256(directory / name)}  {name}\n" for name in FILES)
+        (directory / CHECKSUMS).write_text(sums, newline="\n")
+    until_now = [other for other in list_checkpoints(output_dir) if _step(other) <= progress["step"]]
+    for old in until_now[: -limit if limit else 0]:
         discard(old)
     return path
 
@@ -158,16 +227,16 @@ def load_checkpoint(
     """
     from safetensors.torch import load_file
 
-    progress = json.loads((path / "progress.json").read_text())
+    progress = json.loads((path / PROGRESS).read_text())
     _check_unchanged(path, progress["identity"], identity)
-    saved = load_file(path / "weights.safetensors")
+    saved = load_file(path / WEIGHTS)
     if saved.keys() != weights.keys():
         odd = sorted(saved.keys() ^ weights.keys())
         raise ValueError(f"{path} holds other trainable weights than this run: they differ in {', '.join(odd[:3])}")
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(saved[name])
-    state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     return state, progress
 
 

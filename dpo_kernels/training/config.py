@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import importlib.util
-import math
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_kernels.training.values import FALSE_WORDS, TRUE_WORDS, coerce, nearest
+
 REFERENCE_FREE = ("simpo", "orpo", "cpo")
-TRUE_WORDS = ("true", "yes", "on", "1")
-FALSE_WORDS = ("false", "no", "off", "0")
+# Flags that take several values: up to the next flag, or to a file of settings.
+SEVERAL = ("dataset", "dataset_weights", "dataset_split", "dataset_config", "eval_dataset")
+SETTINGS_FILES = (".yaml", ".yml")
 
 
 def option(
@@ -64,14 +66,22 @@ class TrainConfig:
     trust_remote_code: bool = option(False, "run model code that comes with a hub repository")
     dtype: str = option("float32", "dtype of the weights", choices=("float32", "bfloat16", "float16"))
     attn_implementation: str | None = option(None, "attention implementation given to transformers, such as sdpa")
+    disable_dropout: bool = option(True, "train without the model's own dropout; lora_dropout is the adapters'")
 
     # Data
-    dataset: str = option(
-        "demo", "preference pairs: local jsonl, json, csv or parquet, a hub name, or demo", trajectory=False
+    dataset: str | list[str] = option(
+        "demo",
+        "preference pairs: local jsonl, json, csv, tsv or parquet, a folder, a hub name, or demo; or several of these",
+        trajectory=False,
     )
-    dataset_config: str | None = option(None, "configuration name of a hub dataset")
-    dataset_split: str = option("train", "split of the dataset to train on")
-    eval_dataset: str | None = option(
+    dataset_weights: list[float] | None = option(
+        None,
+        "how often the pairs of each dataset are taken: 2 twice, 0.5 a random half of them; default: once",
+        minimum=0,
+    )
+    dataset_config: str | list[str] | None = option(None, "configuration name of a hub dataset, or one a dataset")
+    dataset_split: str | list[str] = option("train", "split to train on, or one a dataset")
+    eval_dataset: str | list[str] | None = option(
         None, "held-out pairs, like dataset; default: eval_fraction of the dataset", trajectory=False
     )
     eval_split: str | None = option(None, "split of eval_dataset; default: train")
@@ -85,6 +95,13 @@ class TrainConfig:
         choices=("prompt_start", "response_end", "drop", "error"),
     )
     add_eos: bool = option(True, "end each response with the end-of-sequence token")
+    train_on: str = option("all", "which assistant turns of a response are labelled", choices=("all", "last"))
+    chat_template: str | None = option(
+        None, "file with a chat template (Jinja), or its text, instead of the tokenizer's own", trajectory=False
+    )
+    chat_template_kwargs: dict[str, Any] | None = option(
+        None, """what the chat template is given beside the conversation, such as {"enable_thinking": false}"""
+    )
     ranked_pairs: str = option(
         "best_vs_worst", "how ranked answers become pairs", choices=("best_vs_worst", "best_vs_each")
     )
@@ -158,7 +175,9 @@ class TrainConfig:
     logging_steps: int = option(10, "optimizer steps between two rows of metrics", minimum=1, trajectory=False)
     eval_steps: int | None = option(None, "optimizer steps between evaluations; default: one an epoch", minimum=1)
     save_steps: int = option(500, "optimizer steps between checkpoints; 0: none", minimum=0, trajectory=False)
-    save_total_limit: int | None = option(2, "newest checkpoints to keep; none: all", minimum=1, trajectory=False)
+    save_total_limit: int | None = option(
+        2, "newest checkpoints to keep, two at least: one may be damaged; none: all", minimum=2, trajectory=False
+    )
     metric_for_best: str = option(
         "loss",
         "held-out metric that picks the best weights",
@@ -175,6 +194,7 @@ class TrainConfig:
             setattr(self, name, value)
         _check_losses(self)
         _check_unused(self)
+        _check_datasets(self)
         if self.load_best_model_at_end and not self.evaluates:
             raise ValueError("load_best_model_at_end needs held-out pairs: give eval_dataset or an eval_fraction > 0")
         if self.reference in ("base", "adapter-free") and not self.lora_r:
@@ -209,26 +229,48 @@ DEMO: dict[str, Any] = {
 }
 
 
-def load_config(path: str | Path | None, overrides: Mapping[str, Any] | None = None) -> TrainConfig:
+def load_config(
+    path: str | Path | None,
+    overrides: Mapping[str, Any] | None = None,
+    required: Sequence[str] = ("model", "dataset"),
+) -> TrainConfig:
     """Reads a configuration and puts `overrides` (the flags, as strings or values) on top.
 
-    Without a path, and unless the overrides name a model or a dataset, it is the embedded demo.
-    Raises `ValueError` for unreadable YAML, for unknown keys (with the nearest known one), and for values that do not
-    fit; `FileNotFoundError` when there is no such file.
+    Without a path, and unless the overrides name a model or a dataset, it is the embedded demo. Files that `model` and
+    `chat_template` name are looked for beside the configuration too.
+    Raises `ValueError`, which names the file, for unreadable YAML, for unknown keys (with the nearest known one) and
+    for values that do not fit; `FileNotFoundError` when there is no such file.
     """
     overrides = dict(overrides or {})
     if path is not None:
         values = read_yaml(Path(path))
-        file = str(values.get("model", "")).partition("config:")[2]
-        if file and (Path(path).parent / file).is_file():  # beside the file that names it
-            values["model"] = f"config:{Path(path).parent / file}"
+        folder = Path(path).parent
+        if _lies_in(folder, file := str(values.get("model")).partition("config:")[2]):
+            values["model"] = f"config:{folder / file}"
+        if _lies_in(folder, file := str(values.get("chat_template") or "")):
+            values["chat_template"] = str(folder / file)
     else:
         values = {} if "model" in overrides or "dataset" in overrides else dict(DEMO)
+    from_file = {key for key in values if key not in overrides}
     values.update(overrides)
-    for key in ("model", "dataset"):
+    for key in required:
         if key not in values:
             raise ValueError(f"{key} is missing: put it into {path or 'a YAML file'} or give --{key}")
-    return TrainConfig(**values)
+    try:
+        return TrainConfig(**values)
+    except ValueError as error:
+        if path is not None and re.split(r"\W", str(error), maxsplit=1)[0] in from_file:
+            raise ValueError(f"{path}: {error}") from None
+        raise
+
+
+def _lies_in(folder: Path, file: str) -> bool:
+    return is_name(file) and (folder / file).is_file()
+
+
+def is_name(text: str) -> bool:
+    """Whether this may be the name of a file, and not the text of a template."""
+    return 0 < len(text) < 1000 and not set(text) & set("\n{}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -236,8 +278,20 @@ def read_yaml(path: Path) -> dict[str, Any]:
         import yaml
     except ImportError as error:
         raise ImportError("reading a configuration needs PyYAML: pip install 'dpo_kernels[train]'") from error
+
+    class Loader(yaml.SafeLoader):
+        """Of two lines with one key YAML takes the last, without a word."""
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+            if twice := {key for key in keys if isinstance(key, str) and keys.count(key) > 1}:
+                raise yaml.YAMLError(f"{', '.join(sorted(twice))}: there twice")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8-sig"), Loader)  # as safe as safe_load
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     if values is None:
@@ -248,62 +302,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         if key not in _kinds():
             raise ValueError(f"unknown key {key!r} in {path}{nearest(str(key), _kinds())}")
     return values
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about a name that nobody knows."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(sorted(known))}"
-
-
-def coerce(name: str, value: Any, kind: Any, metadata: Mapping[str, Any]) -> Any:
-    """`value` as the type `kind` of the field `name`, checked against the field's choices and limits."""
-    if isinstance(kind, types.UnionType):
-        if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
-            return None
-        kind = typing.get_args(kind)[0]
-    if typing.get_origin(kind) is list:
-        items = value.split(",") if isinstance(value, str) else value
-        items = list(items) if isinstance(items, (list, tuple)) else [items]
-        items = [item.strip() if isinstance(item, str) else item for item in items]
-        return [coerce(name, item, typing.get_args(kind)[0], metadata) for item in items if item != ""]
-    if kind is str and value is False and "no" in metadata["choices"]:
-        value = "no"  # YAML 1.1 reads a bare `no` as false
-    converted = _convert(value, kind)
-    if converted is None:
-        expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a string"}[kind]
-        raise ValueError(f"{name}: expected {expected}, got {value!r} ({type(value).__name__})")
-    if metadata["choices"] and converted not in metadata["choices"]:
-        suffix = nearest(str(converted), metadata["choices"])
-        raise ValueError(f"{name}: expected one of {', '.join(metadata['choices'])}, got {value!r}{suffix}")
-    if metadata["above"] is not None and not converted > metadata["above"]:
-        raise ValueError(f"{name}: expected a number above {metadata['above']}, got {value!r}")
-    if metadata["minimum"] is not None and not converted >= metadata["minimum"]:
-        raise ValueError(f"{name}: expected at least {metadata['minimum']}, got {value!r}")
-    if metadata["maximum"] is not None and not converted <= metadata["maximum"]:
-        raise ValueError(f"{name}: expected at most {metadata['maximum']}, got {value!r}")
-    return converted
-
-
-def _convert(value: Any, kind: type) -> Any:
-    """`value` as `kind`, or None where that would change its meaning."""
-    if kind is bool:
-        if isinstance(value, str) and value.lower() in TRUE_WORDS + FALSE_WORDS:
-            return value.lower() in TRUE_WORDS
-        return value if isinstance(value, bool) else None
-    if kind is str:
-        return value if isinstance(value, str) else None
-    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
-        return None
-    if kind is int and isinstance(value, str) and value.strip().lstrip("+-").isdigit():
-        return int(value)  # not through float, which would round a large seed
-    try:
-        number = float(value)
-    except ValueError:
-        return None
-    if not math.isfinite(number) or (kind is int and number != int(number)):
-        return None
-    return value if kind is int and isinstance(value, int) else kind(number)
 
 
 def _check_losses(config: TrainConfig) -> None:
@@ -352,6 +350,16 @@ def _check_unused(config: TrainConfig) -> None:
             raise ValueError(f"{name}: has an effect only with {what}, got {getattr(config, name)!r} without it")
 
 
+def _check_datasets(config: TrainConfig) -> None:
+    count = 1 if isinstance(config.dataset, str) else len(config.dataset)
+    for name in ("dataset_weights", "dataset_split", "dataset_config"):
+        values = getattr(config, name)
+        if isinstance(values, list) and len(values) != count:
+            raise ValueError(f"{name}: expected one for each of {count} datasets, got {len(values)}: {values!r}")
+    if config.dataset_weights is not None and not any(config.dataset_weights):
+        raise ValueError(f"dataset_weights: expected one above 0, got {config.dataset_weights}")
+
+
 def dpo_options(config: TrainConfig) -> dict[str, Any]:
     """The settings that are options of `linear_dpo_loss` and say which loss it is."""
     names = ("beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence", "f_alpha", "discopop_tau")
@@ -395,13 +403,19 @@ def practice_warnings(config: TrainConfig) -> list[str]:
     return messages
 
 
-def require_packages(config: TrainConfig) -> None:
-    """Raises `ImportError` that says what a run with these settings needs and is not installed."""
-    needed = ["numpy", "transformers", "datasets", "accelerate", "safetensors", "matplotlib", "yaml"]
-    missing = [name for name in needed + ["peft"] * bool(config.lora_r) if importlib.util.find_spec(name) is None]
+def require_packages(config: TrainConfig, data_alone: bool = False) -> None:
+    """Raises `ImportError` that says what a run with these settings needs and is not installed, or its data alone."""
+    needed = ["numpy", "transformers", "datasets", "regex"]
+    if not data_alone:
+        needed += ["accelerate", "safetensors", "matplotlib", "yaml"]
+    missing = [
+        name
+        for name in needed + ["peft"] * bool(config.lora_r and not data_alone)
+        if importlib.util.find_spec(name) is None
+    ]
     if missing:
         raise ImportError(f"training needs {', '.join(missing)}: pip install 'dpo_kernels[train]'")
-    if config.trackers:
+    if config.trackers and not data_alone:
         from accelerate.tracking import get_available_trackers
 
         available = {str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()}
@@ -430,9 +444,11 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def normalize_flags(arguments: Sequence[str], besides: Sequence[str] = ()) -> list[str]:
     """Flags in kebab case, and booleans in one piece: a value may follow them, but the next argument may be another's.
 
+    What follows a flag of `SEVERAL`, up to the next flag or file of settings, are its values, one a line.
     Raises `ValueError` with the nearest name for a flag that is neither a field nor in `besides`.
     """
     kinds, normalized, rest = _kinds(), [], list(arguments)
+    several: set[str] = set()
     while rest:
         argument = rest.pop(0)
         name, equals, value = argument.removeprefix("--").partition("=")
@@ -446,13 +462,27 @@ def normalize_flags(arguments: Sequence[str], besides: Sequence[str] = ()) -> li
             raise ValueError(f"unknown flag {argument!r}{nearest('--' + name.replace('_', '-'), known)}")
         if kinds.get(name) is bool and not equals:
             equals, value = "=", rest.pop(0) if rest and rest[0].lower() in TRUE_WORDS + FALSE_WORDS else "true"
+        if name in SEVERAL:
+            if name in several:
+                raise ValueError(f"{argument!r} is there twice: expected all its values after one flag")
+            several.add(name)
+            values = [value] if equals else []
+            while rest and not rest[0].startswith("-") and not (values and rest[0].endswith(SETTINGS_FILES)):
+                values.append(rest.pop(0))
+            if values:
+                equals, value = "=", "\n".join(values)
         normalized.append(f"--{name.replace('_', '-')}{equals}{value}")
     return normalized
 
 
 def _metavar(kind: Any) -> str:
     if isinstance(kind, types.UnionType):
-        kind = typing.get_args(kind)[0]
+        kinds = typing.get_args(kind)
+        if list[str] in kinds:
+            return "STR ..."
+        kind = kinds[0]
+    if typing.get_origin(kind) is dict:
+        return "JSON"
     if typing.get_origin(kind) is list:
         return f"{typing.get_args(kind)[0].__name__.upper()},..."
     return str(kind.__name__.upper())

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from dpo_kernels.training.config import TrainConfig, require_packages
-from dpo_kernels.training.pairs import pair_lengths
+from dpo_kernels.training.pairs import Sizes
 from dpo_kernels.training.plots import plot_training_curves
-from dpo_kernels.training.policy import METRICS, save_model
+from dpo_kernels.training.policy import save_model
 from dpo_kernels.training.setup import Run, deterministic_algorithms, set_up
-from dpo_kernels.training.state import RunState, Window
+from dpo_kernels.training.state import RunState, Window, metric_means
 
 logger = logging.getLogger(__name__)
 
@@ -75,9 +75,10 @@ def train(config: TrainConfig) -> TrainResult:
         checkpoint-STEP/       what a killed run goes on from, with the same numbers to the last bit on one device
         config.yaml            the settings
 
-    Rows hold `step`, `epoch`, means over the pairs since the row before (`loss`, `rewards/*`, `logps/*`), the mean
-    `grad_norm` before clipping, the `lr` of the step, and the entries `WALL_CLOCK`, the only ones that a second run
-    does not repeat. Rows of evaluations, of which one comes before the first step, have the prefix `eval/`.
+    Rows hold `step`, `epoch`, means over the pairs since the row before (`loss`, in which they count by their weights,
+    and `rewards/*`, `logps/*`, in which they count alike), the mean `grad_norm` before clipping, the `lr` of the step,
+    and the entries `WALL_CLOCK`, the only ones that a second run does not repeat. Rows of evaluations, of which one
+    comes before the first step, have the prefix `eval/`.
 
     Raises:
         ValueError: settings, data or models that do not fit, in words that say which.
@@ -105,7 +106,7 @@ def _train(config: TrainConfig) -> TrainResult:
         while not state.finished:
             started = time.perf_counter()
             rows = schedule.rows(state.step)
-            mean_chosen_length = float(run.lengths["chosen_ids"][rows].mean())
+            mean_chosen_length = run.sizes.mean_chosen_length(rows)
             for micro, share, is_last in run.micro_batches(rows):
                 batch = pairs.batch(pairs.train, micro)
                 batch |= run.reference_logps(batch)
@@ -115,7 +116,7 @@ def _train(config: TrainConfig) -> TrainResult:
                 if share:
                     state.window.sums += sums
             norm = accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm or math.inf)
-            state.window.add_step(norm, config.mixed_precision == "fp16", rows, run.lengths)
+            state.window.add_step(norm, config.mixed_precision == "fp16", rows, run.sizes)
             lr = run.scheduler.get_last_lr()[0]
             run.stepper.step()
             run.scheduler.step()
@@ -140,7 +141,7 @@ def evaluate(run: Run) -> dict[str, float]:
     """The metrics of the policy over all held-out pairs, which the processes share out."""
     config, accelerator, held_out = run.config, run.accelerator, run.pairs.held_out
     assert held_out is not None
-    mean_chosen_length = float(pair_lengths(held_out)["chosen_ids"].mean())
+    sizes = Sizes.of(held_out)
     size = config.per_device_eval_batch_size or config.per_device_batch_size
     mine = range(accelerator.process_index, len(held_out), accelerator.num_processes)
     sums = Window.empty(run.device).sums
@@ -148,10 +149,11 @@ def evaluate(run: Run) -> dict[str, float]:
     for first in range(0, len(mine), size):
         batch = run.pairs.batch(held_out, mine[first : first + size])
         batch |= run.reference_logps(batch)
-        sums += run.policy_loss(batch, mean_chosen_length)[1]
+        sums += run.policy_loss(batch, sizes.mean_chosen_length())[1]
     run.policy_loss.train()
     totals = accelerator.reduce(sums, "sum").tolist()
-    return {f"eval/{name}": total / len(held_out) for name, total in zip(METRICS, totals, strict=True)}
+    means = metric_means(totals, len(held_out), float(sizes.weight.sum()))
+    return {f"eval/{name}": mean for name, mean in means.items()}
 
 
 def finish(run: Run, state: RunState) -> TrainResult:

@@ -6,17 +6,20 @@ import functools
 import hashlib
 import logging
 import math
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dpo_kernels.data.batching import PairCollator
+from dpo_kernels.data.preview import pair_text, some_rows
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.policy import load_tokenizer
+from dpo_kernels.training.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -24,48 +27,158 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from dpo_kernels.data.tokenization import DataReport
+
 logger = logging.getLogger(__name__)
 
 TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
 DEMO_ROWS = 600
+EXAMPLE_CHARACTERS = 1000
+WEIGHTLESS = "weight 0"
+# What errors of `load_preferences` begin with, and the settings that these arguments come from.
+SETTINGS = {"name_or_path": "dataset", "weights": "dataset_weights", "split": "dataset_split", "name": "dataset_config"}
+
+
+class Part(NamedTuple):
+    """The pairs to train on, or those that are held out, as token ids; and what became of the rows they come from."""
+
+    name: str
+    pairs: Dataset
+    report: DataReport
+    rows: Dataset
+    numbers: np.ndarray  # of the rows that the pairs come from
+
+    def source(self, pair: int) -> str:
+        return str(self.rows[int(self.numbers[pair])]["source"])
+
+    def summary(self) -> str:
+        return f"{self.name}: {self.report.summary()}"
 
 
 def load_data(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, Dataset, Dataset | None]:
-    """The tokenizer, and the token ids of the training and of the held-out pairs."""
-    from dpo_kernels.data.loading import load_preferences, split_train_eval
-    from dpo_kernels.data.tokenization import tokenize_preferences
+    """The tokenizer, and the token ids of the training and of the held-out pairs. Says what became of the rows."""
+    tokenizer, parts = load_parts(config)
+    for part in parts:
+        if part.report.dropped:
+            warnings.warn(part.summary(), stacklevel=2)
+        else:
+            logger.info(part.summary())
+    return tokenizer, parts[0].pairs, parts[1].pairs if len(parts) > 1 else None
 
-    rows = {"ranked_pairs": config.ranked_pairs, "empty_response": config.empty_response}
 
-    def load(name: str, split: str, max_rows: int | None = None) -> Dataset:
-        if name == "demo":
-            from dpo_kernels.data.demo import demo_preferences
+def load_parts(config: TrainConfig) -> tuple[PreTrainedTokenizerBase, list[Part]]:
+    """The tokenizer and the pairs to train on, then those that are held out, if any are."""
+    from dpo_kernels.data.loading import split_train_eval
 
-            return demo_preferences(max_rows or DEMO_ROWS)
-        subset = config.dataset_config if name == config.dataset else None
-        return load_preferences(name, split=split, name=subset, max_rows=max_rows, **rows)
-
-    def tokenize(dataset: Dataset) -> Dataset:
-        tokenized, report = tokenize_preferences(
-            dataset,
-            tokenizer,
-            max_length=config.max_length,
-            truncation=config.truncation,
-            add_eos=config.add_eos,
-            num_proc=config.num_proc,
-        )
-        logger.info(report.summary())
-        return tokenized.select_columns(list(TOKEN_COLUMNS))
-
-    dataset = load(config.dataset, config.dataset_split, config.max_rows)
+    dataset = _load(config, "dataset")
     tokenizer = load_tokenizer(config, dataset)
+    _check_has_conversations(config, dataset)
+    rows = {"train": dataset}
     if config.eval_dataset:
-        return tokenizer, tokenize(dataset), tokenize(load(config.eval_dataset, config.eval_split or "train"))
-    if not config.eval_fraction:
-        return tokenizer, tokenize(dataset), None
-    # before prompts are cut: pairs of one prompt stay together
-    train_rows, eval_rows = split_train_eval(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
-    return tokenizer, tokenize(train_rows), tokenize(eval_rows)
+        rows["eval"] = _load(config, "eval_dataset")
+    elif config.eval_fraction:
+        # before prompts are cut: pairs of one prompt stay together
+        rows["train"], rows["eval"] = split_train_eval(dataset, eval_fraction=config.eval_fraction, seed=config.seed)
+    parts = [_tokenized(config, name, part, tokenizer) for name, part in rows.items()]
+    _check_weights_fit(config, parts)
+    return tokenizer, parts
+
+
+def _load(config: TrainConfig, key: str) -> Dataset:
+    """The rows of the setting `key`, dataset or eval_dataset; errors name the settings."""
+    from dpo_kernels.data.demo import demo_preferences
+    from dpo_kernels.data.loading import load_preferences, normalize_preferences
+
+    training, named = key == "dataset", getattr(config, key)
+    names = [named] if isinstance(named, str) else named
+    max_rows = config.max_rows if training else None
+
+    def demo() -> Dataset:
+        return normalize_preferences(demo_preferences(max_rows or DEMO_ROWS), origin="demo")
+
+    sources = [demo() if name == "demo" else name for name in names]
+    try:
+        return load_preferences(
+            sources if len(sources) > 1 else sources[0],
+            split=config.dataset_split if training else config.eval_split or "train",
+            name=config.dataset_config if named == config.dataset else None,
+            weights=config.dataset_weights if training else None,
+            seed=config.seed,
+            max_rows=max_rows,
+            ranked_pairs=config.ranked_pairs,
+            empty_response=config.empty_response,
+        )
+    except ValueError as error:
+        argument, colon, rest = str(error).partition(":")
+        setting = SETTINGS.get(argument, argument)
+        if not training:
+            setting = {"dataset": key, "dataset_split": "eval_split"}.get(setting, setting)
+        raise ValueError(f"{setting}{colon}{rest}") from error
+
+
+def _tokenized(config: TrainConfig, name: str, rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Part:
+    from dpo_kernels.data.tokenization import Rows, tokenize_preferences
+
+    which = {"train": "the training pairs", "eval": "the held-out pairs"}[name]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"\d+ of \d+ preference pairs kept")  # the report is for all who load to show
+        try:
+            pairs, report = tokenize_preferences(
+                rows,
+                tokenizer,
+                max_length=config.max_length,
+                truncation=config.truncation,
+                add_eos=config.add_eos,
+                chat_template_kwargs=config.chat_template_kwargs,
+                train_on=config.train_on,
+                num_proc=config.num_proc,
+            )
+        except ValueError as error:
+            raise ValueError(str(error).replace("dataset: no preference", f"{which}: no preference", 1)) from error
+    if "weight" in pairs.column_names:
+        weights = np.asarray(pairs["weight"][:])
+        if not weights.all():
+            without = np.flatnonzero(weights == 0)
+            sources = tuple(rows[int(number)]["source"] for number in np.asarray(pairs["index"][:])[without[:5]])
+            dropped = report.dropped | {WEIGHTLESS: Rows(len(without), sources)}
+            report = replace(report, kept=len(weights) - len(without), dropped=dropped)
+        if not weights.any():
+            raise ValueError(f"{which}: no preference pair is left\n{report.summary()}")
+        pairs = pairs.select(np.flatnonzero(weights)).remove_columns("weight")
+        ratios = weights[weights > 0] / weights.max()  # nothing else matters, and these are there in fp32 too
+        if ratios.min() < 1:
+            pairs = pairs.add_column("weight", ratios)
+    return Part(name, pairs.remove_columns("index"), report, rows, np.asarray(pairs["index"][:]))
+
+
+def _check_has_conversations(config: TrainConfig, dataset: Dataset) -> None:
+    """A setting without effect is a misunderstanding, here too."""
+    if isinstance(dataset[0]["prompt"], list):
+        return
+    for name, default in (("chat_template", None), ("chat_template_kwargs", None), ("train_on", "all")):
+        if getattr(config, name) != default:
+            raise ValueError(
+                f"{name}: has an effect only on conversations, and the dataset {config.dataset!r} is plain text, which "
+                f"goes through no chat template: expected {default}, got {getattr(config, name)!r}"
+            )
+
+
+def _check_weights_fit(config: TrainConfig, parts: list[Part]) -> None:
+    from dpo_kernels.losses import BATCH_LOSSES
+
+    for name in BATCH_LOSSES.intersection(config.loss_type):
+        for part in parts:
+            if "weight" in part.pairs.column_names:
+                raise ValueError(
+                    f"loss_type: {name!r} sorts the pairs of a batch, which cannot be weighted, and the {part.name} "
+                    "pairs have different weights: take another loss, or leave out the column weight"
+                )
+
+
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+    """Token ids to the text that they stand for, special tokens included."""
+    return lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
 
 @dataclass(frozen=True)
@@ -81,6 +194,12 @@ class Pairs:
     def load(cls, config: TrainConfig, accelerator: Accelerator) -> Pairs:
         with accelerator.main_process_first():  # the others then find the tokenized data in the cache
             return cls(*load_data(config), accelerator.device)
+
+    def example(self, seed: int) -> str:
+        """One of the pairs to train on as text, cut in the middle where it is long."""
+        (row,) = some_rows(len(self.train), 1, seed)
+        encoding = sys.stdout.encoding or "ascii"
+        return pair_text(self.train[row], decoder(self.tokenizer), encoding=encoding, longest=EXAMPLE_CHARACTERS)
 
     def sets(self) -> list[Dataset]:
         return [self.train, self.held_out] if self.held_out else [self.train]
@@ -117,11 +236,16 @@ def _permutation(pairs: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(pairs)
 
 
-def data_fingerprint(pairs: Dataset) -> str:
-    """Identifies the token ids of all pairs, in their order."""
+def data_fingerprint(pairs: Dataset, weighted: bool = True) -> str:
+    """Identifies the token ids of all pairs, in their order, and their weights; without `weighted`, those of tokens
+    alone, which log-probabilities depend on."""
     hasher = hashlib.sha256(np.stack([*pair_lengths(pairs).values()]).tobytes())
     for _, tokens in _columns(pairs):
         hasher.update(tokens.astype(np.int64).data)
+    for column in (*TOKEN_WEIGHTS, *["weight"] * weighted):
+        if column in pairs.column_names:
+            values = np.asarray(pairs["weight"][:]) if column == "weight" else _flat(pairs, column)
+            hasher.update(column.encode() + values.astype(np.float64).tobytes())
     return hasher.hexdigest()
 
 
@@ -129,6 +253,32 @@ def pair_lengths(pairs: Dataset) -> dict[str, np.ndarray]:
     """How many tokens each pair has in each of `TOKEN_COLUMNS`."""
     lengths = [length for length, _ in _columns(pairs)]
     return {column: np.concatenate(lengths[i :: len(TOKEN_COLUMNS)]) for i, column in enumerate(TOKEN_COLUMNS)}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What each pair of a set counts for, [pairs] each."""
+
+    tokens: np.ndarray  # that go through the model
+    chosen: np.ndarray  # labelled tokens
+    rejected: np.ndarray
+    weight: np.ndarray  # in the mean over the pairs
+
+    @classmethod
+    def of(cls, pairs: Dataset) -> Sizes:
+        prompts, *responses = pair_lengths(pairs).values()
+        tokens, labelled = 2 * prompts + responses[0] + responses[1], list(responses)
+        for i, column in enumerate(TOKEN_WEIGHTS):
+            if column in pairs.column_names:
+                of_pair = np.repeat(np.arange(len(pairs)), responses[i])
+                counts = _flat(pairs, column).astype(np.float32) != 0  # as batches have them
+                labelled[i] = np.bincount(of_pair[counts], minlength=len(pairs))
+        weight = np.asarray(pairs["weight"][:]) if "weight" in pairs.column_names else np.ones(len(pairs))
+        return cls(tokens, labelled[0], labelled[1], weight)
+
+    def mean_chosen_length(self, rows: np.ndarray | slice = slice(None)) -> float:
+        """Labelled tokens of the chosen responses, those of each pair as often as its weight says."""
+        return float(np.average(self.chosen[rows], weights=self.weight[rows]))
 
 
 def check_fits(pairs: Dataset, model: nn.Module, name: str) -> None:
@@ -159,3 +309,11 @@ def _columns(pairs: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for column in TOKEN_COLUMNS:
             lengths = pyarrow.compute.list_value_length(table[column])
             yield lengths.to_numpy().astype(np.int64), pyarrow.compute.list_flatten(table[column]).to_numpy()
+
+
+def _flat(pairs: Dataset, column: str) -> np.ndarray:
+    """All numbers of a column of lists, one after the other."""
+    import pyarrow.compute
+
+    tables = pairs.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+    return np.concatenate([pyarrow.compute.list_flatten(table[column]).to_numpy() for table in tables])

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import json
+import math
+import pickle
 import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from dpo_kernels.logps import DTYPES
 from dpo_kernels.losses import PreferenceLoss, cpo_loss, orpo_loss, simpo_loss
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.training.checkpoint import atomic_directory
 from dpo_kernels.training.config import TrainConfig, dpo_options
+from dpo_kernels.training.tokenizer import hub_options
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Sums over pairs, in this order, are what a forward pass leaves for the metrics.
+# Sums over pairs, in this order, are what a forward pass leaves for the metrics. Losses count by their pairs' weights.
 METRICS = (
     "loss",
     "rewards/chosen",
@@ -30,28 +35,6 @@ METRICS = (
     "logps/chosen",
     "logps/rejected",
 )
-
-
-def load_tokenizer(config: TrainConfig, dataset: Dataset) -> PreTrainedTokenizerBase:
-    """The tokenizer that `config` names; `train:SIZE` makes one from the dataset's texts."""
-    from transformers import AutoTokenizer
-
-    from dpo_kernels.data.demo import demo_tokenizer
-
-    name = config.tokenizer or ("train:512" if config.model == "demo" else config.model)
-    if name.startswith("config:"):
-        raise ValueError(f"tokenizer: model {config.model!r} has none of its own: name one, or train:SIZE")
-    if name.startswith("train:"):
-        if not name.removeprefix("train:").isdigit():
-            raise ValueError(f"tokenizer: expected train:SIZE with a number of entries, got {name!r}")
-        columns = [column for column in ("prompt", "chosen", "rejected") if column in dataset.column_names]
-        texts = (text for row in dataset.select_columns(columns) for value in row.values() for text in _texts(value))
-        return demo_tokenizer(texts, int(name.removeprefix("train:")))
-    return AutoTokenizer.from_pretrained(name, **_hub_options(config, name))
-
-
-def _texts(value: Any) -> list[str]:
-    return [value] if isinstance(value, str) else [str(message["content"]) for message in value or []]
 
 
 def load_model(config: TrainConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -74,8 +57,8 @@ def load_model(config: TrainConfig, name: str, tokenizer: PreTrainedTokenizerBas
         if not file.is_file():
             raise ValueError(f"model: expected config:FILE with an existing file, got {name!r} in {Path.cwd()}")
         try:
-            settings = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+            settings = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:  # what is no JSON, and what is no text
             raise ValueError(f"model: {file} is no valid JSON: {error}") from None
         if not isinstance(settings, dict) or "model_type" not in settings:
             raise ValueError(f'model: {file} must be an object with a model_type, such as "qwen2"')
@@ -84,12 +67,85 @@ def load_model(config: TrainConfig, name: str, tokenizer: PreTrainedTokenizerBas
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), **options)
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(f"model: {name!r} is a PEFT adapter: merge it into its model and save that first")
-    return AutoModelForCausalLM.from_pretrained(name, **options, **_hub_options(config, name))
+    with _damage_named(name):
+        model = AutoModelForCausalLM.from_pretrained(name, **options, **hub_options(config, name))
+    if damaged := damaged_weights(model.named_parameters()):
+        raise ValueError(f"model: the weights of {name!r} are damaged: {damaged}")
+    return model
 
 
-def _hub_options(config: TrainConfig, name: str) -> dict[str, Any]:
-    revision = config.revision if name == config.model else None
-    return {"revision": revision, "trust_remote_code": config.trust_remote_code}
+@contextmanager
+def _damage_named(name: str) -> Iterator[None]:
+    """What readers of weights say of files that were cut or changed, as an error that names the model."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (SafetensorError, pickle.UnpicklingError, EOFError, json.JSONDecodeError) as error:
+        raise ValueError(f"model: the weights of {name!r} are damaged: {error}") from error
+
+
+def damaged_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """Which of the weights (name, tensor) hold what is no finite number, in words; "" if none does."""
+    found = [name for name, weight in weights if not all(map(math.isfinite, _extremes(weight)))]
+    return f"NaN or infinity in {len(found)} of them, the first is {found[0]}" if found else ""
+
+
+def _extremes(weight: Tensor) -> tuple[float, float]:
+    """The smallest and the largest number; NaN if there is one. (0, 0) of what is quantized, or empty."""
+    if weight.dtype not in DTYPES or not weight.numel():
+        return 0.0, 0.0
+    low, high = weight.detach().aminmax()
+    return float(low), float(high)
+
+
+def state_of_weights(whose: str, model: nn.Module) -> str:
+    """A sentence on weights from which nothing finite came: what of them is damaged, or could be."""
+    if damaged := damaged_weights(model.named_parameters()):
+        return f"The {whose}'s weights are damaged: {damaged}"
+    sizes = [(max(map(abs, _extremes(weight))), name) for name, weight in model.named_parameters()]
+    return f"The {whose}'s weights are finite; the largest number is {{:.3g}}, in {{}}".format(*max(sizes))
+
+
+@contextmanager
+def overflow_named(hidden: Tensor, whose: str, model: nn.Module) -> Iterator[None]:
+    """On the CPU the head looks at the hidden states that it gets; it does not know where they come from."""
+    try:
+        yield
+    except ValueError as error:
+        if torch.isfinite(hidden).all():
+            raise
+        state = state_of_weights(whose, model)
+        raise FloatingPointError(f"the hidden states of the {whose} are not finite ({error}). {state}") from error
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every rate of dropout to 0: of layers, of modules that keep it as a number, as attention does, and of
+    configurations that modules read it from. What is no dropout, such as the noise of some routers, stays."""
+    configurations = [model.config]
+    for module in model.modules():
+        is_layer = "drop" in type(module).__name__.lower()
+        for name, value in list(vars(module).items()):
+            if hasattr(value, "to_dict"):
+                configurations.append(value)
+            elif _is_number(value) and ("drop" in name.lower() or (is_layer and name == "p")):
+                setattr(module, name, type(value)(0))
+    seen: set[int] = set()
+    while configurations:
+        settings: Any = configurations.pop()
+        if id(settings) in seen:
+            continue
+        seen.add(id(settings))
+        values = settings if isinstance(settings, dict) else vars(settings)
+        for name, value in values.items():
+            if isinstance(value, dict) or hasattr(value, "to_dict"):
+                configurations.append(value)
+            elif _is_number(value) and "drop" in str(name).lower():
+                values[name] = type(value)(0)  # a configuration may want a whole number where it had one
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def add_lora(model: PreTrainedModel, config: TrainConfig, accelerator: Accelerator) -> Any:
@@ -120,6 +176,10 @@ class PolicyLoss(nn.Module):
         self.model = model
         self.head = LMHead.from_model(model)
         self.config = config
+        layer = self.head.output_layer()
+        trained = {name.rpartition(".")[2] for name, weight in layer.named_parameters() if weight.requires_grad}
+        # of the head's operands; adapters are part of its weight
+        self.gradients = ("hidden", *["weight"] * bool(trained - {"bias"}), *["bias"] * ("bias" in trained))
 
     def forward(self, batch: dict[str, Any], mean_chosen_length: float) -> tuple[Tensor, Tensor]:
         """The loss [] of B pairs, and the sums [len(METRICS)] over them.
@@ -128,15 +188,11 @@ class PolicyLoss(nn.Module):
         are a part of, and over which the losses that divide by it average.
         """
         hidden, aux_loss = self.head.hidden_states(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        try:
+        with overflow_named(hidden, "policy", self.model):
             loss, logps, rewards = self._scored(hidden, batch, mean_chosen_length)
-        except ValueError as error:  # on the CPU the head looks at what it gets, and does not know about training
-            if torch.isfinite(hidden).all():
-                raise
-            raise FloatingPointError(f"the hidden states are not finite ({error})") from error
         if aux_loss is not None:
             loss = loss + self.head.aux_loss_coef * aux_loss
-        return loss, _sums(loss, logps, *rewards)
+        return loss, _sums(loss, logps, *rewards, batch.get("pair_weights"))
 
     def _scored(
         self, hidden: Tensor, batch: dict[str, Any], mean_chosen_length: float
@@ -147,13 +203,17 @@ class PolicyLoss(nn.Module):
             "shift": True,
             "num_labelled": batch["num_labelled"],
             "temperature": config.temperature,
+            "token_weights": batch.get("token_weights"),
             "impl": config.impl,
         }
+        pair_weights = batch.get("pair_weights")
         if config.reference_free:
             scored = self.head.sequence_logps(hidden, batch["labels"], **options)
             result = self._reference_free_loss(scored.logps, scored.num_tokens, mean_chosen_length)
-            return result.losses.mean(), scored.logps, (result.chosen_rewards, result.rejected_rewards)
+            loss = _weighted_mean(result.losses, pair_weights)
+            return loss, scored.logps, (result.chosen_rewards, result.rejected_rewards)
         options |= {"chunk_bytes": config.chunk_bytes, "mean_chosen_length": mean_chosen_length} | dpo_options(config)
+        options["pair_weights"] = pair_weights
         output = self.head.dpo_loss(hidden, batch["labels"], batch["ref_logps"], **options)
         return output.loss, output.logps, (output.chosen_rewards, output.rejected_rewards)
 
@@ -174,12 +234,19 @@ class PolicyLoss(nn.Module):
         return cpo_loss(*logps.chunk(2), cpo_alpha=config.cpo_alpha, **options)
 
 
-def _sums(loss: Tensor, logps: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
+def _weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """Of losses [B]; `weights` [B] are above 0, or None for all alike."""
+    return losses.mean() if weights is None else (losses * weights).sum() / weights.sum()
+
+
+def _sums(
+    loss: Tensor, logps: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, weights: Tensor | None
+) -> Tensor:
     """The sums over pairs that `METRICS` names, on the device and without a gradient."""
     chosen_logps, rejected_logps = logps.detach().chunk(2)
     accurate = (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype)
     columns = [
-        loss.detach().expand_as(chosen_rewards),
+        loss.detach().expand_as(chosen_rewards) if weights is None else loss.detach() * weights,
         chosen_rewards,
         rejected_rewards,
         accurate,

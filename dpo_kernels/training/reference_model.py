@@ -10,7 +10,8 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
@@ -21,12 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpo_kernels.losses import length_desensitized_weights
+from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.models.head import LMHead
-from dpo_kernels.rows import shift_labels
 from dpo_kernels.training.checkpoint import atomic_file
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.pairs import data_fingerprint, pair_lengths
+from dpo_kernels.training.policy import overflow_named
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -43,29 +44,38 @@ class Reference:
     Args:
         head: of the frozen model, or of the policy if `adapter` is given.
         adapter: the PEFT model whose adapters are off while it scores.
-        config: `ld_alpha`, `temperature` and `impl` are those of the loss.
+        config: `loss_type`, `ld_alpha`, `temperature`, `chunk_bytes` and `impl` are those of the loss.
     """
 
     def __init__(self, head: LMHead, config: TrainConfig, adapter: nn.Module | None = None) -> None:
         self.head, self.config, self.adapter = head, config, adapter
 
     @torch.no_grad()
-    def logps(self, batch: dict[str, Any]) -> Tensor:
-        """Log-probabilities [2B] fp32 of a batch of `PairCollator`, weighted by token as `ld_alpha` has it."""
+    def logps(self, batch: dict[str, Any], gradients: Sequence[str] = ()) -> Tensor:
+        """Log-probabilities [2B] fp32 of a batch of `PairCollator`, weighted by token as it and `ld_alpha` have it, and
+        summed as the policy's are that takes these gradients of its head's operands."""
+        config = self.config
         with _without(self.adapter):
             hidden, _ = self.head.hidden_states(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-            labels = shift_labels(batch["labels"], -100)
-            weights = None
-            if self.config.ld_alpha is not None:
-                weights = length_desensitized_weights(labels, self.config.ld_alpha)
-            output = self.head.sequence_logps(
-                hidden,
-                labels,
-                token_weights=weights,
-                temperature=self.config.temperature,
-                num_labelled=batch["num_labelled"],
-                impl=self.config.impl,
-            )
+            with overflow_named(hidden, "reference", self.head.model):
+                hidden, weight, bias = self.head.operands(hidden)
+                output = linear_reference_logps(
+                    hidden,
+                    weight,
+                    batch["labels"],
+                    gradients=gradients,
+                    bias=bias,
+                    logit_scale=self.head.logit_scale,
+                    softcap=self.head.softcap,
+                    temperature=config.temperature,
+                    shift=True,
+                    loss_type=config.loss_type,
+                    ld_alpha=config.ld_alpha,
+                    token_weights=batch.get("token_weights"),
+                    num_labelled=batch["num_labelled"],
+                    chunk_bytes=config.chunk_bytes,
+                    impl=config.impl,
+                )
         return output.logps.float()
 
 
@@ -150,11 +160,11 @@ def cached_logps(
     that the values depend on but the order of floating-point sums: dtypes, attention, token weights, temperature,
     implementation, device and versions.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     config = reference.config
     key = {
-        "data": data_fingerprint(dataset),
+        "data": data_fingerprint(dataset, weighted=False),
         "model": fingerprint,
         "head": [reference.head.logit_scale, reference.head.softcap],
         "device": accelerator.device.type,
@@ -165,19 +175,44 @@ def cached_logps(
         },
     }
     path = Path(config.cache_dir).expanduser() / "reference" / f"{_digest(key)}.safetensors"
-    found = torch.tensor(float(path.exists()), device=accelerator.device)
-    if accelerator.reduce(found, "mean") == 1:  # processes on several machines need not share a cache
+    logps = _read(path)
+    found = torch.tensor(float(logps is not None), device=accelerator.device)
+    everywhere = accelerator.reduce(found, "mean") == 1  # processes on several machines need not share a cache
+    if logps is not None and everywhere:
         logger.info("reference log-probabilities of %d pairs: read from %s", len(dataset), path)
-        logps = load_file(path)["logps"]
     else:
         logger.info("reference log-probabilities of %d pairs: computing them once for %s", len(dataset), path)
         logps = _score(reference, dataset, collate, accelerator)
         if accelerator.is_local_main_process:
             with atomic_file(path) as temporary:
-                save_file({"logps": logps}, temporary, metadata={"key": json.dumps(key, default=str)})
+                metadata = {"key": json.dumps(key, default=str), "sha256": _checksum(logps)}
+                save_file({"logps": logps}, temporary, metadata=metadata)
     for column, values in zip(LOGP_COLUMNS, logps, strict=True):
         dataset = dataset.add_column(column, values.numpy())
     return dataset
+
+
+def _read(path: Path) -> Tensor | None:
+    """Log-probabilities from the cache, or None where they are not there, or are no longer what was written."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            logps, checksum = file.get_tensor("logps"), (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        logps, checksum = None, str(error)
+    if logps is not None and checksum == _checksum(logps):
+        return logps
+    warnings.warn(
+        f"{path} is damaged, or of an earlier version: its log-probabilities are computed again", stacklevel=4
+    )
+    return None
+
+
+def _checksum(logps: Tensor) -> str:
+    return hashlib.sha256(logps.contiguous().numpy().tobytes()).hexdigest()
 
 
 def _score(reference: Reference, dataset: Dataset, collate: Any, accelerator: Accelerator) -> Tensor:

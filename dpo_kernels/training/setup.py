@@ -21,8 +21,8 @@ from dpo_kernels.models.head import LMHead
 from dpo_kernels.training import reference_model as references
 from dpo_kernels.training.checkpoint import find_checkpoint, remove_leftovers
 from dpo_kernels.training.config import TrainConfig, practice_warnings, trajectory_settings
-from dpo_kernels.training.pairs import Pairs, check_fits, data_fingerprint, pair_lengths, pairs_of_step
-from dpo_kernels.training.policy import PolicyLoss, add_lora, load_model
+from dpo_kernels.training.pairs import Pairs, Sizes, check_fits, data_fingerprint, pairs_of_step
+from dpo_kernels.training.policy import PolicyLoss, add_lora, disable_dropout, load_model
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,7 +38,7 @@ class Run:
     accelerator: Accelerator
     checkpoint: Path | None  # what to go on from
     pairs: Pairs
-    lengths: dict[str, np.ndarray]  # of the training pairs
+    sizes: Sizes  # of the training pairs
     model: Any  # the policy, with its adapters if it has any
     policy_loss: PolicyLoss  # the policy and the loss
     policy: Any  # policy_loss inside what accelerate puts around it
@@ -63,19 +63,21 @@ class Run:
         """The entry of a batch that the reference adds, if there is one."""
         if not self.reference:
             return {}
+        gradients = self.policy_loss.gradients if torch.is_grad_enabled() else ()
         with self.accelerator.autocast():
-            return {"ref_logps": self.reference.logps(batch)}
+            return {"ref_logps": self.reference.logps(batch, gradients)}
 
     def micro_batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, float, bool]]:
         """The part of this process in a step's pairs: the rows of each micro-batch, the factor of its mean loss with
-        which the gradients of all processes come to those of the mean over all pairs, and whether it is the last."""
-        rank, processes = self.accelerator.process_index, self.accelerator.num_processes
-        mine, share = rows[rank::processes], processes / len(rows)  # DDP takes the mean over the processes
+        which the gradients of all processes come to those of the mean over all pairs, and whether it is the last. Pairs
+        count in all these means by their weights."""
+        rank, processes, weight = self.accelerator.process_index, self.accelerator.num_processes, self.sizes.weight
+        mine, share = rows[rank::processes], processes / weight[rows].sum()  # DDP takes the mean over the processes
         if len(mine) == 0:  # a last step of few pairs: this process is waited for, but counts for nothing
             mine, share = rows[:1], 0.0
         for first in range(0, len(mine), self.config.per_device_batch_size):
             micro = mine[first : first + self.config.per_device_batch_size]
-            yield micro, share * len(micro), first + len(micro) == len(mine)
+            yield micro, float(share * weight[micro].sum()), first + len(micro) == len(mine)
 
     def close(self) -> None:
         del self.policy  # DDP first: were it the last to hold the process group, gloo could wait for itself for ever
@@ -107,6 +109,18 @@ class Schedule:
     def rows(self, step: int) -> np.ndarray:
         return pairs_of_step(step, self.pairs, self.pairs_per_step, self.seed)
 
+    def rate(self, decay: str, step: int) -> float:
+        """What the learning rate is of its peak in a step. It is the peak after `warmup_steps`, and above 0 from the
+        first of them on: a step at rate 0 would learn nothing."""
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        decaying = max(1, self.steps - self.warmup_steps)
+        if decay == "linear":
+            return max(0.0, (self.steps - step) / decaying)
+        if decay == "cosine":
+            return max(0.0, 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / decaying)))
+        return 1.0
+
 
 def set_up(config: TrainConfig) -> Run:
     """Makes all parts, each once it is known that what it rests on is right."""
@@ -114,18 +128,20 @@ def set_up(config: TrainConfig) -> Run:
 
     accelerator = make_accelerator(config)
     choose(config.impl, accelerator.device)  # an error now rather than after the models are loaded
+    if not accelerator.is_main_process:  # one voice is enough
+        logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
+        warnings.simplefilter("ignore", UserWarning)
     checkpoint = find_checkpoint(Path(config.output_dir), config.resume, config.overwrite)
     if accelerator.is_main_process:
         for message in practice_warnings(config):
             warnings.warn(message, stacklevel=4)
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         remove_leftovers(Path(config.output_dir))
-    else:  # one voice is enough
-        logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
-        warnings.simplefilter("ignore", UserWarning)
 
     set_seed(config.seed)
     pairs = Pairs.load(config, accelerator)
+    if not checkpoint:
+        logger.info("one of the training pairs:\n%s\n", pairs.example(config.seed))
     model = load_model(config, config.model, pairs.tokenizer)
     for each in pairs.sets():
         check_fits(each, model, config.model)
@@ -137,7 +153,9 @@ def set_up(config: TrainConfig) -> Run:
         "the starting weights": fingerprint,
         "the number of processes": accelerator.num_processes,
     }
-    lengths = pair_lengths(pairs.train)
+    sizes = Sizes.of(pairs.train)
+    if config.disable_dropout:
+        disable_dropout(model)
 
     # The reference comes before the policy changes
     kind, reference = references.resolve(config), None
@@ -178,7 +196,7 @@ def set_up(config: TrainConfig) -> Run:
         accelerator=accelerator,
         checkpoint=checkpoint,
         pairs=pairs,
-        lengths=lengths,
+        sizes=sizes,
         model=model,
         policy_loss=policy_loss,
         policy=policy,
@@ -234,10 +252,7 @@ def make_optimizer(trainable: list[nn.Parameter], config: TrainConfig, device: t
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, config: TrainConfig, schedule: Schedule) -> Any:
-    from transformers import get_scheduler
-
-    name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
-    return get_scheduler(name, optimizer, schedule.warmup_steps, schedule.steps)
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: schedule.rate(config.schedule, step))
 
 
 @contextmanager

@@ -23,8 +23,8 @@ from dpo_kernels.training.checkpoint import (
     set_random_state,
 )
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.pairs import TOKEN_COLUMNS
-from dpo_kernels.training.policy import METRICS, save_model
+from dpo_kernels.training.pairs import Sizes
+from dpo_kernels.training.policy import METRICS, damaged_weights, save_model, state_of_weights
 from dpo_kernels.training.setup import Run
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class Window:
 
     sums: Tensor  # [len(METRICS)] over this process's pairs
     grad_norms: Tensor  # [2]: the sum of the norms, and how many they are
-    pairs: int = 0  # of all processes, as are the tokens
+    pairs: int = 0  # of all processes, as are their weights and tokens
+    weight: float = 0.0
     tokens: int = 0
     labelled_tokens: int = 0
     seconds: float = 0.0
@@ -52,20 +53,20 @@ class Window:
         dtype = torch.float32 if device.type == "mps" else torch.float64  # MPS has no fp64
         return cls(torch.zeros(len(METRICS), dtype=dtype, device=device), torch.zeros(2, dtype=dtype, device=device))
 
-    def add_step(self, grad_norm: Tensor, scaled: bool, rows: np.ndarray, lengths: dict[str, np.ndarray]) -> None:
+    def add_step(self, grad_norm: Tensor, scaled: bool, rows: np.ndarray, sizes: Sizes) -> None:
         """Counts an optimizer step on the pairs `rows`. With loss scaling (`scaled`), a norm that is not finite belongs
         to a step that is skipped, and does not enter the mean."""
         counts = torch.isfinite(grad_norm) if scaled else torch.ones_like(grad_norm)
         self.grad_norms += torch.stack([torch.where(counts > 0, grad_norm, 0), counts.to(grad_norm.dtype)])
-        prompts, chosen, rejected = (int(lengths[column][rows].sum()) for column in TOKEN_COLUMNS)
         self.pairs += len(rows)
-        self.tokens += 2 * prompts + chosen + rejected
-        self.labelled_tokens += chosen + rejected
+        self.weight += float(sizes.weight[rows].sum())
+        self.tokens += int(sizes.tokens[rows].sum())
+        self.labelled_tokens += int((sizes.chosen[rows] + sizes.rejected[rows]).sum())
 
     def means(self, accelerator: Accelerator) -> dict[str, Any]:
         """The metrics of all processes: the one transfer to the host."""
         *sums, norms, count = accelerator.reduce(torch.cat([self.sums, self.grad_norms]), "sum").tolist()
-        means = {name: value / self.pairs for name, value in zip(METRICS, sums, strict=True)}
+        means: dict[str, Any] = metric_means(sums, self.pairs, self.weight)
         return means | {"grad_norm": norms / count if count else None}
 
     def throughput(self) -> dict[str, float]:
@@ -75,10 +76,15 @@ class Window:
         }
 
     def counts(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("pairs", "tokens", "labelled_tokens", "seconds")}
+        return {name: getattr(self, name) for name in ("pairs", "weight", "tokens", "labelled_tokens", "seconds")}
 
     def tensors(self) -> dict[str, Tensor]:
         return {"sums": self.sums.cpu(), "grad_norms": self.grad_norms.cpu()}
+
+
+def metric_means(sums: list[float], pairs: int, weight: float) -> dict[str, float]:
+    """The `METRICS` of so many pairs, of that weight in all, from their sums."""
+    return {name: value / (weight if name == "loss" else pairs) for name, value in zip(METRICS, sums, strict=True)}
 
 
 class RunState:
@@ -158,6 +164,8 @@ class RunState:
         }
         progress = {name: getattr(self, name) for name in ("step", "before", "latest", "best")}
         progress |= {"window": self.window.counts(), "identity": run.identity}
+        if damaged := damaged_weights(run.weights.items()):
+            raise FloatingPointError(f"the weights are damaged, and no checkpoint is made of them: {damaged}")
         if self.metrics:
             self.metrics.sync()
             save_checkpoint(run.output_dir, run.weights, state, progress, run.config.save_total_limit)
@@ -184,7 +192,9 @@ class RunState:
         try:
             yield
         except FloatingPointError as error:
-            raise FloatingPointError(_diverged(str(error), self.step, self.run.config)) from error
+            said = "weights are" in str(error)
+            what = str(error) if said else f"{error}. {state_of_weights('policy', self.run.model)}"
+            raise FloatingPointError(_diverged(what, self.step, self.run.config)) from error
 
 
 def _diverged(what: str, step: int, config: TrainConfig) -> str:
@@ -193,7 +203,8 @@ def _diverged(what: str, step: int, config: TrainConfig) -> str:
         reasons.append("fp16 overflows (bf16 does not)")
     if not config.max_grad_norm:
         reasons.append("gradients are not clipped (max_grad_norm 0)")
-    reasons.append("the model's own weights or a pair are damaged (if this is one of the first steps)")
+    if step <= 1:
+        reasons.append("the model's own weights are damaged")
     return f"training stopped at step {step}: {what}. Likely reasons: {'; '.join(reasons)}"
 
 

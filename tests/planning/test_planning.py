@@ -2,15 +2,18 @@
 estimate of activations against what small models keep, within 25%."""
 
 import argparse
+import itertools
 import json
 from dataclasses import replace
 
 import pytest
 import torch
+from places import ROOT
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.bench import peers
 from dpo_kernels.bench.cases import HeadInputs
+from dpo_kernels.cli import run_plan
 from dpo_kernels.data.lengths import LENGTHS
 from dpo_kernels.impl import paths
 from dpo_kernels.models.shapes import ModelShape, find_shape
@@ -346,7 +349,7 @@ def test_the_share_of_labels_is_that_of_the_measured_pairs():
 def plan(*arguments):
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    return command.run(parser.parse_args([*map(str, arguments)]))
+    return run_plan(parser.parse_args([*map(str, arguments)]))
 
 
 def test_command(tmp_path, capsys):
@@ -367,6 +370,129 @@ def test_command(tmp_path, capsys):
     assert "whole step" not in capsys.readouterr().out
     assert plan("--model", "llama-3.2-1b", "--batch", 2, "--seq", 64, "--gradient-checkpointing") == 0
     assert "one layer again" in capsys.readouterr().out
+
+
+TRAINING = {
+    "model": "meta-llama/Llama-3.2-1B",
+    "dataset": "pairs.jsonl",
+    "per_device_batch_size": 3,
+    "max_length": 96,
+    "mixed_precision": "bf16",
+    "gradient_checkpointing": True,
+}
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A function that writes a configuration of `dpo-kernels train`."""
+
+    def write(name="run.yaml", **settings):
+        lines = [f"{key}: {json.dumps(value)}" for key, value in (TRAINING | settings).items() if value != "leave out"]
+        (tmp_path / name).write_text("\n".join(lines))
+        return tmp_path / name
+
+    return write
+
+
+def test_a_training_configuration_says_what_the_flags_do_not(training, tmp_path, capsys):
+    forms = itertools.cycle(["{}", "config:{}", "--model=config:{}", "--model={}"])
+
+    def found(*arguments, **settings):
+        file = training(**settings)
+        assert plan(next(forms).format(file), *arguments, "--memory", 24, "--json", tmp_path / "plan.json") == 0
+        text = capsys.readouterr().out
+        return json.loads((tmp_path / "plan.json").read_text()), text
+
+    step, text = found()
+    expected = {
+        "pairs": 3,
+        "seq": 96,
+        "dtype": "float32",
+        "autocast": "bfloat16",
+        "train": "full",
+        "reference": "model",
+    }
+    assert step["step"].items() >= (expected | {"checkpointing": True, "impl": "auto", "chunk_bytes": None}).items()
+    assert text.startswith("meta-llama/Llama-3.2-1B: 1.24 billion parameters")
+    step, _ = found(lora_r=8, dtype="bfloat16", mixed_precision="no", chunk_bytes=2**20, impl="torch")
+    expected = {"train": "lora", "lora_r": 8, "dtype": "bfloat16", "autocast": None, "chunk_bytes": 2**20}
+    assert step["step"].items() >= (expected | {"impl": "torch", "reference": "model"}).items()
+    assert found(reference="precompute")[0]["step"]["reference"] == "precomputed"
+    assert found(loss_type="simpo", beta=2.0)[0]["step"]["reference"] == "none"
+    assert found(reference="Qwen/Qwen2-0.5B", allow_different_reference=True)[0]["step"]["reference"] == "model"
+    assert found(dataset="leave out")[0]["step"]["pairs"] == 3
+    step, _ = found(
+        "--batch", 5, "--seq", 32, "--dtype", "float16", "--no-gradient-checkpointing", "--reference", "none"
+    )
+    expected = {"pairs": 5, "seq": 32, "dtype": "float16", "checkpointing": False, "reference": "none"}
+    assert step["step"].items() >= expected.items()
+
+
+def test_a_training_configuration_and_another_model(training, tmp_path, capsys):
+    shape = {"model_type": "llama", "hidden_size": 64, "vocab_size": 1000, "num_hidden_layers": 2}
+    shape |= {"intermediate_size": 96, "num_attention_heads": 4}
+    (tmp_path / "tiny.json").write_text(json.dumps(shape))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
+    for arguments in (
+        (training("beside.yaml", model="config:tiny.json"),),  # beside the file that names it
+        (training(), "--model", tmp_path / "tiny.json"),
+        (training(), "--model", f"config:{tmp_path / 'tiny.json'}"),
+        (training("folder.yaml", model=str(tmp_path / "model")),),
+        ("--model", f"config:{tmp_path / 'tiny.json'}", "--batch", 3, "--seq", 96),
+        (tmp_path / "tiny.json", "--batch", 3, "--seq", 96),
+        (training(), "--hidden", 64, "--vocab", 1000),
+    ):
+        assert plan(*arguments, "--memory", 0.01) == 0
+        text = capsys.readouterr().out
+        assert "head [1000, 64]" in text and "3 pairs, 6 sequences of 96 tokens" in text, arguments
+
+
+@pytest.mark.parametrize(
+    ("settings", "arguments", "message"),
+    [
+        ({"max_lenght": 3}, (), "unknown key 'max_lenght' in .*run.yaml; did you mean 'max_length'"),
+        ({"per_device_batch_size": 0}, (), "run.yaml: per_device_batch_size: expected at least 1"),
+        ({"max_length": None}, (), "seq: expected --seq, since .*run.yaml has no max_length"),
+        ({"model": "leave out"}, (), "model is missing: put it into .*run.yaml"),
+        ({"model": "demo"}, (), "run.yaml: model: expected a known name, or a config.json or its folder, got 'demo'"),
+        ({"model": "llama-9-8b"}, (), "run.yaml: model: expected a known name.*near it"),
+        ({"model": "config:gone.json"}, (), "run.yaml: model: expected a config.json, found no file gone.json"),
+        ({}, ("--model", "config:gone.json"), "model: there is no file 'gone.json', which 'config:gone.json' names"),
+        ({}, ("--batch", 0), "batch: expected at least 1, got 0"),
+        (
+            {},
+            ("--model", ROOT / "examples" / "lora.yaml"),
+            "model: expected a model beside the configuration .*run.yaml",
+        ),
+    ],
+    ids=str,
+)
+def test_errors_name_the_training_configuration(training, settings, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        plan(training(**settings), *arguments)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff\xfe", "run.yaml is not UTF-8 text"),
+        (b"- a", "run.yaml must hold 'key: value' lines, got a list"),
+        (b"a: [", "run.yaml is not valid YAML"),
+        (None, "config: there is no file '.*run.yaml'"),
+    ],
+)
+def test_what_is_no_training_configuration_is_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        plan(tmp_path / "run.yaml")
+
+
+def test_without_a_training_configuration_the_batch_is_asked_for():
+    for arguments, name in (((), "batch"), (("--batch", 2), "seq")):
+        with pytest.raises(ValueError, match=f"{name}: expected --{name}, or a configuration"):
+            plan("--model", "llama-3-8b", *arguments)
 
 
 @pytest.mark.parametrize(

@@ -65,12 +65,65 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
         ("{mixed_precision: fp16, dtype: bfloat16}", r"mixed_precision 'fp16' scales the gradients of float32 weights"),
         ("a: [", r"run.yaml is not valid YAML.*line 1"),
         ("- a", r"run.yaml must hold 'key: value' lines, got a list"),
+        ("just words", r"run.yaml must hold 'key: value' lines, got a str"),
+        ("5", r"run.yaml must hold 'key: value' lines, got a int"),
+        ("beta: 0.1\nseed: 1\nbeta: 0.2", r"run.yaml is not valid YAML: beta: there twice"),
+        ("beta:\t0.1\n\tseed: 1", r"run.yaml is not valid YAML"),
+        ("batch_size: 4", r"unknown key 'batch_size' in .*run.yaml; did you mean 'per_device_batch_size'\?"),
+        ("lr: 1", r"unknown key 'lr' in .*run.yaml; known: "),
+        ("1: 2", r"unknown key 1 in .*run.yaml"),
+        ("yes: 2", r"unknown key True in .*run.yaml"),
+        ("beta: -1", r"run.yaml: beta: expected a number above 0"),
+        ("save_total_limit: 1", r"run.yaml: save_total_limit: expected at least 2, got 1"),
+        ("dataset_weights: [1, -2]", r"run.yaml: dataset_weights: expected at least 0, got -2"),
+        (
+            "dataset_weights: [1, 2]",
+            r"run.yaml: dataset_weights: expected one for each of 1 datasets, got 2: \[1.0, 2.0\]",
+        ),
+        ("dataset_weights: [0]", r"run.yaml: dataset_weights: expected one above 0, got \[0.0\]"),
+        ("dataset_split: [train, test]", r"run.yaml: dataset_split: expected one for each of 1 datasets, got 2"),
+        ("eval_dataset: []", r"run.yaml: eval_dataset: expected at least one name, got \[\]"),
+        ("eval_dataset: [3]", r"run.yaml: eval_dataset: expected a string, got 3 \(int\)"),
+        ("train_on: first", r"run.yaml: train_on: expected one of all, last, got 'first'"),
+        ("disable_dropout: 0.1", r"run.yaml: disable_dropout: expected true or false, got 0.1"),
+        ("chat_template_kwargs: thinking", r"chat_template_kwargs: expected a JSON object such as .*got 'thinking'"),
+        ("chat_template_kwargs: [1]", r"chat_template_kwargs: expected a JSON object .*got \[1\] \(list\)"),
+        ("chat_template_kwargs: '[1]'", r"chat_template_kwargs: expected a JSON object .*got \[1\] \(list\)"),
+        ("chat_template_kwargs: {1: 2}", r"chat_template_kwargs: expected text for a key, got 1 \(int\)"),
+        ("chat_template_kwargs: {date: 2024-07-26}", r"chat_template_kwargs: date: expected what JSON has; in quotes"),
+        ("chat_template_kwargs: {x: .nan}", r"chat_template_kwargs: x: expected what JSON has"),
     ],
 )
 def test_what_does_not_fit_is_named(tmp_path, text, message):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match=r"(?s)" + message):
         load_config(path, {"model": "m", "dataset": "d"})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("model: caf\u00e9".encode("latin-1"), "run.yaml is not UTF-8 text"),
+        ("model: m".encode("utf-16"), "run.yaml is not UTF-8 text"),
+        (b"\x1f\x8b\x08\x00", "run.yaml is not UTF-8 text"),
+        (b"model: \x00m", "run.yaml is not valid YAML"),
+        (b"model: m\ndataset: *d", "run.yaml is not valid YAML"),
+    ],
+)
+def test_what_is_no_text_is_named(tmp_path, content, message):
+    (tmp_path / "run.yaml").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "run.yaml")
+
+
+def test_flags_are_not_blamed_on_the_file(tmp_path):
+    path = write(tmp_path, "model: m\ndataset: d\nbeta: 0.1\n")
+    with pytest.raises(ValueError, match="^beta: expected a number above 0"):
+        load_config(path, {"beta": "-1"})
+    (tmp_path / "bom.yaml").write_text("model: m\ndataset: d\n", encoding="utf-8-sig")  # as editors on Windows write it
+    assert load_config(tmp_path / "bom.yaml").model == "m"
+    merged = write(tmp_path, "model: &m x\ndataset: *m\n")
+    assert load_config(merged).dataset == "x"
 
 
 def test_python_callers_get_the_same_errors():
@@ -116,6 +169,56 @@ def test_boolean_flags_leave_the_next_argument_alone():
     assert parse("--no-add-eos")[1] == {"add_eos": "false"}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--dataset", "a", "b"], ["a", "b"]),
+        (["--dataset", "a", "b", "c", "--beta", "1"], ["a", "b", "c"]),
+        (["--dataset", "a,b"], ["a", "b"]),
+        (["--dataset=a, b ,"], ["a", "b"]),
+        (["--dataset=a", "b"], ["a", "b"]),
+        (["--dataset", "a"], "a"),
+        (["--dataset", "a", "run.yaml"], "a"),
+        (["run.yaml", "--dataset", "a", "b"], ["a", "b"]),
+        (["--dataset", "a,b", "run.yml"], ["a", "b"]),
+        (["--dataset", "a", "b", "--no-add-eos", "run.yaml"], ["a", "b"]),
+    ],
+    ids=" ".join,
+)
+def test_a_flag_takes_several_datasets(arguments, expected):
+    path, options = parse(*arguments)
+    assert path == next((argument for argument in arguments if ".y" in argument), None)
+    assert TrainConfig(**options).dataset == expected
+
+
+def test_a_name_with_commas_is_one_where_there_is_such_a_file(tmp_path):
+    file = tmp_path / "red,green.jsonl"
+    assert TrainConfig(dataset=str(file)).dataset == [str(tmp_path / "red"), "green.jsonl"]
+    file.write_text("")
+    assert TrainConfig(dataset=str(file)).dataset == str(file)
+    assert TrainConfig(**parse("--dataset", str(file), "b")[1]).dataset == [str(file), "b"]
+    assert TrainConfig(dataset=["a,b"]).dataset == "a,b" and TrainConfig(eval_dataset="none").eval_dataset is None
+
+
+def test_weights_of_datasets():
+    options = parse("--dataset", "a", "b", "--dataset-weights", "1", "0.5")[1]
+    assert TrainConfig(**options).dataset_weights == [1.0, 0.5]
+    options = parse("--dataset", "a,b", "--dataset-weights", "1,0.5", "run.yaml")[1]
+    assert TrainConfig(**options).dataset_weights == [1.0, 0.5]
+    with pytest.raises(ValueError, match="'--dataset' is there twice: expected all its values after one flag"):
+        parse("--dataset", "a", "--dataset", "b")
+
+
+def test_objects_as_flags():
+    (value,) = parse("--chat-template-kwargs", '{"enable_thinking": false, "tools": ["a", 1.5]}')[1].values()
+    assert TrainConfig(chat_template_kwargs=value).chat_template_kwargs == {
+        "enable_thinking": False,
+        "tools": ["a", 1.5],
+    }
+    assert TrainConfig(chat_template_kwargs="none").chat_template_kwargs is None
+    assert TrainConfig(chat_template_kwargs="{}").chat_template_kwargs == {}
+
+
 def test_flags_override_the_file(tmp_path):
     path = write(tmp_path, "model: m\ndataset: d\nbeta: 0.2\nloss_type: ipo\n")
     config = load_config(path, parse("--loss-type", "sigmoid,sft", "--max_grad_norm=0.5")[1])
@@ -151,8 +254,9 @@ def test_where_the_output_goes_is_no_part_of_the_trajectory():
     settings = trajectory_settings(TrainConfig())
     assert {"learning_rate", "seed", "max_length", "eval_steps"} <= settings.keys()
     assert not {"output_dir", "resume", "save_steps", "logging_steps", "trackers", "cache_dir"} & settings.keys()
+    assert {"dataset_weights", "train_on", "chat_template_kwargs", "disable_dropout"} <= settings.keys()
     # what these lead to is compared instead: the token ids and the starting weights
-    assert not {"model", "dataset", "eval_dataset"} & settings.keys()
+    assert not {"model", "dataset", "eval_dataset", "chat_template"} & settings.keys()
 
 
 @pytest.mark.parametrize(
@@ -177,6 +281,11 @@ def test_a_model_configuration_is_found_beside_the_file_that_names_it(tmp_path, 
     (tmp_path / "tiny.json").write_text("{}")
     monkeypatch.chdir("/")
     assert load_config(tmp_path / "run.yaml").model == f"config:{tmp_path / 'tiny.json'}"
+    (tmp_path / "mine.jinja").write_text("{{ messages }}")
+    write(tmp_path, "model: m\ndataset: d\nchat_template: mine.jinja\n")
+    assert load_config(tmp_path / "run.yaml").chat_template == str(tmp_path / "mine.jinja")
+    write(tmp_path, "model: m\ndataset: d\nchat_template: |\n  {{ messages }}\n  {{ eos_token }}\n")
+    assert load_config(tmp_path / "run.yaml").chat_template == "{{ messages }}\n{{ eos_token }}\n"
 
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.yaml"))

@@ -21,12 +21,12 @@ pytest.importorskip("accelerate")
 from accelerate import Accelerator
 from datasets import Dataset
 from places import SHARED, python_path
+from short_runs import TINY, assert_close_weights, assert_same_run, rows_of, run, weights_of, write_rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from two_processes import run_in_two
 
 from dpo_kernels.data.demo import demo_model
 from dpo_kernels.testing import Record
-from dpo_kernels.training import loop
 from dpo_kernels.training.checkpoint import MetricsLog, list_checkpoints, read_metrics
 from dpo_kernels.training.config import TrainConfig, load_config
 from dpo_kernels.training.loop import train
@@ -35,47 +35,6 @@ from dpo_kernels.training.policy import load_model
 from dpo_kernels.training.state import WALL_CLOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
-
-# 27 pairs to train on and 3 held out; 4 pairs a step, so that the last of the 7 steps of an epoch has only 3.
-TINY = {
-    "model": "demo",
-    "dataset": "demo",
-    "max_rows": 30,
-    "tokenizer": "train:300",
-    "max_length": 256,
-    "learning_rate": 1e-3,
-    "per_device_batch_size": 4,
-    "logging_steps": 1,
-    "save_steps": 0,
-    "progress_bar": False,
-}
-
-
-def run(directory, *, curves=False, **settings):
-    """Trains in `directory` and returns the result and the rows of metrics without what the clock says. Drawing the
-    curves takes as long as the training."""
-    config = TrainConfig(**TINY | {"output_dir": str(directory), "cache_dir": str(directory / "cache")} | settings)
-    with pytest.MonkeyPatch.context() as patch:
-        if not curves:
-            patch.setattr(loop, "plot_training_curves", lambda metrics, picture: None)
-        result = train(config)
-    return result, rows_of(directory)
-
-
-def rows_of(directory):
-    rows = read_metrics(directory / "metrics.jsonl")
-    return [{name: value for name, value in row.items() if name not in WALL_CLOCK} for row in rows]
-
-
-def weights_of(directory):
-    return load_file(next(directory.glob("final/*.safetensors")))
-
-
-def assert_same_run(left, right):
-    """To the last bit: weights, and the text of the metrics."""
-    assert json.dumps(rows_of(left)) == json.dumps(rows_of(right))
-    ours, theirs = weights_of(left), weights_of(right)
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +155,7 @@ def test_steps_equal_those_of_an_eager_loop(tmp_path, loss):
         value, rewards, chosen, rejected = eager_step(model, reference, batch, loss["loss_type"], config.beta)
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        rate = 1e-3 * (1.0 if step == 1 else 0.0 if step == 0 else (7 - step) / 6)  # one step of warm-up, then linear
+        rate = 1e-3 * (0.5 if step == 0 else (7 - step) / 6)  # one step of warm-up, then linear
         for group in optimizer.param_groups:
             group["lr"] = rate
         optimizer.step()
@@ -224,11 +183,7 @@ def test_accumulated_gradients_do_not_depend_on_the_micro_batches(tmp_path):
     settings = {"learning_rate": 0.5, "adam_epsilon": 1.0, "loss_type": "ipo,sft", "eval_fraction": 0.1}
     whole, rows = run(tmp_path / "whole", **settings)
     single, rows_single = run(tmp_path / "single", per_device_batch_size=1, gradient_accumulation_steps=4, **settings)
-    start = demo_model(300, seed=TrainConfig().seed).state_dict()
-    ours, theirs = weights_of(tmp_path / "whole"), weights_of(tmp_path / "single")
-    moved = max((ours[name] - start[name]).abs().max() for name in ours)
-    apart = max((ours[name] - theirs[name]).abs().max() for name in ours)
-    assert apart < 1e-4 * moved
+    assert_close_weights(tmp_path / "whole", tmp_path / "single", demo_model(300, seed=TrainConfig().seed).state_dict())
     for row, row_single in zip(rows, rows_single, strict=True):
         assert row == pytest.approx(row_single, rel=1e-4, abs=1e-4)
 
@@ -267,6 +222,15 @@ def test_all_references_of_the_same_checkpoint_agree(tmp_path, lora, caplog):
         caplog.clear()
         run(tmp_path / "third", **settings | {"ld_alpha": 0.25})  # other token weights, other log-probabilities
         assert caplog.text.count("computing them once for") == 2
+    if not lora:
+        for number, harm in enumerate(
+            [lambda c: c[:100], lambda c: b"", lambda c: c[:-1] + bytes([c[-1] ^ 1]), lambda c: c[:9] + b"x" + c[10:]]
+        ):
+            for file in (tmp_path / "cache" / "reference").iterdir():
+                file.write_bytes(harm(file.read_bytes() or b"0123456789"))
+            with pytest.warns(UserWarning, match="is damaged, or of an earlier version.*computed again"):
+                _, again = run(tmp_path / f"harmed {number}", **settings | {"max_steps": 1})
+            assert again[:2] == others[:2]
 
 
 def test_another_reference_is_refused_and_the_same_one_is_not(tmp_path, caplog):
@@ -348,6 +312,44 @@ def test_any_row_can_be_the_last_one(tmp_path, uninterrupted, monkeypatch, row):
             run(tmp_path, **INTERRUPTED)
     run(tmp_path, **INTERRUPTED)
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(tmp_path, uninterrupted, caplog):
+    directory = tmp_path / "run"
+    shutil.copytree(uninterrupted, directory)
+    shutil.rmtree(directory / "final")
+    file = directory / "checkpoint-20" / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.warns(UserWarning) as caught, caplog.at_level(logging.INFO, "dpo_kernels"):
+        run(directory, **INTERRUPTED)
+    (message,) = (str(warning.message) for warning in caught if "not whole" in str(warning.message))
+    assert message.startswith(f"{directory}/checkpoint-20 is not whole: weights.safetensors is damaged. Going on from ")
+    assert "going on from" in caplog.text and "one of the training pairs" not in caplog.text  # which was shown before
+    assert_same_run(directory, uninterrupted)
+    assert [path.name for path in list_checkpoints(directory)] == ["checkpoint-16", "checkpoint-20"]
+    for name in ("checkpoint-16", "checkpoint-20"):
+        (directory / name / "state.pt").unlink()
+    with pytest.raises(ValueError, match="(?s)no checkpoint to go on from.*20 is not whole: state.pt.*16 is not whole"):
+        run(directory, **INTERRUPTED)
+
+
+def test_a_mixture_with_weights_goes_on_to_the_last_bit(tmp_path):
+    """Windows of 3 steps straddle the checkpoints; with other weights there is no going on."""
+    rows = [{"prompt": f"{n} is ", "chosen": f"{n}! " * (1 + n % 3), "rejected": f"{n}?"} for n in range(20)]
+    settings = {"dataset": [write_rows(tmp_path / "a.jsonl", rows[:12]), write_rows(tmp_path / "b.jsonl", rows[12:])]}
+    weighted = [row | {"weight": 1 + n % 4} for n, row in enumerate(rows[12:])]
+    settings["dataset"][1] = write_rows(tmp_path / "b.jsonl", weighted)
+    settings |= {"dataset_weights": [0.5, 1.5], "max_rows": None, "logging_steps": 3, "save_steps": 2, "epochs": 2}
+    run(tmp_path / "whole", **settings)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "final")
+    for checkpoint in list_checkpoints(tmp_path / "again")[1:]:
+        shutil.rmtree(checkpoint)
+    other = settings | {"dataset_weights": [0.5, 1.0]}
+    with pytest.raises(ValueError, match=r"dataset_weights \(was \[0.5, 1.5\], is \[0.5, 1.0\]\); the training data"):
+        run(tmp_path / "again", **other)
+    run(tmp_path / "again", **settings)
+    assert_same_run(tmp_path / "again", tmp_path / "whole")
 
 
 def test_evaluation_does_not_disturb_training(tmp_path, uninterrupted):
@@ -489,9 +491,12 @@ def test_cut_prompts_are_held_out_together(tmp_path):
     """Four pairs a prompt, each cut by its own response's length: the same prompt with other token ids."""
     prompts = [f"{n} " + "long " * 40 for n in range(10)]
     rows = [{"prompt": prompt, "chosen": "yes " * (i + 1), "rejected": "no"} for prompt in prompts for i in range(4)]
-    file = tmp_path / "pairs.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    settings = TINY | {"dataset": str(file), "max_rows": None, "max_length": 1000, "eval_fraction": 0.2}
+    settings = TINY | {
+        "dataset": write_rows(tmp_path / "pairs.jsonl", rows),
+        "max_rows": None,
+        "max_length": 1000,
+        "eval_fraction": 0.2,
+    }
     _, kept, held_out = load_data(TrainConfig(**settings))
     whole = {tuple(ids) for ids in held_out["prompt_ids"]}
     assert len(held_out) == 8 and not whole & {tuple(ids) for ids in kept["prompt_ids"]}
