@@ -11,8 +11,12 @@ import TRL's own, `patch()` changes those where they are.
     CPOTrainer      trl.experimental.cpo        head; also SimPO
     ORPOTrainer     trl.experimental.orpo       head
 
-Metrics stay on the device until they are logged, and take one transfer then. What `CPOTrainer` and `ORPOTrainer` hand
-to `store_metrics` are therefore tensors [].
+Metrics stay on the device until something reads them, `log` or a subclass, and take one transfer then.
+
+Where a model is its own reference, rewards are 0 to the bit: both are summed alike. A batch may carry `token_weights`
+[2B, T] and `pair_weights` [B] for `DPOTrainer`. Settings that `linear_dpo_loss` and `kto_loss` refuse and TRL takes
+(beta of 0 and less, `ld_alpha` outside [0, 1], a `label_smoothing` of 0.5 and more) warn, and leave the loss to TRL.
+Hidden states that are not finite give a loss that is not, and no error.
 
 Adapters on the head, which TRL refuses, are trained. Models may be sharded by FSDP2, ZeRO-3 or tensor parallelism. An
 encoder-decoder model is an error. TRL 1.15 and 1.16 are tested. With another version the first batch is computed by
@@ -36,8 +40,8 @@ if not (hasattr(_dpo_trainer, "add_fused_lm_head") and hasattr(_kto_trainer, "ad
     )
 
 from dpo_kernels.trl import _dpo, _kto, _reference_free
-from dpo_kernels.trl._head import with_added_head, with_our_head
-from dpo_kernels.trl._metrics import with_floats, with_report
+from dpo_kernels.trl._head import of_our_trainers, with_added_head, with_our_head
+from dpo_kernels.trl._metrics import TotalTokens
 from dpo_kernels.trl._verify import verified_loss, verified_metrics, with_our_forward
 
 if TYPE_CHECKING:
@@ -55,17 +59,31 @@ EXPERIMENTAL = {"CPOTrainer": "trl.experimental.cpo", "ORPOTrainer": "trl.experi
 class DPOTrainer(trl.DPOTrainer):
     """TRL's `DPOTrainer`: same arguments, same `DPOConfig`, same logs."""
 
-    __init__ = _dpo.with_valid_options(with_our_head(trl.DPOTrainer.__init__, _dpo_trainer))
-    _compute_loss = verified_loss(_dpo.compute_loss, trl.DPOTrainer._compute_loss)
-    log = with_report(trl.DPOTrainer.log)
+    __init__ = with_our_head(_dpo.with_known_losses(trl.DPOTrainer.__init__), _dpo_trainer, _dpo.check_options)
+    _compute_loss = of_our_trainers(
+        verified_loss(_dpo.compute_loss, trl.DPOTrainer._compute_loss),
+        trl.DPOTrainer._compute_loss,
+        _dpo.check_options,
+    )
+    compute_ref_log_probs = of_our_trainers(
+        _dpo.compute_ref_log_probs, trl.DPOTrainer.compute_ref_log_probs, _dpo.check_options
+    )
+    _total_train_tokens = TotalTokens()
 
 
 class KTOTrainer(trl.KTOTrainer):
     """TRL's `KTOTrainer`: same arguments, same `KTOConfig`, same logs."""
 
-    __init__ = with_our_head(trl.KTOTrainer.__init__, _kto_trainer)
-    _compute_loss = verified_loss(_kto.compute_loss, trl.KTOTrainer._compute_loss)
-    log = with_report(trl.KTOTrainer.log)
+    __init__ = with_our_head(trl.KTOTrainer.__init__, _kto_trainer, _kto.check_options)
+    _compute_loss = of_our_trainers(
+        verified_loss(_kto.compute_loss, trl.KTOTrainer._compute_loss),
+        trl.KTOTrainer._compute_loss,
+        _kto.check_options,
+    )
+    compute_ref_log_probs = of_our_trainers(
+        _kto.compute_ref_log_probs, trl.KTOTrainer.compute_ref_log_probs, _kto.check_options
+    )
+    _total_train_tokens = TotalTokens()
 
 
 def __getattr__(name: str) -> Any:
@@ -73,22 +91,25 @@ def __getattr__(name: str) -> Any:
     if name not in EXPERIMENTAL:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     original = getattr(importlib.import_module(EXPERIMENTAL[name]), name)
+    forward = with_our_forward(_reference_free.concatenated_forward, original.concatenated_forward)
+    metrics = verified_metrics(_reference_free.get_batch_loss_metrics, original.get_batch_loss_metrics)
     members = {
         "__doc__": f"TRL's `{name}`: same arguments, same `{name.removesuffix('Trainer')}Config`, same logs.",
         "__module__": __name__,
         "__init__": with_added_head(original.__init__),
-        "concatenated_forward": with_our_forward(_reference_free.concatenated_forward, original.concatenated_forward),
-        "get_batch_loss_metrics": verified_metrics(
-            _reference_free.get_batch_loss_metrics, original.get_batch_loss_metrics
-        ),
-        "log": with_floats(original.log),
+        "concatenated_forward": of_our_trainers(forward, original.concatenated_forward),
+        "get_batch_loss_metrics": of_our_trainers(metrics, original.get_batch_loss_metrics),
+        "store_metrics": of_our_trainers(_reference_free.store_metrics, original.store_metrics),
     }
     globals()[name] = type(name, (original,), members)
     return globals()[name]
 
 
-METHODS = ("__init__", "_compute_loss", "log", "concatenated_forward", "get_batch_loss_metrics")
-_originals: dict[type, dict[str, Any]] = {}  # what patch() replaced
+MEMBERS = (
+    *("__init__", "_compute_loss", "compute_ref_log_probs", "_total_train_tokens"),
+    *("concatenated_forward", "get_batch_loss_metrics", "store_metrics"),
+)
+_originals: dict[type, dict[str, Any]] = {}  # what patch() replaced, None where there was nothing
 
 
 def patch(*names: str) -> None:
@@ -109,14 +130,18 @@ def patch(*names: str) -> None:
         ours: Any = globals().get(name) or __getattr__(name)
         trls = ours.__base__
         if trls not in _originals:
-            _originals[trls] = {method: vars(trls)[method] for method in METHODS if method in vars(ours)}
-            for method in _originals[trls]:
-                setattr(trls, method, vars(ours)[method])
+            replacing = {name: vars(ours)[name] for name in MEMBERS if name in vars(ours)}
+            _originals[trls] = {member: vars(trls).get(member) for member in replacing}
+            for member, value in replacing.items():
+                setattr(trls, member, value)
 
 
 def unpatch() -> None:
-    """Undoes `patch`."""
+    """Undoes `patch`. Trainers that were made before go on with TRL's loss, on this package's log-probabilities."""
     while _originals:
-        trls, methods = _originals.popitem()
-        for method, original in methods.items():
-            setattr(trls, method, original)
+        trls, members = _originals.popitem()
+        for member, original in members.items():
+            if original is None:
+                delattr(trls, member)
+            else:
+                setattr(trls, member, original)

@@ -10,23 +10,32 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.linear_dpo import LinearDPOOutput
-from dpo_kernels.losses import SMOOTHED_LOSSES, validate_dpo_options
-from dpo_kernels.models.fused_forward import Preference
+from dpo_kernels.losses import LOSSES, SMOOTHED_LOSSES, validate_dpo_options
+from dpo_kernels.models.fused_forward import Preference, Reference
+from dpo_kernels.trl._head import as_reference
 from dpo_kernels.trl._metrics import Metrics, record
 
 F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # the others have the same name
-NOT_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps"})
+WEIGHTS = ("token_weights", "pair_weights")
+NOT_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", *WEIGHTS})
+STATS = ("entropy", "mean_logits", "is_top1")
 
 
-def with_valid_options(init: Callable[..., None]) -> Callable[..., None]:
-    """An `__init__` that refuses what `linear_dpo_loss` would refuse in the first step."""
+def with_known_losses(init: Callable[..., None]) -> Callable[..., None]:
+    """An `__init__` that refuses losses which nobody knows, as TRL would in the first step."""
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         init(self, *args, **kwargs)
-        validate_dpo_options(**dpo_options(self))
+        if unknown := [name for name in self.loss_types if name not in LOSSES]:
+            raise ValueError(f"loss_type: expected some of {sorted(LOSSES)}, got {unknown}")
 
     return __init__
+
+
+def check_options(trainer: Any) -> None:
+    """Raises `ValueError` for what `linear_dpo_loss` would refuse in the first step."""
+    validate_dpo_options(**dpo_options(trainer))
 
 
 def dpo_options(trainer: Any) -> dict[str, Any]:
@@ -45,20 +54,46 @@ def dpo_options(trainer: Any) -> dict[str, Any]:
     }
 
 
+def _scored(trainer: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a model is called with, and the options of the loss of this batch."""
+    taken = {name: value for name, value in inputs.items() if name not in NOT_INPUTS}
+    mask = inputs["completion_mask"]
+    weights = {name: inputs[name] for name in WEIGHTS if inputs.get(name) is not None}
+    if "token_weights" in weights:
+        if weights["token_weights"].shape != mask.shape:
+            raise ValueError(
+                f"token_weights: expected the shape {list(mask.shape)} of completion_mask, got "
+                f"{list(weights['token_weights'].shape)}"
+            )
+        mask = mask.masked_fill(weights["token_weights"] == 0, 0)
+    labels = inputs["input_ids"].masked_fill(mask == 0, -100)
+    labels[:, 0] = -100  # which virtual tokens before it would score
+    # TRL divides by all tokens of a completion, be it that the first of them is the first of all, which nothing scores
+    options = dpo_options(trainer) | weights | {"lengths": (mask != 0).sum(1)}
+    return {**taken, "use_cache": False, "labels": labels, "fused_lm_head": True}, options
+
+
+def compute_ref_log_probs(self: Any, model: Any, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """TRL's, summed as `linear_dpo_loss` sums the policy's."""
+    scored, options = _scored(self, inputs)
+    reference = Reference.of(self.model, options)
+    with as_reference(self):
+        chosen, rejected = model(**scored, reference=reference).logps.chunk(2)
+    return chosen, rejected
+
+
 def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: bool) -> Any:
     """TRL's `_compute_loss`, with the reference scored first: then the gradients of the head are formed in the forward,
     with three products instead of four. Dropout, which TRL turns off by default, and NEFTune draw other numbers for
     that reason."""
-    model_inputs = {name: value for name, value in inputs.items() if name not in NOT_INPUTS} | {"use_cache": False}
-    labels = inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100)
-    labels[:, 0] = -100  # which virtual tokens before it would score
+    scored, options = _scored(self, inputs)
     if self.precompute_ref_logps:
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
     else:
         reference = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
-    preference = Preference(torch.cat(reference), dpo_options(self))
     router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-    outputs = model(**model_inputs, **router, labels=labels, fused_lm_head=True, preference=preference)
+    with self.accelerator.autocast():  # which it puts around a model's forward once, for the first trainer of it
+        outputs = model(**scored, **router, outputs=STATS, preference=Preference(torch.cat(reference), options))
     loss = outputs.preference.loss
     values = _values(outputs, inputs["attention_mask"])
     if self.aux_loss_enabled:
@@ -67,6 +102,7 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: 
     record(self, values, _metrics_of, device=loss.device, whole=_whole(outputs.preference))
     if not return_outputs:
         return loss
+    model_inputs = {name: value for name, value in scored.items() if name not in ("labels", "fused_lm_head")}
     with torch.no_grad():
         return loss, model(**model_inputs)  # for `compute_metrics`: the only way to logits
 

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dpo_kernels.trl._head import refuse_weights
+from dpo_kernels.trl._metrics import Unread, keep
+
 
 def is_orpo(trainer: Any) -> bool:
     return hasattr(trainer, "odds_ratio_loss")
@@ -16,6 +19,7 @@ def is_orpo(trainer: Any) -> bool:
 def concatenated_forward(self: Any, model: Any, batch: dict[str, Any]) -> tuple[Tensor, ...]:
     """TRL's, but for the logits, of which it gives the means [] that are logged."""
     orpo = is_orpo(self)
+    refuse_weights(batch, f"{'ORPO' if orpo else 'CPO'}Trainer")
     padding = self.padding_value if orpo else self.pad_token_id
     inputs = self.concatenated_inputs(batch, padding_value=padding, device=self.accelerator.device)
     pairs = batch["chosen_labels"].shape[0]
@@ -25,9 +29,9 @@ def concatenated_forward(self: Any, model: Any, batch: dict[str, Any]) -> tuple[
     if orpo:  # whose likelihood is that of the prompt too
         scored = torch.cat([tokens[:pairs].masked_fill(mask[:pairs] != 1, -100), labels[pairs:]])
     router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-    out = model(
-        input_ids=tokens, attention_mask=mask, **router, labels=scored, fused_lm_head=True, all_mean_logits=True
-    )
+    asked = {"labels": scored, "fused_lm_head": True, "outputs": ("log_probs",), "all_mean_logits": True}
+    with self.accelerator.autocast():  # which it puts around a model's forward once, for the first trainer of it
+        out = model(input_ids=tokens, attention_mask=mask, **router, **asked)
     is_response = labels[:, 1:] != -100
     logps = (out.log_probs * is_response).sum(-1)
     if orpo or self.loss_type in ("ipo", "simpo"):
@@ -42,8 +46,8 @@ def concatenated_forward(self: Any, model: Any, batch: dict[str, Any]) -> tuple[
 
 def get_batch_loss_metrics(
     self: Any, model: Any, batch: dict[str, Any], train_eval: str = "train"
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """TRL's, but for the metrics, which are tensors [] on the device until they are logged."""
+) -> tuple[Tensor, dict[str, float]]:
+    """TRL's, but for the metrics, which stay on the device until they are read."""
     chosen_logps, rejected_logps, chosen_logits, rejected_logits, nll, *aux_loss = self.concatenated_forward(
         model, batch
     )
@@ -60,7 +64,16 @@ def get_batch_loss_metrics(
     rows = chosen_rewards, rejected_rewards, chosen_logps, rejected_logps
     metrics = _everywhere(self.accelerator, rows, means)
     prefix = "eval_" if train_eval == "eval" else ""
-    return loss, {prefix + name: value for name, value in metrics.items()}
+    return loss, Unread.of({prefix + name: value for name, value in metrics.items()})
+
+
+def store_metrics(self: Any, metrics: dict[str, float], train_eval: str = "train") -> None:
+    """TRL's, of what nobody has read yet."""
+    if isinstance(metrics, Unread) and metrics.batch is not None:
+        keep(self._stored_metrics, train_eval, metrics.batch)
+    else:
+        for name, value in metrics.items():
+            self._stored_metrics[train_eval][name].append(value)
 
 
 @torch.no_grad()

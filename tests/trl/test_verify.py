@@ -40,3 +40,12 @@ def test_half_precision_has_a_wider_tolerance():
         _verify._compare(trainer(**changes), {"loss": 0.7}, {"loss": 0.74})
         with pytest.raises(RuntimeError, match="loss"):
             _verify._compare(trainer(**changes), {"loss": 0.7}, {"loss": 0.76})
+
+
+def test_where_both_are_nan_the_next_batch_is_compared():
+    undecided = trainer()
+    _verify._compare(undecided, {"loss": float("nan")}, {"loss": float("nan")})
+    assert not hasattr(undecided, "_dpo_kernels_verified")
+    with pytest.warns(UserWarning, match="is tested with TRL"):
+        _verify._compare(undecided, {"loss": 0.7}, {"loss": 0.7})
+    assert undecided._dpo_kernels_verified
