@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 from dpo_kernels.data import PairCollator, load_preferences, tokenize_preferences
 from dpo_kernels.data.demo import demo_model, demo_preferences, demo_tokenizer
-from dpo_kernels.models import Preference, add_fused_lm_head
+from dpo_kernels.models import Preference, Reference, add_fused_lm_head
 
 
 class PreferenceTrainer(Trainer):
@@ -31,10 +31,12 @@ class PreferenceTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        options = {"beta": 0.1} | {name: inputs[name] for name in ("token_weights", "pair_weights") if name in inputs}
         inputs = {name: inputs[name] for name in ("input_ids", "attention_mask", "labels")} | {"fused_lm_head": True}
+        like_the_policy = Reference.of(self.model, options)
         with torch.no_grad(), self.accelerator.autocast():
-            ref_logps = self.reference(**inputs).log_probs.sum(-1)
-        found = model(**inputs, preference=Preference(ref_logps, {"beta": 0.1})).preference
+            ref_logps = self.reference(**inputs, reference=like_the_policy).logps
+        found = model(**inputs, preference=Preference(ref_logps, options)).preference
         return (found.loss, {"logps": found.logps}) if return_outputs else found.loss
 
 

@@ -58,14 +58,21 @@ TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch"
 DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES = (
     f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses")
 )
+PAIR_GROUPS, LINEAR_REFERENCE = "dpo_kernels/pair_groups.py", "dpo_kernels/linear_reference.py"
 HEAD, FUSED_FORWARD, WRAPPERS = (f"dpo_kernels/models/{n}.py" for n in ("head", "fused_forward", "through_wrappers"))
-LAYOUTS, LOADING, TOKENS, BATCHING = (
-    f"dpo_kernels/data/{name}.py" for name in ("layouts", "loading", "tokenization", "batching")
+LAYERED, OPERANDS, CHECK = (f"dpo_kernels/models/{name}.py" for name in ("layered_forward", "operands", "check"))
+LAYOUTS, LOADING, TOKENS, BATCHING, TURNS, MESSAGES = (
+    f"dpo_kernels/data/{name}.py" for name in ("layouts", "loading", "tokenization", "batching", "turns", "messages")
 )
+SHARED_TEXT, SHARED_TEXT_TESTS = "dpo_kernels/data/shared_text.py", "data/test_shared_text.py"
+RENDERING, MARKS = (f"dpo_kernels/data/{name}.py" for name in ("rendering", "marks"))
+FILES, FORMATS, MIXTURES = (f"dpo_kernels/data/{name}.py" for name in ("files", "formats", "mixtures"))
 LOOP, SETUP, STATE, CHECKPOINT = (f"dpo_kernels/training/{n}.py" for n in ("loop", "setup", "state", "checkpoint"))
 PAIRS, POLICY, REFERENCE, CONFIG = (
     f"dpo_kernels/training/{name}.py" for name in ("pairs", "policy", "reference_model", "config")
 )
+TOKENIZER, VALUES = (f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values"))
+PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
 TRL = "dpo_kernels/trl"
 
@@ -80,17 +87,25 @@ LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("log
 PUBLISHED = "test_losses.py -k published"
 LOSS_TESTS, REFERENCE_FREE = "test_losses.py", "test_losses_reference_free.py"
 HEAD_TESTS, FORWARD_TESTS = "models/test_head.py", "models/test_fused_forward.py"
+CHECK_TESTS, SAYS_TESTS, PRECISION_TESTS = (f"models/test_{n}.py" for n in ("check", "check_messages", "precisions"))
+LAYERED_TESTS, REFERENCE_TESTS = "models/test_layered_forward.py", "test_linear_reference.py"
 LAYOUT_TESTS, LOADING_TESTS, BATCH_TESTS = (
     "data/test_layouts.py",
     "data/test_loading.py data/test_text_files.py",
     "data/test_batching.py",
 )
+RENDERING_TESTS, MARKS_TESTS, TOKEN_TESTS = (f"data/test_{n}.py" for n in ("rendering", "marks", "tokenization"))
+FILE_TESTS, MIXTURE_TESTS = "data/test_files.py", "data/test_mixtures.py"
+TURN_TESTS, MESSAGE_TESTS = "data/test_turns.py", "data/test_messages.py"
 STEPS = "training/test_loop.py -k 'eager_loop or metrics_curves or accumulated or window or best'"
 RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or found_finished'"
+SHARES = "training/test_weights.py -k 'not two_processes'"
+CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
+WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
 LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"
 GOLDEN = "training/test_golden.py -k 'of_the_loop and not two'"
 TWO = "training/test_golden.py training/test_loop.py -k 'two'"
-DPO, OTHERS = "trl/test_dpo.py", "trl/test_others.py"
+DPO, OTHERS, AGAIN, FAITHFUL = (f"trl/test_{name}.py" for name in ("dpo", "others", "again", "faithful"))
 LIGER_TESTS = "compat/test_liger.py"
 
 MUTATIONS = {
@@ -370,7 +385,7 @@ MUTATIONS = {
             NUMERICS,
         ),
         # dropped detaches
-        Mutation(LINEAR_DPO, "ref_logps = ref_logps.detach().to(", "ref_logps = ref_logps.to(", ON_TORCH),
+        Mutation(LINEAR_DPO, "labels, ref_logps.detach().to(dtype)", "labels, ref_logps.to(dtype)", ON_TORCH),
         # shifted the other way
         Mutation(
             LOGPS,
@@ -414,7 +429,7 @@ MUTATIONS = {
         # off by one
         Mutation(GATHER, "(labels >= vocab_size)", "(labels > vocab_size)", LOGPS_TESTS),
         Mutation(
-            LINEAR_DPO,
+            PAIR_GROUPS,
             "if max(sizes) > budget:",
             "if max(sizes) >= budget:",
             "test_memory.py planning/test_planning.py test_linear_dpo.py -k 'torch'",
@@ -432,10 +447,10 @@ MUTATIONS = {
         # a compiled graph with another dtype
         Mutation(OPS, "dtype = accumulate_dtype(compute_dtype)\n", "dtype = hidden.dtype\n", "test_ops.py -k 'torch'"),
         # memory that is not counted
-        Mutation(LINEAR_DPO, "chunk_bytes -= weight.numel() * dtype.itemsize", "pass", "test_memory.py -k 'torch'"),
+        Mutation(PAIR_GROUPS, "chunk_bytes -= weight.numel() * dtype.itemsize", "pass", "test_memory.py -k 'torch'"),
         # another order
         Mutation(
-            LINEAR_DPO,
+            PAIR_GROUPS,
             "torch.argsort(rows.sequence % pairs * 2 + rows.sequence // pairs,",
             "torch.argsort(rows.sequence,",
             DPO_TESTS,
@@ -443,16 +458,22 @@ MUTATIONS = {
         # a wrong reduction
         Mutation(
             LINEAR_DPO,
-            "mean_chosen_length=num_tokens[:pairs].sum() / pairs",
-            "mean_chosen_length=num_tokens.sum() / pairs",
+            "(self.labels != ignore_index).sum(1).chunk(2)[0]",
+            "(self.labels != ignore_index).sum(1)",
             DPO_TESTS,
+        ),
+        Mutation(LINEAR_DPO, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
+        # weights whose sum is infinite, of nothing, and of none
+        Mutation(LINEAR_DPO, "weights / torch.where(largest > 0, largest, 1)", "weights", WEIGHTED),
+        Mutation(LINEAR_DPO, "weights / weights.sum().clamp(min=1)", "weights / weights.sum()", WEIGHTED),
+        Mutation(LINEAR_DPO, "torch.where(present, t, t.detach()) for t in", "t for t in", WEIGHTED),
+        # token weights as they are where there is no label
+        Mutation(
+            LINEAR_DPO, "token_weights.to(dtype).masked_fill(labels == ignore_index, 0)", "token_weights", WEIGHTED
         ),
         # gradients in fp16 before the loss scale
         Mutation(
-            LINEAR_DPO,
-            "torch.float16 not in (compute_dtype, weight.dtype, hidden.dtype)",
-            "torch.float16 != compute_dtype",
-            DPO_TESTS,
+            LINEAR_DPO, "dtypes = compute_dtype, weight.dtype, hidden.dtype", "dtypes = (compute_dtype,)", DPO_TESTS
         ),
         # gradients handed out twice
         Mutation(LINEAR_DPO, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
@@ -503,7 +524,13 @@ MUTATIONS = {
         Mutation(
             LOSSES, "(policy.sort().values - reference.sort().values)", "(policy.sort().values - reference)", PUBLISHED
         ),
-        Mutation(LOSSES, ".detach().mean().clamp(min=0)", ".detach().clamp(min=0).mean()", REFERENCE_FREE),
+        Mutation(
+            LOSSES,
+            "(logratios.sum() / max(1, len(logratios))).clamp(min=0)",
+            "logratios.clamp(min=0).sum() / max(1, len(logratios))",
+            REFERENCE_FREE,
+        ),
+        Mutation(LOSSES, "/ max(1, len(logratios))", "/ len(logratios)", REFERENCE_FREE),
         # a dropped detach
         Mutation(
             LOSSES,
@@ -544,20 +571,34 @@ MUTATIONS = {
     "models": [
         # scales forgotten
         Mutation(HEAD, "            divisor = 1 / divisor", "            pass", HEAD_TESTS),
-        Mutation(HEAD, "(lora_a(dropped) * scaling).to(hidden)", "lora_a(dropped).to(hidden)", HEAD_TESTS),
+        Mutation(OPERANDS, "(lora_a(dropped) * scaling).to(hidden)", "lora_a(dropped).to(hidden)", HEAD_TESTS),
         Mutation(FUSED_FORWARD, "* (head.logit_scale / weight.shape[0])", "/ weight.shape[0]", FORWARD_TESTS),
         # adapters that are off
-        Mutation(HEAD, "        layer.unmerge()  #", "        pass  #", HEAD_TESTS),
-        Mutation(HEAD, "inactive = layer.disable_adapters or not adapters", "inactive = not adapters", HEAD_TESTS),
+        Mutation(OPERANDS, "        layer.unmerge()  #", "        pass  #", HEAD_TESTS),
+        Mutation(OPERANDS, "inactive = layer.disable_adapters or not adapters", "inactive = not adapters", HEAD_TESTS),
         # state that is not left as it was
         Mutation(
-            HEAD, 'stack.enter_context(torch.random.fork_rng(devices=cuda, device_type="cuda"))', "pass", HEAD_TESTS
+            CHECK, 'stack.enter_context(torch.random.fork_rng(devices=cuda, device_type="cuda"))', "pass", CHECK_TESTS
         ),
         Mutation(WRAPPERS, '            vars(module)["forward"] = before', "            pass", FORWARD_TESTS),
         Mutation(WRAPPERS, "        after_all_other_hooks.remove()", "        pass", FORWARD_TESTS),
         # a check that lets everything pass, and one that lets nothing
-        Mutation(HEAD, "tolerance = max(1e-4, 4 * max(", "tolerance = max(1e-4, 400 * max(", HEAD_TESTS),
-        Mutation(HEAD, "dtypes |= {model_logits.dtype, *layer_dtypes}", "dtypes |= {model_logits.dtype}", HEAD_TESTS),
+        Mutation(CHECK, "<= max(1e-4, 8 * unit) * size", "<= max(1e-4, 800 * unit) * size", CHECK_TESTS),
+        Mutation(CHECK, "<= max(1e-4, 2 * unit))", "<= 0.1)", CHECK_TESTS),
+        Mutation(CHECK, "self.dtypes.add(output.dtype)", "pass", PRECISION_TESTS),
+        # entries, positions, modes and calls that it does not look at
+        Mutation(CHECK, "[_products(found, self.rows), ", "[_products(found, [0]), ", CHECK_TESTS),
+        Mutation(CHECK, "TOKENS, ENTRIES, BLOCK = 130,", "TOKENS, ENTRIES, BLOCK = 3,", CHECK_TESTS),
+        Mutation(
+            CHECK, "            module.training = False\n        yield", "            pass\n        yield", CHECK_TESTS
+        ),
+        Mutation(CHECK, "        if calls > 1:", "        if calls > 3:", CHECK_TESTS),
+        Mutation(HEAD, "        return self.model.training, hooks", "        return True, hooks", CHECK_TESTS),
+        Mutation(HEAD, "        self._refuse_unreachable()\n        state", "        state", SAYS_TESTS),
+        Mutation(CHECK, "in [(head.logit_scale, head.softcap)] if settled else", "in", CHECK_TESTS),
+        # NaN that is a difference, and infinity that is none
+        Mutation(CHECK, "close = differences.isfinite() & (", "close = (", CHECK_TESTS),
+        Mutation(CHECK, "ours.isneginf() & (ours == own)", "ours.isnan()", PRECISION_TESTS),
         # a cache that nobody wants
         Mutation(HEAD, 'return {"use_cache": False} if accepted else {}', "return {}", HEAD_TESTS),
         # the router's loss in evaluation
@@ -570,11 +611,28 @@ MUTATIONS = {
             HEAD_TESTS,
         ),
         # refused without need, and not refused
-        Mutation(HEAD, "if layer.training and any(", "if any(", HEAD_TESTS),
+        Mutation(OPERANDS, "if layer.training and any(", "if any(", HEAD_TESTS),
         # a copy that uses the original's head
-        Mutation(FUSED_FORWARD, "        fused: _Fused = self._fused_lm_head\n", "", FORWARD_TESTS),
-        # checked at every step
-        Mutation(FUSED_FORWARD, "            self.is_checked = True", "            pass", FORWARD_TESTS),
+        Mutation(LAYERED, "MethodType(function.__func__, model) if", "function if", LAYERED_TESTS),
+        # one head in the other, for ever
+        Mutation(LAYERED, "        if _is_ours(function):", "        if False:", LAYERED_TESTS),
+        # the autocast of a former trainer
+        Mutation(
+            LAYERED, "    layer.own = _own(model, layer.original)", "    layer.own = layer.original", LAYERED_TESTS
+        ),
+        # a reference in the order of sums of another path
+        Mutation(LINEAR_REFERENCE, "in_b = bool(gradients) and not of_head", "in_b = False", REFERENCE_TESTS),
+        Mutation(LINEAR_REFERENCE, "rows = pair_major(rows, pairs)", "pass", REFERENCE_TESTS),
+        Mutation(LINEAR_REFERENCE, "        groups = plan_groups(", "        plan_groups(", REFERENCE_TESTS),
+        # hooks that watch see what is no logits
+        Mutation(WRAPPERS, "if not _is_of_a_wrapper(hook)", "if False", FORWARD_TESTS),
+        # weights of the next token
+        Mutation(
+            FUSED_FORWARD,
+            "weights if self.is_shifted else torch.nn.functional.pad(weights[:, 1:], (0, 1))",
+            "weights",
+            FORWARD_TESTS,
+        ),
         # rounded by autocast, and by what casts outputs
         Mutation(
             FUSED_FORWARD,
@@ -590,7 +648,7 @@ MUTATIONS = {
         ),
         # statistics of the next position
         Mutation(
-            FUSED_FORWARD, "stats[STATS[name]][:, :-1] for", "stats[STATS[name]][:, 1:] for", f"{FORWARD_TESTS} {DPO}"
+            FUSED_FORWARD, "is_shifted else values[:, :-1]", "is_shifted else values[:, 1:]", f"{FORWARD_TESTS} {DPO}"
         ),
     ],
     "data": [
@@ -598,51 +656,58 @@ MUTATIONS = {
         Mutation(LAYOUTS, "else worse[-1:])]", "else worse[:1])]", LAYOUT_TESTS),
         # off by one
         Mutation(
-            LAYOUTS,
+            TURNS,
             "most = min(len(chosen), len(rejected)) - 1",
             "most = min(len(chosen), len(rejected))",
             LAYOUT_TESTS,
         ),
         Mutation(TOKENS, "prompt[len(prompt) - room + 1 :]", "prompt[len(prompt) - room :]", LOADING_TESTS),
-        Mutation(BATCHING, "num_labelled += end - max(start, 1)", "num_labelled += end - start", BATCH_TESTS),
+        Mutation(BATCHING, "labelled[:, 1:].sum()", "labelled.sum()", BATCH_TESTS),
+        # other people's turns among the labels
+        Mutation(BATCHING, "labelled = token_weights != 0", "labelled = attention_mask == 1", BATCH_TESTS),
         # the space of a word left to the prompt
-        Mutation(LAYOUTS, 'if cut and chosen[cut - 1] == " ":', "if False:", LAYOUT_TESTS),
+        Mutation(SHARED_TEXT, 'after - 1 if window[after - 1] == " " else after', "after", SHARED_TEXT_TESTS),
+        # flags cut in half
+        Mutation(SHARED_TEXT, "return place - flags % 2", "return place", SHARED_TEXT_TESTS),
+        # graphemes cut
+        Mutation(
+            SHARED_TEXT,
+            "for place, firm in places.items() if place in whole}",
+            "for place, firm in places.items()}",
+            SHARED_TEXT_TESTS,
+        ),
+        # the question trained on as a response
+        Mutation(SHARED_TEXT, "return begun <= min(_FEW, rest) and", "return", SHARED_TEXT_TESTS),
+        Mutation(SHARED_TEXT, "if _QUESTION_COMES.search(window, *before):", "if False:", SHARED_TEXT_TESTS),
+        # a label cut off from its emphasis
+        Mutation(SHARED_TEXT, "text in marks and not blank", "False", SHARED_TEXT_TESTS),
         # turns in another order
         Mutation(LAYOUTS, "prompt.insert(0, message)", "prompt.append(message)", LAYOUT_TESTS),
         # two system turns
-        Mutation(LAYOUTS, 'if not system or prompt[0]["role"] == "system":', "if not system:", LAYOUT_TESTS),
+        Mutation(TURNS, "return prompt if own else [*system, *prompt]", "return [*system, *prompt]", LAYOUT_TESTS),
+        # the prompt trained on as a response
+        Mutation(TURNS, "len(repeated) :], responses[1][len(repeated) :]", ":], responses[1][:]", TURN_TESTS),
+        # Python's 1 is its True
+        Mutation(
+            TURNS,
+            "if not same_turns(chosen[i : i + 1], rejected[i : i + 1])",
+            "if chosen[i] != rejected[i]",
+            TURN_TESTS,
+        ),
+        # JSON that is an answer
+        Mutation(MESSAGES, "    return sound and any(\n", "    return True or any(\n", MESSAGE_TESTS),
         # a call of a tool is no answer
         Mutation(
-            LAYOUTS,
+            MESSAGES,
             'message["content"].strip() or message.get("tool_calls")',
             'message["content"].strip()',
             LAYOUT_TESTS,
         ),
         # cache keys that lack a part
-        Mutation(
-            LOADING,
-            "digest_of(digest, max_rows, ranked_pairs, empty_response)",
-            "digest_of(digest, ranked_pairs, empty_response)",
-            LOADING_TESTS,
-        ),
-        Mutation(
-            LOADING,
-            "digest_of(digest, max_rows, ranked_pairs, empty_response)",
-            "digest_of(digest, max_rows, empty_response)",
-            LOADING_TESTS,
-        ),
-        Mutation(
-            LOADING,
-            "digest_of(digest, max_rows, ranked_pairs, empty_response)",
-            "digest_of(digest, max_rows, ranked_pairs)",
-            LOADING_TESTS,
-        ),
-        Mutation(
-            LOADING,
-            "digest_of(*((str(file), file_digest(file)) for file in files))",
-            "digest_of(*(str(file) for file in files))",
-            LOADING_TESTS,
-        ),
+        Mutation(LOADING, "for s in sources], options.max_rows, ", "for s in sources], ", LOADING_TESTS),
+        Mutation(LOADING, "options.max_rows, options.ranked_pairs, ", "options.max_rows, ", LOADING_TESTS),
+        Mutation(LOADING, "options.ranked_pairs, options.empty_response\n", "options.ranked_pairs\n", LOADING_TESTS),
+        Mutation(LOADING, "[(s.origin, s.digest) for s in sources]", "[s.origin for s in sources]", LOADING_TESTS),
         Mutation(
             TOKENS,
             "dataset._fingerprint, _tokenizer_digest(tokenizer), settings)",
@@ -650,18 +715,31 @@ MUTATIONS = {
             LOADING_TESTS,
         ),
         Mutation(
-            TOKENS, "contents, special, tokenizer.chat_template)", "contents, tokenizer.chat_template)", LOADING_TESTS
+            TOKENS, "contents, special, tokenizer.chat_template)", "contents, tokenizer.chat_template)", TOKEN_TESTS
         ),
         # files read otherwise than they were written
-        Mutation(
-            LOADING, 'encoding="utf-8-sig", newline="") as stream:', 'encoding="utf-8-sig") as stream:', LOADING_TESTS
-        ),
-        Mutation(
-            LOADING, 'line.decode("utf-8-sig" if number == 1 else "utf-8")', 'line.decode("utf-8")', LOADING_TESTS
-        ),
-        Mutation(LOADING, "    csv.field_size_limit(2**31 - 1)", "    pass", LOADING_TESTS),
+        Mutation(FORMATS, 'errors="surrogateescape", newline=""', 'errors="surrogateescape"', FILE_TESTS),
+        Mutation(FORMATS, "line.removeprefix(_BOM).decode()", "line.decode()", FILE_TESTS),
+        Mutation(FORMATS, "    csv.field_size_limit(2**31 - 1)", "    pass", FILE_TESTS),
+        Mutation(FORMATS, "(_is_layout(names[mark]), len(names[mark]))", "len(names[mark])", FILE_TESTS),
+        # the last of two values
+        Mutation(FORMATS, "if len(result) < len(pairs):", "if False:", FILE_TESTS),
+        # what a damaged archive has before the damage, and nothing said
+        Mutation(FORMATS, "        except EOFError:\n", "        except EOFError:\n            return\n", FILE_TESTS),
         # the order of the disk
-        Mutation(LOADING, 'for p in sorted(path.rglob("*"))', 'for p in path.rglob("*")', LOADING_TESTS),
+        Mutation(FILES, "for file in sorted(_walk(path))", "for file in _walk(path)", FILE_TESTS),
+        # files without the name of a split lost
+        Mutation(FILES, 'return "train"', 'return "others"', FILE_TESTS),
+        Mutation(FILES, 'words.find(f" {name} ")', "words.find(name)", FILE_TESTS),
+        # another layout from some row on
+        Mutation(LOADING, "if layout != source.layout:", "if False:", LOADING_TESTS),
+        # columns of the right names
+        Mutation(LOADING, " or dataset.info.description != _MARK", "", LOADING_TESTS),
+        # pairs without a weight count nothing
+        Mutation(LOADING, "weight = 1.0 if", "weight = 0.0 if", LOADING_TESTS),
+        Mutation(MIXTURES, "math.floor(share * size + 0.5)", "math.floor(share * size)", MIXTURE_TESTS),
+        # one choice for all datasets
+        Mutation(MIXTURES, "default_rng([seed, place])", "default_rng(seed)", MIXTURE_TESTS),
         # nothing held out
         Mutation(
             LOADING,
@@ -672,7 +750,62 @@ MUTATIONS = {
         # prompts on both sides of the split
         Mutation(LOADING, "held_out += prompts[place]", "held_out.append(prompts[place][0])", LOADING_TESTS),
         # EOS after the end of a turn
-        Mutation(TOKENS, "text.chosen.rstrip().endswith(special)", "text.chosen.endswith(special)", LOADING_TESTS),
+        Mutation(
+            RENDERING,
+            "closing.rstrip().endswith(self.template.special)",
+            "closing.endswith(self.template.special)",
+            RENDERING_TESTS,
+        ),
+        # any special token for EOS
+        Mutation(RENDERING, "text.rstrip().endswith(self.eos)", "text.rstrip().endswith(self.special)", TOKEN_TESTS),
+        # what a template loses
+        Mutation(RENDERING, "if ours and part.what != CHANGES_SPACE:", "if False:", MARKS_TESTS),
+        Mutation(
+            MARKS, "if length is None or (number in found and field.kind != CALLS):", "if length is None:", MARKS_TESTS
+        ),
+        Mutation(
+            MARKS,
+            "if render([*messages[:message], silenced",
+            "if not render([*messages[:message], silenced",
+            MARKS_TESTS,
+        ),
+        # a text that occurs elsewhere taken for it
+        Mutation(
+            MARKS,
+            "text.find(variant, max(0, end - len(variant)), start + len(variant))",
+            "text.find(variant)",
+            MARKS_TESTS,
+        ),
+        # to Python, 1 is True
+        Mutation(RENDERING, "json.dumps(said) == json.dumps(also_said)", "said == also_said", MARKS_TESTS),
+        # the prompt's last text trained on, or the response's first cut off
+        Mutation(
+            RENDERING,
+            "return opening, [a + len(tail) for a, _ in at]",
+            "return opening, [a for a, _ in at]",
+            RENDERING_TESTS,
+        ),
+        Mutation(RENDERING, "at.append((place_end, begin))", "at.append((end, begin))", RENDERING_TESTS),
+        # a turn that the prompt begins
+        Mutation(
+            RENDERING,
+            'begun["content"] + first["content"]',
+            'begun["content"] + first["content"].strip()',
+            RENDERING_TESTS,
+        ),
+        # which turns count
+        Mutation(RENDERING, 'train = message.get("train", ', 'train = message.get("", ', RENDERING_TESTS),
+        Mutation(RENDERING, '_FLAGS = ("train", "weight")', '_FLAGS = ("train",)', RENDERING_TESTS),
+        Mutation(RENDERING, "return max(end, len(closed.rstrip()))", "return len(closed)", RENDERING_TESTS),
+        # weights that stay where their tokens were cut
+        Mutation(TOKENS, "chosen.weights[: len(ids[1])]", "chosen.weights", TOKEN_TESTS),
+        # pairs of which nothing is trained
+        Mutation(
+            TOKENS,
+            "if not dropped and not all(map(any, weights)):",
+            "if not dropped and not any(map(any, weights)):",
+            TOKEN_TESTS,
+        ),
         # dropped rows counted as altered
         Mutation(
             TOKENS,
@@ -700,7 +833,10 @@ MUTATIONS = {
     "training": [
         # scales forgotten
         Mutation(LOOP, "accelerator.backward(loss * share)", "accelerator.backward(loss)", STEPS),
-        Mutation(SETUP, "yield micro, share * len(micro),", "yield micro, share,", STEPS),
+        Mutation(SETUP, "float(share * weight[micro].sum())", "float(share)", STEPS),
+        Mutation(SETUP, "share * weight[micro].sum()", "share * len(micro)", SHARES),
+        Mutation(SETUP, "processes / weight[rows].sum()", "processes / weight[mine].sum()", SHARES),
+        Mutation(STATE, 'weight if name == "loss" else pairs', "pairs", SHARES),
         Mutation(
             POLICY,
             "loss = loss + self.head.aux_loss_coef * aux_loss",
@@ -736,7 +872,11 @@ MUTATIONS = {
             LOOP, "config.max_grad_norm or math.inf", "config.max_grad_norm", "training/test_loop.py -k 'divergence'"
         ),
         # a mean over other pairs
-        Mutation(LOOP, 'run.lengths["chosen_ids"][rows].mean()', 'run.lengths["chosen_ids"].mean()', STEPS),
+        Mutation(LOOP, "run.sizes.mean_chosen_length(rows)", "run.sizes.mean_chosen_length()", STEPS),
+        Mutation(PAIRS, "self.chosen[rows], weights=self.weight[rows]", "self.chosen[rows]", SHARES),
+        # what weighs nothing
+        Mutation(PAIRS, "pairs.select(np.flatnonzero(weights))", "pairs", SHARES),
+        Mutation(PAIRS, "weights[weights > 0] / weights.max()", "weights[weights > 0]", SHARES),
         # the optimizer
         Mutation(
             SETUP,
@@ -774,7 +914,13 @@ MUTATIONS = {
         Mutation(CHECKPOINT, 'if row["step"] <= step]', 'if row["step"] < step]', RESUMED),
         Mutation(STATE, "== 0 or self.finished", "== 0", STEPS),
         # 16 before 8
-        Mutation(CHECKPOINT, "sorted(found, key=_step)", "sorted(found)", RESUMED),
+        Mutation(CHECKPOINT, "if _is_ours(path)), key=_step)", "if _is_ours(path)))", CHECKPOINTS),
+        # damage
+        Mutation(CHECKPOINT, "_sha256(file) == sums[file.name]", "True", CHECKPOINTS),
+        Mutation(CHECKPOINT, "for path in reversed(checkpoints):", "for path in checkpoints[-1:]:", CHECKPOINTS),
+        Mutation(CHECKPOINT, 'if _step(other) <= progress["step"]]', "]", CHECKPOINTS),
+        Mutation(CHECKPOINT, "if path.is_dir() and _NAME.fullmatch(path.name)]", "if path.is_dir()]", CHECKPOINTS),
+        Mutation(STATE, "if damaged := damaged_weights(run.weights.items()):", "if damaged := '':", PARTS),
         # half a line
         Mutation(CHECKPOINT, ' if line.endswith("\\n")]', "]", RESUMED),
         # the best
@@ -784,9 +930,9 @@ MUTATIONS = {
         ),
         # metrics
         Mutation(
-            STATE,
-            "self.tokens += 2 * prompts + chosen + rejected",
-            "self.tokens += prompts + chosen + rejected",
+            PAIRS,
+            "2 * prompts + responses[0] + responses[1]",
+            "prompts + responses[0] + responses[1]",
             "training/test_state.py",
         ),
         Mutation(
@@ -832,11 +978,15 @@ MUTATIONS = {
         # settings without effect
         Mutation(POLICY, '            "temperature": config.temperature,\n', "", "training/test_state.py -k 'cached'"),
         Mutation(
-            REFERENCE,
-            "                temperature=self.config.temperature,\n",
-            "",
-            "training/test_state.py -k 'cached'",
+            REFERENCE, "                    temperature=config.temperature,\n", "", "training/test_state.py -k 'cached'"
         ),
+        Mutation(SETUP, "self.policy_loss.gradients if torch.is_grad_enabled() else ()", "()", PARTS),
+        # a first step that learns nothing
+        Mutation(SETUP, "(step + 1) / (self.warmup_steps + 1)", "step / (self.warmup_steps + 1)", PARTS),
+        # dropout where it is a number, in a layer, in a configuration
+        Mutation(POLICY, '("drop" in name.lower() or (is_layer and name == "p"))', '(is_layer and name == "p")', PARTS),
+        Mutation(POLICY, ' or (is_layer and name == "p")', "", PARTS),
+        Mutation(POLICY, 'elif _is_number(value) and "drop" in str(name).lower():', "elif False:", PARTS),
         Mutation(
             POLICY,
             'options |= {"chunk_bytes": config.chunk_bytes, "mean',
@@ -851,11 +1001,41 @@ MUTATIONS = {
         ),
         # what settings mean
         Mutation(
-            CONFIG,
+            VALUES,
             "if isinstance(value, bool) or not isinstance(value, (int, float, str)):",
             "if not isinstance(value, (int, float, str)):",
             "training/test_config.py",
         ),
+        Mutation(VALUES, '"," not in value or Path(value).expanduser().exists()', "False", "training/test_config.py"),
+        Mutation(CONFIG, "and not (values and rest[0].endswith(SETTINGS_FILES))", "", "training/test_config.py"),
+        # files that are not named
+        Mutation(
+            CONFIG,
+            "    except UnicodeDecodeError as error:",
+            "    except ImportError as error:",
+            "training/test_config.py",
+        ),
+        Mutation(
+            TOKENIZER,
+            "    except UnicodeDecodeError as error:",
+            "    except ImportError as error:",
+            "training/test_pairs.py",
+        ),
+        # the wrong words, and the wrong pairs
+        Mutation(PAIRS, "SETTINGS.get(argument, argument)", "argument", "training/test_pairs.py"),
+        Mutation(PAIRS, 'f"{which}: no preference", 1)', '"no preference", 1)', "training/test_pairs.py"),
+        # what a terminal obeys
+        Mutation(PREVIEW, '_INVISIBLE = ("Cc", "Cf",', '_INVISIBLE = ("Cc",', "data/test_preview.py"),
+        Mutation(
+            PREVIEW,
+            "if text.startswith(before) else decode(list(ids[start:end]))",
+            "if False else decode(list(ids[start:end]))",
+            "data/test_preview.py",
+        ),
+        Mutation(
+            PREVIEW, "if high // width - low // width < BINS)", "if high - low < BINS * width)", "data/test_preview.py"
+        ),
+        Mutation("dpo_kernels/cli.py", 'and not os.environ.get("NO_COLOR")', "", "test_cli.py -k 'terminal'"),
         # a wrong default
         Mutation(
             CONFIG,
@@ -865,10 +1045,31 @@ MUTATIONS = {
         ),
     ],
     "TRL and what other libraries call": [
-        Mutation(f"{TRL}/_dpo.py", "trainer.label_smoothing if smoothed else 0.0,", "trainer.label_smoothing,", DPO),
+        Mutation(
+            f"{TRL}/_dpo.py", "trainer.label_smoothing if smoothed else 0.0,", "trainer.label_smoothing,", FAITHFUL
+        ),
         Mutation(f"{TRL}/_dpo.py", "    labels[:, 0] = -100  #", "    #", "trl/test_models.py -k 'virtual'"),
-        # metrics of all steps so far
-        Mutation(f"{TRL}/_metrics.py", "recorded(trainer).pop(mode, [])", "recorded(trainer).get(mode, [])", DPO),
+        # metrics of all steps so far, and of none that was read before
+        Mutation(f"{TRL}/_metrics.py", "batches, self.batches = self.batches, ()", "batches = self.batches", DPO),
+        Mutation(f"{TRL}/_metrics.py", "        self.read()\n            return", "        return", FAITHFUL),
+        # tokens counted twice, and never
+        Mutation(f"{TRL}/_metrics.py", "vars(trainer).pop(COUNTS, [])", "vars(trainer).get(COUNTS, [])", FAITHFUL),
+        # another trainer's autocast
+        Mutation(f"{TRL}/_dpo.py", "    with self.accelerator.autocast():  #", "    if True:  #", AGAIN),
+        # a trainer of before
+        Mutation(f"{TRL}/_head.py", 'if not hasattr(self, "_dpo_kernels_head"):', "if False:", AGAIN),
+        # another's head on top
+        Mutation(f"{TRL}/_head.py", "                restore_fused_lm_head(model)", "                pass", AGAIN),
+        # what is scored for what TRL counts
+        Mutation(f"{TRL}/_dpo.py", "(mask != 0).sum(1)}", "(mask[:, 1:] != 0).sum(1)}", FAITHFUL),
+        # a reference summed otherwise
+        Mutation(
+            f"{TRL}/_dpo.py", "model(**scored, reference=reference).logps", "model(**scored).log_probs.sum(1)", FAITHFUL
+        ),
+        # a weight of 0 that counts
+        Mutation(
+            f"{TRL}/_dpo.py", 'mask = mask.masked_fill(weights["token_weights"] == 0, 0)', "pass", "trl/test_weights.py"
+        ),
         # a baseline below 0
         Mutation(
             f"{TRL}/_kto.py",
@@ -893,7 +1094,12 @@ MUTATIONS = {
             f"{TRL}/_head.py", "for name, value in before.items():", "for name, value in {}.items():", f"{OTHERS} {DPO}"
         ),
         # a first batch that is not logged
-        Mutation(f"{TRL}/_verify.py", "        recorded(trainer).update(kept)", "        pass", f"{OTHERS} {DPO}"),
+        Mutation(
+            f"{TRL}/_verify.py",
+            "        trainer._metrics, trainer._total_train_tokens = before",
+            "        _, trainer._total_train_tokens = before",
+            f"{OTHERS} {DPO}",
+        ),
         # NaN agrees with everything
         Mutation(
             f"{TRL}/_verify.py",
