@@ -487,6 +487,7 @@ def split_train_eval(
     if not rest:
         raise ValueError(
             f"dataset: {len(dataset)} rows with {len(prompts)} different prompts leave nothing to train on "
-            "beside held-out pairs: give those as a dataset of their own, or train without evaluation"
+            "beside held-out pairs: give those as a dataset of their own (eval_dataset), or train without evaluation "
+            "(eval_fraction: 0)"
         )
     return dataset.select(rest), dataset.select(sorted(held_out))
