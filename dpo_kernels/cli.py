@@ -114,8 +114,10 @@ def _main(arguments: Sequence[str] | None) -> int:
             return COMMANDS[parsed.command][1](parsed)
         options = vars(parsed)
         name, path, show_traceback = (options.pop(key) for key in ("command", "config", "traceback"))
-        pairs = options.pop("pairs", None)
+        pairs = options.pop("pairs", 0)
         config = load_config(path, options)
+        if pairs < 0:
+            raise ValueError(f"pairs: expected a number of at least 0, got {pairs}")
         require_packages(config, data_alone=name == "preview")
     except BrokenPipeError:
         raise

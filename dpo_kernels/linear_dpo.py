@@ -12,6 +12,7 @@ from dpo_kernels.dispatch import choose, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.logps import (
+    DTYPES,
     check_linear_inputs,
     check_num_labelled,
     check_stats,
@@ -145,8 +146,8 @@ def linear_dpo_loss(
         lengths: [S] what "ipo" and "sigmoid_norm" divide by instead, in tokens. With `shift` the first token of a
             sequence has no position that predicts it, and so does not count unless it is counted here.
         pair_weights: [B], finite and at least 0: the loss is sum_b w_b losses_b / sum_b w_b, or 0 if all are 0. Weight
-            0 is as good as no such pair, weight 2 as good as the pair twice. Not for "aot" and "aot_unpaired". Through
-            neither kind of weights does a gradient go.
+            0 is as good as no such pair (if its hidden states are finite), weight 2 as good as the pair twice. Not for
+            "aot" and "aot_unpaired". Through neither kind of weights does a gradient go.
         chunk_bytes: what the logits of one group, and a dW accumulator in fp32 where the head is of lower precision and
             there are several groups, may take together; 1 GiB if None. A single group keeps the logits of H rows (H / 2
             in half precision) in the memory of dW instead. 0 always takes the path of 4 products.
@@ -159,9 +160,9 @@ def linear_dpo_loss(
     check_num_labelled(num_labelled)
     check_stats(stats)
     _check_pairs(hidden, ref_logps, chunk_bytes)
-    _check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
-    _check_weights("pair_weights", pair_weights, hidden, (hidden.shape[0] // 2,))
-    _check_weights("lengths", lengths, hidden, (hidden.shape[0],))
+    check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
+    check_weights("pair_weights", pair_weights, hidden, (hidden.shape[0] // 2,))
+    check_weights("lengths", lengths, hidden, (hidden.shape[0],))
     options = _LossOptions(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, ld_alpha, use_weighting,
         mean_chosen_length, ignore_index, tuple(stats),
@@ -177,11 +178,10 @@ def linear_dpo_loss(
     impl = choose(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
     dtype = accumulate_dtype(compute_dtype)
-    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     waits = num_labelled is None
-    if token_weights is not None:
-        token_weights = token_weights.to(dtype).masked_fill(labels == ignore_index, 0)
-        _check_weight_values("token_weights", token_weights, waits)
+    labels, token_weights = labels_and_weights(labels, token_weights, ignore_index, shift, dtype, waits)
+    if lengths is not None:
+        _check_weight_values("lengths", lengths, waits)
     shares = None
     if pair_weights is not None:
         _check_weight_values("pair_weights", pair_weights, waits)
@@ -231,6 +231,17 @@ def linear_dpo_loss(
     )
 
 
+def labels_and_weights(
+    labels: Tensor, token_weights: Tensor | None, ignore_index: int, shift: bool, dtype: torch.dtype, waits: bool
+) -> tuple[Tensor, Tensor | None]:
+    """At the positions that predict them; weights are 0 where there is no label."""
+    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
+    if token_weights is not None:
+        token_weights = token_weights.to(dtype).masked_fill(labels == ignore_index, 0)
+        _check_weight_values("token_weights", token_weights, waits)
+    return labels, token_weights
+
+
 def takes_groups(names: Sequence[str], dtypes: Sequence[torch.dtype]) -> bool:
     """Whether the loss is a mean over pairs, and its gradients may be formed before the incoming one is known."""
     return BATCH_LOSSES.isdisjoint(names) and torch.float16 not in dtypes and not torch.compiler.is_compiling()
@@ -240,10 +251,15 @@ def transform_options(transform: LogitTransform) -> dict[str, Any]:
     return {"logit_scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
 
 
-def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> None:
+def check_paired(hidden: Tensor) -> None:
     sequences = hidden.shape[0]
     if sequences == 0 or sequences % 2:
         raise ValueError(f"hidden: expected an even number of sequences, chosen then rejected, got {sequences}")
+
+
+def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> None:
+    check_paired(hidden)
+    sequences = hidden.shape[0]
     if not isinstance(ref_logps, Tensor):
         raise ValueError(f"ref_logps: expected a tensor, got {type(ref_logps).__name__}")
     if ref_logps.shape != (sequences,):
@@ -252,19 +268,20 @@ def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> 
         raise ValueError(f"ref_logps: expected a floating point dtype, got {ref_logps.dtype}")
     if ref_logps.device != hidden.device:
         raise ValueError(f"ref_logps: expected device {hidden.device}, that of hidden, got {ref_logps.device}")
-    if chunk_bytes is not None and not chunk_bytes >= 0:
-        raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes}")
+    if chunk_bytes is not None and not (isinstance(chunk_bytes, (int, float)) and chunk_bytes >= 0):
+        raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes!r}")
 
 
-def _check_weights(name: str, weights: object, hidden: Tensor, shape: tuple[int, ...]) -> None:
+def check_weights(name: str, weights: object, hidden: Tensor, shape: tuple[int, ...]) -> None:
     if weights is None:
         return
     if not isinstance(weights, Tensor):
         raise ValueError(f"{name}: expected a tensor or None, got {type(weights).__name__}")
     if tuple(weights.shape) != shape:
         raise ValueError(f"{name}: expected shape {list(shape)}, got {list(weights.shape)}")
-    if weights.is_complex():
-        raise ValueError(f"{name}: expected real numbers, got {weights.dtype}")
+    if weights.dtype not in _WEIGHTS or weights.layout != torch.strided:
+        kind = weights.dtype if weights.layout == torch.strided else weights.layout
+        raise ValueError(f"{name}: expected floating-point numbers, integers or bool, dense, got {kind}")
     if weights.device != hidden.device:
         raise ValueError(f"{name}: expected device {hidden.device}, that of hidden, got {weights.device}")
     if weights.requires_grad and torch.is_grad_enabled():
@@ -275,11 +292,12 @@ def _check_weights(name: str, weights: object, hidden: Tensor, shape: tuple[int,
 
 
 def _check_weight_values(name: str, weights: Tensor, waits: bool) -> None:
-    """As `labelled_rows` does: on a CUDA device that is not to be waited for, by an assertion."""
-    if torch.compiler.is_compiling():
-        return
+    """As `labelled_rows` does: on a CUDA device that is not to be waited for, and in a compiled call, by an
+    assertion."""
     wrong = ~((weights >= 0) & (weights < float("inf")))  # NaN is neither
-    if waits or weights.device.type == "cpu":
+    if torch.compiler.is_compiling():
+        torch._assert_async(~wrong.any(), f"{name}: expected finite numbers of at least 0")
+    elif waits or weights.device.type == "cpu":
         if wrong.any():
             place = torch.nonzero(wrong)[0].tolist()
             where = ", ".join(f"{what} {i}" for what, i in zip(_PLACES[name], place, strict=True))
@@ -291,7 +309,8 @@ def _check_weight_values(name: str, weights: Tensor, waits: bool) -> None:
         torch._assert_async(~wrong.any(), f"{name}: expected finite numbers of at least 0")
 
 
-_PLACES = {"token_weights": ("sequence", "position"), "pair_weights": ("pair",)}
+_PLACES = {"token_weights": ("sequence", "position"), "pair_weights": ("pair",), "lengths": ("sequence",)}
+_WEIGHTS = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _shares(pair_weights: Tensor) -> Tensor:
@@ -324,8 +343,8 @@ class _Given(NamedTuple):
         return _Given(cut(self.labels), cut(self.ref_logps), weights, lengths, shares, self.pairs)
 
     def mean(self, losses: Tensor) -> Tensor:
-        """[] what these losses [b] are of the mean over all pairs. Of a pair without weight nothing is in it, finite or
-        not, nor in its gradient."""
+        """[] what these losses [b] are of the mean over all pairs. Of a pair without weight nothing is in it, nor in
+        the gradients of log-probabilities, finite or not."""
         if self.shares is None:
             return losses.sum() / self.pairs
         return torch.where(self.shares > 0, losses * self.shares, 0).sum()

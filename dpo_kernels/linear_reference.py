@@ -10,15 +10,15 @@ from torch import Tensor
 from dpo_kernels.dispatch import choose, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
-from dpo_kernels.linear_dpo import DEFAULT_CHUNK_BYTES, response_logps, takes_groups
-from dpo_kernels.logps import (
-    SequenceLogps,
-    check_linear_inputs,
-    check_num_labelled,
-    check_reduction,
-    linear_compute_dtype,
-    prepare_labels,
+from dpo_kernels.linear_dpo import (
+    DEFAULT_CHUNK_BYTES,
+    check_paired,
+    check_weights,
+    labels_and_weights,
+    response_logps,
+    takes_groups,
 )
+from dpo_kernels.logps import SequenceLogps, check_linear_inputs, check_num_labelled, linear_compute_dtype
 from dpo_kernels.pair_groups import pair_major, plan_groups
 from dpo_kernels.rows import check_finite, labelled_rows
 
@@ -68,20 +68,21 @@ def linear_reference_logps(
     """
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     check_num_labelled(num_labelled)
-    check_reduction(labels, token_weights, "sum", (), num_labelled)
+    check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
     if isinstance(gradients, str) or not set(gradients) <= set(GRADIENTS):
         raise ValueError(f"gradients: expected some of {list(GRADIENTS)}, got {gradients!r}")
     impl = choose(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
     dtype = accumulate_dtype(compute_dtype)
-    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
-    if token_weights is not None:
-        token_weights = token_weights.to(dtype).masked_fill(labels == ignore_index, 0)
+    waits = num_labelled is None
+    labels, token_weights = labels_and_weights(labels, token_weights, ignore_index, shift, dtype, waits)
     transform = LogitTransform(float(logit_scale), softcap, float(temperature))
     names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
 
     rows, groups = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled), None
     pairs, of_head, dweight = labels.shape[0] // 2, {"weight", "bias"}.intersection(gradients), "weight" in gradients
+    if of_head or ld_alpha is not None:
+        check_paired(hidden)
     if of_head and takes_groups(names, (compute_dtype, weight.dtype, hidden.dtype)):
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         groups = plan_groups(rows, pairs, weight, dtype, budget, impl, dweight=dweight)
@@ -89,7 +90,7 @@ def linear_reference_logps(
         rows = pair_major(rows, pairs)
     x, y = hidden[rows.sequence, rows.position], labels[rows.sequence, rows.position]
     if check_hidden:
-        check_finite(x, rows, waits=num_labelled is None)
+        check_finite(x, rows, waits)
     operands = load(impl), x, weight, bias, y, transform
     with torch.autocast(hidden.device.type, enabled=False):
         if groups is not None:  # path C

@@ -295,6 +295,8 @@ def check_reduction(
     labels: Tensor, token_weights: Tensor | None, reduction: str, stats: Sequence[str], num_labelled: int | None
 ) -> None:
     check_num_labelled(num_labelled)
+    if token_weights is not None:
+        _check_tensor("token_weights", token_weights)
     if token_weights is not None and token_weights.shape != labels.shape:
         raise ValueError(f"token_weights: expected shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
     if reduction not in ("sum", "mean"):

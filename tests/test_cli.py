@@ -127,7 +127,7 @@ def test_a_preview_takes_a_file_and_all_flags_of_train(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
-        (["-n", -1], 1, "pairs: expected a number of at least 0, got -1"),
+        (["-n", -1], 2, "pairs: expected a number of at least 0, got -1"),
         (["--dataset", "none.jsonl"], 1, "dataset: there is no file or directory 'none.jsonl'"),
         (["--learning-rat", 1], 2, "unknown flag '--learning-rat'; did you mean '--learning-rate'?"),
         (["--train-on", "first"], 2, "train_on: expected one of all, last, got 'first'"),

@@ -283,6 +283,14 @@ def test_weights_compile():
 
 
 @pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+def test_weights_are_checked_in_compiled_calls():
+    inputs = head_inputs(6, 9)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="pair_weights: expected finite numbers of at least 0"):
+        compiled(inputs, pair_weights=torch.tensor([1.0, -1.0, 1.0]))
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
 def test_weights_are_checked():
     inputs, ones, one = head_inputs(6, 9), torch.ones(3), torch.ones(6, 9)
     labelled = torch.nonzero(inputs.labels != -100)[3].tolist()
@@ -302,7 +310,11 @@ def test_weights_are_checked():
         ({"pair_weights": torch.tensor([1, -1, -1])}, r"finite numbers of at least 0, got -1 for pair 1 \(2 such"),
         ({"pair_weights": torch.tensor([1.0, 1.0, torch.nan])}, "pair_weights: expected finite.*got nan for pair 2"),
         ({"pair_weights": torch.tensor([torch.inf, 1.0, 1.0])}, "pair_weights: expected finite.*got inf for pair 0"),
-        ({"pair_weights": ones.to(torch.complex64)}, "pair_weights: expected real numbers, got torch.complex64"),
+        ({"pair_weights": ones.to(torch.complex64)}, "pair_weights: expected floating-point .* got torch.complex64"),
+        ({"pair_weights": ones.to(torch.uint16)}, "pair_weights: expected floating-point .* got torch.uint16"),
+        ({"pair_weights": ones.to_sparse()}, "pair_weights: expected .* dense, got torch.sparse_coo"),
+        ({"lengths": -torch.ones(6)}, "lengths: expected finite numbers of at least 0, got -1.0 for sequence 0"),
+        ({"lengths": ones.repeat(2) * torch.nan}, "lengths: expected finite numbers of at least 0, got nan"),
         ({"pair_weights": ones.to("meta")}, "pair_weights: expected device .*that of hidden, got meta"),
         ({"pair_weights": ones.clone().requires_grad_()}, "pair_weights: expected weights that need no gradient"),
         ({"pair_weights": ones, "loss_type": "aot"}, "pair_weights: expected None for loss_type 'aot', which sorts"),

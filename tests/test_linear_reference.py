@@ -103,8 +103,21 @@ def test_sequences_that_are_no_pairs_and_have_no_labels(impl):
     found = linear_reference_logps(inputs.hidden, inputs.weight, inputs.labels, gradients=("hidden",))
     assert found.logps[1] == 0 and found.logps.shape == (3,)
     inputs.labels[:] = -100
-    found = linear_reference_logps(inputs.hidden, inputs.weight, inputs.labels, gradients=("hidden", "weight"))
+    found = linear_reference_logps(inputs.hidden, inputs.weight, inputs.labels, gradients=("hidden",))
     assert (found.logps == 0).all()
+    for options in ({"gradients": ("weight",)}, {"gradients": ("bias",)}, {"gradients": (), "ld_alpha": 0.5}):
+        with pytest.raises(ValueError, match="hidden: expected an even number of sequences.* got 3"):
+            linear_reference_logps(inputs.hidden, inputs.weight, inputs.labels, **options)
+    two = inputs.hidden[:2], inputs.weight, inputs.labels[:2]
+    assert (linear_reference_logps(*two, gradients=("hidden", "weight")).logps == 0).all()
+
+
+@ON_TORCH
+def test_weights_are_checked_as_the_policys(impl):
+    inputs = head_inputs(2, 5, 16, 123)
+    for weights, message in ((-torch.ones(2, 5), "got -1.0"), (torch.ones(2, 5) * math.nan, "got nan"), ([1], "list")):
+        with pytest.raises(ValueError, match=f"token_weights: expected .*{message}"):
+            linear_reference_logps(inputs.hidden, inputs.weight, inputs.labels, gradients=(), token_weights=weights)
 
 
 @ON_TORCH

@@ -176,7 +176,8 @@ def tokenize_preferences(
             f"tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat template, which "
             "conversations need: set tokenizer.chat_template, or take the tokenizer of the instruct model"
         )
-    ours = {"conversation", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
+    ours = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
+    ours |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
     if reserved := ours & set(template_kwargs):
         raise ValueError(f"chat_template_kwargs: {', '.join(sorted(reserved))} are set by tokenize_preferences")
     settings = {

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.models.operands import HeadOperands, class_of, name_of
+from dpo_kernels.models.through_wrappers import is_of_a_library, without_partial
 
 TOKENS, ENTRIES, BLOCK = 130, 64, 4096
 # Where configs keep for how many positions a model has room.
 _ROOM = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_target_positions", "context_length")
 _LARGE = 30.0  # the usual cap, for the case that the model has one which the config keeps under a name unknown to us
-_LIBRARIES = {"accelerate", "deepspeed", "dpo_kernels", "peft", "torch"}  # their hooks do what these are there for
 
 
 class CheckFailed(ValueError):
@@ -71,22 +71,45 @@ def readings(
     candidates = itertools.product((head.logit_scale, 1 / head.logit_scale, 1.0), (head.softcap, None))
     for scale, cap in [(head.logit_scale, head.softcap)] if settled else candidates:
         if all(bool(each.all()) for pair in run.agreement(scale, cap) for each in pair):
+            if any(bool((each.isnan() | each.isposinf()).any()) for each in run.products):
+                raise NotFinite(
+                    f"the head of {name_of(head.model)} gives logits that are not finite, of hidden states that are: "
+                    "there is NaN or infinity in its weights"
+                )
             return scale, cap
-    if not all(bool(each.isfinite().all()) for each in run.products):
-        raise NotFinite(
-            f"the head of {name_of(head.model)} gives logits that are not finite, of hidden states that are: there is "
-            "NaN or infinity in its weights"
-        )
     raise CheckFailed(run.difference())
 
 
-def hooks_of(*modules: nn.Module) -> tuple[Any, ...]:
-    """The code of hooks on the modules, and of forwards of their own: the same if a hook goes and comes back."""
-    found: list[Any] = []
-    for module in modules:
-        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), vars(module).get("forward")]
-        found += [getattr(_function(hook), "__code__", type(hook)) for hook in hooks if hook is not None]
-    return tuple(found)
+def what_is_done_by(*found: nn.Module | Callable[..., Any] | None) -> tuple[Any, ...]:
+    """By hooks on modules, and by functions: the same if a hook goes and comes back."""
+    done: list[Any] = []
+    for each in found:
+        if isinstance(each, nn.Module):
+            done += map(_does, (*each._forward_pre_hooks.values(), *each._forward_hooks.values()))
+        elif each is not None:
+            done.append(_does(each))
+    return tuple(done)
+
+
+def _does(hook: Any) -> tuple[Any, ...]:
+    """Its code and, if it is no library's, what it is called with: numbers as such, other things as the same ones."""
+    function = without_partial(hook)
+    code = getattr(function, "__code__", type(function))
+    if is_of_a_library(hook):
+        return (code,)
+    given = [*getattr(hook, "args", ()), *getattr(hook, "keywords", {}).values()]
+    given += [cell.cell_contents for cell in getattr(function, "__closure__", None) or () if _is_filled(cell)]
+    given += [*(getattr(function, "__defaults__", None) or ()), getattr(function, "__self__", None)]
+    if not hasattr(function, "__code__"):
+        given.append(function)
+    return code, tuple(each if isinstance(each, str | float | int | None) else id(each) for each in given)
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
 
 
 def _first_that_works(head: Head, forward: Callable[..., Any], given: dict[str, Any] | None) -> _Run:
@@ -303,7 +326,7 @@ def _agree(ours: Tensor, own: Tensor, unit: float) -> tuple[Tensor, Tensor]:
     """Which of the logits [T, V] are the same if each was rounded a few times, by `unit` of itself and of the sums that
     it came from; and in which rows [T, 1] they are as a whole: rounding is of both signs, so that a factor shows where
     no entry is out of bounds."""
-    same = ours.isneginf() & (ours == own)  # no chance, says the bias of entries that are none
+    same = ~ours.isfinite() & ((ours == own) | (ours.isnan() & own.isnan()))  # -inf: no chance, says the bias
     ours, own = ours.masked_fill(same, 0.0), own.masked_fill(same, 0.0)
     squares = ours.square().sum(-1, keepdim=True)
     size = own.abs() + (squares / ours.shape[-1]).sqrt()
@@ -370,11 +393,13 @@ def _numbers(config: Any) -> Iterator[int]:
 
 
 @contextmanager
-def _layers_in_evaluation(model: nn.Module, output_layer: nn.Module) -> Iterator[None]:
+def _layers_in_evaluation(model: Any, output_layer: nn.Module) -> Iterator[None]:
     """Evaluation mode for what has no part in the head, or is random by design: the layers of towers, statistics of
     batches, and adapters on the output layer. Then for each module the mode that it had."""
-    still = [each for module in model.modules() if isinstance(module, nn.ModuleList) for each in module.modules()]
-    still = [each for each in still if each is not output_layer]
+    base = getattr(model, "base_model", model)
+    towers = [base] if isinstance(base, nn.Module) and base is not model else list(model.children())
+    lists = [each for tower in towers for each in tower.modules() if isinstance(each, nn.ModuleList)]
+    still = [each for found in lists for each in found.modules() if each is not output_layer]
     still += [each for each in model.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
     if class_of(output_layer).__module__.startswith("peft."):
         still += output_layer.modules()
@@ -417,19 +442,8 @@ def _named_hooks(module: nn.Module, *, inside: bool = True) -> str:
     kinds: dict[str, list[str]] = {"forward pre-hook": [], "forward hook": []}
     for each in module.modules() if inside else [module]:
         for kind, hooks in zip(kinds, (each._forward_pre_hooks, each._forward_hooks), strict=True):
-            functions = [_function(hook) for hook in hooks.values()]
-            kinds[kind] += [_named(each) for each in functions if _root(each) not in _LIBRARIES]
+            kinds[kind] += [_named(without_partial(hook)) for hook in hooks.values() if not is_of_a_library(hook)]
     return " and ".join(f"the {kind} {', '.join(names)}" for kind, names in kinds.items() if names)
-
-
-def _function(hook: Any) -> Any:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return hook
-
-
-def _root(function: Any) -> str:
-    return str(getattr(function, "__module__", "")).partition(".")[0]
 
 
 def _named(function: Any) -> str:

@@ -97,7 +97,11 @@ class FusedOutput(ModelOutput):
     join: Any = None  # gives the attributes, of what became of those
 
     def __getitem__(self, key: Any) -> Any:
-        return getattr(self, key) if isinstance(key, str) else super().__getitem__(key)
+        if not isinstance(key, str):
+            return super().__getitem__(key)
+        if key not in self:
+            raise KeyError(f"{key!r}, expected one of {sorted(self._found)}")
+        return getattr(self, key)
 
     def __contains__(self, key: object) -> bool:
         return super().__contains__(key) or ("join" in vars(self) and (key == "loss" or key in self._found))
@@ -127,7 +131,7 @@ class FusedOutput(ModelOutput):
         items = found["num_items_in_batch"]
         if items is None:
             items = found["label_mask"].sum().clamp(min=1)
-        loss = -found["log_probs"].sum() / items
+        loss = 0.0 - found["log_probs"].sum() / items
         return loss if found["aux_loss"] is None else loss + found["aux_loss_coef"] * found["aux_loss"]
 
 
@@ -152,10 +156,11 @@ def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",), *, ch
         all_mean_logits: whether to give those too. With a softcap that is a product over all positions.
 
     A head that is there already, this one's or TRL's, is replaced: the latest options hold. A copy of the model, by
-    `copy.deepcopy`, has a head of its own. A model that was pickled comes back without. Forward hooks that the output
-    layer has are not called in such a call, but for those of libraries that wrap or shard models: there are no logits
-    to see, and where a hook changes them the check refuses it. Hidden states that are not finite give log-probabilities
-    that are not.
+    `copy.deepcopy`, has a head of its own; `copy.copy` and the replicas of `nn.DataParallel` share the forward of the
+    model that they come from, as with every forward that is set on a model. A model that was pickled comes back
+    without. Forward hooks that the output layer has are not called in such a call, but for those of libraries that wrap
+    or shard models: there are no logits to see, and where a hook, or one on the model, changes them the check refuses
+    it. Hidden states that are not finite give log-probabilities that are not.
 
     Raises:
         ValueError: the model has no head, or `outputs` has a name that is none of the above; from the forward: the head
@@ -215,6 +220,8 @@ class _Fused:
                 f"{'no labels' if given is None else 'labels'}, {len(args)} input(s) by position, and by keyword "
                 f"{sorted(inputs)}"
             )
+        if given.dim() != 2:
+            raise ValueError(f"fused_lm_head: expected labels or shift_labels [S, T], got {list(given.shape)}")
         if outputs is not None:
             _check_outputs(outputs)
         target = _Target(given, shift_labels is not None)
@@ -232,10 +239,20 @@ class _Fused:
 
     def _check(self, inputs: dict[str, Any]) -> None:
         try:
-            self.head.ensure_checked(self.own, inputs)
+            self.head.ensure_checked(self._as_called, inputs)
         except NotFinite:
             # weights that are NaN by now give log-probabilities and losses that are, for a gradient scaler to see
             return
+
+    def _as_called(self, **inputs: Any) -> Any:
+        """The model's own forward, and what hooks on the model make of its output."""
+        model = self.head.model
+        output = self.own(**inputs)
+        for number, hook in list(model._forward_hooks.items()):
+            with_inputs = number in model._forward_hooks_with_kwargs
+            found = hook(model, (), inputs, output) if with_inputs else hook(model, (), output)
+            output = output if found is None else found
+        return output
 
 
 class _Target:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -59,8 +60,7 @@ class LMHead:
         if not at_output_layer:
             self._base_models()  # a model without a base or a head is an error now rather than at the first step
         self.output_layer()
-        # In which modes, and with which hooks, the head was found to be right.
-        self._checked: set[tuple[bool, tuple[Any, ...]]] = set()
+        self._checked: set[tuple[Any, ...]] = set()  # states of the model in which the head was found to be right
         config = self._config()
         divisor = _number(config, _DIVISORS) or 1.0
         if config.model_type.startswith("hyperclovax"):  # the one family that multiplies by its `logits_scaling`
@@ -263,15 +263,19 @@ class LMHead:
     @torch.compiler.disable
     @torch.no_grad()
     def ensure_checked(self, forward: Callable[..., Any] | None = None, inputs: dict[str, Any] | None = None) -> None:
-        """`check`, unless it has passed in the mode that the model is in and, for a head at the output layer, with the
-        hooks that there are. What was settled then holds."""
+        """`check`, unless it has passed in the mode that the model is in, with the output layer and the hooks that it
+        has. What was settled then holds."""
         if self._state() not in self._checked:
             self._run_check(forward, inputs, settled=bool(self._checked))
 
     def _run_check(self, forward: Callable[..., Any] | None, inputs: dict[str, Any] | None, *, settled: bool) -> None:
         self._refuse_unreachable()
         state, given = self._state(), inputs if self.at_output_layer else None
-        self.logit_scale, self.softcap = check.readings(self, forward or self.model, given, settled=settled)
+        try:
+            self.logit_scale, self.softcap = check.readings(self, forward or self.model, given, settled=settled)
+        except check.NotFinite:  # the rest of it is right: said once
+            self._checked.add(state)
+            raise
         self._checked.add(state)
 
     def _check_again(self) -> None:
@@ -279,9 +283,11 @@ class LMHead:
         if self._checked and not self.at_output_layer:
             self.ensure_checked()
 
-    def _state(self) -> tuple[bool, tuple[Any, ...]]:
-        hooks = check.hooks_of(*self.output_layer().modules()) if self.at_output_layer else ()
-        return self.model.training, hooks
+    def _state(self) -> tuple[Any, ...]:
+        """What has to be as it was when the head was found to be right."""
+        layer = self.output_layer()
+        forwards = [vars(module).get("forward") for module in layer.modules()]
+        return self.model.training, weakref.ref(layer), check.what_is_done_by(self.model, *layer.modules(), *forwards)
 
     def _refuse_unreachable(self) -> None:
         if not (self.at_output_layer or "logits_to_keep" in self._forward_parameters() or self.wrapped is self.model):

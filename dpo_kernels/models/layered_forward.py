@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, Protocol
 
+from dpo_kernels.models.through_wrappers import is_of_a_library
+
 Forward = Callable[..., Any]
 
 
@@ -94,12 +96,15 @@ def _beneath_heads(model: Any, forward: Forward) -> tuple[Forward, int | None]:
 
 
 def _own(model: Any, forward: Forward) -> Forward:
-    """The same beneath every head, where there is one inside: without what wrapped that for an earlier trainer."""
+    """The same beneath every head, where there is one inside: without what a library put around that for an earlier
+    trainer, but with what anybody else did."""
     if hasattr(model, "_hf_hook"):  # accelerate moves inputs between devices there
         return forward
     for function in _wrapped(forward):
         if _is_head(function):
             return _own(model, _beneath_heads(model, MethodType(function, model))[0])
+        if not is_of_a_library(function):
+            return forward
     return forward
 
 

@@ -204,33 +204,54 @@ def _short(name: str) -> str:
     return "-".join(part for part in parts if part not in _SAME_SHAPE)
 
 
-def _from_config(path: Path) -> ModelShape:
+def read_config(path: Path) -> dict[str, Any]:
+    """What a config.json holds.
+
+    Raises:
+        ValueError: there is no such file, or it is no JSON object with a model_type; the message names it.
+    """
     if not path.is_file():
-        raise ValueError(f"model: expected a config.json, found no file {path}")
+        raise ValueError(f"model: expected a config.json, found no file {path} in {Path.cwd()}")
     try:
         config = json.loads(path.read_text(encoding="utf-8-sig"))
-    except ValueError as error:  # what is no JSON, and what is no text
+    except (ValueError, RecursionError) as error:  # what is no JSON, what is no text, and what is nested without end
         raise ValueError(f"model: {path} is no valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"model: {path} must hold an object with a model_type")
-    if config.get("model_type") not in _KINDS and isinstance(config.get("text_config"), dict):
+    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+        raise ValueError(f'model: {path} must be an object with a model_type, such as "qwen2"')
+    return config
+
+
+def _from_config(path: Path) -> ModelShape:
+    config = read_config(path)
+    if config["model_type"] not in _KINDS and isinstance(config.get("text_config"), dict):
         config = config["text_config"]  # of a model that sees images, too
     kind = config.get("model_type")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ValueError(f"model: expected a model_type of {', '.join(_KINDS)} in {path}, got {kind!r}")
     needed, implied = _KINDS[kind]
     missing = [key for key in (*_COMMON_KEYS, *needed) if config.get(key) is None]
     if missing:
         raise ValueError(f"model: {path} lacks {', '.join(missing)}")
-    heads = config["num_attention_heads"]
-    found = {
-        "hidden": config["hidden_size"],
-        "vocab": config["vocab_size"],
-        "layers": config["num_hidden_layers"],
-        "intermediate": config["intermediate_size"],
+
+    def count(key: str, default: int | None = None) -> int:
+        value = config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < 2**40:
+            raise ValueError(f"model: {path}: expected a whole number above 0 as {key}, got {value!r}")
+        return value
+
+    heads = count("num_attention_heads")
+    kv_heads = count(_KV, heads)
+    if heads % kv_heads:
+        raise ValueError(f"model: {path}: expected a divisor of {heads} heads as {_KV}, got {kv_heads}")
+    found: dict[str, Any] = {
+        "hidden": count("hidden_size"),
+        "vocab": count("vocab_size"),
+        "layers": count("num_hidden_layers"),
+        "intermediate": count("intermediate_size"),
         "heads": heads,
-        "kv_heads": config.get(_KV) or heads,
-        "head_dim": config.get(_DIM) or config["hidden_size"] // heads,
+        "kv_heads": kv_heads,
+        "head_dim": count(_DIM, max(1, count("hidden_size") // heads)),
     }
     if kind in ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3") and config.get(
         "attention_bias"
@@ -238,7 +259,13 @@ def _from_config(path: Path) -> ModelShape:
         found |= {"qkv_bias": True, "output_bias": True}
     if kind in ("llama", "smollm3"):
         found["mlp_bias"] = bool(config.get("mlp_bias"))
-    renamed = {"tie_word_embeddings": "tied", "final_logit_softcapping": "softcap"}
-    renamed["attn_logit_softcapping"] = "attention_softcap"
-    found |= {field: config[key] for key, field in renamed.items() if key in config}
+    if "tie_word_embeddings" in config:
+        found["tied"] = config["tie_word_embeddings"]
+        if type(found["tied"]) is not bool:
+            raise ValueError(f"model: {path}: expected true or false as tie_word_embeddings, got {found['tied']!r}")
+    for key, field in {"final_logit_softcapping": "softcap", "attn_logit_softcapping": "attention_softcap"}.items():
+        if key in config:
+            found[field] = cap = config[key]
+            if cap is not None and not (type(cap) in (int, float) and 0 < cap < float("inf")):
+                raise ValueError(f"model: {path}: expected a number above 0 or null as {key}, got {cap!r}")
     return ModelShape(**implied | found)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 Found = TypeVar("Found")
-WRAPPERS = ("accelerate", "deepspeed", "dpo_kernels", "peft", "torch", "transformers")
+# Their hooks and wrappers do what these are there for, and nothing else to the logits.
+LIBRARIES = frozenset({"accelerate", "deepspeed", "dpo_kernels", "peft", "torch", "transformers", "trl"})
 
 
 @contextmanager
@@ -56,7 +57,7 @@ def computed_in(
 def _without_observers(module: nn.Module) -> Iterator[None]:
     hooks = module._forward_hooks
     before = dict(hooks)
-    observers = {number for number, hook in before.items() if not _is_of_a_wrapper(hook)}
+    observers = {number for number, hook in before.items() if not is_of_a_library(hook)}
     for number in observers:
         del hooks[number]
     try:
@@ -67,10 +68,18 @@ def _without_observers(module: nn.Module) -> Iterator[None]:
         hooks.update({number: hook for number, hook in before.items() if number in observers or number in now} | now)
 
 
-def _is_of_a_wrapper(hook: Any) -> bool:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    return str(getattr(hook, "__module__", None)).partition(".")[0] in WRAPPERS
+def without_partial(function: Any) -> Any:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return function
+
+
+def is_of_a_library(function: Any) -> bool:
+    """By where its code is, not by what it says that it wraps."""
+    function = without_partial(function)
+    function = getattr(function, "__func__", function)
+    where = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
+    return str(where).partition(".")[0] in LIBRARIES
 
 
 @contextmanager

@@ -193,7 +193,7 @@ def settle(options: argparse.Namespace, read_training: ReadTraining | None) -> N
         path = Path(named.removeprefix("config:")).expanduser()
         if not path.exists():
             raise ValueError(f"{key}: there is no file {str(path)!r}, which {named!r} names, in {Path.cwd()}")
-        if path.is_dir() or (path.suffix == ".json" and '"model_type"' in path.read_text(errors="replace")):
+        if path.is_dir() or path.suffix == ".json":
             options.model = str(path)
         elif training is not None:
             raise ValueError(f"model: expected a model beside the configuration {training}, got another one: {named!r}")

@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ PREFIX = "checkpoint-"
 WEIGHTS, STATE, PROGRESS = FILES = ("weights.safetensors", "state.pt", "progress.json")
 CHECKSUMS = "SHA256SUMS"  # of FILES, as sha256sum writes and checks them
 _NAME = re.compile(rf"{PREFIX}[0-9]+")
+_SUM = re.compile("[0-9a-f]{64}")
 
 
 @contextmanager
@@ -53,6 +54,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def discard(directory: Path) -> None:
     """Deletes a directory that another process may be looking for: it vanishes at once, not file by file."""
     if directory.exists():
+        if not directory.is_dir():
+            raise ValueError(f"output_dir: expected no file {directory}, in whose place a directory is written")
         grave = directory.with_name(f".{directory.name}.old.tmp")
         if grave.exists():
             shutil.rmtree(grave)
@@ -86,21 +89,24 @@ def _step(path: Path) -> int:
     return int(path.name.removeprefix(PREFIX))
 
 
-def damage(path: Path) -> str:
-    """What is wrong with the files of a checkpoint, by their checksums; "" if nothing is."""
+def damage(path: Path, files: Sequence[str] | None = FILES) -> str:
+    """What is wrong with the files of a checkpoint, or of another directory with checksums (None: of those that it has
+    a checksum of), by these; "" if nothing is."""
     try:
         lines = (path / CHECKSUMS).read_text(encoding="ascii").splitlines()
         sums = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):  # missing, not to be read, or not a checksum and a name a line
         sums = {}
-    problems = [problem for name in (CHECKSUMS, *FILES) if (problem := _problem(path / name, sums))]
-    if problems == [f"{CHECKSUMS} is missing"]:
+    names = tuple(sums) if files is None else tuple(files)
+    complete = bool(sums) and sums.keys() == set(names) and all(map(_SUM.fullmatch, sums.values()))
+    problems = [problem for name in (CHECKSUMS, *names) if (problem := _problem(path / name, complete, sums))]
+    if problems == [f"{CHECKSUMS} is missing"] and files is not None:
         return f"{CHECKSUMS} is missing (versions before this one wrote none, and their schedule was another)"
     return ", ".join(problems)
 
 
-def _problem(file: Path, sums: dict[str, str]) -> str:
-    complete = sums.keys() == set(FILES)
+def _problem(file: Path, complete: bool, sums: dict[str, str]) -> str:
+    """`complete`: the checksums can be what was written."""
     try:
         if not file.exists():
             return f"{file.name} is missing"
@@ -118,6 +124,11 @@ def _sha256(file: Path) -> str:
         while block := stream.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def write_checksums(directory: Path, names: Iterable[str]) -> None:
+    sums = "".join(f"{_sha256(directory / name)}  {name}\n" for name in names)
+    (directory / CHECKSUMS).write_text(sums, newline="\n")
 
 
 def find_checkpoint(output_dir: Path, resume: str, overwrite: bool = False) -> Path | None:
@@ -209,8 +220,7 @@ def save_checkpoint(
         save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
         torch.save(state, directory / STATE)
         (directory / PROGRESS).write_text(json.dumps(progress, indent=1))
-        sums = "".join(f"{_sha256(directory / name)}  {name}\n" for name in FILES)
-        (directory / CHECKSUMS).write_text(sums, newline="\n")
+        write_checksums(directory, FILES)
     until_now = [other for other in list_checkpoints(output_dir) if _step(other) <= progress["step"]]
     for old in until_now[: -limit if limit else 0]:
         discard(old)
@@ -302,5 +312,19 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a last line without its end, which a killed process leaves, is no row."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """The rows of a metrics file; a last line without its end, which a killed process leaves, is no row.
+
+    Raises `ValueError` that names file and line where another is no row.
+    """
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if line.endswith(b"\n"):
+            try:
+                row = json.loads(line)
+                rows.append({"step": int(row["step"])} | row)
+            except (ValueError, TypeError, KeyError):
+                raise ValueError(
+                    f"{path} is damaged: expected a JSON object with a step in line {number}, got "
+                    f"{line[:60].decode(errors='replace')!r}. Delete the line, or the file, to go on without its curves"
+                ) from None
+    return rows

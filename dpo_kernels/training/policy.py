@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from dpo_kernels.logps import DTYPES
 from dpo_kernels.losses import PreferenceLoss, cpo_loss, orpo_loss, simpo_loss
 from dpo_kernels.models.head import LMHead
-from dpo_kernels.training.checkpoint import atomic_directory
+from dpo_kernels.models.shapes import read_config
+from dpo_kernels.training.checkpoint import atomic_directory, damage, write_checksums
 from dpo_kernels.training.config import TrainConfig, dpo_options
 from dpo_kernels.training.tokenizer import hub_options
 
@@ -53,22 +54,27 @@ def load_model(config: TrainConfig, name: str, tokenizer: PreTrainedTokenizerBas
             model.set_attn_implementation(config.attn_implementation)
         return model
     if name.startswith("config:"):
-        file = Path(name.removeprefix("config:"))
-        if not file.is_file():
-            raise ValueError(f"model: expected config:FILE with an existing file, got {name!r} in {Path.cwd()}")
-        try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:  # what is no JSON, and what is no text
-            raise ValueError(f"model: {file} is no valid JSON: {error}") from None
-        if not isinstance(settings, dict) or "model_type" not in settings:
-            raise ValueError(f'model: {file} must be an object with a model_type, such as "qwen2"')
-        settings = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id} | settings
+        file = Path(name.removeprefix("config:")).expanduser()
+        given = read_config(file)
+        settings = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id} | given
         torch.manual_seed(config.seed)
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), **options)
+        try:
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), **options)
+        except Exception as error:  # whatever the code of a model makes of such settings
+            raise ValueError(f"model: {file} makes no model: {_in_one_line(error)}") from error
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(f"model: {name!r} is a PEFT adapter: merge it into its model and save that first")
+    AutoConfig.from_pretrained(name, **hub_options(config, name))  # what is wrong with it, or with the name, it says
     with _damage_named(name):
-        model = AutoModelForCausalLM.from_pretrained(name, **options, **hub_options(config, name))
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, output_loading_info=True, **options, **hub_options(config, name)
+        )
+    model, loading = loaded
+    if lacking := sorted(loading["missing_keys"]):
+        raise ValueError(
+            f"model: the weights of {name!r} are damaged, or of another model: {len(lacking)} of its tensors are "
+            f"missing, the first is {lacking[0]}"
+        )
     if damaged := damaged_weights(model.named_parameters()):
         raise ValueError(f"model: the weights of {name!r} are damaged: {damaged}")
     return model
@@ -76,13 +82,24 @@ def load_model(config: TrainConfig, name: str, tokenizer: PreTrainedTokenizerBas
 
 @contextmanager
 def _damage_named(name: str) -> Iterator[None]:
-    """What readers of weights say of files that were cut or changed, as an error that names the model."""
+    """What readers of weights say of files that were cut or changed, as an error that names the model. Where the files
+    are here, whatever is raised comes of them."""
     from safetensors import SafetensorError
 
     try:
         yield
-    except (SafetensorError, pickle.UnpicklingError, EOFError, json.JSONDecodeError) as error:
-        raise ValueError(f"model: the weights of {name!r} are damaged: {error}") from error
+    except Exception as error:
+        of_a_reader = isinstance(error, (SafetensorError, pickle.UnpicklingError, EOFError, json.JSONDecodeError))
+        of_the_machine = isinstance(error, (ImportError, MemoryError, torch.OutOfMemoryError))
+        if of_the_machine or not (of_a_reader or Path(name).is_dir()):
+            raise
+        kind = "are damaged" if of_a_reader else "are damaged, or do not fit its config.json"
+        raise ValueError(f"model: the weights of {name!r} {kind}: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    """Of what kind, too: some say nothing else."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
 
 
 def damaged_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -260,12 +277,22 @@ def _sums(
 def save_model(
     directory: Path, model: Any, tokenizer: Any, accelerator: Accelerator, copy_of: Path | None = None
 ) -> None:
-    """What transformers or peft load: weights in safetensors, configuration and tokenizer."""
+    """What transformers or peft load: weights in safetensors, configuration and tokenizer; with checksums.
+
+    Raises `ValueError` where what it is to be a copy of is no longer what was written.
+    """
     if accelerator.is_main_process:
+        if copy_of and (problems := damage(copy_of, None)):
+            raise ValueError(
+                f"load_best_model_at_end: {copy_of} is not whole: {problems}. The checkpoints beside it hold those "
+                "of other steps"
+            )
         with atomic_directory(directory) as temporary:
             if copy_of:
                 shutil.copytree(copy_of, temporary, dirs_exist_ok=True)
             else:
                 model.save_pretrained(temporary)
                 tokenizer.save_pretrained(temporary)
+                files = sorted(file for file in temporary.rglob("*") if file.is_file())
+                write_checksums(temporary, [file.relative_to(temporary).as_posix() for file in files])
     accelerator.wait_for_everyone()

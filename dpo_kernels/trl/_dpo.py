@@ -12,11 +12,10 @@ from torch import Tensor
 from dpo_kernels.linear_dpo import LinearDPOOutput
 from dpo_kernels.losses import LOSSES, SMOOTHED_LOSSES, validate_dpo_options
 from dpo_kernels.models.fused_forward import Preference, Reference
-from dpo_kernels.trl._head import as_reference
+from dpo_kernels.trl._head import WEIGHTS, as_reference
 from dpo_kernels.trl._metrics import Metrics, record
 
 F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # the others have the same name
-WEIGHTS = ("token_weights", "pair_weights")
 NOT_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", *WEIGHTS})
 STATS = ("entropy", "mean_logits", "is_top1")
 

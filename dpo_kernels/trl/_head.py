@@ -17,7 +17,9 @@ from trl.trainer.utils import use_adapter
 
 from dpo_kernels.models.fused_forward import STATS, add_fused_lm_head, restore_fused_lm_head
 from dpo_kernels.models.head import unwrap
+from dpo_kernels.trl._metrics import unread
 
+WEIGHTS = ("token_weights", "pair_weights")  # what a batch may hold for this package's loss alone
 Method = Callable[..., Any]
 Check = Callable[[Any], None]  # of a trainer's settings: raises ValueError
 
@@ -49,6 +51,8 @@ def with_our_head(init: Method, module: ModuleType, check: Check) -> Method:
         refusal = {"BaseTunerLayer": _NoLayer} if hasattr(module, "BaseTunerLayer") else {}  # it is PEFT's
         with replaced(module, add_fused_lm_head=_add_head, **refusal):
             init(self, *args, **kwargs)
+        for mode in self._metrics:
+            unread(self._metrics, mode, self)
         _takes_our_loss(self, check)
 
     return __init__
@@ -94,24 +98,23 @@ def of_our_trainers(ours: Method, trls: Method, check: Check | None = None) -> M
 
 
 def _takes_our_loss(trainer: Any, check: Check) -> bool:
-    """Whether our loss takes the trainer's settings; a warning says why not."""
-    if "_dpo_kernels_loss" not in vars(trainer):
-        try:
-            check(trainer)
-            trainer._dpo_kernels_loss = True
-        except ValueError as error:
+    """Whether our loss takes the settings that the trainer has now; a warning says why not."""
+    try:
+        check(trainer)
+    except ValueError as error:
+        if vars(trainer).get("_dpo_kernels_refused") != str(error):
+            trainer._dpo_kernels_refused = str(error)
             warnings.warn(
                 f"{error}. TRL takes this, so its own loss is computed, from this package's log-probabilities: with a "
                 "trained head that costs one matrix product more, and metrics wait for the device in every step",
                 stacklevel=4,
             )
-            trainer._dpo_kernels_loss = False
-    found: bool = trainer._dpo_kernels_loss
-    return found
+        return False
+    return True
 
 
 def refuse_weights(batch: Mapping[str, Any], whose: str) -> None:
-    if found := [name for name in ("token_weights", "pair_weights") if batch.get(name) is not None]:
+    if found := [name for name in WEIGHTS if batch.get(name) is not None]:
         raise ValueError(f"{whose} takes no weights of tokens or pairs: expected a batch without {' and '.join(found)}")
 
 

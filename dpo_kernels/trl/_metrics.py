@@ -91,13 +91,22 @@ class UnreadLists(defaultdict[str, list[float]]):
             self["num_tokens"] = [vars(self.counting)[TOTAL]]
 
 
+def unread(stored: dict[str, Any], mode: str, counting: Any = None) -> UnreadLists:
+    """The metrics that a trainer has stored for this mode, which are so from here on. A subclass may put a dictionary
+    of its own there."""
+    if not isinstance(stored[mode], UnreadLists):
+        stored[mode] = UnreadLists(list, stored[mode])
+        stored[mode].counting = counting
+    found: UnreadLists = stored[mode]
+    return found
+
+
 def keep(stored: dict[str, Any], mode: str, batch: Recorded, counting: Any = None) -> None:
     """Puts a micro-batch into the metrics that a trainer has stored for this mode."""
-    lists = stored[mode]
-    if not isinstance(lists, UnreadLists):  # it is the trainer's, or a subclass's
-        stored[mode] = lists = UnreadLists(list, lists)
-        lists.counting = counting
+    lists = unread(stored, mode, counting)
     lists.batches = [*lists.batches, batch]
+    # who looks at the size alone, as JSON does, sees that there is something: the first one, which there always is
+    dict.setdefault(lists, next(iter(batch.metrics_of(dict.fromkeys(batch.names, 1.0)))), [])
 
 
 # The tokens that a trainer has seen, which wait on the device too

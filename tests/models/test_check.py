@@ -5,6 +5,8 @@ log-probabilities are those of the model's own logits."""
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch import nn
@@ -16,7 +18,8 @@ import transformers
 from heads import ADAPTERS, VOCAB, adapt, assert_same_logps, batch, build, by_forward, by_head
 from transformers.modeling_outputs import CausalLMOutput
 
-from dpo_kernels.models.check import CheckFailed
+from dpo_kernels.models.check import CheckFailed, NotFinite
+from dpo_kernels.models.fused_forward import add_fused_lm_head
 from dpo_kernels.models.head import LMHead
 
 WIDTH = 56  # positions compared, of the 64 that the models have room for
@@ -165,6 +168,34 @@ def with_output_layer(layer_class):
     return make
 
 
+class DropoutInListBefore(WithSomethingBefore):
+    def __init__(self, config):
+        super().__init__(config)
+        self.behind = nn.ModuleList([nn.Dropout(0.2)])
+
+    def before(self, hidden):
+        return self.behind[0](hidden)
+
+
+class Cold(nn.Module):
+    def forward(self, z):
+        return z / 1.5 if self.training else z
+
+
+def with_list_after(make_module):
+    class Listed(transformers.Qwen2ForCausalLM):
+        def __init__(self, config):
+            super().__init__(config)
+            self.after = nn.ModuleList([make_module()])
+
+        def forward(self, *args, **kwargs):
+            output = super().forward(*args, **kwargs)
+            output.logits = self.after[0](output.logits)
+            return output
+
+    return qwen2(Listed)
+
+
 def qwen2(model_class):
     return lambda: model_class(build("qwen2").config).eval()
 
@@ -187,6 +218,12 @@ PECULIAR = {
     "an output layer that drops": (with_output_layer(Dropping), "T", "T"),
     "an output layer that is normalised": (with_output_layer(Normalised), "TE", "TE"),
     "an output layer that masks": (with_output_layer(Masking), "TE", "TE"),
+}
+# a list of modules on either side of the base model
+PECULIAR |= {
+    "a list of modules after the head, with a temperature": (with_list_after(Cold), "T", "T"),
+    "a list of modules after the head, with dropout": (with_list_after(lambda: nn.Dropout(0.2)), "T", "T"),
+    "a list of modules before the head, with dropout": (qwen2(DropoutInListBefore), "T", ""),
 }
 IN_BF16 = {"a factor", "a factor below one", "a small factor", "a factor late", "a high cap", "an offset of one entry"}
 IN_BF16 |= {"a range is masked", "a small scale by position", "a small temperature in training", "an offset of all"}
@@ -250,6 +287,83 @@ def test_what_one_mode_settled_holds_in_the_other():
     assert head.logit_scale == 0.37
     head.check()  # whoever asks for it may settle it anew
     assert head.logit_scale == 1.0
+
+
+def scaling(factor):
+    def hook(module, args, output):
+        return output * factor
+
+    return hook
+
+
+class Scaling:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, module, args, output):
+        return output * self.factor
+
+
+def scaling_logits(module, args, output):
+    if "logits" in output:
+        output.logits = 1.5 * output.logits
+    return output
+
+
+@pytest.mark.parametrize("make", [scaling, Scaling])
+@torch.no_grad()
+def test_hooks_that_come_after_the_check_are_seen(make):
+    model, inputs = build("qwen2"), long_batch()
+    fused = functools.partial(model, **inputs, labels=inputs["input_ids"], fused_lm_head=True)
+    head = LMHead.from_model(model)
+    hidden, _ = head.hidden_states(**inputs)
+    add_fused_lm_head(model)
+    harmless = model.lm_head.register_forward_hook(make(1.0))
+    head.sequence_logps(hidden, inputs["input_ids"], shift=True)
+    fused()
+    harmless.remove()
+    scales = model.lm_head.register_forward_hook(make(1.5))
+    for use in (lambda: head.hidden_states(**inputs), lambda: head.sequence_logps(hidden, inputs["input_ids"]), fused):
+        with pytest.raises(CheckFailed, match="its output layer has the forward hook"):
+            use()
+    scales.remove()
+    fused()
+    model.lm_head = nn.Sequential(model.lm_head, nn.Identity())
+    model.lm_head.weight = model.lm_head[0].weight
+    model.lm_head[1].forward = lambda z: 2 * z
+    for use in (lambda: head.sequence_logps(hidden, inputs["input_ids"]), fused):
+        with pytest.raises(CheckFailed, match="a factor on all entries|at all entries"):
+            use()
+
+
+@torch.no_grad()
+def test_a_hook_on_the_model_that_changes_logits_is_seen():
+    model, inputs = build("qwen2"), long_batch()
+    model.register_forward_hook(scaling_logits)
+    add_fused_lm_head(model)
+    with pytest.raises(CheckFailed, match="the model has the forward hook scaling_logits"):
+        model(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.nan])
+@torch.no_grad()
+def test_entries_that_are_not_finite_hide_no_others(value):
+    inputs = long_batch()
+    for factor in (1.0, 1.5):
+        model = build("phi")
+        model.lm_head.bias[-3:] = value
+        model.lm_head.register_forward_hook(scaling(factor))
+        for way in (by_head, by_forward):
+            if factor != 1:
+                with pytest.raises(CheckFailed):
+                    way(model, inputs)
+            elif value == -torch.inf:
+                assert_same_logps(way, model, inputs)
+            elif way is by_head:
+                with pytest.raises(NotFinite, match="NaN or infinity in its weights"):
+                    way(model, inputs)
+            else:
+                assert way(model, inputs).isnan().all()
 
 
 def test_no_entry_of_a_large_vocabulary_is_left_out():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import io
 
 import pytest
@@ -12,6 +13,7 @@ pytest.importorskip("transformers", reason="builds its models with transformers,
 
 from heads import assert_close, batch, build, eager_logps
 
+from dpo_kernels.models.check import CheckFailed
 from dpo_kernels.models.fused_forward import STATS, add_fused_lm_head
 from dpo_kernels.models.head import LMHead, unwrap
 from dpo_kernels.models.layered_forward import layers_of
@@ -105,6 +107,25 @@ def test_head_is_added_again_to_what_is_wrapped():
     anew = peft.get_peft_model(merged, peft.LoraConfig(target_modules=["v_proj", "lm_head"], **lora))
     add_fused_lm_head(anew.get_base_model())
     assert_as_eager(anew)
+
+
+def test_what_a_user_put_between_two_heads_stays():
+    model = build("llama")
+    add_fused_lm_head(model)
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def scaled(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        if "logits" in output:
+            output.logits = 1.5 * output.logits
+        return output
+
+    model.forward = scaled
+    add_fused_lm_head(model)
+    inputs = batch()
+    with pytest.raises(CheckFailed, match="does not give the model's own logits"):
+        model(**inputs, labels=inputs["input_ids"], fused_lm_head=True)
 
 
 def test_models_that_share_a_head():

@@ -4,6 +4,8 @@ estimate of activations against what small models keep, within 25%."""
 import argparse
 import itertools
 import json
+import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -380,6 +382,44 @@ TRAINING = {
     "mixed_precision": "bf16",
     "gradient_checkpointing": True,
 }
+
+
+QWEN2 = {"model_type": "qwen2", "hidden_size": 64, "vocab_size": 100, "num_hidden_layers": 2, "intermediate_size": 64}
+QWEN2 |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+WHOLE = "expected a whole number above 0 as"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"hidden_size": "64"}, f"{WHOLE} hidden_size, got '64'"),
+        ({"hidden_size": -64}, f"{WHOLE} hidden_size, got -64"),
+        ({"hidden_size": math.inf}, f"{WHOLE} hidden_size, got inf"),
+        ({"num_attention_heads": 0}, f"{WHOLE} num_attention_heads, got 0"),
+        ({"num_attention_heads": True}, f"{WHOLE} num_attention_heads, got True"),
+        ({"num_key_value_heads": 3}, "expected a divisor of 4 heads as num_key_value_heads, got 3"),
+        ({"num_hidden_layers": 2.5}, f"{WHOLE} num_hidden_layers, got 2.5"),
+        ({"vocab_size": [1]}, f"{WHOLE} vocab_size, got [1]"),
+        ({"vocab_size": 10**20}, f"{WHOLE} vocab_size, got 1{'0' * 20}"),
+        ({"head_dim": "x"}, f"{WHOLE} head_dim, got 'x'"),
+        ({"model_type": ["qwen2"]}, 'must be an object with a model_type, such as "qwen2"'),
+        ({"model_type": None}, 'must be an object with a model_type, such as "qwen2"'),
+        ({"model_type": "llava", "text_config": {"model_type": {}}}, "expected a model_type of"),
+        ({"tie_word_embeddings": "no"}, "expected true or false as tie_word_embeddings, got 'no'"),
+        ({"model_type": "gemma2", "final_logit_softcapping": "x"}, "number above 0 or null as final_logit_softcapping"),
+        ("[1, 2]", 'must be an object with a model_type, such as "qwen2"'),
+        ("", "is no valid JSON"),
+        ("[" * 100_000, "is no valid JSON"),
+    ],
+    ids=lambda each: str(each)[:50],
+)
+def test_a_config_that_is_wrongly_formed_is_named(tmp_path, change, says):
+    file = tmp_path / "odd.json"
+    file.write_text(change if isinstance(change, str) else json.dumps(QWEN2 | {"head_dim": 16} | change))
+    for form in ("--model=config:{}", "--model={}", "config:{}", "{}"):
+        with pytest.raises(ValueError, match=re.escape(says)) as caught:
+            plan(form.format(file), "--batch", 2, "--seq", 64)
+        assert str(file) in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from dpo_kernels.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    read_metrics,
     save_checkpoint,
 )
 
@@ -207,3 +208,20 @@ def test_a_file_that_may_not_be_read_is_named(tmp_path, two):
     (two[1] / STATE).chmod(0)
     with pytest.warns(UserWarning, match=f"{STATE} cannot be read .Permission denied"):
         assert find_checkpoint(tmp_path, "auto") == two[0]
+
+
+@pytest.mark.parametrize(
+    "line", [b"x" + b'{"step": 1}', b'{"step": \xff}', b"[1]", b'{"loss": 1.0}', b'{"step": null}', b""], ids=str
+)
+def test_metrics_that_are_damaged_are_named(tmp_path, line):
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 0}\n' + line + b'\n{"step": 2}\n{"ste')
+    with pytest.raises(ValueError, match=f"{file} is damaged: expected a JSON object with a step in line 2, got"):
+        read_metrics(file)
+
+
+def test_a_file_in_the_place_of_a_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint-3").write_text("mine")
+    with pytest.raises(ValueError, match=f"output_dir: expected no file {tmp_path}/checkpoint-3"):
+        save_checkpoint(tmp_path, {}, {}, {"step": 3}, None)
+    assert (tmp_path / "checkpoint-3").read_text() == "mine"

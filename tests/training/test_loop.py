@@ -31,7 +31,7 @@ from dpo_kernels.training.checkpoint import MetricsLog, list_checkpoints, read_m
 from dpo_kernels.training.config import TrainConfig, load_config
 from dpo_kernels.training.loop import train
 from dpo_kernels.training.pairs import check_fits, load_data, pairs_of_step
-from dpo_kernels.training.policy import load_model
+from dpo_kernels.training.policy import load_model, save_model
 from dpo_kernels.training.state import WALL_CLOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -89,6 +89,12 @@ def test_the_best_weights_can_be_the_final_ones(tmp_path):
     run(tmp_path / "last", **settings)
     last = weights_of(tmp_path / "last")
     assert not any(torch.equal(final[name], last[name]) for name in final)
+    for size in (0, 1000):  # of best weights that are no longer what was written no final model is made
+        cut = result.best_dir / "model.safetensors"
+        cut.write_bytes(cut.read_bytes()[:size])
+        with pytest.raises(ValueError, match="load_best_model_at_end: .*best is not whole: model.safetensors is"):
+            save_model(tmp_path / "anew", None, None, Accelerator(cpu=True), copy_of=result.best_dir)
+        assert not (tmp_path / "anew").exists()
 
 
 def eager_step(model, reference, batch, loss_type, beta):

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 import transformers
+from safetensors.torch import load_file, save_file
 from short_runs import run
 
 from dpo_kernels import dispatch
@@ -212,6 +213,89 @@ def test_an_index_of_weights_that_was_cut_is_named(saved):
     index.write_bytes(index.read_bytes()[:100])
     with pytest.raises(ValueError, match=f"model: the weights of '{directory}' are damaged: "):
         load_model(TrainConfig(), str(directory), demo_tokenizer(["Hello"], 300))
+
+
+def leave_out_a_tensor(directory):
+    file = directory / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, file, {"format": "pt"})
+
+
+def change_a_shape(directory):
+    file = directory / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
+
+
+def as_bin(contents):
+    def change(directory):
+        file = directory / "model.safetensors"
+        weights = load_file(file)
+        file.unlink()
+        torch.save(weights, directory / "pytorch_model.bin")
+        whole = (directory / "pytorch_model.bin").read_bytes()
+        (directory / "pytorch_model.bin").write_bytes(contents(whole))
+
+    return change
+
+
+def sharded(change):
+    def change_shards(directory):
+        demo_model(300, seed=1).save_pretrained(directory, max_shard_size="100KB")
+        (directory / "model.safetensors").unlink()
+        change(directory)
+
+    return change_shards
+
+
+WRONG_WEIGHTS = {
+    "a tensor less": (
+        leave_out_a_tensor,
+        "of another model: 1 of its .* missing.*layers.1.mlp.up_proj",
+    ),
+    "another shape": (change_a_shape, "or do not fit its config.json: "),
+    "a cut bin": (as_bin(lambda whole: whole[:-100]), ": "),
+    "half a bin": (as_bin(lambda whole: whole[: len(whole) // 2]), ": "),
+    "text as bin": (as_bin(lambda whole: b"hello, this is no model"), ": "),
+    "an empty bin": (as_bin(lambda whole: b""), ": EOFError"),
+    "an index that is a list": (sharded(lambda d: (d / "model.safetensors.index.json").write_text("[]")), ": "),
+    "an index of nothing": (sharded(lambda d: (d / "model.safetensors.index.json").write_text("{}")), ": "),
+    "a shard less": (sharded(lambda d: next(d.glob("model-00002*")).unlink()), ": .*model-00002"),
+}
+
+
+@pytest.mark.parametrize("change, says", WRONG_WEIGHTS.values(), ids=WRONG_WEIGHTS)
+def test_weights_that_are_not_the_models_are_named(saved, change, says):
+    directory, _ = saved
+    change(directory)
+    with pytest.raises(ValueError, match=f"model: the weights of '{directory}' are damaged.*{says}") as caught:
+        load_model(TrainConfig(), str(directory), demo_tokenizer(["Hello"], 300))
+    assert "\n" not in str(caught.value)
+
+
+TINY = {"model_type": "qwen2", "hidden_size": 64, "vocab_size": 300, "num_hidden_layers": 1, "intermediate_size": 64}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"num_attention_heads": 0},
+        {"hidden_size": "64"},
+        {"hidden_size": -64},
+        {"vocab_size": [1]},
+        {"hidden_act": "zzz"},
+        {"model_type": "qwen99"},
+        {"model_type": ["qwen2"]},
+    ],
+    ids=str,
+)
+def test_a_config_that_makes_no_model_is_named(tmp_path, change):
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY | change))
+    with pytest.raises(ValueError, match=f"model: {tmp_path}/tiny.json (makes no model|must be an object)") as caught:
+        load_model(TrainConfig(), f"config:{tmp_path}/tiny.json", demo_tokenizer(["Hello"], 300))
+    assert "\n" not in str(caught.value)
 
 
 def test_a_reference_is_looked_at_too(tmp_path, saved):

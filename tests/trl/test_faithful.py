@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("trl", reason="tests the trainers of TRL, which is not installed")
 pytest.importorskip("peft", reason="trains LoRA too, and peft is not installed")
 
+import transformers
 import trl
 from datasets import Dataset
 from grids import covering, each_value
@@ -207,6 +208,38 @@ def test_settings_that_only_trl_takes(tmp_path, kind, options, named):
     assert_agree(mine, logs(trl, tmp_path, prototype("llama"), kind=kind, reference=reference, **options))
 
 
+class Scheduled(transformers.TrainerCallback):
+    """Sets an attribute of the trainer before each step."""
+
+    def __init__(self, name, values):
+        self.name, self.values, self.trainer = name, values, None
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        setattr(self.trainer, self.name, self.values[state.global_step])
+
+
+@pytest.mark.parametrize(
+    "kind, name, values",
+    [
+        ("DPO", "beta", (0.1, -0.1, 0.2)),
+        ("DPO", "ld_alpha", (0.5, 2.0, None)),
+        ("DPO", "beta", (0.0, 0.1, 0.1)),
+        ("KTO", "beta", (0.1, 0.0, 0.2)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*TRL takes this")
+def test_settings_that_change_while_training(tmp_path, kind, name, values):
+    found = []
+    for library in (ours, trl):
+        trainer = trainer_of(library, tmp_path, prototype("llama"), kind=kind, max_steps=3)
+        callback = Scheduled(name, values)
+        callback.trainer = trainer
+        trainer.add_callback(callback)
+        trainer.train()
+        found.append(logs_of(trainer))
+    assert_agree(*found)
+
+
 def test_losses_that_nobody_knows_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match=r"loss_type: expected some of .*'sigmoid'.*got \['sigmoidal'\]"):
         trainer_of(ours, tmp_path, prototype("llama"), loss_type=["sigmoid", "sigmoidal"])
@@ -278,8 +311,10 @@ def reading(parent, seen):
 
     class Reading(parent):
         def _compute_loss(self, model, inputs, return_outputs):
+            before = dict(self._metrics)
             result = super()._compute_loss(model, inputs, return_outputs)
             mode = "train" if self.model.training else "eval"
+            assert self._metrics[mode] is before[mode]  # who took it earlier has it still
             latest = {name: values[-1] for name, values in self._metrics[mode].items()}
             seen.append((mode, latest, self._total_train_tokens))
             self._metrics[mode]["mine"].append(2.0 * self._metrics[mode]["rewards/chosen"][-1])
@@ -340,6 +375,7 @@ READERS = {
     "merged": lambda metrics: ({} | metrics)["rewards/chosen"],
     "text": lambda metrics: "rewards/chosen" in repr(metrics),
     "json": lambda metrics: sorted(json.loads(json.dumps({"all": dict(metrics)}))["all"]),
+    "json of itself": lambda metrics: sorted(json.loads(json.dumps(metrics))),
     "pop": lambda metrics: metrics.pop("rewards/chosen"),
     "setdefault": lambda metrics: metrics.setdefault("rewards/chosen", []),
     "equality": lambda metrics: metrics == {name: list(values) for name, values in metrics.items()},
