@@ -593,12 +593,18 @@ MUTATIONS = {
             CHECK, "            module.training = False\n        yield", "            pass\n        yield", CHECK_TESTS
         ),
         Mutation(CHECK, "        if calls > 1:", "        if calls > 3:", CHECK_TESTS),
-        Mutation(HEAD, "        return self.model.training, hooks", "        return True, hooks", CHECK_TESTS),
+        Mutation(HEAD, "return self.model.training, weakref.ref", "return True, weakref.ref", CHECK_TESTS),
+        Mutation(HEAD, "weakref.ref(layer), check", "None, check", CHECK_TESTS),
+        Mutation(CHECK, "for tower in towers for", "for tower in [model] for", CHECK_TESTS),
+        Mutation(CHECK, "id(each) for each in given", "0 for each in given", CHECK_TESTS),
         Mutation(HEAD, "        self._refuse_unreachable()\n        state", "        state", SAYS_TESTS),
         Mutation(CHECK, "in [(head.logit_scale, head.softcap)] if settled else", "in", CHECK_TESTS),
         # NaN that is a difference, and infinity that is none
         Mutation(CHECK, "close = differences.isfinite() & (", "close = (", CHECK_TESTS),
-        Mutation(CHECK, "ours.isneginf() & (ours == own)", "ours.isnan()", PRECISION_TESTS),
+        Mutation(CHECK, "~ours.isfinite() & ((ours == own)", "((ours.isneginf() & ours.isnan())", CHECK_TESTS),
+        Mutation(CHECK, "each.isnan() | each.isposinf()", "each.isposinf()", CHECK_TESTS),
+        Mutation(FUSED_FORWARD, "output if found is None else found", "output", CHECK_TESTS),
+        Mutation(LAYERED, "if not is_of_a_library(function)", "if False", LAYERED_TESTS),
         # a cache that nobody wants
         Mutation(HEAD, 'return {"use_cache": False} if accepted else {}', "return {}", HEAD_TESTS),
         # the router's loss in evaluation
@@ -625,7 +631,7 @@ MUTATIONS = {
         Mutation(LINEAR_REFERENCE, "rows = pair_major(rows, pairs)", "pass", REFERENCE_TESTS),
         Mutation(LINEAR_REFERENCE, "        groups = plan_groups(", "        plan_groups(", REFERENCE_TESTS),
         # hooks that watch see what is no logits
-        Mutation(WRAPPERS, "if not _is_of_a_wrapper(hook)", "if False", FORWARD_TESTS),
+        Mutation(WRAPPERS, "if not is_of_a_library(hook)", "if False", FORWARD_TESTS),
         # weights of the next token
         Mutation(
             FUSED_FORWARD,
@@ -922,7 +928,8 @@ MUTATIONS = {
         Mutation(CHECKPOINT, "if path.is_dir() and _NAME.fullmatch(path.name)]", "if path.is_dir()]", CHECKPOINTS),
         Mutation(STATE, "if damaged := damaged_weights(run.weights.items()):", "if damaged := '':", PARTS),
         # half a line
-        Mutation(CHECKPOINT, ' if line.endswith("\\n")]', "]", RESUMED),
+        Mutation(CHECKPOINT, 'if line.endswith(b"\\n"):', "if line:", CHECKPOINTS),
+        Mutation(POLICY, "if copy_of and (problems", "if not copy_of and (problems", STEPS),
         # the best
         Mutation(STATE, "held_out, self.best or self.before)", "held_out, self.before)", STEPS),
         Mutation(
