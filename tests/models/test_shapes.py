@@ -179,7 +179,7 @@ def test_configs(tmp_path):
         ("{", "no valid JSON"),
         ("[]", "an object"),
         (GIVEN | {"model_type": "mamba"}, "model_type of .*got 'mamba'"),
-        ({"hidden_size": 64}, "got None"),
+        ({"hidden_size": 64}, "must be an object with a model_type"),
         ({**GIVEN, "vocab_size": None}, "lacks vocab_size"),
         (GIVEN | {"model_type": "qwen3"}, "lacks num_key_value_heads, head_dim"),
     ]:
