@@ -23,7 +23,7 @@ from dpo_kernels.logps import linear_sequence_logps, sum_over_vocabulary
 from dpo_kernels.models.check import NotFinite
 from dpo_kernels.models.head import HeadOperands, LMHead, unwrap
 from dpo_kernels.models.layered_forward import install, is_outermost, layers_of
-from dpo_kernels.models.through_wrappers import split
+from dpo_kernels.models.through_wrappers import is_of_a_library, split
 from dpo_kernels.rows import shift_labels
 
 # What TRL calls the statistics of a position, and what we do.
@@ -245,10 +245,12 @@ class _Fused:
             return
 
     def _as_called(self, **inputs: Any) -> Any:
-        """The model's own forward, and what hooks on the model make of its output."""
+        """The model's own forward, and what hooks on the model make of its output, but for those of what shards it."""
         model = self.head.model
         output = self.own(**inputs)
         for number, hook in list(model._forward_hooks.items()):
+            if is_of_a_library(hook):
+                continue
             with_inputs = number in model._forward_hooks_with_kwargs
             found = hook(model, (), inputs, output) if with_inputs else hook(model, (), output)
             output = output if found is None else found
