@@ -3,6 +3,7 @@
 from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
 from dpo_kernels.logps import SequenceLogps, linear_sequence_logps, sequence_logps
 from dpo_kernels.losses import (
+    KTOLoss,
     PreferenceLoss,
     cpo_loss,
     dpo_loss,
@@ -12,11 +13,15 @@ from dpo_kernels.losses import (
     simpo_loss,
 )
 from dpo_kernels.models import LMHead
+from dpo_kernels.modules import DPOLoss, LinearDPOLoss
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DPOLoss",
+    "KTOLoss",
     "LMHead",
+    "LinearDPOLoss",
     "LinearDPOOutput",
     "PreferenceLoss",
     "SequenceLogps",

@@ -10,8 +10,9 @@ from typing import NamedTuple, cast
 import torch
 
 from dpo_kernels.impl.interface import TileKernels
+from dpo_kernels.options import Impl
 
-IMPLEMENTATIONS = ("torch", "cpu", "triton", "cuda")
+IMPLEMENTATIONS: tuple[Impl, ...] = ("torch", "cpu", "triton", "cuda")
 _MODULES = {
     "torch": "dpo_kernels.impl.torch",
     "cpu": "dpo_kernels.impl.native",
@@ -24,7 +25,7 @@ class Choice(NamedTuple):
     """What "auto" takes on a type of device, and the measurements that say so."""
 
     device: str
-    impl: str
+    impl: Impl
     measured: str
 
 
@@ -69,14 +70,14 @@ CPU_PROBLEM = _extension_problem("dpo_kernels._native", "a C++ compiler", "cpu")
 CUDA_PROBLEM = _extension_problem("dpo_kernels._cuda", "the CUDA toolkit", "cuda")
 
 
-def choose(impl: str, device: torch.device) -> str:
+def choose(impl: str, device: torch.device) -> Impl:
     """Resolves "auto" to the fastest implementation for `device`; checks an explicit choice and never replaces it.
 
     Raises:
         ValueError: `impl` is unknown, or cannot run on `device`; the message gives the reason.
     """
     if impl == "auto":
-        candidates = (*(choice.impl for choice in CHOICES if choice.device == device.type), "torch")
+        candidates: tuple[Impl, ...] = (*(choice.impl for choice in CHOICES if choice.device == device.type), "torch")
         return next(name for name in candidates if unavailable_reason(name, device) is None)
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.logps import (
     DTYPES,
+    check_head_is_finite,
     check_linear_inputs,
     check_num_labelled,
     check_stats,
@@ -20,25 +21,32 @@ from dpo_kernels.logps import (
     linear_sequence_logps,
     named_stats,
     prepare_labels,
+    refuse_transforms,
     sum_tokens,
 )
 from dpo_kernels.losses import (
     BATCH_LOSSES,
     PreferenceLoss,
-    dpo_loss,
+    check_finite_logps,
     length_desensitized_weights,
+    loss_names,
+    losses_of_pairs,
     validate_dpo_options,
     wpo_weights,
 )
 from dpo_kernels.ops import refuse_second_derivative
+from dpo_kernels.options import Differentiable, FDivergence, Impl, LossType, Stat, explain_unknown
 from dpo_kernels.pair_groups import Group, pair_major, plan_groups
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows
 
 DEFAULT_CHUNK_BYTES = 2**30
+DIFFERENTIABLE = frozenset(get_args(Differentiable))
 
 
 class LinearDPOOutput(NamedTuple):
-    """The loss of B pairs, S = 2B sequences. Only `loss` carries a gradient. fp32 (fp64 for fp64 inputs)."""
+    """The loss of B pairs, S = 2B sequences, in fp32 (fp64 for fp64 inputs). A gradient through `losses` and `logps` is
+    right if it was asked for by `differentiable`, and where the path that is taken has it; else it is an error in the
+    backward. None goes through the rest."""
 
     loss: Tensor
     """[] mean of `losses`, over which each pair counts as much as its weight says."""
@@ -58,29 +66,32 @@ class LinearDPOOutput(NamedTuple):
 
 class _LossOptions(NamedTuple):
     beta: float
-    loss_type: str | Sequence[str]
+    loss_type: LossType | Sequence[LossType]
     loss_weights: Sequence[float] | None
     label_smoothing: float
-    f_divergence: str
+    f_divergence: FDivergence
     f_alpha: float
     discopop_tau: float
+    rpo_alpha: float | None
     ld_alpha: float | None
     use_weighting: bool
     mean_chosen_length: Tensor | float | None
     ignore_index: int
-    wanted_stats: tuple[str, ...]
+    wanted_stats: tuple[Stat, ...]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return (self.loss_type,) if isinstance(self.loss_type, str) else tuple(self.loss_type)
+    def names(self) -> list[LossType]:
+        return loss_names(self.loss_type)
 
     @property
-    def stats(self) -> list[str]:
+    def stats(self) -> list[Stat]:
         """What was asked for, and what the loss itself needs."""
-        needed = ["log_sum_sq_probs"] if self.use_weighting and "log_sum_sq_probs" not in self.wanted_stats else []
-        return [*self.wanted_stats, *needed]
+        needed: Stat = "log_sum_sq_probs"
+        is_missing = self.use_weighting and needed not in self.wanted_stats
+        return [*self.wanted_stats, needed] if is_missing else [*self.wanted_stats]
 
 
+@explain_unknown
 def linear_dpo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -94,26 +105,29 @@ def linear_dpo_loss(
     ignore_index: int = -100,
     shift: bool = False,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: LossType | Sequence[LossType] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
+    f_divergence: FDivergence = "reverse_kl",
     f_alpha: float = 0.5,
     discopop_tau: float = 0.05,
+    rpo_alpha: float | None = None,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     mean_chosen_length: Tensor | float | None = None,
     token_weights: Tensor | None = None,
     pair_weights: Tensor | None = None,
     lengths: Tensor | None = None,
-    stats: Sequence[str] = (),
+    differentiable: Sequence[Differentiable] = (),
+    stats: Sequence[Stat] = (),
     num_labelled: int | None = None,
     chunk_bytes: int | None = None,
     check_hidden: bool = True,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> LinearDPOOutput:
-    """DPO loss (arXiv 2305.18290, Eq. 7, and its variants) straight from hidden states, without the `[S, T, V]` logits.
+    """DPO loss of hidden states and the labels that they predict: aligned, not shifted, unless `shift` says so.
 
+    That of arXiv 2305.18290, Eq. 7, and its variants, straight from hidden states, without the `[S, T, V]` logits.
     Equivalent to `dpo_loss` on the log-probabilities of `linear_sequence_logps`, averaged over the pairs; see there for
     the formulas. What differs is the work, counted in matrix products of [N, H] by [H, V] for N labelled positions:
 
@@ -125,17 +139,18 @@ def linear_dpo_loss(
       device wait for their sizes;
     - the head is trained and the loss is not a mean over pairs ("aot", "aot_unpaired"), or a single pair exceeds
       `chunk_bytes`, or the products are in fp16 (whose gradients must be formed after the loss scale), or the call is
-      being compiled: 4, within a few tiles of memory.
+      being compiled, or something beside the loss is `differentiable`: 4, within a few tiles of memory.
 
     Args:
         hidden: [S, T, H] floating point; rows 0..B-1 chosen, B..2B-1 rejected. hidden[s, t] predicts labels[s, t].
         weight: [V, H], same dtype as `hidden` (any under autocast).
         labels: [S, T] integers in [0, V), or `ignore_index` on prompt and padding.
         ref_logps: [S] log-probabilities of the same responses under the reference model, in nats; with `ld_alpha` or
-            `token_weights`, weighted alike.
+            `token_weights`, weighted alike. For no reference, zeros.
         bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, check_hidden, impl: as
             in `linear_sequence_logps`.
-        beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau: as in `dpo_loss`.
+        beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha: as in
+            `dpo_loss`.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).
         use_weighting: weigh each pair by how likely the policy makes it (WPO, arXiv 2406.11827, Eq. 2).
         mean_chosen_length: for "sft" on a part of a larger batch: the mean number of chosen tokens in all of it. These
@@ -143,29 +158,36 @@ def linear_dpo_loss(
         token_weights: [S, T], aligned with `labels`, finite and at least 0: weight of each position's log-probability
             in that of the response. What "ipo", "sigmoid_norm" and "sft" divide by, and what `ld_alpha` and WPO count,
             are labelled positions, whatever they weigh. Positions without a label may hold anything.
-        lengths: [S] what "ipo" and "sigmoid_norm" divide by instead, in tokens. With `shift` the first token of a
-            sequence has no position that predicts it, and so does not count unless it is counted here.
+        lengths: [S] what "ipo", "sigmoid_norm" and `rpo_alpha` divide by instead, in tokens. With `shift` the first
+            token of a sequence has no position that predicts it, and so does not count unless it is counted here.
         pair_weights: [B], finite and at least 0: the loss is sum_b w_b losses_b / sum_b w_b, or 0 if all are 0. Weight
             0 is as good as no such pair (if its hidden states are finite), weight 2 as good as the pair twice. Not for
             "aot" and "aot_unpaired". Through neither kind of weights does a gradient go.
+        differentiable: "logps", "losses" or both, if a gradient is to go through these too, such as that of a term of
+            one's own. (The negative log-likelihood of chosen responses costs no product more as `rpo_alpha` or "sft".)
         chunk_bytes: what the logits of one group, and a dW accumulator in fp32 where the head is of lower precision and
             there are several groups, may take together; 1 GiB if None. A single group keeps the logits of H rows (H / 2
             in half precision) in the memory of dW instead. 0 always takes the path of 4 products.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
-            state that is not finite, with its sequence and position.
+            state that is not finite, with its sequence and position; on the CPU a reference or a head that is not.
+        TypeError: an argument that there is not; the message says what to write instead.
+        RuntimeError: a transform of `torch.func`; in the backward, a gradient that this call does not have.
     """
+    refuse_transforms(hidden, weight, bias)
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     check_num_labelled(num_labelled)
     check_stats(stats)
+    if isinstance(differentiable, str) or not set(differentiable) <= DIFFERENTIABLE:
+        raise ValueError(f"differentiable: expected some of {sorted(DIFFERENTIABLE)}, got {differentiable!r}")
     _check_pairs(hidden, ref_logps, chunk_bytes)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
     check_weights("pair_weights", pair_weights, hidden, (hidden.shape[0] // 2,))
     check_weights("lengths", lengths, hidden, (hidden.shape[0],))
     options = _LossOptions(
-        beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, ld_alpha, use_weighting,
-        mean_chosen_length, ignore_index, tuple(stats),
+        beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha, ld_alpha,
+        use_weighting, mean_chosen_length, ignore_index, tuple(stats),
     )  # fmt: skip
     checked = options._asdict()
     del checked["mean_chosen_length"], checked["ignore_index"], checked["wanted_stats"]
@@ -186,6 +208,9 @@ def linear_dpo_loss(
     if pair_weights is not None:
         _check_weight_values("pair_weights", pair_weights, waits)
         shares = _shares(pair_weights).to(dtype)
+    if check_hidden:
+        absent = None if shares is None else (shares == 0).repeat(2)  # whose numbers are nobody's
+        check_finite_logps("ref_logps", ref_logps if absent is None else ref_logps.masked_fill(absent, 0), "sequence")
     given = _Given(labels, ref_logps.detach().to(dtype), token_weights, lengths, shares, labels.shape[0] // 2)
     if mean_chosen_length is None:
         options = options._replace(mean_chosen_length=given.mean_chosen_length(ignore_index))
@@ -193,7 +218,7 @@ def linear_dpo_loss(
 
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     dtypes = compute_dtype, weight.dtype, hidden.dtype
-    if torch.is_grad_enabled() and head_trained and takes_groups(options.names, dtypes):
+    if torch.is_grad_enabled() and head_trained and not differentiable and takes_groups(options.names, dtypes):
         rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         groups = plan_groups(rows, given.pairs, weight, dtype, budget, impl, dweight=weight.requires_grad)
@@ -204,6 +229,8 @@ def linear_dpo_loss(
                 check_finite(x.detach(), rows, waits)
             grouped = _Grouped(rows, given, groups, transform, compute_dtype, options, impl)
             found = _GroupedLoss.apply(x, weight, bias, grouped)
+            if check_hidden:
+                check_head_is_finite(found[2], weight, bias)
             return LinearDPOOutput._make((*found[:-1], named_stats(stats, found[-1])))
 
     out = linear_sequence_logps(
@@ -222,8 +249,8 @@ def linear_dpo_loss(
     loss, logps = _pair_losses(out.token_logps, for_wpo, given, options)
     return LinearDPOOutput(
         given.mean(loss.losses),
-        loss.losses.detach(),
-        logps.detach(),
+        loss.losses,
+        logps,
         out.num_tokens,
         loss.chosen_rewards,
         loss.rejected_rewards,
@@ -242,7 +269,7 @@ def labels_and_weights(
     return labels, token_weights
 
 
-def takes_groups(names: Sequence[str], dtypes: Sequence[torch.dtype]) -> bool:
+def takes_groups(names: Sequence[LossType], dtypes: Sequence[torch.dtype]) -> bool:
     """Whether the loss is a mean over pairs, and its gradients may be formed before the incoming one is known."""
     return BATCH_LOSSES.isdisjoint(names) and torch.float16 not in dtypes and not torch.compiler.is_compiling()
 
@@ -261,7 +288,8 @@ def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> 
     check_paired(hidden)
     sequences = hidden.shape[0]
     if not isinstance(ref_logps, Tensor):
-        raise ValueError(f"ref_logps: expected a tensor, got {type(ref_logps).__name__}")
+        hint = "; without a reference, zeros" if ref_logps is None else ""
+        raise ValueError(f"ref_logps: expected a tensor [{sequences}], got {type(ref_logps).__name__}{hint}")
     if ref_logps.shape != (sequences,):
         raise ValueError(f"ref_logps: expected shape [{sequences}], got {tuple(ref_logps.shape)}")
     if not ref_logps.is_floating_point():
@@ -383,7 +411,7 @@ def _pair_losses(
     if log_sum_sq_probs is not None:
         wpo = wpo_weights(token_logps, log_sum_sq_probs, labels, ignore_index=options.ignore_index)
     lengths = (labels != options.ignore_index).sum(1) if given.lengths is None else given.lengths
-    loss = dpo_loss(
+    loss = losses_of_pairs(
         *logps.chunk(2),
         *given.ref_logps.chunk(2),
         beta=options.beta,
@@ -393,6 +421,7 @@ def _pair_losses(
         f_divergence=options.f_divergence,
         f_alpha=options.f_alpha,
         discopop_tau=options.discopop_tau,
+        rpo_alpha=options.rpo_alpha,
         chosen_lengths=lengths.chunk(2)[0],
         rejected_lengths=lengths.chunk(2)[1],
         mean_chosen_length=options.mean_chosen_length,
@@ -467,12 +496,19 @@ class _GroupedLoss(torch.autograd.Function):
                 need=ctx.needs_input_grad[:3],
                 stats=options.stats,
             )
-        ctx.mark_non_differentiable(losses, logps, num_tokens, chosen_rewards, rejected_rewards, table)
+        ctx.mark_non_differentiable(num_tokens, chosen_rewards, rejected_rewards, table)
         ctx.set_materialize_grads(False)
         return g.given.mean(losses), losses, logps, num_tokens, chosen_rewards, rejected_rewards, table
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        for name, grad in (("losses", grads[1]), ("logps", grads[2])):
+            if grad is not None and grad.any():
+                raise RuntimeError(
+                    f"linear_dpo_loss: a gradient came through {name}, which this call has of the loss alone: pass "
+                    f"differentiable=({name!r},), at the cost of one matrix product more, or detach {name}. The "
+                    "negative log-likelihood of chosen responses is rpo_alpha or loss_type 'sft', which cost nothing"
+                )
         if grads[0] is None:
             return None, None, None, None
         refuse_second_derivative()

@@ -19,6 +19,8 @@ from dpo_kernels.linear_dpo import (
     takes_groups,
 )
 from dpo_kernels.logps import SequenceLogps, check_linear_inputs, check_num_labelled, linear_compute_dtype
+from dpo_kernels.losses import loss_names
+from dpo_kernels.options import Impl, LossType
 from dpo_kernels.pair_groups import pair_major, plan_groups
 from dpo_kernels.rows import check_finite, labelled_rows
 
@@ -38,13 +40,13 @@ def linear_reference_logps(
     temperature: float = 1.0,
     ignore_index: int = -100,
     shift: bool = False,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: LossType | Sequence[LossType] = "sigmoid",
     ld_alpha: float | None = None,
     token_weights: Tensor | None = None,
     num_labelled: int | None = None,
     chunk_bytes: int | None = None,
     check_hidden: bool = True,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of S = 2B responses under a reference that is scored in the same step as the policy, without a
     gradient.
@@ -77,7 +79,7 @@ def linear_reference_logps(
     waits = num_labelled is None
     labels, token_weights = labels_and_weights(labels, token_weights, ignore_index, shift, dtype, waits)
     transform = LogitTransform(float(logit_scale), softcap, float(temperature))
-    names = (loss_type,) if isinstance(loss_type, str) else tuple(loss_type)
+    names = loss_names(loss_type)
 
     rows, groups = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled), None
     pairs, of_head, dweight = labels.shape[0] // 2, {"weight", "bias"}.intersection(gradients), "weight" in gradients

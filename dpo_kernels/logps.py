@@ -11,6 +11,7 @@ from torch import Tensor
 from dpo_kernels import ops
 from dpo_kernels.dispatch import choose
 from dpo_kernels.impl.interface import STATS
+from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows, shift_labels
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -31,6 +32,7 @@ class SequenceLogps(NamedTuple):
     """[S, T] each, without gradient, 0 (False) at ignored positions."""
 
 
+@explain_unknown
 def linear_sequence_logps(
     hidden: Tensor,
     weight: Tensor,
@@ -43,15 +45,16 @@ def linear_sequence_logps(
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
-    reduction: str = "sum",
-    stats: Sequence[str] = (),
+    reduction: Reduction = "sum",
+    stats: Sequence[Stat] = (),
     num_labelled: int | None = None,
     check_hidden: bool = True,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> SequenceLogps:
-    """Log-probabilities of label sequences under a language-model head, without the `[S, T, V]` logits.
+    """Log-probabilities of hidden states' labels, aligned with what predicts them, not shifted, unless `shift` says so.
 
-    Equivalent to, with every logit in fp32 (fp64 for fp64 inputs) whatever the input dtype::
+    Those of a language-model head, without the `[S, T, V]` logits. Equivalent to, with every logit in fp32 (fp64 for
+    fp64 inputs) whatever the input dtype::
 
         logits = softcap * tanh(logit_scale * (hidden @ weight.T + bias) / softcap) / temperature
         token_logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
@@ -88,8 +91,11 @@ def linear_sequence_logps(
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
-            state that is not finite, with its sequence and position.
+            state that is not finite, with its sequence and position; on the CPU a head that is not.
+        TypeError: an argument that there is not; the message says what to write instead.
+        RuntimeError: a transform of `torch.func`.
     """
+    refuse_transforms(hidden, weight, bias)
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
     impl = choose(impl, hidden.device)
@@ -116,9 +122,12 @@ def linear_sequence_logps(
         token_logps = ScatterRows.apply(row_logps[0], *rows, labels.shape)
         values = row_values.new_zeros(len(stats), *labels.shape)
         values[:, rows.sequence, rows.position] = row_values[:, 0]
+        if check_hidden:
+            check_head_is_finite(row_logps[0], weight, bias)
     return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values)
 
 
+@explain_unknown
 def sequence_logps(
     logits: Tensor,
     labels: Tensor,
@@ -126,13 +135,13 @@ def sequence_logps(
     token_weights: Tensor | None = None,
     ignore_index: int = -100,
     shift: bool = False,
-    reduction: str = "sum",
-    stats: Sequence[str] = (),
+    reduction: Reduction = "sum",
+    stats: Sequence[Stat] = (),
     inplace_backward: bool = False,
     num_labelled: int | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> SequenceLogps:
-    """Log-probabilities of label sequences from logits that exist already.
+    """Log-probabilities of labels from logits that exist: aligned, not shifted, unless `shift` says so.
 
     Equivalent to `logits.float().log_softmax(-1)`, gathered at the labels and summed over each sequence, but reads the
     labelled rows once and allocates nothing of the logits' size in the forward. Differentiable with respect to
@@ -148,7 +157,10 @@ def sequence_logps(
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, or a label outside the vocabulary, with its
             sequence and position.
+        TypeError: an argument that there is not; the message says what to write instead.
+        RuntimeError: a transform of `torch.func`.
     """
+    refuse_transforms(logits)
     check_labels(logits, labels, "logits", "[S, T, V]")
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
     if logits.shape[2] == 0:
@@ -259,6 +271,8 @@ def check_linear_inputs(
         raise ValueError("weight: expected at least one vocabulary entry, got none")
     if weight.device != hidden.device:
         raise ValueError(f"weight: expected device {hidden.device}, that of hidden, got {weight.device}")
+    if bias is not None:
+        _check_tensor("bias", bias)
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
     if bias is not None and (bias.device, bias.dtype) != (weight.device, weight.dtype):
@@ -278,7 +292,7 @@ def check_linear_inputs(
 
 def _is_number(value: object) -> bool:
     """Not a tensor: its gradient would be lost."""
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -286,9 +300,41 @@ def _check_tensor(name: str, value: object) -> None:
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
 
 
+def refuse_transforms(*tensors: object) -> None:
+    """Of `torch.func`, under which tensors hide what they hold: the products here are chosen by it."""
+    if torch.compiler.is_compiling():
+        return
+    if any(isinstance(t, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise RuntimeError(
+            "dpo_kernels: expected tensors outside of torch.func's transforms (grad, vmap, jvp, jacrev), which cannot "
+            "go through functions that form their own gradients: use torch.autograd.grad or backward; the losses on "
+            "log-probabilities, such as dpo_loss, can be transformed"
+        )
+
+
+def check_head_is_finite(logps: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Raises `ValueError` where NaN among log-probabilities [n] comes from the head. It costs no wait on the CPU, and
+    nothing where there is none."""
+    if logps.device.type != "cpu" or not logps.isnan().any():
+        return
+    for name, values in (("weight", weight), ("bias", bias)):
+        if values is None:
+            continue
+        wrong = torch.nonzero(~torch.isfinite(values.detach()).reshape(len(values), -1).all(1)).flatten()
+        if name == "bias":  # -inf: an entry that never is
+            wrong = torch.nonzero(values.detach().isnan() | values.detach().isposinf()).flatten()
+        if len(wrong):
+            raise ValueError(
+                f"{name}: expected finite numbers, got NaN or infinity in {len(wrong)} of {len(values)} vocabulary "
+                f"entries, the first is {int(wrong[0])}"
+            )
+
+
 def check_num_labelled(num_labelled: int | None) -> None:
-    if num_labelled is not None and num_labelled < 0:
-        raise ValueError(f"num_labelled: expected None or a count of at least 0, got {num_labelled}")
+    if num_labelled is None or torch.compiler.is_compiling():
+        return
+    if not isinstance(num_labelled, (int, torch.SymInt)) or isinstance(num_labelled, bool) or num_labelled < 0:
+        raise ValueError(f"num_labelled: expected None or a count of at least 0, got {num_labelled!r}")
 
 
 def check_reduction(
@@ -305,5 +351,5 @@ def check_reduction(
 
 
 def check_stats(stats: Sequence[str]) -> None:
-    if isinstance(stats, str) or any(name not in STATS for name in stats):
+    if isinstance(stats, str) or not isinstance(stats, Sequence) or any(name not in STATS for name in stats):
         raise ValueError(f"stats: expected a sequence of names from {STATS}, got {stats!r}")

@@ -9,8 +9,8 @@ Notation of the docstrings, for one pair with the chosen response y_w and the re
     eps         label_smoothing, the assumed share of pairs whose two labels are swapped
 
 Everything is computed in fp32, or in fp64 where an input is fp64, and without a device synchronisation: what is
-checked is shapes and Python numbers, never the values of a tensor. The file is long because the formulas stand side by
-side in one notation.
+checked is shapes and Python numbers, and values of a tensor only on the CPU. The file is long because the formulas
+stand side by side in one notation.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-F_DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
+from dpo_kernels.options import FDivergence, LossType, explain_unknown
+
+F_DIVERGENCES: tuple[FDivergence, ...] = get_args(FDivergence)
 
 # The f-DPO reparameterization leaves a term in log Z(x) that cancels only in the difference of the two scores.
 F_DIVERGENCE_LOSSES = frozenset(
@@ -50,6 +52,11 @@ class PreferenceLoss(NamedTuple):
     chosen_rewards: Tensor
     rejected_rewards: Tensor
 
+    @property
+    def loss(self) -> Tensor:
+        """[] their mean, which is what to minimise."""
+        return self.losses.mean()
+
 
 class KTOLoss(NamedTuple):
     """losses [S] carry the gradient; rewards [S] and kl [] are detached."""
@@ -57,6 +64,11 @@ class KTOLoss(NamedTuple):
     losses: Tensor
     rewards: Tensor
     kl: Tensor
+
+    @property
+    def loss(self) -> Tensor:
+        """[] their mean, which is what to minimise."""
+        return self.losses.mean()
 
 
 class Pairs(NamedTuple):
@@ -78,6 +90,7 @@ class Pairs(NamedTuple):
     rejected_lengths: Tensor | None
     mean_chosen_length: Tensor | float | None
     sft_chosen_logps: Tensor
+    rpo_alpha: float | None
 
 
 class _LogisticLoss(torch.autograd.Function):
@@ -147,7 +160,7 @@ def _per_token_margins(p: Pairs) -> Tensor:
     return p.chosen_scores / p.chosen_lengths.clamp(min=1) - p.rejected_scores / p.rejected_lengths.clamp(min=1)
 
 
-def f_divergence_scores(logratios: Tensor, f_divergence: str, f_alpha: float = 0.5) -> Tensor:
+def f_divergence_scores(logratios: Tensor, f_divergence: FDivergence, f_alpha: float = 0.5) -> Tensor:
     """f'(u) at u = exp(logratios): what f-DPO (arXiv 2309.16240) puts where DPO has log u.
 
     reverse_kl    log u
@@ -283,7 +296,14 @@ def sigmoid_norm_loss(p: Pairs) -> Tensor:
     return logistic_loss(p.beta * _per_token_margins(p))
 
 
-LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
+def rpo_term(p: Pairs) -> Tensor:
+    """rpo_alpha times the negative log-likelihood of the chosen response's tokens, -log pi(y_w) / |y_w|, which RPO adds
+    to the loss. arXiv 2404.19733, Eq. 1."""
+    assert p.chosen_lengths is not None and p.rpo_alpha is not None
+    return -p.rpo_alpha * p.sft_chosen_logps / p.chosen_lengths.clamp(min=1)
+
+
+LOSSES: dict[LossType, Callable[[Pairs], Tensor]] = {
     "sigmoid": sigmoid_loss,
     "cdpo": cdpo_loss,
     "robust": robust_loss,
@@ -303,28 +323,37 @@ LOSSES: dict[str, Callable[[Pairs], Tensor]] = {
 }
 
 
+def loss_names(loss_type: LossType | Sequence[LossType]) -> list[LossType]:
+    return [loss_type] if isinstance(loss_type, str) else list(loss_type)
+
+
 def validate_dpo_options(
     *,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: LossType | Sequence[LossType] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
+    f_divergence: FDivergence = "reverse_kl",
     f_alpha: float = 0.5,
     discopop_tau: float = 0.05,
+    rpo_alpha: float | None = None,
     ld_alpha: float | None = None,
     use_weighting: bool = False,
-) -> list[tuple[str, float]]:
+) -> list[tuple[LossType, float]]:
     """Check the options of `dpo_loss` without any tensor, and return the losses as (name, weight).
 
     `ld_alpha` and `use_weighting` (WPO) are options of the callers that hold tokens; they are checked here with the
     rest. Raises ValueError naming the option, what it may be and what it was.
     """
-    names = list(loss_type) if isinstance(loss_type, Sequence) and not isinstance(loss_type, str) else [loss_type]
+    if not isinstance(loss_type, (str, Sequence)):
+        raise ValueError(f"loss_type must be a name of {list(LOSSES)} or a sequence of names, got {loss_type!r}")
+    names = loss_names(loss_type)
     if not names:
         raise ValueError(f"loss_type must name at least one loss of {list(LOSSES)}, got {loss_type!r}")
     for name in names:
         _check_name("loss_type", name, LOSSES)
+    if loss_weights is not None and (isinstance(loss_weights, str) or not isinstance(loss_weights, Sequence)):
+        raise ValueError(f"loss_weights must be a sequence of numbers, one for each of {names}, got {loss_weights!r}")
     weights = [1.0] * len(names) if loss_weights is None else list(loss_weights)
     if len(weights) != len(names):
         raise ValueError(f"loss_weights must have one weight for each of {names}, got {loss_weights!r}")
@@ -334,6 +363,8 @@ def validate_dpo_options(
     _check_positive("beta", beta)
     _check_positive("discopop_tau", discopop_tau)
     _check_number("f_alpha", f_alpha, "a finite number", _is_finite)
+    if rpo_alpha is not None:
+        _check_weight("rpo_alpha", rpo_alpha)
     _check_smoothing(label_smoothing)
     if "exo_pair" in names and label_smoothing == 0:
         raise ValueError("label_smoothing must be above 0 for loss_type 'exo_pair' (its paper uses 1e-3), got 0")
@@ -355,6 +386,7 @@ def validate_dpo_options(
     return list(zip(names, weights, strict=True))
 
 
+@explain_unknown
 def dpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
@@ -362,12 +394,13 @@ def dpo_loss(
     ref_rejected_logps: Tensor,
     *,
     beta: float = 0.1,
-    loss_type: str | Sequence[str] = "sigmoid",
+    loss_type: LossType | Sequence[LossType] = "sigmoid",
     loss_weights: Sequence[float] | None = None,
     label_smoothing: float = 0.0,
-    f_divergence: str = "reverse_kl",
+    f_divergence: FDivergence = "reverse_kl",
     f_alpha: float = 0.5,
     discopop_tau: float = 0.05,
+    rpo_alpha: float | None = None,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
     mean_chosen_length: Tensor | float | None = None,
@@ -383,17 +416,22 @@ def dpo_loss(
 
     Args:
         chosen_logps, rejected_logps: [B], log pi(y|x) summed over the response, in nats; any floating-point type.
-        ref_chosen_logps, ref_rejected_logps: [B], the same under the reference.
+        ref_chosen_logps, ref_rejected_logps: [B], the same under the reference. No gradient goes into them. For no
+            reference, zeros.
         beta: strength of the leash to the reference.
         loss_type: a name of `LOSSES`, whose function gives formula and paper, or several names.
         loss_weights: one weight a name; None is 1 for each.
         label_smoothing: eps, for the losses of `SMOOTHED_LOSSES`; in [0, 0.5), above 0 for exo_pair.
         f_divergence, f_alpha: see `f_divergence_scores`; other than reverse_kl for `F_DIVERGENCE_LOSSES` alone.
         discopop_tau: tau of discopop.
-        chosen_lengths, rejected_lengths: [B], labelled tokens of each response; needed by ipo, sigmoid_norm and sft.
+        rpo_alpha: at least 0, the weight of the chosen response's negative log-likelihood a token, which RPO adds
+            (arXiv 2404.19733, Eq. 1); each pair's own length divides. For one mean over all chosen tokens of the batch,
+            as some trainers have it, take loss_type ("sigmoid", "sft") and loss_weights.
+        chosen_lengths, rejected_lengths: [B], labelled tokens of each response; needed by ipo, sigmoid_norm and sft,
+            chosen_lengths by rpo_alpha.
         mean_chosen_length: scalar, what sft divides by: the mean of chosen_lengths over the whole batch, for a caller
             that passes a part of it; None takes the mean of chosen_lengths.
-        sft_chosen_logps: [B], what sft uses in place of chosen_logps where those are weighted by token.
+        sft_chosen_logps: [B], what sft and rpo_alpha use in place of chosen_logps where those are weighted by token.
         pair_weights: [B], multiplies the losses (see `wpo_weights`) and is not divided out again; no gradient goes
             through. A mean over pairs that count differently is the caller's to take, as `linear_dpo_loss` does.
 
@@ -401,8 +439,54 @@ def dpo_loss(
         PreferenceLoss, in fp32, or fp64 where an input is. Rewards are beta * r whatever the loss or the f-divergence.
 
     Raises:
-        ValueError: an option outside its range, lengths missing, or shapes that differ.
+        ValueError: an option outside its range, lengths missing, shapes that differ, or, on the CPU, log-probabilities
+            of the reference that are not finite.
+        TypeError: an argument that there is not; the message says what to write instead.
     """
+    for name, logps in (("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):
+        check_finite_logps(name, logps, "pair")
+    return losses_of_pairs(
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps,
+        ref_rejected_logps,
+        beta=beta,
+        loss_type=loss_type,
+        loss_weights=loss_weights,
+        label_smoothing=label_smoothing,
+        f_divergence=f_divergence,
+        f_alpha=f_alpha,
+        discopop_tau=discopop_tau,
+        rpo_alpha=rpo_alpha,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        mean_chosen_length=mean_chosen_length,
+        sft_chosen_logps=sft_chosen_logps,
+        pair_weights=pair_weights,
+    )
+
+
+def losses_of_pairs(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    loss_type: LossType | Sequence[LossType],
+    loss_weights: Sequence[float] | None,
+    label_smoothing: float,
+    f_divergence: FDivergence,
+    f_alpha: float,
+    discopop_tau: float,
+    rpo_alpha: float | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    mean_chosen_length: Tensor | float | None,
+    sft_chosen_logps: Tensor | None,
+    pair_weights: Tensor | None,
+) -> PreferenceLoss:
+    """`dpo_loss` of whatever the numbers are: what is not finite goes on."""
     losses_and_weights = validate_dpo_options(
         beta=beta,
         loss_type=loss_type,
@@ -411,6 +495,7 @@ def dpo_loss(
         f_divergence=f_divergence,
         f_alpha=f_alpha,
         discopop_tau=discopop_tau,
+        rpo_alpha=rpo_alpha,
         use_weighting=pair_weights is not None,
     )
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps = _as_vectors(
@@ -419,6 +504,7 @@ def dpo_loss(
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
     )
+    ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.detach(), ref_rejected_logps.detach()
     if chosen_lengths is not None:
         chosen_lengths = _as_lengths("chosen_lengths", chosen_lengths, chosen_logps)
     if rejected_lengths is not None:
@@ -428,6 +514,8 @@ def dpo_loss(
             raise ValueError(f"chosen_lengths and rejected_lengths are required for loss_type {name!r}, got None")
         if name == "sft" and chosen_lengths is None and mean_chosen_length is None:
             raise ValueError("chosen_lengths or mean_chosen_length is required for loss_type 'sft', got None")
+    if rpo_alpha is not None and chosen_lengths is None:
+        raise ValueError("chosen_lengths are required for rpo_alpha, got None")
     if mean_chosen_length is None and chosen_lengths is not None:
         mean_chosen_length = chosen_lengths.mean()
     if sft_chosen_logps is None:
@@ -456,24 +544,28 @@ def dpo_loss(
         rejected_lengths=rejected_lengths,
         mean_chosen_length=mean_chosen_length,
         sft_chosen_logps=sft_chosen_logps,
+        rpo_alpha=rpo_alpha,
     )
     losses = torch.zeros_like(chosen_logps)
     for name, weight in losses_and_weights:
         losses = losses + weight * LOSSES[name](pairs)
+    if rpo_alpha is not None:
+        losses = losses + rpo_term(pairs)
     if pair_weights is not None:
         _, pair_weights = _as_vectors(chosen_logps=chosen_logps, pair_weights=pair_weights)
         losses = losses * pair_weights.detach()
     return PreferenceLoss(losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach())
 
 
+@explain_unknown
 def simpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
     *,
+    chosen_lengths: Tensor | Literal[1],
+    rejected_lengths: Tensor | Literal[1],
     beta: float = 2.0,
-    gamma: float = 1.0,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
+    gamma: float = 0.5,
     label_smoothing: float = 0.0,
 ) -> PreferenceLoss:
     """SimPO: L(h) with h = beta (a_w - a_l) - gamma, a = log pi(y) / |y|. arXiv 2405.14734, Eq. 6.
@@ -483,9 +575,10 @@ def simpo_loss(
     the authors' code is gamma / beta.
 
     Args:
-        chosen_logps, rejected_logps: [B], averages a over the response; with lengths given, sums, divided here.
+        chosen_logps, rejected_logps: [B], log pi(y|x) summed over the response, in nats.
+        chosen_lengths, rejected_lengths: [B], in tokens, what the sums are divided by; 1 where they are averages over
+            the response's tokens already.
         beta, gamma: the paper has beta from 2 to 2.5 and gamma from 0.3 to 1.6.
-        chosen_lengths, rejected_lengths: [B], in tokens; both or neither.
         label_smoothing: eps in [0, 0.5): (1 - eps) L(h) + eps L(-h), as for cdpo.
 
     Returns:
@@ -499,13 +592,14 @@ def simpo_loss(
     return PreferenceLoss(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
+@explain_unknown
 def orpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
     *,
+    chosen_lengths: Tensor | Literal[1],
+    rejected_lengths: Tensor | Literal[1],
     beta: float = 0.1,
-    chosen_lengths: Tensor | None = None,
-    rejected_lengths: Tensor | None = None,
 ) -> PreferenceLoss:
     """ORPO: -a_w + beta L(log odds(y_w) - log odds(y_l)), odds(y) = e^a / (1 - e^a), a = log pi(y) / |y|.
 
@@ -515,9 +609,10 @@ def orpo_loss(
     probability that rounds to 1 gives a finite loss and gradient.
 
     Args:
-        chosen_logps, rejected_logps: [B], averages a over the response; with lengths given, sums, divided here.
+        chosen_logps, rejected_logps: [B], log pi(y|x) summed over the response, in nats.
+        chosen_lengths, rejected_lengths: [B], in tokens, what the sums are divided by; 1 where they are averages over
+            the response's tokens already.
         beta: weight of the odds-ratio term.
-        chosen_lengths, rejected_lengths: [B], in tokens; both or neither.
 
     Returns:
         PreferenceLoss, with rewards beta * a.
@@ -528,13 +623,14 @@ def orpo_loss(
     return PreferenceLoss(losses, beta * chosen.detach(), beta * rejected.detach())
 
 
+@explain_unknown
 def cpo_loss(
     chosen_logps: Tensor,
     rejected_logps: Tensor,
     *,
     beta: float = 0.1,
     cpo_alpha: float = 1.0,
-    loss_type: str = "sigmoid",
+    loss_type: Literal["sigmoid", "hinge", "ipo"] = "sigmoid",
     label_smoothing: float = 0.0,
     chosen_lengths: Tensor | None = None,
     rejected_lengths: Tensor | None = None,
@@ -576,6 +672,7 @@ def cpo_loss(
         nll = _token_nll(chosen, mean_chosen_length)
 
     if loss_type == "ipo":
+        assert chosen_lengths is not None and rejected_lengths is not None
         chosen, rejected = _length_averages(chosen, rejected, chosen_lengths, rejected_lengths)
         losses = (chosen - rejected - 1 / (2 * beta)) ** 2
     elif loss_type == "hinge":
@@ -585,6 +682,7 @@ def cpo_loss(
     return PreferenceLoss(losses + cpo_alpha * nll, beta * chosen.detach(), beta * rejected.detach())
 
 
+@explain_unknown
 def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
     """KTO's baseline z_0 = max(0, mean(log pi(y') - log pi_ref(y'))) [], detached. arXiv 2402.01306, Section 4.
 
@@ -596,6 +694,7 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
     return (logratios.sum() / max(1, len(logratios))).clamp(min=0)
 
 
+@explain_unknown
 def kto_loss(
     logps: Tensor,
     ref_logps: Tensor,
@@ -605,7 +704,7 @@ def kto_loss(
     beta: float = 0.1,
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
-    loss_type: str = "kto",
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto",
 ) -> KTOLoss:
     """KTO on responses that are each good or bad, not paired. arXiv 2402.01306, Eq. 7.
 
@@ -624,11 +723,39 @@ def kto_loss(
     Returns:
         KTOLoss, with losses and rewards beta * r in the order of the inputs; the loss to minimise is losses.mean().
     """
+    check_finite_logps("ref_logps", ref_logps, "response")
+    return losses_of_responses(
+        logps,
+        ref_logps,
+        labels,
+        kl=kl,
+        beta=beta,
+        desirable_weight=desirable_weight,
+        undesirable_weight=undesirable_weight,
+        loss_type=loss_type,
+    )
+
+
+def losses_of_responses(
+    logps: Tensor,
+    ref_logps: Tensor,
+    labels: Tensor,
+    *,
+    kl: Tensor | float | None,
+    beta: float,
+    desirable_weight: float,
+    undesirable_weight: float,
+    loss_type: Literal["kto", "apo_zero_unpaired"],
+) -> KTOLoss:
+    """`kto_loss` of whatever the numbers are: what is not finite goes on."""
     _check_name("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
     _check_positive("beta", beta)
     _check_weight("desirable_weight", desirable_weight)
     _check_weight("undesirable_weight", undesirable_weight)
     logps, ref_logps = _as_vectors(logps=logps, ref_logps=ref_logps)
+    ref_logps = ref_logps.detach()
+    if not isinstance(labels, Tensor):
+        raise ValueError(f"labels must be a bool tensor of shape {tuple(logps.shape)}, got {type(labels).__name__}")
     if labels.dtype != torch.bool or labels.shape != logps.shape:
         raise ValueError(
             f"labels must be bool of shape {tuple(logps.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
@@ -717,7 +844,8 @@ def _is_finite(x: float) -> bool:
 
 
 def _check_number(argument: str, value: object, expected: str, is_valid: Callable[[float], bool]) -> None:
-    if not isinstance(value, (int, float)) or not is_valid(value):
+    # a tensor neither: its gradient would be lost
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not is_valid(value):
         raise ValueError(f"{argument} must be {expected}, got {value!r}")
 
 
@@ -750,32 +878,69 @@ def _as_vectors(**tensors: Tensor) -> list[Tensor]:
     first, *_ = tensors.items()
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor of shape [B], got {type(tensor).__name__}")
+            hint = "; without a reference, zeros" if name.startswith("ref_") and tensor is None else ""
+            raise ValueError(f"{name} must be a tensor of shape [B], got {type(tensor).__name__}{hint}")
         if tensor.dim() != 1 or tensor.shape != first[1].shape:
             shape = f"{tuple(first[1].shape)} as {first[0]} has" if first[1].dim() == 1 else "[B]"
             raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")
+        if tensor.device != first[1].device:
+            raise ValueError(f"{name} must be on {first[1].device} as {first[0]} is, got {tensor.device}")
     dtype = _compute_dtype(*tensors.values())
     return [tensor.to(dtype) for tensor in tensors.values()]
 
 
 def _as_lengths(name: str, lengths: Tensor, logps: Tensor) -> Tensor:
+    if not isinstance(lengths, Tensor):
+        raise ValueError(f"{name} must be a tensor of shape {tuple(logps.shape)}, got {lengths!r}")
     if lengths.shape != logps.shape:
         raise ValueError(f"{name} must have shape {tuple(logps.shape)}, got {tuple(lengths.shape)}")
+    if lengths.is_complex() or lengths.dtype == torch.bool:
+        raise ValueError(f"{name} must be numbers of tokens, got {lengths.dtype}")
+    if lengths.device != logps.device:
+        raise ValueError(f"{name} must be on {logps.device}, where the log-probabilities are, got {lengths.device}")
     return lengths.to(logps.dtype)
 
 
 def _length_averages(
-    chosen_logps: Tensor, rejected_logps: Tensor, chosen_lengths: Tensor | None, rejected_lengths: Tensor | None
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_lengths: Tensor | Literal[1],
+    rejected_lengths: Tensor | Literal[1],
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities a token: the inputs as they are, or divided by the lengths where those are given."""
+    """Log-probabilities a token: sums divided by the lengths, or averages as they are."""
     chosen, rejected = _as_vectors(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
-    if (chosen_lengths is None) != (rejected_lengths is None):
-        missing = "chosen_lengths" if chosen_lengths is None else "rejected_lengths"
-        raise ValueError(f"{missing} must be given with the other response's lengths, or neither, got None")
-    if chosen_lengths is None or rejected_lengths is None:
-        return chosen, rejected
-    chosen_lengths = _as_lengths("chosen_lengths", chosen_lengths, chosen)
-    rejected_lengths = _as_lengths("rejected_lengths", rejected_lengths, chosen)
-    return chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)
+    averages = []
+    for name, logps, lengths in (
+        ("chosen_lengths", chosen, chosen_lengths),
+        ("rejected_lengths", rejected, rejected_lengths),
+    ):
+        if not isinstance(lengths, Tensor) and not (type(lengths) is int and lengths == 1):
+            raise ValueError(
+                f"{name} must be numbers of tokens, of shape {tuple(logps.shape)}, or 1 for log-probabilities that are "
+                f"averages already, got {lengths!r}"
+            )
+        averages.append(
+            logps / _as_lengths(name, lengths, logps).clamp(min=1) if isinstance(lengths, Tensor) else logps
+        )
+    return averages[0], averages[1]
+
+
+def check_finite_logps(name: str, logps: Tensor, what: str) -> None:
+    """Raises `ValueError` for NaN and infinity in log-probabilities [n], where looking is not waiting."""
+    if isinstance(logps, Tensor) and is_at_hand(logps):
+        wrong = ~torch.isfinite(logps)
+        if wrong.any():
+            first = int(torch.nonzero(wrong.reshape(-1))[0])
+            raise ValueError(
+                f"{name}: expected finite log-probabilities, got {logps.reshape(-1)[first].item()} for {what} {first} "
+                f"({int(wrong.sum())} such)"
+            )
+
+
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether its values can be looked at now, without waiting for a device."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)

@@ -36,7 +36,7 @@ class PreferenceTrainer(Trainer):
         like_the_policy = Reference.of(self.model, options)
         with torch.no_grad(), self.accelerator.autocast():
             ref_logps = self.reference(**inputs, reference=like_the_policy).logps
-        found = model(**inputs, preference=Preference(ref_logps, options)).preference
+        found = model(**inputs, preference=Preference(ref_logps, **options)).preference
         return (found.loss, {"logps": found.logps}) if return_outputs else found.loss
 
 

@@ -13,13 +13,13 @@ from places import ROOT
 # From the ground up. A room, a folder or a module by itself, may import what is in the layers below it, and its own
 # modules; never another room of its layer. The layer of "dpo_kernels" is the package's face, which re-exports.
 LAYERS = (
-    ("lazy", "_native", "_cuda"),
+    ("lazy", "options", "_native", "_cuda"),
     ("impl",),
     ("dispatch", "rows"),
     ("ops",),
     ("logps", "losses", "pair_groups"),
     ("linear_dpo",),
-    ("linear_reference",),
+    ("linear_reference", "modules"),
     ("testing",),
     ("models",),
     ("dpo_kernels",),

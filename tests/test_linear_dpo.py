@@ -1,5 +1,7 @@
 """The fused op equals the functions it is composed of, on every path and for every loss."""
 
+import math
+
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -94,7 +96,7 @@ def check(inputs, chunk_bytes, pair_weights=None, **options):
     labels = inputs.labels[:, 1:] if options.get("shift") else inputs.labels
     assert torch.equal(out.num_tokens, (labels != -100).sum(1))
     *tensors, stats = out
-    assert [t.requires_grad for t in tensors] == [True, False, False, False, False, False] and stats == {}
+    assert [t.requires_grad for t in tensors] == [True, True, True, False, False, False] and stats == {}
     wanted = [t for t in (inputs.hidden, inputs.weight, inputs.bias) if t.requires_grad]
     ours = torch.autograd.grad(out.loss * 3, wanted)
     for mine, other in zip(ours, torch.autograd.grad(mean * 3, wanted), strict=True):
@@ -119,6 +121,8 @@ OPTIONS = [
     {"use_weighting": True},
     {"ld_alpha": 0.0, "use_weighting": True, "loss_type": ("sigmoid", "sft")},
     {"loss_type": ("sigmoid", "sft"), "mean_chosen_length": 7.5},
+    {"rpo_alpha": 0.7},
+    {"rpo_alpha": 1.0, "ld_alpha": 0.4, "use_weighting": True, "loss_type": "hinge"},
     {"shift": True},
     {"logit_scale": 0.5, "softcap": 3.0, "temperature": 1.5},
     *({"f_divergence": name} for name in ("forward_kl", "js", "alpha")),
@@ -174,6 +178,8 @@ def test_weights_of_pairs_and_tokens(loss_type, chunks, weights, frozen):
         {"use_weighting": True},
         {"shift": True},
         {"loss_type": ("sigmoid", "sft"), "mean_chosen_length": 7.5},
+        {"rpo_alpha": 0.7},
+        {"rpo_alpha": 1.0, "ld_alpha": 0.4, "use_weighting": True, "loss_type": "hinge"},
         {"ld_alpha": 0.5, "use_weighting": True, "loss_type": ("sigmoid", "sft")},
     ],
     ids=str,
@@ -473,6 +479,87 @@ def test_the_reference_gets_no_gradient(chunk_bytes):
     loss = fused(inputs, chunk_bytes=chunk_bytes).loss
     loss.backward()
     assert inputs.ref_logps.grad is None and inputs.hidden.grad.any()
+
+
+def of_ones_own(loss, losses, logps):
+    """A term on log-probabilities, and a mean that is not over pairs alike, beside the loss."""
+    return 2 * loss - 0.3 * logps.chunk(2)[0].mean() + losses.square().sum()
+
+
+@pytest.mark.parametrize(
+    ("impl", "options", "chunks", "frozen"),
+    covering(IMPLS, [{}, {"ld_alpha": 0.3, "rpo_alpha": 0.5}, {"use_weighting": True}], list(CHUNKS), [False, True]),
+    indirect=["impl"],
+)
+def test_gradients_through_log_probabilities_and_losses(options, chunks, frozen):
+    """Right where they are asked for, or where the path has them; else an error that says how to ask."""
+    inputs, chunk_bytes = head_inputs(6, 9, dtype=torch.float64), CHUNKS[chunks]
+    for each in (inputs.weight, inputs.bias):
+        each.requires_grad_(not frozen)
+    wanted = [t for t in (inputs.hidden, inputs.weight, inputs.bias) if t.requires_grad]
+    loss, logps = eager(inputs, **options)
+    expected = torch.autograd.grad(of_ones_own(loss.loss, loss.losses, logps), wanted)
+    out = fused(inputs, chunk_bytes=chunk_bytes, differentiable=("logps", "losses"), **options)
+    found = torch.autograd.grad(of_ones_own(out.loss, out.losses, out.logps), wanted)
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-12)
+    out = fused(inputs, chunk_bytes=chunk_bytes, **options)
+    for name, term in (("logps", out.logps[:2].mean()), ("losses", out.losses.sum())):
+        if frozen or chunks == "recompute":
+            torch.autograd.grad(out.loss - 1000 * term, wanted, retain_graph=True)
+        else:
+            with pytest.raises(RuntimeError, match=rf"a gradient came through {name},.* differentiable=\('{name}',\)"):
+                torch.autograd.grad(out.loss - 1000 * term, wanted, retain_graph=True)
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+def test_values_that_nobody_takes_a_gradient_of_cost_nothing():
+    inputs = head_inputs(6, 9)
+    out = fused(inputs)
+    (out.loss + 0 * out.logps.sum() + out.losses.detach().sum() + out.chosen_rewards.sum()).backward()
+    assert inputs.hidden.grad.any()
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+def test_transforms_of_torch_func_are_refused():
+    inputs = head_inputs(6, 9)
+
+    def loss(hidden):
+        return linear_dpo_loss(hidden, inputs.weight, inputs.labels, inputs.ref_logps).loss
+
+    def logps(hidden):
+        return linear_sequence_logps(hidden, inputs.weight, inputs.labels).logps.sum()
+
+    for function in (loss, logps):
+        for transform in (torch.func.grad, torch.func.jacrev):
+            with pytest.raises(RuntimeError, match="outside of torch.func's transforms"):
+                transform(function)(inputs.hidden.detach())
+        with pytest.raises(RuntimeError, match="outside of torch.func's transforms"):
+            torch.func.vmap(function)(inputs.hidden.detach()[None])
+        with pytest.raises(RuntimeError, match="outside of torch.func's transforms"):
+            torch.func.jvp(function, (inputs.hidden.detach(),), (inputs.hidden.detach(),))
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+@pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
+def test_numbers_that_are_not_finite_are_named(chunk_bytes):
+    for value, name, index in ((math.nan, "weight", (7, 3)), (math.inf, "weight", (7, 3)), (math.nan, "bias", (7,))):
+        inputs = head_inputs(6, 9)
+        with torch.no_grad():
+            getattr(inputs, name)[index] = value
+        with pytest.raises(ValueError, match=rf"{name}: expected finite numbers, got NaN or infinity in 1 of .* is 7"):
+            fused(inputs, chunk_bytes=chunk_bytes)
+        assert fused(inputs, chunk_bytes=chunk_bytes, check_hidden=False).loss.isnan()
+    inputs = head_inputs(6, 9)
+    with torch.no_grad():
+        inputs.bias[7] = -math.inf  # an entry that never is
+    inputs.labels[inputs.labels == 7] = 8
+    assert fused(inputs).loss.isfinite()
+    for value in (math.nan, math.inf, -math.inf):
+        inputs = head_inputs(6, 9)
+        inputs.ref_logps[2] = value
+        with pytest.raises(ValueError, match=rf"ref_logps: expected finite .* got {value} for sequence 2 \(1 such\)"):
+            fused(inputs, chunk_bytes=chunk_bytes)
 
 
 def test_second_backward():

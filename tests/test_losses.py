@@ -6,13 +6,16 @@ central difference, good to 40 digits.
 
 from __future__ import annotations
 
+import inspect
 import math
+from typing import get_args
 
 import mpmath
 import pytest
 import torch
 from mpmath import exp, log, log1p, mpf
 
+from dpo_kernels import DPOLoss, LinearDPOLoss, dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.losses import (
     BATCH_LOSSES,
     EXP_LIMIT,
@@ -24,6 +27,8 @@ from dpo_kernels.losses import (
     logistic_loss,
     validate_dpo_options,
 )
+from dpo_kernels.options import Impl, LinearDPOOptions, LogpsOptions, LossOptions, LossType, PairLossOptions
+from dpo_kernels.testing import head_inputs
 
 BETA, EPS, TAU, ALPHA = 0.3, 0.1, 0.05, 0.4
 CHOSEN_LENGTHS, REJECTED_LENGTHS = [3, 7, 1, 12], [5, 2, 9, 12]
@@ -163,9 +168,10 @@ def test_fp32_loses_a_few_roundings_and_no_more(name, divergence):
 
 @pytest.mark.parametrize(("name", "divergence"), CASES)
 def test_gradcheck(name, divergence):
-    inputs = [row.requires_grad_() for row in random_logps(seed=8)]
+    policy, reference = random_logps(seed=8)[:2], random_logps(seed=8)[2:]
     options = options_for(name, divergence)
-    assert torch.autograd.gradcheck(lambda *rows: dpo_loss(*rows, **options).losses, inputs)
+    inputs = [row.requires_grad_() for row in policy]
+    assert torch.autograd.gradcheck(lambda *rows: dpo_loss(*rows, *reference, **options).losses, inputs)
 
 
 # The four combinations of log-ratios of +-1e4: h very high, very low, and twice a tie.
@@ -402,11 +408,11 @@ def test_compiles_without_graph_breaks(names):
     def loss(*rows):
         return dpo_loss(*rows, **options).losses
 
-    logps = [row.requires_grad_() for row in random_logps()]
+    logps = [*(row.requires_grad_() for row in random_logps()[:2]), *random_logps()[2:]]
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(*logps)
     torch.testing.assert_close(compiled, loss(*logps), rtol=1e-14, atol=0)
-    gradients = torch.autograd.grad(compiled.sum(), logps)
-    for actual, expected in zip(gradients, torch.autograd.grad(loss(*logps).sum(), logps), strict=True):
+    gradients = torch.autograd.grad(compiled.sum(), logps[:2])
+    for actual, expected in zip(gradients, torch.autograd.grad(loss(*logps).sum(), logps[:2]), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-13, atol=1e-15)
 
 
@@ -431,7 +437,11 @@ def test_batch_losses_are_exactly_those_that_are_no_mean_over_pairs():
     [
         ({"loss_type": "sigmod"}, "loss_type must be one of .*'sigmod'; did you mean 'sigmoid'"),
         ({"loss_type": "simpo"}, "use simpo_loss"),
-        ({"loss_type": None}, "loss_type must be one of .*got None"),
+        ({"loss_type": None}, "loss_type must be a name of .*got None"),
+        ({"loss_type": 3}, "loss_type must be a name of .*got 3"),
+        ({"loss_weights": 2.0}, "loss_weights must be a sequence of numbers.* got 2.0"),
+        ({"beta": True}, "beta must be a positive finite number, got True"),
+        ({"rpo_alpha": -1.0}, "rpo_alpha must be a finite number of at least 0, got -1.0"),
         ({"loss_type": []}, "loss_type must name at least one"),
         ({"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0]}, "loss_weights must have one weight for each"),
         ({"loss_weights": [math.nan]}, "loss_weights must be finite numbers, got nan"),
@@ -487,3 +497,99 @@ def test_tensors_that_do_not_fit(change, message):
     names = ("chosen_logps", "rejected_logps", "ref_chosen_logps", "ref_rejected_logps")
     with pytest.raises(ValueError, match=message):
         dpo_loss(**(dict(zip(names, random_logps(), strict=True)) | change))
+
+
+# Around the losses
+
+
+def test_rpo_adds_the_chosen_likelihood_of_a_token():
+    logps, lengths = random_logps(), OPTIONS["chosen_lengths"]
+    for loss_type in ("sigmoid", "hinge", ("sigmoid", "sft")):
+        more = {"loss_type": loss_type, "beta": BETA, "chosen_lengths": lengths}
+        plain, rpo = dpo_loss(*logps, **more), dpo_loss(*logps, rpo_alpha=0.7, **more)
+        torch.testing.assert_close(rpo.losses - plain.losses, -0.7 * logps[0] / lengths)
+        assert torch.equal(rpo.chosen_rewards, plain.chosen_rewards)
+    with pytest.raises(ValueError, match="chosen_lengths are required for rpo_alpha"):
+        dpo_loss(*logps, rpo_alpha=1.0)
+
+
+def test_no_gradient_flows_into_the_reference():
+    logps = [row.requires_grad_() for row in random_logps()]
+    out = dpo_loss(*logps)
+    torch.testing.assert_close(out.loss, out.losses.mean())
+    out.loss.backward()
+    assert [row.grad is None for row in logps] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_reference_that_is_not_finite_is_named(value):
+    logps = random_logps()
+    logps[3][2] = value
+    with pytest.raises(ValueError, match=rf"ref_rejected_logps: expected finite .* got {value} for pair 2 \(1 such\)"):
+        dpo_loss(*logps)
+
+
+def test_losses_can_be_transformed():
+    policy, rejected, *reference = random_logps()
+    per_pair = torch.func.vmap(torch.func.grad(lambda w, *rest: dpo_loss(w[None], *(r[None] for r in rest)).loss))
+    expected = torch.autograd.grad(dpo_loss(policy.requires_grad_(), rejected, *reference).losses.sum(), policy)
+    torch.testing.assert_close(per_pair(policy.detach(), rejected, *reference), expected[0])
+
+
+def test_names_are_those_of_the_types():
+    assert set(LOSSES) == set(get_args(LossType))
+    assert set(get_args(Impl)) == {"auto", *dispatch.IMPLEMENTATIONS}
+
+
+@pytest.mark.parametrize(
+    "function, options, besides",
+    [
+        (linear_sequence_logps, LogpsOptions, {"bias", "logit_scale", "softcap", "shift"}),
+        (linear_dpo_loss, LinearDPOOptions, {"bias", "logit_scale", "softcap", "shift"}),
+        (
+            dpo_loss,
+            PairLossOptions,
+            {"chosen_lengths", "rejected_lengths", "mean_chosen_length", "sft_chosen_logps", "pair_weights"},
+        ),
+        (validate_dpo_options, LossOptions, set()),
+    ],
+)
+def test_options_that_are_passed_on_are_those_of_the_function(function, options, besides):
+    parameters = inspect.signature(function).parameters.values()
+    keywords = {parameter.name: parameter for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
+    assert set(options.__annotations__) | besides == set(keywords)
+    for name, annotation in options.__annotations__.items():
+        assert annotation.__forward_arg__ == keywords[name].annotation, name
+
+
+MODULES = [
+    (DPOLoss(beta=0.3, loss_type="ipo"), dpo_loss),
+    (DPOLoss(), dpo_loss),
+    (DPOLoss(loss_type=("sigmoid", "sft"), loss_weights=(1.0, 0.5), rpo_alpha=0.2), dpo_loss),
+]
+
+
+@pytest.mark.parametrize("module, function", MODULES, ids=lambda each: str(each)[:60])
+def test_modules_are_the_functions(module, function):
+    lengths = {key: OPTIONS[key] for key in ("chosen_lengths", "rejected_lengths")}
+    for mine, other in zip(module(*random_logps(), **lengths), function(*random_logps(), **module.options, **lengths), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_the_linear_module_is_the_function():
+    inputs = head_inputs(4, 6)
+    module = LinearDPOLoss(beta=0.3, softcap=20.0, ld_alpha=0.5, chunk_bytes=0)
+    given = inputs.hidden, inputs.weight, inputs.labels, inputs.ref_logps
+    expected = linear_dpo_loss(*given, bias=inputs.bias, beta=0.3, softcap=20.0, ld_alpha=0.5, chunk_bytes=0)
+    assert torch.equal(module(*given, inputs.bias).loss, expected.loss)
+    assert "beta=0.3" in repr(module) and not list(module.parameters())
+
+
+@pytest.mark.parametrize("make", [DPOLoss, LinearDPOLoss])
+def test_modules_check_their_options_when_they_are_made(make):
+    with pytest.raises(ValueError, match="beta must be a positive finite number, got -1"):
+        make(beta=-1)
+    with pytest.raises(TypeError, match=f"{make.__name__}: no argument 'betta'; did you mean 'beta'?"):
+        make(betta=0.1)
+    with pytest.raises(TypeError, match=f"{make.__name__}: no argument 'reference_free': .* zeros"):
+        make(reference_free=True)

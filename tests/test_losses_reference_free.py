@@ -26,6 +26,7 @@ CHOSEN = torch.tensor([-30.0, -12.0, -55.0, -8.0], dtype=torch.float64)
 REJECTED = torch.tensor([-25.0, -40.0, -41.0, -9.5], dtype=torch.float64)
 CHOSEN_LENGTHS, REJECTED_LENGTHS = torch.tensor([10, 3, 40, 16]), torch.tensor([20, 25, 30, 4])
 LENGTHS = {"chosen_lengths": CHOSEN_LENGTHS, "rejected_lengths": REJECTED_LENGTHS}
+AVERAGES = {"chosen_lengths": 1, "rejected_lengths": 1}
 MEAN_LENGTH = 69 / 4
 EPS = 0.1
 
@@ -135,14 +136,14 @@ def test_rewards_and_types(case):
 @pytest.mark.parametrize("function", [simpo_loss, orpo_loss])
 def test_averages_and_sums_with_lengths_are_the_same(function):
     with_lengths = function(CHOSEN, REJECTED, **LENGTHS)
-    averages = function(CHOSEN / CHOSEN_LENGTHS, REJECTED / REJECTED_LENGTHS)
+    averages = function(CHOSEN / CHOSEN_LENGTHS, REJECTED / REJECTED_LENGTHS, **AVERAGES)
     for a, b in zip(with_lengths, averages, strict=True):
         torch.testing.assert_close(a, b)
 
 
 def test_gamma_is_inside_the_sigmoid_and_not_scaled_by_beta():
     """The reward margin at which the loss is log 2 is gamma itself."""
-    output = simpo_loss(torch.tensor([-0.5]), torch.tensor([-1.5]), beta=2.0, gamma=2.0)
+    output = simpo_loss(torch.tensor([-0.5]), torch.tensor([-1.5]), beta=2.0, gamma=2.0, **AVERAGES)
     torch.testing.assert_close(output.losses, torch.tensor([math.log(2)]))
 
 
@@ -150,7 +151,7 @@ def test_orpo_at_probability_one():
     """log p = 0 is a probability that rounded to 1: finite, and each gradient in its direction."""
     chosen = torch.tensor([0.0, -1.0, 0.0, -1e-30, 1e-7], requires_grad=True)
     rejected = torch.tensor([-1.0, 0.0, 0.0, -2.0, -2.0], requires_grad=True)
-    losses = orpo_loss(chosen, rejected, beta=1.0).losses
+    losses = orpo_loss(chosen, rejected, beta=1.0, **AVERAGES).losses
     to_chosen, to_rejected = torch.autograd.grad(losses.sum(), (chosen, rejected))
     assert losses.isfinite().all() and to_chosen.isfinite().all() and to_rejected.isfinite().all()
     assert (to_chosen < 0).all() and (to_rejected > 0).all()
@@ -164,7 +165,7 @@ def test_orpo_at_probability_one():
 def test_orpo_near_probability_one_is_exact():
     logp = torch.tensor([-2e-6], dtype=torch.float64, requires_grad=True)
     other = torch.tensor([-1.0], dtype=torch.float64)
-    losses = orpo_loss(other, logp, beta=1.0).losses
+    losses = orpo_loss(other, logp, beta=1.0, **AVERAGES).losses
     with mpmath.workdps(60):
         p_w, p_l = exp(mpf(-1)), exp(mpf(logp.item()))
         exact = 1 - log_sigma(log(p_w / (1 - p_w)) - log(p_l / (1 - p_l)))
@@ -358,15 +359,16 @@ TOKENS = torch.zeros(4, 6, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: simpo_loss(Z, Z[:3]), r"rejected_logps must have shape \(4,\) as chosen_logps has"),
-        (lambda: simpo_loss(Z, Z, beta=-1.0), "beta must be a positive finite number, got -1.0"),
-        (lambda: simpo_loss(Z, Z, gamma=math.nan), "gamma must be a finite number, got nan"),
-        (lambda: simpo_loss(Z, Z, label_smoothing=0.7), r"label_smoothing must be a number in \[0, 0.5\)"),
-        (lambda: simpo_loss(Z, Z, chosen_lengths=Z), "rejected_lengths must be given"),
+        (lambda: simpo_loss(Z, Z[:3], **AVERAGES), r"rejected_logps must have shape \(4,\) as chosen_logps has"),
+        (lambda: simpo_loss(Z, Z, beta=-1.0, **AVERAGES), "beta must be a positive finite number, got -1.0"),
+        (lambda: simpo_loss(Z, Z, gamma=math.nan, **AVERAGES), "gamma must be a finite number, got nan"),
+        (lambda: simpo_loss(Z, Z, label_smoothing=0.7, **AVERAGES), r"label_smoothing must be a number in \[0, 0.5\)"),
+        (lambda: simpo_loss(Z, Z, chosen_lengths=Z, rejected_lengths=None), "rejected_lengths must be .* got None"),
+        (lambda: simpo_loss(Z, Z, chosen_lengths=2, rejected_lengths=Z), "chosen_lengths must be .* or 1 .* got 2"),
         (lambda: simpo_loss(Z, Z, chosen_lengths=Z, rejected_lengths=Z[:1]), "rejected_lengths must have shape"),
-        (lambda: orpo_loss(Z, Z, beta=0), "beta must be a positive finite number, got 0"),
-        (lambda: orpo_loss(Z, Z, rejected_lengths=Z), "chosen_lengths must be given"),
-        (lambda: orpo_loss(TOKENS[0], Z), "chosen_logps must be floating-point, got torch.int64"),
+        (lambda: orpo_loss(Z, Z, beta=0, **AVERAGES), "beta must be a positive finite number, got 0"),
+        (lambda: orpo_loss(Z, Z, chosen_lengths=None, rejected_lengths=Z), "chosen_lengths must be .* got None"),
+        (lambda: orpo_loss(TOKENS[0], Z, **AVERAGES), "chosen_logps must be floating-point, got torch.int64"),
         (lambda: cpo_loss(Z, Z, loss_type="simpo"), "loss_type must be one of .*use simpo_loss"),
         (lambda: cpo_loss(Z, Z, loss_type="hing"), "did you mean 'hinge'"),
         (lambda: cpo_loss(Z, Z, loss_type="ipo"), "chosen_lengths and rejected_lengths are required"),

@@ -33,6 +33,7 @@ from dpo_kernels.bench.report import (
 )
 from dpo_kernels.data.lengths import real_lengths
 from dpo_kernels.models.shapes import find_shape
+from dpo_kernels.options import Impl
 
 DESCRIPTION = """\
 Times the head and the loss of DPO, from hidden states (or from logits) to the gradients, beside what others compute the
@@ -188,12 +189,10 @@ def _device(name: str | None) -> torch.device:
     return found
 
 
-def _implementations(wanted: Sequence[str] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:
+def _implementations(wanted: Sequence[str] | None, device: torch.device) -> tuple[list[Impl], dict[str, str]]:
     """Ours that run here, and why the others do not. One that was asked for must."""
     if wanted:
-        for impl in wanted:
-            dispatch.choose(impl, device)
-        return list(dict.fromkeys(wanted)), {}
+        return list(dict.fromkeys(dispatch.choose(impl, device) for impl in wanted)), {}
     reasons = {impl: dispatch.unavailable_reason(impl, device) for impl in dispatch.IMPLEMENTATIONS}
     able = [impl for impl, reason in reasons.items() if reason is None]
     return able, {impl: reason for impl, reason in reasons.items() if reason is not None}
@@ -233,7 +232,7 @@ def _jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
             yield Job(mode, mask, HeadCase(labelled, h, v, sequences=sequences, **of), model)
 
 
-def _entries(job: Job, impls: Sequence[str], device: torch.device, options: argparse.Namespace) -> Iterator[Entry]:
+def _entries(job: Job, impls: Sequence[Impl], device: torch.device, options: argparse.Namespace) -> Iterator[Entry]:
     """The limit, ours, and the others."""
     chunk_bytes = None if options.chunk_gib is None else int(options.chunk_gib * 2**30)
     traffic = 0
@@ -256,7 +255,7 @@ def _entries(job: Job, impls: Sequence[str], device: torch.device, options: argp
         yield Entry(contender.name, contender, job.case, limit.name, traffic=traffic)
 
 
-def _default_row(job: Job, impls: Sequence[str], device: torch.device) -> str:
+def _default_row(job: Job, impls: Sequence[Impl], device: torch.device) -> str:
     """The name of what default options take; of the first implementation, if others were asked for."""
     auto = dispatch.choose("auto", device)
     impl = auto if auto in impls else impls[0]

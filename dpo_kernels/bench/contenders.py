@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.bench.cases import HeadCase, HeadInputs, LogitsInputs, Loss, Result, sigmoid_loss
+from dpo_kernels.options import Impl
 
 OURS = "dpo_kernels"  # the package
 
@@ -64,7 +65,7 @@ FP32_OUT = Contender("1 x torch.mm, fp32 out", product_fp32_out, products=1)
 # Ours
 
 
-def path_a(inputs: HeadInputs, *, impl: str, fused: bool | None = None) -> Result:
+def path_a(inputs: HeadInputs, *, impl: Impl, fused: bool | None = None) -> Result:
     """Forward only; `fused`: by one kernel, without tiles, where the implementation leaves the choice."""
     taken: list[bool] = []
     fold = dispatch.load(impl).linear_fold_
@@ -83,7 +84,7 @@ def path_a(inputs: HeadInputs, *, impl: str, fused: bool | None = None) -> Resul
 
 
 @contextmanager
-def _setting(impl: str, name: str, value: Any) -> Iterator[None]:
+def _setting(impl: Impl, name: str, value: Any) -> Iterator[None]:
     """Of an implementation's module, for as long as it is entered; None leaves it."""
     if value is None:
         yield
@@ -97,19 +98,19 @@ def _setting(impl: str, name: str, value: Any) -> Iterator[None]:
         setattr(module, name, before)
 
 
-def with_tiles(inputs: HeadInputs, *, run: Callable[..., Result], impl: str, tile_bytes: int) -> Result:
+def with_tiles(inputs: HeadInputs, *, run: Callable[..., Result], impl: Impl, tile_bytes: int) -> Result:
     """A path without a fused forward, with tiles of this size."""
     fused = False if has_fused_forward(impl) else None
     with _setting(impl, "tile_bytes", lambda device: tile_bytes), _setting(impl, "FUSED_FORWARD", fused):
         return run(inputs)
 
 
-def path_b(inputs: HeadInputs, *, impl: str) -> Result:
+def path_b(inputs: HeadInputs, *, impl: Impl) -> Result:
     """Frozen head, any loss."""
     return _any_loss(inputs, inputs.weight.detach(), impl)
 
 
-def path_c(inputs: HeadInputs, *, impl: str, chunk_bytes: int | None = None) -> Result:
+def path_c(inputs: HeadInputs, *, impl: Impl, chunk_bytes: int | None = None) -> Result:
     """Trained head, the fused loss."""
     out = linear_dpo_loss(
         inputs.hidden,
@@ -125,19 +126,19 @@ def path_c(inputs: HeadInputs, *, impl: str, chunk_bytes: int | None = None) -> 
     return Result(out.logps, None, out.loss, inputs.gradients())
 
 
-def path_d(inputs: HeadInputs, *, impl: str) -> Result:
+def path_d(inputs: HeadInputs, *, impl: Impl) -> Result:
     """Trained head, any loss."""
     return _any_loss(inputs, inputs.weight, impl)
 
 
-def _any_loss(inputs: HeadInputs, weight: Tensor, impl: str) -> Result:
+def _any_loss(inputs: HeadInputs, weight: Tensor, impl: Impl) -> Result:
     out = linear_sequence_logps(inputs.hidden, weight, inputs.labels, num_labelled=inputs.num_labelled, impl=impl)
     loss = dpo_loss(*out.logps.chunk(2), *inputs.ref_logps.chunk(2), beta=inputs.beta).losses.mean()
     loss.backward()
     return Result(out.logps, out.token_logps, loss, inputs.gradients())
 
 
-def paths(impl: str) -> dict[str, Contender]:
+def paths(impl: Impl) -> dict[str, Contender]:
     described = {
         "A": ("A forward", path_a, 1),
         "B": ("B frozen head", path_b, 2),
@@ -150,7 +151,7 @@ def paths(impl: str) -> dict[str, Contender]:
     }
 
 
-def variants(key: str, impl: str, case: HeadCase, chunk_bytes: int | None = None) -> list[Contender]:
+def variants(key: str, impl: Impl, case: HeadCase, chunk_bytes: int | None = None) -> list[Contender]:
     """A path in the ways that an implementation has for such inputs: A in tiles and by one kernel; C with its own
     budget and with `chunk_bytes`."""
     path = paths(impl)[key]
@@ -165,11 +166,11 @@ def variants(key: str, impl: str, case: HeadCase, chunk_bytes: int | None = None
     return [path]
 
 
-def has_fused_forward(impl: str) -> bool:
+def has_fused_forward(impl: Impl) -> bool:
     return hasattr(dispatch.load(impl), "FUSED_FORWARD")
 
 
-def _takes_fused_forward(impl: str, case: HeadCase) -> bool:
+def _takes_fused_forward(impl: Impl, case: HeadCase) -> bool:
     """Half precision, 16 numbers at a time; the CUDA one on Hopper alone."""
     device = torch.device(case.device)
     on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
@@ -204,7 +205,7 @@ def copy_logits(inputs: LogitsInputs) -> Result:
     return Result()
 
 
-def ours_from_logits(inputs: LogitsInputs, *, impl: str, backward: bool, inplace: bool = False) -> Result:
+def ours_from_logits(inputs: LogitsInputs, *, impl: Impl, backward: bool, inplace: bool = False) -> Result:
     with torch.set_grad_enabled(backward):
         out = sequence_logps(
             inputs.logits, inputs.labels, inplace_backward=inplace, num_labelled=inputs.num_labelled, impl=impl
@@ -224,7 +225,7 @@ READ_AND_SCALE = Contender("read, scale in place", read_and_scale_logits, overwr
 COPY = Contender("copy", copy_logits)
 
 
-def from_logits(impl: str, *, backward: bool) -> list[Contender]:
+def from_logits(impl: Impl, *, backward: bool) -> list[Contender]:
     run = partial(ours_from_logits, impl=impl, backward=backward)
     found = [Contender(f"E, {impl}", run, OURS)]
     if backward:

@@ -10,14 +10,15 @@ first functions, the same for every implementation; `torch.py` is the one to rea
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.impl.fold import Fold
+from dpo_kernels.options import Stat
 
-STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
+STATS: tuple[Stat, ...] = get_args(Stat)
 
 
 class LogitTransform(NamedTuple):

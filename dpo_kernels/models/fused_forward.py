@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,14 +20,21 @@ from transformers.utils import ModelOutput
 from dpo_kernels.linear_dpo import linear_dpo_loss
 from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.logps import linear_sequence_logps, sum_over_vocabulary
+from dpo_kernels.losses import validate_dpo_options
 from dpo_kernels.models.check import NotFinite
 from dpo_kernels.models.head import HeadOperands, LMHead, unwrap
 from dpo_kernels.models.layered_forward import install, is_outermost, layers_of
 from dpo_kernels.models.through_wrappers import is_of_a_library, split
+from dpo_kernels.options import LossOptions, PreferenceOptions, Stat, unknown_keyword
 from dpo_kernels.rows import shift_labels
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+LOSS_OPTIONS = frozenset(LossOptions.__annotations__)
+PREFERENCE_OPTIONS = frozenset(PreferenceOptions.__annotations__)
 # What TRL calls the statistics of a position, and what we do.
-STATS = {
+STATS: dict[str, Stat] = {
     "entropy": "entropy",
     "mean_logits": "mean_logit",
     "is_top1": "is_top1",
@@ -42,9 +49,23 @@ class Preference:
         ref_logps: [S]. No tuple or dataclass, in which wrappers would find them and cast them to the model's precision.
         options: of `linear_dpo_loss`, weights of tokens and pairs among them: token_weights [S, T] is aligned with the
             `labels` of the call, pair_weights [B].
+
+    Raises:
+        ValueError: ref_logps is no tensor [S], or an option is not what `linear_dpo_loss` takes.
+        TypeError: an option that there is not; the message says what to write instead.
     """
 
-    def __init__(self, ref_logps: Tensor, options: dict[str, Any]) -> None:
+    def __init__(self, ref_logps: Tensor, **options: Unpack[PreferenceOptions]) -> None:
+        if unknown := set(options) - PREFERENCE_OPTIONS:
+            raise TypeError(unknown_keyword("Preference", unknown, PREFERENCE_OPTIONS))
+        if not isinstance(ref_logps, Tensor) or ref_logps.dim() != 1 or not ref_logps.is_floating_point():
+            got = f"{list(ref_logps.shape)} of {ref_logps.dtype}" if isinstance(ref_logps, Tensor) else repr(ref_logps)
+            raise ValueError(f"ref_logps: expected a floating-point tensor [S], got {got}")
+        validate_dpo_options(**{name: value for name, value in options.items() if name in LOSS_OPTIONS})  # type: ignore[arg-type]
+        for name in ("token_weights", "pair_weights", "lengths"):
+            value = options.get(name)
+            if value is not None and not isinstance(value, Tensor):
+                raise ValueError(f"{name}: expected a tensor or None, got {type(value).__name__}")
         self.ref_logps, self.options = ref_logps, options
 
 
@@ -300,7 +321,7 @@ def _scored(
     wanted = [STATS[name] for name in names]
     if preference is not None:
         ref_logps = preference.ref_logps.to(hidden.device)
-        options |= target.options(preference.options, hidden.device)
+        options |= target.options({**preference.options}, hidden.device)
         output = linear_dpo_loss(hidden, weight, labels, ref_logps, stats=wanted, **options)
         found["preference"], stats = output._replace(stats={}), output.stats
     elif reference is not None:

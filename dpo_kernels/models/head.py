@@ -7,7 +7,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ from dpo_kernels.logps import SequenceLogps, linear_sequence_logps
 from dpo_kernels.models import check
 from dpo_kernels.models.operands import HeadOperands, as_taken_by, layer_operands, name_of
 from dpo_kernels.models.through_wrappers import Found, computed_in
+from dpo_kernels.options import LinearDPOOptions, LogpsOptions, unknown_keyword
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+LOGPS_OPTIONS, LINEAR_DPO_OPTIONS = (frozenset(kind.__annotations__) for kind in (LogpsOptions, LinearDPOOptions))
 
 # Where configs keep the factor on the logits, the cap and the weight of the auxiliary loss, for every causal language
 # model of transformers 5.23. MiniCPM3 and Inkling divide the hidden states instead, which is the same product.
@@ -88,7 +94,7 @@ class LMHead:
             head.check()
         return head
 
-    def hidden_states(self, **inputs: Any) -> tuple[Tensor, Tensor | None]:
+    def hidden_states(self, input_ids: Tensor | None = None, **inputs: Any) -> tuple[Tensor, Tensor | None]:
         """The last hidden states of the base model, without computing a logit.
 
         The model is called as a whole, through whatever wraps it, with a `logits_to_keep` that keeps no position, and
@@ -99,7 +105,8 @@ class LMHead:
         `logits_to_keep`, the output layer is left out instead, and the model is taken by itself alone.
 
         Args:
-            **inputs: what the model's forward takes, without labels. `use_cache` is set to False. In training,
+            input_ids: [S, T].
+            **inputs: what else the model's forward takes, without labels. `use_cache` is set to False. In training,
                 `output_router_logits` is True unless given, where the model has a weight for the auxiliary loss.
 
         Returns:
@@ -109,6 +116,8 @@ class LMHead:
         Raises:
             ValueError: the hidden states cannot be had without the logits, or do not match the input's positions.
         """
+        if input_ids is not None:
+            inputs["input_ids"] = input_ids
         if self.at_output_layer:
             raise ValueError("at_output_layer: expected False for hidden_states, got True; such a head has in_forward")
         tokens = self._settle(inputs)
@@ -183,9 +192,11 @@ class LMHead:
 
     def _settle(self, inputs: dict[str, Any]) -> Tensor:
         """Checks and completes the inputs of the model, and gives those that stand for its tokens."""
-        tokens: Tensor | None = inputs.get("input_ids")
+        tokens: Any = inputs.get("input_ids")
         if tokens is None:
             tokens = inputs.get("inputs_embeds")
+        if tokens is not None and not isinstance(tokens, Tensor):
+            raise ValueError(f"input_ids: expected a tensor [S, T], got {type(tokens).__name__}")
         if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
             raise ValueError(
                 "the model takes input_ids or inputs_embeds and its other inputs here, but not labels or "
@@ -194,7 +205,8 @@ class LMHead:
         inputs.update(self.no_cache())
         if "output_router_logits" in self._forward_parameters() and self.model.training and self.aux_loss_coef:
             inputs.setdefault("output_router_logits", True)
-        return tokens
+        found: Tensor = tokens
+        return found
 
     def operands(self, hidden: Tensor) -> HeadOperands:
         """The operands of the head's matrix product, differentiable with respect to all that goes into them.
@@ -217,21 +229,69 @@ class LMHead:
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         return HeadOperands(hidden, weight, bias)
 
-    def sequence_logps(self, hidden: Tensor, labels: Tensor, **options: Any) -> SequenceLogps:
-        """`linear_sequence_logps` of hidden [S, T, H] and labels [S, T] with this head; it takes ``options``."""
-        self._check_again()
-        hidden, weight, bias = self.operands(hidden)
-        return linear_sequence_logps(
-            hidden, weight, labels, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap, **options
-        )
+    def sequence_logps(
+        self, hidden: Tensor, labels: Tensor, *, shift: bool = True, **options: Unpack[LogpsOptions]
+    ) -> SequenceLogps:
+        """`linear_sequence_logps` of hidden [S, T, H] with this head.
 
-    def dpo_loss(self, hidden: Tensor, labels: Tensor, ref_logps: Tensor, **options: Any) -> LinearDPOOutput:
-        """`linear_dpo_loss` of hidden [S, T, H], labels [S, T] and ref_logps [S] with this head; it takes
-        ``options``."""
+        Args:
+            hidden: as `hidden_states` gives them.
+            labels: [S, T], those of Hugging Face's models: labels[s, t] is the token at position t, which
+                hidden[s, t - 1] predicts, or -100.
+            shift: False: labels are aligned, and hidden[s, t] predicts labels[s, t].
+            **options: more keywords of that function.
+        """
+        hidden, weight, bias = self._ready(hidden, "sequence_logps", options, LOGPS_OPTIONS)
+        of_head: Any = {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        return linear_sequence_logps(hidden, weight, labels, shift=shift, **of_head, **options)
+
+    def dpo_loss(
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        ref_logps: Tensor,
+        *,
+        shift: bool = True,
+        **options: Unpack[LinearDPOOptions],
+    ) -> LinearDPOOutput:
+        """`linear_dpo_loss` of hidden [S, T, H] and ref_logps [S] with this head.
+
+        Args:
+            hidden: as `hidden_states` gives them.
+            labels: [S, T], those of Hugging Face's models: labels[s, t] is the token at position t, which
+                hidden[s, t - 1] predicts, or -100.
+            ref_logps: [S].
+            shift: False: labels are aligned, and hidden[s, t] predicts labels[s, t].
+            **options: more keywords of that function.
+        """
+        hidden, weight, bias = self._ready(hidden, "dpo_loss", options, LINEAR_DPO_OPTIONS)
+        of_head: Any = {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
+        return linear_dpo_loss(hidden, weight, labels, ref_logps, shift=shift, **of_head, **options)
+
+    def _ready(self, hidden: Any, method: str, options: Mapping[str, Any], known: frozenset[str]) -> HeadOperands:
+        """The operands, once it is clear that they can be had of what was given."""
+        if unknown := set(options) - known:
+            raise TypeError(unknown_keyword(f"LMHead.{method}", unknown, known))
+        if not isinstance(hidden, Tensor):
+            hint = "; hidden_states gives two things: hidden, aux_loss" if isinstance(hidden, tuple) else ""
+            raise ValueError(f"hidden: expected a tensor [S, T, H], got {type(hidden).__name__}{hint}")
+        if hidden.dim() != 3 or not hidden.is_floating_point():
+            raise ValueError(f"hidden: expected floating-point [S, T, H], got {list(hidden.shape)} of {hidden.dtype}")
+        vocab_size, size = self._config().vocab_size, getattr(self._config(), "hidden_size", None)
+        if size is not None and hidden.shape[-1] == vocab_size != size:
+            raise ValueError(
+                f"hidden: expected hidden states [S, T, {size}], got {list(hidden.shape)}, which are logits: those are "
+                "for dpo_kernels.sequence_logps"
+            )
         self._check_again()
-        hidden, weight, bias = self.operands(hidden)
-        return linear_dpo_loss(
-            hidden, weight, labels, ref_logps, bias=bias, logit_scale=self.logit_scale, softcap=self.softcap, **options
+        return self.operands(hidden)
+
+    def __repr__(self) -> str:
+        layer = self.output_layer()
+        checked = "checked" if self._checked else "not checked"
+        return (
+            f"LMHead({name_of(self.model)}, {name_of(layer)} {list(_weight_shape(layer))}, "
+            f"logit_scale={self.logit_scale:g}, softcap={self.softcap}, {checked})"
         )
 
     @torch.compiler.disable  # it runs the model as it is, and once
@@ -383,6 +443,10 @@ class LMHead:
             for module in () if self.at_output_layer else sources:
                 stack.callback(module.register_forward_hook(hook).remove)
             yield sources
+
+
+def _weight_shape(layer: Any) -> tuple[int, ...]:
+    return tuple(getattr(layer, "token_adapter", layer).weight.shape)
 
 
 def unwrap(model: Any) -> Any:

@@ -59,6 +59,7 @@ class Reference:
             hidden, _ = self.head.hidden_states(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
             with overflow_named(hidden, "reference", self.head.model):
                 hidden, weight, bias = self.head.operands(hidden)
+                names: Any = {"loss_type": config.loss_type, "impl": config.impl}
                 output = linear_reference_logps(
                     hidden,
                     weight,
@@ -69,12 +70,11 @@ class Reference:
                     softcap=self.head.softcap,
                     temperature=config.temperature,
                     shift=True,
-                    loss_type=config.loss_type,
                     ld_alpha=config.ld_alpha,
                     token_weights=batch.get("token_weights"),
                     num_labelled=batch["num_labelled"],
                     chunk_bytes=config.chunk_bytes,
-                    impl=config.impl,
+                    **names,
                 )
         return output.logps.float()
 

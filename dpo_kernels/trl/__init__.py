@@ -26,7 +26,7 @@ TRL's own code too, and training goes on only if both agree.
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 try:
     import trl
@@ -48,8 +48,10 @@ if TYPE_CHECKING:
     from trl.experimental.cpo import CPOTrainer as CPOTrainer
     from trl.experimental.orpo import ORPOTrainer as ORPOTrainer
 
-__all__ = ["CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "patch", "unpatch"]
+__all__ = ["CPOTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "is_patched", "patch", "unpatch"]
 
+TrainerName = Literal["DPOTrainer", "KTOTrainer", "CPOTrainer", "ORPOTrainer"]
+TRAINERS: tuple[TrainerName, ...] = get_args(TrainerName)
 EXPERIMENTAL = {"CPOTrainer": "trl.experimental.cpo", "ORPOTrainer": "trl.experimental.orpo"}
 
 
@@ -112,10 +114,10 @@ MEMBERS = (
 _originals: dict[type, dict[str, Any]] = {}  # what patch() replaced, None where there was nothing
 
 
-def patch(*names: str) -> None:
+def patch(*names: TrainerName) -> None:
     """Gives TRL's own classes this package's head, wherever they were imported and whatever inherits from them.
 
-    Trainers that exist already stay as they are. To call it twice is to call it once.
+    Trainers that exist already stay as they are. To call it twice is to call it once. `is_patched` says what it did.
 
     Args:
         names: of the classes: "DPOTrainer", "KTOTrainer", "CPOTrainer", "ORPOTrainer"; the first two if none is given.
@@ -123,10 +125,7 @@ def patch(*names: str) -> None:
     Raises:
         ValueError: a name that is none of these.
     """
-    known = ("DPOTrainer", "KTOTrainer", *EXPERIMENTAL)
-    for name in names or known[:2]:
-        if name not in known:
-            raise ValueError(f"names: expected some of {list(known)}, got {name!r}")
+    for name in _known(names) or TRAINERS[:2]:
         ours: Any = globals().get(name) or __getattr__(name)
         trls = ours.__base__
         if trls not in _originals:
@@ -134,6 +133,23 @@ def patch(*names: str) -> None:
             _originals[trls] = {member: vars(trls).get(member) for member in replacing}
             for member, value in replacing.items():
                 setattr(trls, member, value)
+
+
+def is_patched(*names: TrainerName) -> bool:
+    """Whether TRL's own classes of these names have this package's head; of no names, whether any has.
+
+    Raises:
+        ValueError: a name that is none of TRL's trainers here.
+    """
+    patched = {trls.__name__ for trls in _originals}
+    return patched.issuperset(_known(names)) and bool(patched)
+
+
+def _known(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        if name not in TRAINERS:
+            raise ValueError(f"names: expected some of {list(TRAINERS)}, got {name!r}")
+    return names
 
 
 def unpatch() -> None:

@@ -92,7 +92,7 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: 
         reference = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
     router = {"output_router_logits": True} if self.aux_loss_enabled else {}
     with self.accelerator.autocast():  # which it puts around a model's forward once, for the first trainer of it
-        outputs = model(**scored, **router, outputs=STATS, preference=Preference(torch.cat(reference), options))
+        outputs = model(**scored, **router, outputs=STATS, preference=Preference(torch.cat(reference), **options))
     loss = outputs.preference.loss
     values = _values(outputs, inputs["attention_mask"])
     if self.aux_loss_enabled:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.losses import kto_loss
+from dpo_kernels.losses import losses_of_responses
 from dpo_kernels.models.fused_forward import Reference
 from dpo_kernels.trl._head import as_reference, refuse_weights
 from dpo_kernels.trl._metrics import Metrics, record
@@ -18,7 +18,7 @@ NOT_INPUTS = frozenset({"completion_mask", "label", "ref_logps", "ref_KL_logps"}
 def check_options(trainer: Any) -> None:
     """Raises `ValueError` for settings that `kto_loss` would refuse in the first step."""
     nothing = torch.zeros(1)
-    kto_loss(nothing, nothing, nothing.bool(), kl=0.0 if trainer.calculate_KL else None, **_options(trainer))
+    losses_of_responses(nothing, nothing, nothing.bool(), kl=0.0 if trainer.calculate_KL else None, **_options(trainer))
 
 
 def _options(trainer: Any) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: 
     sums = record(self, values, _metrics_of, device=device)
 
     kl = (sums["kl"] / sums["processes"]).clamp(min=0) if self.calculate_KL else None
-    loss = kto_loss(logps, ref_logps, is_chosen, kl=kl, **_options(self)).losses.nanmean()
+    loss = losses_of_responses(logps, ref_logps, is_chosen, kl=kl, **_options(self)).losses.nanmean()
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * outputs.aux_loss
     if not return_outputs:

@@ -147,7 +147,7 @@ def test_nothing_is_kept_from_one_forward_to_the_next():
     inputs = batch()
     kept = []
     model.model.register_forward_hook(lambda module, args, output: kept.append(weakref.ref(output.last_hidden_state)))
-    preference = Preference(torch.zeros(2), {"beta": 0.1})
+    preference = Preference(torch.zeros(2), beta=0.1)
     found = model(**inputs, labels=labels_of(inputs), fused_lm_head=True, preference=preference)
     found.preference.loss.backward()
     del found
@@ -320,7 +320,7 @@ def test_what_is_not_finite_goes_on(where, trained):
         weight[where][inputs["input_ids"][0, 1]] = math.nan
     optimizer = torch.optim.SGD([w for w in model.parameters() if w.requires_grad], lr=1.0)
     scaler = torch.amp.GradScaler("cpu")
-    preference = Preference(torch.zeros(2), {"beta": 0.1})
+    preference = Preference(torch.zeros(2), beta=0.1)
     found = model(**inputs, labels=labels_of(inputs), fused_lm_head=True, preference=preference)
     assert found.loss.isnan()
     kept = copy.deepcopy(model.state_dict())
@@ -386,7 +386,7 @@ def test_output_is_as_trls(name, items, shifted):
 def test_loss_of_a_preference_is_its_loss():
     model = build("llama")
     add_fused_lm_head(model)
-    preference = Preference(torch.zeros(2), {"beta": 0.1})
+    preference = Preference(torch.zeros(2), beta=0.1)
     found = model(**batch(), labels=labels_of(batch()), fused_lm_head=True, preference=preference)
     assert found.loss is found["loss"] is found.get("loss") is found.preference.loss and found.get("logits") is None
 
@@ -414,7 +414,7 @@ def test_reference_is_the_policy_to_the_bit(trained, dtype):
         reference.gradients = ()
     with torch.no_grad():
         ref_logps = model(**inputs, reference=reference).logps
-    found = model(**inputs, preference=Preference(ref_logps, options)).preference
+    found = model(**inputs, preference=Preference(ref_logps, **options)).preference
     assert (found.logps - ref_logps == 0).all() and (found.chosen_rewards == 0).all()
     assert found.loss.item() == pytest.approx(math.log(2), abs=1e-7)
 
@@ -432,7 +432,7 @@ def test_token_weights_belong_to_the_labels_of_the_call(shifted):
             torch.cat([each[:, 1:], torch.full_like(each[:, :1], -100)], 1) for each in (labels, weights)
         )
         weights = weights.clamp(min=0)
-    preference = Preference(torch.zeros(2), {"token_weights": weights, "pair_weights": torch.tensor([3.0])})
+    preference = Preference(torch.zeros(2), token_weights=weights, pair_weights=torch.tensor([3.0]))
     asked = {"shift_labels" if shifted else "labels": labels}
     found = model(**inputs, **asked, fused_lm_head=True, preference=preference).preference
     torch.testing.assert_close(found.logps, expected.detach())

@@ -40,7 +40,7 @@ def made(name, adapter):
 
 def loss_of(model, kind, labels, ref_logps):
     if kind == "fused loss":
-        preference = Preference(ref_logps, {"beta": 0.1})
+        preference = Preference(ref_logps, beta=0.1)
         return model(input_ids=labels, labels=labels, fused_lm_head=True, preference=preference).preference.loss
     if kind == "fused log-probabilities":
         logps = model(input_ids=labels, labels=labels, fused_lm_head=True).log_probs.sum(-1)
@@ -105,7 +105,7 @@ model = made("llama", "full")
 add_fused_lm_head(model)
 sharded(model, "tail", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, output_dtype=torch.bfloat16))
 def given(ref_logps):
-    preference = Preference(ref_logps, {"beta": 1.0, "loss_type": "ipo"})
+    preference = Preference(ref_logps, beta=1.0, loss_type="ipo")
     return model(input_ids=labels, labels=labels, fused_lm_head=True, preference=preference).preference
 moved = given(ref_logps).chosen_rewards - given(torch.zeros(4)).chosen_rewards
 torch.testing.assert_close(moved, -ref_logps[:2], atol=1e-5, rtol=0)

@@ -103,16 +103,18 @@ def test_kto_patched_and_verified(tmp_path, monkeypatch):
     monkeypatch.setattr(trl, "__version__", "1.99.0")
     ours.patch()
     try:
+        assert ours.is_patched() and ours.is_patched("KTOTrainer", "DPOTrainer") and not ours.is_patched("CPOTrainer")
         config = trl.KTOConfig(**settings(tmp_path))
         with pytest.warns(UserWarning, match="not with 1.99.0; on the first batch it agreed"):
             trainer, found = trained(trl.KTOTrainer, config, prototype("mistral"), unpaired(), **options)
         assert hasattr(trainer, "_dpo_kernels_head")
     finally:
         ours.unpatch()
+    assert not ours.is_patched() and not ours.is_patched("KTOTrainer")
     assert_agree(found, expected)
     assert "eval_mean" in found[-1]
-    right = ours._kto.kto_loss
-    monkeypatch.setattr(ours._kto, "kto_loss", lambda *args, **options: right(*args, **options | {"beta": 0.2}))
+    right = ours._kto.losses_of_responses
+    monkeypatch.setattr(ours._kto, "losses_of_responses", lambda *args, **options: right(*args, **options | {"beta": 0.2}))
     with pytest.raises(RuntimeError, match="does not fit 1.99.0: on the first batch loss"):
         trained(ours.KTOTrainer, config, prototype("mistral"), unpaired(), LORA)
 

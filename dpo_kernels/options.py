@@ -1,0 +1,127 @@
+"""What the public functions can be asked for: names, as types, and the keywords that heads and forwards pass on."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypedDict, TypeVar
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Impl = Literal["auto", "torch", "cpu", "triton", "cuda"]
+Reduction = Literal["sum", "mean"]
+Stat = Literal["entropy", "is_top1", "mean_logit", "log_sum_sq_probs"]
+LossType = Literal[
+    "sigmoid", "cdpo", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+]  # fmt: skip
+FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
+Differentiable = Literal["logps", "losses"]
+
+
+class LogpsOptions(TypedDict, total=False):
+    """Keywords of `linear_sequence_logps` that are no part of a model's head."""
+
+    temperature: float
+    token_weights: Tensor | None
+    ignore_index: int
+    reduction: Reduction
+    stats: Sequence[Stat]
+    num_labelled: int | None
+    check_hidden: bool
+    impl: Impl
+
+
+class PairLossOptions(TypedDict, total=False):
+    """Options of `dpo_loss` that are numbers and names."""
+
+    beta: float
+    loss_type: LossType | Sequence[LossType]
+    loss_weights: Sequence[float] | None
+    label_smoothing: float
+    f_divergence: FDivergence
+    f_alpha: float
+    discopop_tau: float
+    rpo_alpha: float | None
+
+
+class LossOptions(PairLossOptions, total=False):
+    """Options of `linear_dpo_loss` that make it another loss, and are numbers and names."""
+
+    ld_alpha: float | None
+    use_weighting: bool
+
+
+class PreferenceOptions(LossOptions, total=False):
+    """Keywords of `linear_dpo_loss` that are no part of a model's head, nor of the forward that it is in."""
+
+    temperature: float
+    mean_chosen_length: Tensor | float | None
+    token_weights: Tensor | None
+    pair_weights: Tensor | None
+    lengths: Tensor | None
+    differentiable: Sequence[Differentiable]
+    num_labelled: int | None
+    chunk_bytes: int | None
+    impl: Impl
+
+
+class LinearDPOOptions(PreferenceOptions, total=False):
+    """Keywords of `linear_dpo_loss` that are no part of a model's head."""
+
+    ignore_index: int
+    stats: Sequence[Stat]
+    check_hidden: bool
+
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+# What other libraries call it, and what to write here.
+AVERAGED = (
+    "log-probabilities are averaged over tokens by loss_type 'ipo' or 'sigmoid_norm', by simpo_loss and orpo_loss"
+)
+ELSEWHERE = {
+    "reference_free": "for a reference that is uniform, give zeros as its log-probabilities",
+    "average_log_prob": f"{AVERAGED}, and by reduction='mean' of sequence_logps and linear_sequence_logps",
+    "length_normalized": f"{AVERAGED}, and by reduction='mean' of sequence_logps and linear_sequence_logps",
+    "reduction": "the result's .loss is the mean over pairs, its .losses are those of each pair",
+    "f_divergence_type": "it is f_divergence",
+    "f_alpha_divergence_coef": "it is f_alpha",
+    "tau": "IPO's tau is beta, DiscoPOP's is discopop_tau",
+    "label_pad_token_id": "it is ignore_index",
+    "ref_weight": "score the reference first, and give its log-probabilities as ref_logps",
+    "ref_input": "score the reference first, and give its log-probabilities as ref_logps",
+    "lin_weight": "it is weight",
+    "gamma_beta_ratio": "it is gamma / beta: give gamma",
+    "simpo_gamma": "it is gamma",
+    "alpha": "the weight of the negative log-likelihood is rpo_alpha, in cpo_loss it is cpo_alpha",
+    "sft_weight": "the weight of the negative log-likelihood is rpo_alpha, in cpo_loss it is cpo_alpha",
+    "nll_loss": "the weight of the negative log-likelihood is rpo_alpha, in cpo_loss it is cpo_alpha",
+    "logits": "logits are for sequence_logps",
+}
+
+
+def explain_unknown(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+    """A decorator: a keyword that the function does not have is answered with what to write instead."""
+    known = frozenset(inspect.signature(function).parameters)
+
+    @functools.wraps(function)
+    def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+        if not known.issuperset(kwargs):
+            raise TypeError(unknown_keyword(function.__name__, set(kwargs) - known, known))
+        return function(*args, **kwargs)
+
+    return wrapped
+
+
+def unknown_keyword(function: str, unknown: set[str], known: frozenset[str]) -> str:
+    name = min(unknown)
+    if name in ELSEWHERE:
+        return f"{function}: no argument {name!r}: {ELSEWHERE[name]}"
+    nearest = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of {sorted(known)}"
+    return f"{function}: no argument {name!r}{hint}"
