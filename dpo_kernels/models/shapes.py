@@ -1,4 +1,7 @@
-"""The shapes of models that people align, by name or from a `config.json`: what memory and work follow from."""
+"""The shapes of models that people align, by name or from a `config.json`: what memory and work follow from.
+
+Half of the file is the table of names.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,25 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Counted:
+    """Numbers of parameters that do not follow from the other fields of a shape: of mixtures of experts, and of layers
+    of another kind. Counted in transformers' own model."""
+
+    parameters: int
+    active: int
+    """Those that one token goes through."""
+    layer: int
+    """Of the largest layer."""
+    matrices: int
+    """Of the matrices of all layers, experts included."""
+    adapted: int
+    """in + out of the linear modules of all layers: adapters have `r` times as many. Experts kept in one parameter have
+    none."""
+
+
+@dataclass(frozen=True)
 class ModelShape:
-    """A dense decoder of the Llama kind: gated MLP, RMS norms, rotary positions, grouped queries."""
+    """A decoder of the Llama kind: gated MLP, RMS norms, rotary positions, grouped queries; or one with `counted`."""
 
     hidden: int
     vocab: int
@@ -35,6 +55,14 @@ class ModelShape:
     """Norms of a whole hidden state in a layer."""
     wide_norms: bool = False
     """Norms multiply by their weight in fp32, as Gemma's do."""
+    experts_per_token: int = 0
+    """Of a mixture of experts: those that compute for a token; `intermediate` is the width of all of them."""
+    eager_attention: bool = False
+    """No fused attention takes it, since it has sinks."""
+    rough: bool = False
+    """Layers keep something else than those of the Llama kind do, so that activations are from half to twice the
+    estimate."""
+    counted: Counted | None = None
 
     @property
     def queries(self) -> int:
@@ -53,6 +81,8 @@ class ModelShape:
     @property
     def linear_parameters(self) -> int:
         """Numbers in the matrices of all layers."""
+        if self.counted is not None:
+            return self.counted.matrices
         return self.layers * sum(i * o for i, o in self.linears)
 
     @property
@@ -60,12 +90,32 @@ class ModelShape:
         return self.vocab * self.hidden
 
     @property
-    def parameters(self) -> int:
+    def adapted(self) -> int:
+        """in + out of all matrices that get an adapter."""
+        if self.counted is not None:
+            return self.counted.adapted
+        return self.layers * sum(i + o for i, o in self.linears)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one layer, the largest."""
+        if self.counted is not None:
+            return self.counted.layer
         biases = self.qkv_bias * (self.queries + 2 * self.keys) + self.output_bias * self.hidden
         biases += self.mlp_bias * (2 * self.intermediate + self.hidden)
         qk_norm = {"": 0, "head": 2 * self.head_dim, "all": self.queries + self.keys}[self.qk_norm]
-        other = self.layers * (biases + qk_norm + self.norms * self.hidden) + self.hidden
-        return self.linear_parameters + other + self.head_parameters * (1 if self.tied else 2)
+        return sum(i * o for i, o in self.linears) + biases + qk_norm + self.norms * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        if self.counted is not None:
+            return self.counted.parameters
+        return self.layers * self.layer_parameters + self.hidden + self.head_parameters * (1 if self.tied else 2)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token goes through: all of them, but in a mixture of experts."""
+        return self.parameters if self.counted is None else self.counted.active
 
 
 def _qwen2(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> ModelShape:
@@ -90,32 +140,105 @@ def _gemma(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: in
     )
 
 
+def _gemma3(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, **other: Any) -> ModelShape:
+    """Of a size that sees images, the part that reads text."""
+    return _gemma(hidden, layers, intermediate, heads, kv_heads, **GEMMA3 | {"vocab": 262208} | other)
+
+
+def _olmo(hidden: int, layers: int, intermediate: int, heads: int, kv_heads: int, vocab: int) -> ModelShape:
+    return replace(_llama(hidden, layers, intermediate, heads, kv_heads, vocab), qk_norm="all")
+
+
+def _falcon3(hidden: int, layers: int, intermediate: int, heads: int) -> ModelShape:
+    return ModelShape(hidden, 131072, layers, intermediate, heads, 4, 256)
+
+
 GEMMA2: dict[str, Any] = {"softcap": 30.0, "attention_softcap": 50.0, "norms": 4}
 GEMMA3: dict[str, Any] = {"vocab": 262144, "qk_norm": "head", "norms": 4}
 
 _LLAMA_8B = _llama(4096, 32, 14336, 32, 8, 128256)
 _LLAMA_70B = _llama(8192, 80, 28672, 64, 8, 128256)
 _MISTRAL_7B = _llama(4096, 32, 14336, 32, 8, 32000)
+_MISTRAL_SMALL = ModelShape(5120, 131072, 40, 32768, 32, 8, 128)
 _PHI3_MINI = _llama(3072, 32, 8192, 32, 32, 32064)
+_PHI4 = _llama(5120, 40, 17920, 40, 10, 100352)
+_PHI4_MINI = ModelShape(3072, 200064, 32, 8192, 24, 8, 128, tied=True)
+_QWEN25 = {
+    "0.5B": _qwen2(896, 24, 4864, 14, 2, 151936),
+    "1.5B": _qwen2(1536, 28, 8960, 12, 2, 151936),
+    "3B": _qwen2(2048, 36, 11008, 16, 2, 151936),
+    "7B": _qwen2(3584, 28, 18944, 28, 4, 152064),
+    "14B": _qwen2(5120, 48, 13824, 40, 8, 152064),
+    "32B": _qwen2(5120, 64, 27648, 40, 8, 152064),
+    "72B": _qwen2(8192, 80, 29568, 64, 8, 152064),
+}
+_QWEN3_8B = _qwen3(4096, 36, 12288, 32, False)
+# Mixtures of experts, and Gemma 3n: the last five numbers are what `count_shape` finds.
+_QWEN3_30B = ModelShape(
+    2048, 151936, 48, 6144, 32, 4, 128, qk_norm="head", experts_per_token=8,
+    counted=Counted(30_532_122_624, 3_353_032_704, 623_120_640, 29_909_581_824, 835_584),
+)  # fmt: skip
+_QWEN3_235B = ModelShape(
+    4096, 151936, 94, 12288, 64, 4, 128, qk_norm="head", experts_per_token=8,
+    counted=Counted(235_093_634_560, 22_190_763_520, 2_487_755_008, 233_848_176_640, 3_176_448),
+)  # fmt: skip
+_LLAMA4_SCOUT = ModelShape(
+    5120, 202048, 48, 17 * 8192, 40, 8, 128, experts_per_token=16, rough=True,
+    counted=Counted(107_769_861_120, 17_172_894_720, 2_202_101_760, 105_700_392_960, 3_736_320),
+)  # fmt: skip
+_LLAMA4_MAVERICK = ModelShape(
+    5120, 202048, 48, 129 * 8192, 40, 8, 128, experts_per_token=128, rough=True,
+    counted=Counted(400_711_848_960, 17_184_691_200, 16_295_536_640, 398_642_380_800, 4_205_568),
+)  # fmt: skip
+_GPT_OSS_20B = ModelShape(
+    2880, 201088, 24, 11520, 64, 8, 64, experts_per_token=4, eager_attention=True, rough=True,
+    counted=Counted(20_914_757_184, 4_187_440_704, 823_186_976, 19_756_154_880, 497_664),
+)  # fmt: skip
+_GPT_OSS_120B = ModelShape(
+    2880, 201088, 36, 11520, 64, 8, 64, experts_per_token=4, eager_attention=True, rough=True,
+    counted=Counted(116_829_156_672, 5_711_982_912, 3_213_080_192, 115_670_384_640, 746_496),
+)  # fmt: skip
+_DEEPSEEK_V3 = ModelShape(
+    7168, 129280, 61, 18432, 128, 128, 192, experts_per_token=8, rough=True,
+    counted=Counted(671_026_404_352, 37_552_282_624, 11_507_286_016, 669_172_039_680, 7_896_896),
+)  # fmt: skip
+_KIMI_K2 = ModelShape(
+    7168, 163840, 61, 18432, 64, 64, 192, experts_per_token=8, rough=True,
+    counted=Counted(1_026_408_209_408, 32_861_477_888, 17_059_364_864, 1_024_058_392_576, 5_549_888),
+)  # fmt: skip
+_GLM45 = ModelShape(
+    5120, 151552, 92, 13824, 96, 8, 128, qk_norm="head", experts_per_token=8,
+    counted=Counted(352_797_814_784, 33_632_251_904, 3_935_625_472, 351_243_632_640, 6_267_392),
+)  # fmt: skip
+_GLM45_AIR = ModelShape(
+    4096, 151552, 46, 12672, 96, 8, 128, experts_per_token=8,
+    counted=Counted(106_852_245_504, 13_424_123_904, 2_341_492_736, 105_609_691_136, 2_766_528),
+)  # fmt: skip
+_GEMMA3N_E2B = ModelShape(
+    2048, 262400, 30, 8192, 8, 2, 256, tied=True, softcap=30.0, qk_norm="head", norms=7, rough=True,
+    counted=Counted(4_435_182_688, 4_435_182_688, 62_153_296, 1_843_120_480, 1_631_424),
+)  # fmt: skip
+_GEMMA3N_E4B = ModelShape(
+    2048, 262400, 35, 16384, 8, 2, 256, tied=True, softcap=30.0, qk_norm="head", norms=7, rough=True,
+    counted=Counted(6_835_235_568, 6_835_235_568, 112_484_944, 3_904_924_400, 2_741_984),
+)  # fmt: skip
 
 MODELS: dict[str, ModelShape] = {
     "Qwen/Qwen2-0.5B": _qwen2(896, 24, 4864, 14, 2, 151936),
     "Qwen/Qwen2-1.5B": _qwen2(1536, 28, 8960, 12, 2, 151936),
     "Qwen/Qwen2-7B": _qwen2(3584, 28, 18944, 28, 4, 152064),
     "Qwen/Qwen2-72B": _qwen2(8192, 80, 29568, 64, 8, 152064),
-    "Qwen/Qwen2.5-0.5B": _qwen2(896, 24, 4864, 14, 2, 151936),
-    "Qwen/Qwen2.5-1.5B": _qwen2(1536, 28, 8960, 12, 2, 151936),
-    "Qwen/Qwen2.5-3B": _qwen2(2048, 36, 11008, 16, 2, 151936),
-    "Qwen/Qwen2.5-7B": _qwen2(3584, 28, 18944, 28, 4, 152064),
-    "Qwen/Qwen2.5-14B": _qwen2(5120, 48, 13824, 40, 8, 152064),
-    "Qwen/Qwen2.5-32B": _qwen2(5120, 64, 27648, 40, 8, 152064),
-    "Qwen/Qwen2.5-72B": _qwen2(8192, 80, 29568, 64, 8, 152064),
+    **{f"Qwen/Qwen2.5-{size}": shape for size, shape in _QWEN25.items()},
+    **{f"Qwen/Qwen2.5-Coder-{size}": shape for size, shape in _QWEN25.items() if size != "72B"},
     "Qwen/Qwen3-0.6B": _qwen3(1024, 28, 3072, 16, True),
     "Qwen/Qwen3-1.7B": _qwen3(2048, 28, 6144, 16, True),
     "Qwen/Qwen3-4B": _qwen3(2560, 36, 9728, 32, True),
-    "Qwen/Qwen3-8B": _qwen3(4096, 36, 12288, 32, False),
+    "Qwen/Qwen3-8B": _QWEN3_8B,
     "Qwen/Qwen3-14B": _qwen3(5120, 40, 17408, 40, False),
     "Qwen/Qwen3-32B": _qwen3(5120, 64, 25600, 64, False),
+    "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
+    "Qwen/Qwen3-Coder-30B-A3B-Instruct": _QWEN3_30B,
+    "Qwen/Qwen3-235B-A22B": _QWEN3_235B,
     "meta-llama/Llama-2-7b-hf": _llama(4096, 32, 11008, 32, 32, 32000),
     "meta-llama/Llama-2-13b-hf": _llama(5120, 40, 13824, 40, 40, 32000),
     "meta-llama/Llama-2-70b-hf": _llama(8192, 80, 28672, 64, 8, 32000),
@@ -123,11 +246,21 @@ MODELS: dict[str, ModelShape] = {
     "meta-llama/Meta-Llama-3-70B": _LLAMA_70B,
     "meta-llama/Llama-3.1-8B": _LLAMA_8B,
     "meta-llama/Llama-3.1-70B": _LLAMA_70B,
+    "meta-llama/Llama-3.1-405B": _llama(16384, 126, 53248, 128, 8, 128256),
     "meta-llama/Llama-3.2-1B": _llama(2048, 16, 8192, 32, 8, 128256, tied=True),
     "meta-llama/Llama-3.2-3B": _llama(3072, 28, 8192, 24, 8, 128256, tied=True),
     "meta-llama/Llama-3.3-70B-Instruct": _LLAMA_70B,
     "allenai/Llama-3.1-Tulu-3-8B-SFT": replace(_LLAMA_8B, vocab=128264),
-    "allenai/OLMo-2-1124-7B": replace(_llama(4096, 32, 11008, 32, 32, 100352), qk_norm="all"),
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": _LLAMA4_SCOUT,
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": _LLAMA4_MAVERICK,
+    "allenai/OLMo-2-0425-1B": _olmo(2048, 16, 8192, 16, 16, 100352),
+    "allenai/OLMo-2-1124-7B": _olmo(4096, 32, 11008, 32, 32, 100352),
+    "allenai/OLMo-2-1124-13B": _olmo(5120, 40, 13824, 40, 40, 100352),
+    "allenai/OLMo-2-0325-32B": _olmo(5120, 64, 27648, 40, 8, 100352),
+    "allenai/Olmo-3-1025-7B": _olmo(4096, 32, 11008, 32, 32, 100278),
+    "allenai/Olmo-3-7B": _olmo(4096, 32, 11008, 32, 32, 100278),
+    "allenai/Olmo-3-1125-32B": _olmo(5120, 64, 27648, 40, 8, 100278),
+    "allenai/Olmo-3-32B": _olmo(5120, 64, 27648, 40, 8, 100278),
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": _llama(2048, 22, 5632, 32, 4, 32000),
     "google/gemma-2b": _gemma(2048, 18, 16384, 8, 1),
     "google/gemma-7b": _gemma(3072, 28, 24576, 16, 16),
@@ -136,18 +269,56 @@ MODELS: dict[str, ModelShape] = {
     "google/gemma-2-27b": _gemma(4608, 46, 36864, 32, 16, **GEMMA2 | {"head_dim": 128}),
     "google/gemma-3-270m": _gemma(640, 18, 2048, 4, 1, **GEMMA3),
     "google/gemma-3-1b-pt": _gemma(1152, 26, 6912, 4, 1, **GEMMA3),
+    "google/gemma-3-4b-pt": _gemma3(2560, 34, 10240, 8, 4),
+    "google/gemma-3-12b-pt": _gemma3(3840, 48, 15360, 16, 8),
+    "google/gemma-3-27b-pt": _gemma3(5376, 62, 21504, 32, 16, head_dim=128),
+    "google/gemma-3n-E2B": _GEMMA3N_E2B,
+    "google/gemma-3n-E4B": _GEMMA3N_E4B,
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL_7B,
     "mistralai/Mistral-7B-v0.3": replace(_MISTRAL_7B, vocab=32768),
     "mistralai/Mistral-Nemo-Base-2407": ModelShape(5120, 131072, 40, 14336, 32, 8, 128),
-    "mistralai/Mistral-Small-24B-Base-2501": ModelShape(5120, 131072, 40, 32768, 32, 8, 128),
+    "mistralai/Ministral-8B-Instruct-2410": ModelShape(4096, 131072, 36, 12288, 32, 8, 128),
+    "mistralai/Mistral-Small-24B-Base-2501": _MISTRAL_SMALL,
+    "mistralai/Mistral-Small-3.1-24B-Base-2503": _MISTRAL_SMALL,
+    "mistralai/Mistral-Small-3.2-24B-Instruct-2506": _MISTRAL_SMALL,
     "HuggingFaceH4/mistral-7b-sft-beta": _MISTRAL_7B,
     "HuggingFaceH4/zephyr-7b-beta": _MISTRAL_7B,
     "microsoft/Phi-3-mini-4k-instruct": _PHI3_MINI,
     "microsoft/Phi-3-mini-128k-instruct": _PHI3_MINI,
     "microsoft/Phi-3.5-mini-instruct": _PHI3_MINI,
-    "microsoft/Phi-4-mini-instruct": ModelShape(3072, 200064, 32, 8192, 24, 8, 128, tied=True),
-    "microsoft/phi-4": _llama(5120, 40, 17920, 40, 10, 100352),
+    "microsoft/Phi-4-mini-instruct": _PHI4_MINI,
+    "microsoft/Phi-4-mini-reasoning": _PHI4_MINI,
+    "microsoft/phi-4": _PHI4,
+    "microsoft/Phi-4-reasoning": _PHI4,
+    "openai/gpt-oss-20b": _GPT_OSS_20B,
+    "openai/gpt-oss-120b": _GPT_OSS_120B,
+    "deepseek-ai/DeepSeek-V3": _DEEPSEEK_V3,
+    "deepseek-ai/DeepSeek-V3-0324": _DEEPSEEK_V3,
+    "deepseek-ai/DeepSeek-R1": _DEEPSEEK_V3,
+    "deepseek-ai/DeepSeek-R1-0528": _DEEPSEEK_V3,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": replace(_QWEN25["1.5B"], tied=False),
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN25["7B"],
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": _QWEN25["14B"],
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": _QWEN25["32B"],
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": _LLAMA_8B,
+    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": _LLAMA_70B,
+    "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": _QWEN3_8B,
+    "moonshotai/Kimi-K2-Instruct": _KIMI_K2,
+    "moonshotai/Kimi-K2-Instruct-0905": _KIMI_K2,
+    "zai-org/GLM-4-9B-0414": ModelShape(4096, 151552, 40, 13696, 32, 2, 128, qkv_bias=True, norms=4),
+    "zai-org/GLM-4.5": _GLM45,
+    "zai-org/GLM-4.5-Air": _GLM45_AIR,
+    "ibm-granite/granite-3.1-2b-instruct": _llama(2048, 40, 8192, 32, 8, 49155, tied=True),
+    "ibm-granite/granite-3.1-8b-instruct": _llama(4096, 40, 12800, 32, 8, 49155, tied=True),
+    "ibm-granite/granite-3.2-2b-instruct": _llama(2048, 40, 8192, 32, 8, 49155, tied=True),
+    "ibm-granite/granite-3.2-8b-instruct": _llama(4096, 40, 12800, 32, 8, 49155, tied=True),
+    "ibm-granite/granite-3.3-2b-instruct": _llama(2048, 40, 8192, 32, 8, 49159, tied=True),
+    "ibm-granite/granite-3.3-8b-instruct": _llama(4096, 40, 12800, 32, 8, 49159, tied=True),
+    "tiiuae/Falcon3-1B-Base": _falcon3(2048, 18, 8192, 8),
+    "tiiuae/Falcon3-3B-Base": _falcon3(3072, 22, 9216, 12),
+    "tiiuae/Falcon3-7B-Base": _falcon3(3072, 28, 23040, 12),
+    "tiiuae/Falcon3-10B-Base": _falcon3(3072, 40, 23040, 12),
     "HuggingFaceTB/SmolLM2-135M": _llama(576, 30, 1536, 9, 3, 49152, tied=True),
     "HuggingFaceTB/SmolLM2-360M": _llama(960, 32, 2560, 15, 5, 49152, tied=True),
     "HuggingFaceTB/SmolLM2-1.7B": _llama(2048, 24, 8192, 32, 32, 49152, tied=True),
@@ -165,13 +336,15 @@ _KINDS: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "qwen2": ((_KV,), {"qkv_bias": True}),
     "qwen3": ((_KV, _DIM), {"qk_norm": "head"}),
     "olmo2": ((_KV,), {"qk_norm": "all"}),
+    "olmo3": ((_KV,), {"qk_norm": "all"}),
+    "granite": ((_KV,), {}),
     "smollm3": ((_KV,), {"tied": True}),
     "gemma": ((_KV, _DIM), _GEMMA),
     "gemma2": ((_KV, _DIM), _GEMMA | GEMMA2),
     "gemma3_text": ((_KV, _DIM), _GEMMA | {"qk_norm": "head", "norms": 4}),
 }
 # Parts of a hub name that leave the shape as it is.
-_SAME_SHAPE = {"meta", "base", "pt", "instruct", "it", "chat", "hf", "sft", "dpo"}
+_SAME_SHAPE = {"meta", "base", "pt", "instruct", "it", "chat", "hf", "sft", "dpo", "think", "thinking", "2507"}
 
 
 def find_shape(name: str) -> ModelShape:
@@ -179,8 +352,8 @@ def find_shape(name: str) -> ModelShape:
     "Instruct" and "hf", and as short as it fits one shape alone; or a `config.json`, or the folder of one.
 
     Raises:
-        ValueError: no such name, with those that are near; a `config.json` that is no description of a known kind of
-            model, with what is missing.
+        ValueError: no such name, with those that are near; a `config.json` that lacks something, with what, or of which
+            transformers makes no causal language model; one of a kind that needs transformers, where that is missing.
     """
     path = Path(name).expanduser()
     if path.is_dir() or path.suffix == ".json":
@@ -196,7 +369,10 @@ def find_shape(name: str) -> ModelShape:
         short, known, 5, 0.5
     )
     hint = f"; near it are {', '.join(near)}" if near else ""
-    raise ValueError(f"model: expected a known name, or a config.json or its folder, got {name!r}{hint}")
+    raise ValueError(
+        "model: expected a known name, a config.json or its folder, or --hidden and --vocab instead for a head alone, "
+        f"got {name!r}{hint}"
+    )
 
 
 def _short(name: str) -> str:
@@ -222,12 +398,14 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _from_config(path: Path) -> ModelShape:
-    config = read_config(path)
+    config = whole = read_config(path)
     if config["model_type"] not in _KINDS and isinstance(config.get("text_config"), dict):
         config = config["text_config"]  # of a model that sees images, too
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in _KINDS:
+    if kind is not None and not isinstance(kind, str):
         raise ValueError(f"model: expected a model_type of {', '.join(_KINDS)} in {path}, got {kind!r}")
+    if kind is None or kind not in _KINDS:
+        return _by_transformers(path, whole)
     needed, implied = _KINDS[kind]
     missing = [key for key in (*_COMMON_KEYS, *needed) if config.get(key) is None]
     if missing:
@@ -253,11 +431,9 @@ def _from_config(path: Path) -> ModelShape:
         "kv_heads": kv_heads,
         "head_dim": count(_DIM, max(1, count("hidden_size") // heads)),
     }
-    if kind in ("llama", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3") and config.get(
-        "attention_bias"
-    ):
+    if kind not in ("mistral", "phi3", "qwen2") and config.get("attention_bias"):
         found |= {"qkv_bias": True, "output_bias": True}
-    if kind in ("llama", "smollm3"):
+    if kind in ("llama", "smollm3", "granite"):
         found["mlp_bias"] = bool(config.get("mlp_bias"))
     if "tie_word_embeddings" in config:
         found["tied"] = config["tie_word_embeddings"]
@@ -269,3 +445,111 @@ def _from_config(path: Path) -> ModelShape:
             if cap is not None and not (type(cap) in (int, float) and 0 < cap < float("inf")):
                 raise ValueError(f"model: {path}: expected a number above 0 or null as {key}, got {cap!r}")
     return ModelShape(**implied | found)
+
+
+# Kinds that transformers counts, of which it was measured that they keep what those of the Llama kind do
+_MEASURED = ("qwen3_moe", "glm4_moe")
+# Of a config.json: where code and weights come from, and how they are stored.
+_NOT_THE_SHAPE = ("auto_map", "quantization_config", "transformers_version", "_name_or_path")
+
+
+def _by_transformers(path: Path, config: dict[str, Any]) -> ModelShape:
+    """The shape of a model of any kind that transformers knows, counted in the model that it makes without memory. Of a
+    model that sees images, of the part that reads text, if that is a model by itself."""
+    kind = config["model_type"]
+    try:
+        import torch
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    except ImportError:
+        raise ValueError(
+            f"model: {path} is of model_type {kind!r}, whose parameters transformers counts: pip install transformers; "
+            f"without it {', '.join(_KINDS)} are known"
+        ) from None
+    try:
+        given = AutoConfig.for_model(**{key: value for key, value in config.items() if key not in _NOT_THE_SHAPE})
+        text = given.get_text_config(decoder=True)
+        with torch.device("meta"):
+            try:
+                model = AutoModelForCausalLM.from_config(text)
+            except ValueError:
+                if text is given:
+                    raise
+                model = AutoModelForImageTextToText.from_config(given)
+        return count_shape(model, text)
+    except Exception as error:  # whatever a class of transformers makes of odd values
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"model: transformers makes no causal language model of {path}: {reason}") from error
+
+
+def count_shape(model: Any, config: Any) -> ModelShape:
+    """The shape of a causal language model of transformers with this text configuration."""
+    import torch
+
+    head = model.get_output_embeddings().weight
+    vocab, hidden = head.shape
+
+    def of(*names: str, default: Any) -> Any:
+        for name in names:
+            try:
+                value = getattr(config, name, None)
+            except Exception:  # one that differs from layer to layer
+                value = None
+            if value is not None:
+                return max(value) if isinstance(value, (list, tuple)) else value
+        return default
+
+    layers, heads = of("num_hidden_layers", default=1), of("num_attention_heads", default=1)
+    head_dim = of("qk_head_dim", "head_dim", default=max(1, hidden // heads))
+    width = of("intermediate_size", "n_inner", "ffn_dim", default=4 * hidden)
+    experts = of("num_local_experts", "num_experts", "n_routed_experts", default=0)
+    taken = of("num_experts_per_tok", "num_experts_per_token", "top_k_experts", default=0) if experts else 0
+
+    # Llama 4 is written so that every token goes to every expert, and counts where it was sent
+    computing = experts if config.model_type == "llama4_text" else taken
+    idle, mixture = 0, None
+    for name, parameter in model.named_parameters():
+        if taken and parameter.shape[0] == experts and (".experts." in name or parameter.ndim == 3):
+            idle += parameter.numel() // experts * (experts - taken)
+            mixture = name.partition(".experts.")[0] if ".experts." in name else name.rsplit(".", 2)[0]
+    if mixture is not None:  # that of a gated MLP of the matrices a token goes through, the router apart
+        matrices = [p for p in model.get_submodule(mixture).parameters() if p.ndim > 1]
+        routed = sum(p.numel() // experts * computing for p in matrices if p.ndim == 3)
+        width = (routed + sum(p.numel() for p in matrices if p.ndim == 2 and len(p) != experts)) // (3 * hidden)
+
+    lists = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+    blocks = max((each for each in lists if len(each) == layers), key=_numel, default=[model])
+    q_norms = (module.weight for name, module in model.named_modules() if name.endswith(".q_norm"))
+    q_norm = next((weight.numel() for weight in q_norms if weight is not None), 0)
+    return ModelShape(
+        hidden=hidden,
+        vocab=vocab,
+        layers=layers,
+        intermediate=width,
+        heads=heads,
+        kv_heads=of("num_key_value_heads", default=heads),
+        head_dim=head_dim,
+        tied=model.get_input_embeddings().weight is head,
+        softcap=of("final_logit_softcapping", default=None),
+        attention_softcap=of("attn_logit_softcapping", default=None),
+        qk_norm="" if not q_norm else "head" if q_norm == head_dim else "all",
+        norms=sum(name.endswith("weight") and p.shape == (hidden,) for name, p in blocks[-1].named_parameters()),
+        experts_per_token=computing,
+        eager_attention=not getattr(model, "_supports_sdpa", True),
+        rough=config.model_type not in _MEASURED,
+        counted=Counted(
+            parameters=_numel(model),
+            active=_numel(model) - idle,
+            layer=max(map(_numel, blocks)) if len(blocks) == layers else _numel(model) // layers,
+            matrices=sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1),
+            adapted=sum(
+                sum(module.weight.shape)
+                for module in model.modules()
+                if (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D")
+                and module.weight is not head
+            ),
+        ),
+    )
+
+
+def _numel(module: Any) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -13,7 +13,7 @@ import torch
 
 from dpo_kernels.dispatch import IMPLEMENTATIONS
 from dpo_kernels.models.shapes import ModelShape, find_shape
-from dpo_kernels.planning.step import MOST_PAIRS, REFERENCES, TRAIN, WAYS, Step, measured_share, plan
+from dpo_kernels.planning.step import MOST_PAIRS, REFERENCES, SHARDING, TRAIN, WAYS, Step, measured_share, plan
 
 DTYPES = ("bfloat16", "float16", "float32")
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,10 +52,13 @@ def text(step: Step, found: dict[str, Any], name: str, share: str) -> str:
     computed = "" if step.autocast is None else f", computed in {str(step.autocast).removeprefix('torch.')}"
     cap = "" if step.shape is None or step.shape.softcap is None else f", softcap {step.shape.softcap:g}"
     size = "" if step.shape is None else f"{found['parameters'] / 1e9:.3g} billion parameters, "
+    if step.shape is not None and step.shape.active < step.shape.parameters:
+        size += f"{step.shape.active / 1e9:.3g} of them active for a token, "
     lines = [
         f"{name}: {size}head [{step.vocab}, {step.hidden}]{cap}; weights in {dtype}{computed}",
         f"{step.pairs} pairs, {2 * step.pairs} sequences of {step.seq} tokens: {step.positions} positions, "
         f"{step.tokens} of them labelled ({share})",
+        *_beyond_one_batch(step),
         "",
         *_table(
             "head and loss, MiB",
@@ -72,7 +75,7 @@ def text(step: Step, found: dict[str, Any], name: str, share: str) -> str:
     ]
     if step.shape is not None:
         totals = found["total"]
-        parts = [part for part in LABELS if part != "one layer again" or step.checkpointing]
+        parts = [part for part in LABELS if part != "gathered" or step.sharding != "none"]
         rows = {LABELS[part]: [_number(totals[way][part], GIB) for way in WAYS] for part in parts}
         rows[f"of {found['device_bytes'] / GIB:.1f} GiB ({step.device})"] = [
             "fits" if found["fits"][way] else "does not fit" for way in WAYS
@@ -84,14 +87,24 @@ def text(step: Step, found: dict[str, Any], name: str, share: str) -> str:
 
 LABELS = {
     "weights": "weights",
-    "gradients": "gradients",
+    "gradients": "gradients of earlier micro-batches",
     "optimizer": "optimizer, AdamW",
     "reference": "reference model",
+    "gathered": "the largest unit, whole",
     "activations": "activations (estimated)",
     "head and loss": "head and loss",
-    "one layer again": "one layer again, beyond that",
+    "later": "backward and optimizer, beyond that",
     "total": "total",
 }
+
+
+def _beyond_one_batch(step: Step) -> list[str]:
+    lines = []
+    if step.accumulation > 1:
+        lines.append(f"{step.accumulation} micro-batches in a step: {step.accumulation * step.pairs} pairs")
+    if step.sharding != "none":
+        lines.append(f"sharded by FSDP2 over {step.processes} processes; what follows is one of them")
+    return lines
 
 
 def _number(size: int, unit: int) -> str:
@@ -112,17 +125,28 @@ def _table(title: str, rows: dict[str, list[str]]) -> list[str]:
 
 def _assumptions(step: Step) -> list[str]:
     lines = [
-        "Counted is what PyTorch allocates on one device in one micro-batch, every sequence padded to its length.",
-        "eager: logits.float().log_softmax(-1) of every position. TRL: the head of its DPOTrainer since 1.15. Head and",
-        "loss hold their gradients beside those that are there from earlier micro-batches.",
+        "Counted is what PyTorch allocates on one device, every sequence padded to its length. Without accumulation",
+        "the backward makes gradients while activations go; with it those of earlier micro-batches stay throughout.",
+        "eager: logits.float().log_softmax(-1) of every position. TRL: the head of its DPOTrainer since 1.15.",
     ]
     if step.shape is not None:
-        attention = "eager attention" if step.shape.attention_softcap is not None else "SDPA and a padding mask"
+        eager = step.shape.eager_attention or step.shape.attention_softcap is not None
+        attention = "eager attention" if eager else "SDPA and a padding mask"
         lines += [
             "AdamW keeps two moments in the dtype of what it trains. Activations are an estimate, within a quarter, of",
             f"what layers keep in transformers 5 with {attention}. Not counted: CUDA's context, cuBLAS'",
             "workspace, memory lost between blocks; leave a GiB or two. The largest batch has this share of labels.",
         ]
+        if step.shape.experts_per_token:
+            lines.append("Weights are those of all experts, activations those of the experts that compute for a token.")
+        if step.shape.rough:
+            lines.append("Layers of this kind were not measured: activations are from half to twice the estimate.")
+        if step.sharding != "none":
+            lines += [
+                "FSDP2: weights, gradients, moments and reference are divided evenly, and gradients reduced after each",
+                "micro-batch. One unit is whole at a time, a layer or what no layer holds, with its gradients in the",
+                "backward. The next unit, which is gathered ahead, and buffers of the collectives are not counted.",
+            ]
     return lines
 
 
@@ -137,6 +161,9 @@ DEFAULTS: dict[str, Any] = {
     "lora_r": 16,
     "reference": "precomputed",
     "gradient_checkpointing": False,
+    "gradient_accumulation": 1,
+    "sharding": "none",
+    "processes": 1,
     "chunk_bytes": None,
     "impl": "auto",
 }
@@ -175,6 +202,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "layers are computed again in the backward",
         action=argparse.BooleanOptionalAction,
     )
+    add("--gradient-accumulation", "micro-batches in one optimizer step", type=int, metavar="N")
+    add("--sharding", "fsdp2: weights, gradients and optimizer divided among --processes", choices=SHARDING)
+    add("--processes", "that share a sharded model, one a device", type=int, metavar="N")
     add("--chunk-bytes", "as linear_dpo_loss takes it (default: 1 GiB)", type=int)
     add("--impl", "of dpo_kernels", choices=("auto", *IMPLEMENTATIONS))
     add("--device", "cpu, cuda, ...; default: the accelerator if there is one")
@@ -225,10 +255,24 @@ def _shape(options: argparse.Namespace) -> ModelShape | None:
         raise ValueError(f"{options.source}: {error}" if options.source else str(error)) from None
 
 
+def _check_sharding(options: argparse.Namespace) -> None:
+    n = options.processes
+    if options.sharding == "none" and n > 1:
+        raise ValueError(
+            f"processes: expected --sharding fsdp2 beside --processes {n}; without sharding each process takes the same"
+        )
+    if options.sharding != "none" and n < 2:
+        raise ValueError(f"processes: expected --processes of at least 2 beside --sharding {options.sharding}, got {n}")
+    if options.sharding != "none" and options.model is None:
+        raise ValueError("sharding: expected --model, since a head alone is whole when it is used")
+
+
 def run(options: argparse.Namespace, read_training: ReadTraining | None = None) -> int:
     """Prints the plan. `read_training` knows the settings of a training, which this part of the package does not."""
     settle(options, read_training)
-    for name, least in (("batch", 1), ("seq", 2), ("lora_r", 1), ("hidden", 1), ("vocab", 1), ("chunk_bytes", 0)):
+    least_values = {"batch": 1, "seq": 2, "lora_r": 1, "hidden": 1, "vocab": 1, "chunk_bytes": 0}
+    least_values |= {"gradient_accumulation": 1, "processes": 1}
+    for name, least in least_values.items():
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -239,6 +283,7 @@ def run(options: argparse.Namespace, read_training: ReadTraining | None = None) 
     by_numbers = options.hidden is not None and options.vocab is not None
     if (options.model is None) != by_numbers or (options.hidden is None) != (options.vocab is None):
         raise ValueError("model: expected --model, or both --hidden and --vocab for the head alone")
+    _check_sharding(options)
     shape = _shape(options)
     share = options.labelled or measured_share(options.batch, options.seq)
     step = Step(
@@ -254,6 +299,9 @@ def run(options: argparse.Namespace, read_training: ReadTraining | None = None) 
         lora_r=options.lora_r,
         reference=options.reference,
         checkpointing=options.gradient_checkpointing,
+        accumulation=options.gradient_accumulation,
+        sharding=options.sharding,
+        processes=options.processes,
         chunk_bytes=options.chunk_bytes,
         device=default_device() if options.device is None else _device(options.device),
         impl=options.impl,

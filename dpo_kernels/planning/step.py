@@ -7,18 +7,21 @@ for their backward is an estimate, for layers of the Llama kind as transformers 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from dpo_kernels.data.lengths import blank_labels, real_lengths
+from dpo_kernels.dispatch import check_impl
+from dpo_kernels.linear_dpo import check_chunk_bytes
 from dpo_kernels.models.shapes import ModelShape
 from dpo_kernels.planning.head_memory import HeadMemory, eager_bytes, ours_bytes, trl_bytes
 
 WAYS = ("eager", "TRL", "dpo_kernels")
 TRAIN = ("full", "frozen-head", "lora")
 REFERENCES = ("model", "precomputed", "none")
+SHARDING = ("none", "fsdp2")
 # To measure the share of labels: pairs in a batch at most, since larger ones are padded alike; tokens in both responses
 # that are more than most pairs have.
 MEASURED_PAIRS, RESPONSE_TOKENS = 150, 4096
@@ -27,7 +30,7 @@ MOST_PAIRS = 2**16
 
 @dataclass(frozen=True)
 class Step:
-    """One micro-batch of DPO. `shape` None: the head alone."""
+    """A step of DPO: `accumulation` micro-batches and an update, on one of `processes`. `shape` None: a head alone."""
 
     hidden: int
     vocab: int
@@ -41,9 +44,32 @@ class Step:
     lora_r: int = 16
     reference: str = "precomputed"
     checkpointing: bool = False
+    accumulation: int = 1
+    sharding: str = "none"
+    processes: int = 1
     chunk_bytes: int | None = None
     device: torch.device = torch.device("cpu")
     impl: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "vocab", "pairs", "seq", "lora_r", "accumulation", "processes"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name}: expected a whole number above 0, got {value!r}")
+        if not isinstance(self.labelled, (int, float)) or not 0 <= self.labelled <= 1:
+            raise ValueError(f"labelled: expected a share in [0, 1], got {self.labelled!r}")
+        if self.shape is not None and not isinstance(self.shape, ModelShape):
+            raise ValueError(f"shape: expected a ModelShape, as find_shape(name) gives, or None, got {self.shape!r}")
+        for name, known in (("train", TRAIN), ("reference", REFERENCES), ("sharding", SHARDING)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+        for name, kind in (("dtype", torch.dtype), ("device", torch.device)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(f"{name}: expected a {kind.__name__} of torch, got {getattr(self, name)!r}")
+        if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
+            raise ValueError(f"autocast: expected a dtype of torch or None, got {self.autocast!r}")
+        check_chunk_bytes(self.chunk_bytes)
+        check_impl(self.impl)
 
     @property
     def positions(self) -> int:
@@ -57,6 +83,10 @@ class Step:
 
 def head_memory(step: Step, way: str) -> HeadMemory:
     """Of head and loss, one of `WAYS`."""
+    if not isinstance(step, Step):
+        raise ValueError(f"step: expected a Step, got {type(step).__name__}")
+    if way not in WAYS:
+        raise ValueError(f"way: expected one of {WAYS}, got {way!r}")
     train_head = step.train == "full"
     common: dict[str, Any] = {
         "positions": step.positions,
@@ -77,9 +107,12 @@ def head_memory(step: Step, way: str) -> HeadMemory:
 
 
 def state_bytes(step: Step, shape: ModelShape) -> dict[str, int]:
-    """Weights, gradients, AdamW's two moments and the reference. Adapters are in fp32."""
+    """Weights, the gradients of all that is trained, AdamW's two moments and the reference. Adapters are in fp32.
+
+    FSDP2 divides each of them by the number of processes.
+    """
     e = step.dtype.itemsize
-    adapters = step.lora_r * shape.layers * sum(i + o for i, o in shape.linears)
+    adapters = step.lora_r * shape.adapted
     weights, trained = shape.parameters * e, shape.parameters * e
     if step.train == "frozen-head":
         trained -= shape.head_parameters * e
@@ -87,12 +120,23 @@ def state_bytes(step: Step, shape: ModelShape) -> dict[str, int]:
         trained = adapters * 4
         weights += trained
     with_copy = step.reference == "model" and step.train != "lora"  # which is the model without its adapters
-    return {
+    state = {
         "weights": weights,
         "gradients": trained,
         "optimizer": 2 * trained,
         "reference": shape.parameters * e if with_copy else 0,
     }
+    shards = step.processes if step.sharding == "fsdp2" else 1
+    return {name: math.ceil(size / shards) for name, size in state.items()}
+
+
+def gathered_bytes(step: Step, shape: ModelShape) -> int:
+    """What FSDP2 has whole at a time: the weights of the largest unit, in the dtype that is computed in. A layer is a
+    unit, and so is what no layer holds: embeddings, head and last norm."""
+    if step.sharding == "none":
+        return 0
+    unit = max(shape.layer_parameters, shape.parameters - shape.layers * shape.layer_parameters)
+    return unit * (step.dtype if step.autocast is None else step.autocast).itemsize
 
 
 def layer_bytes(step: Step, shape: ModelShape) -> int:
@@ -105,8 +149,9 @@ def layer_bytes(step: Step, shape: ModelShape) -> int:
       matrix is the attention's result. Autocast casts for each matrix, and so do adapters, to fp32.
     - Attention: queries, keys and values, repeated for all heads since padding needs a mask, and the result (4cq); a
       log-sum-exp a head; the mask in numbers (c for each position it sees). With a softcap, which the fused attention
-      does not take, scores after tanh and after softmax, a number for each head and position seen.
-    - MLP: gate, its activation, and up (3ci).
+      does not take, scores after tanh and after softmax, a number for each head and position seen; with sinks these.
+    - MLP: gate, its activation, and up (3ci). In a mixture of experts i is the width of all that a token goes through,
+      and each expert of a token has its input and its output apart.
     """
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
     e, trained = step.dtype.itemsize, step.train != "lora"
@@ -121,12 +166,15 @@ def layer_bytes(step: Step, shape: ModelShape) -> int:
     else:
         inputs = 4 * (5 * h + q + i)
     attention = 4 * c * q
-    if shape.attention_softcap is None:
+    if shape.eager_attention:
+        attention += shape.heads * step.seq * c
+    elif shape.attention_softcap is None:
         attention += 4 * shape.heads + c * step.seq
     else:
         attention += shape.heads * step.seq * (c + 4 + (c if c < 4 else 0))
     adapters = 0 if trained else 7 * step.lora_r * (4 if step.autocast is None else c)
-    return norms + inputs + attention + 3 * c * i + adapters
+    experts = 2 * c * h * shape.experts_per_token
+    return norms + inputs + attention + 3 * c * i + adapters + experts
 
 
 def activation_bytes(step: Step, shape: ModelShape) -> tuple[int, int]:
@@ -144,19 +192,79 @@ def activation_bytes(step: Step, shape: ModelShape) -> tuple[int, int]:
     return shape.layers * layer + last * step.positions + copies, 0
 
 
+def cast_bytes(step: Step, shape: ModelShape) -> int:
+    """Autocast's copies of trained matrices, which it keeps until head and loss are over, where no layer keeps them."""
+    if step.autocast is None or not step.checkpointing or step.train == "lora":
+        return 0
+    return shape.linear_parameters * step.autocast.itemsize
+
+
+def later_bytes(step: Step, shape: ModelShape, head: HeadMemory) -> dict[str, int]:
+    """What is alive after head and loss, at the moments when that is most, beside weights, moments and reference.
+
+    `zero_grad` sets gradients to None: without accumulation they come into being in the backward, while activations go,
+    so that most is alive at its first layer or at its last. With accumulation those of earlier micro-batches are there
+    all the time, and each new one is added to its own. A tied matrix has two gradients, the head's and the embedding's,
+    until the backward is over. Sharded, a unit has its gradients whole until all of them are there.
+    """
+    gradients = state_bytes(step, shape)["gradients"]
+    earlier = gradients if step.accumulation > 1 else 0
+    kept, again = activation_bytes(step, shape)
+    hidden = step.positions * shape.hidden * step.dtype.itemsize
+    matrix = shape.head_parameters * step.dtype.itemsize
+    with_embedding = step.train == "full" or (step.train == "frozen-head" and not shape.tied)
+    dhead = matrix if step.train == "full" else 0
+    dembedding = matrix if with_embedding else 0
+    sharded = step.sharding != "none"
+    unit = shape.layer_parameters * step.dtype.itemsize if step.train != "lora" and sharded else 0
+    one_layer = hidden + again if step.checkpointing else kept // shape.layers
+    if earlier or sharded:
+        last_layer = gradients + (dhead if shape.tied or sharded else 0)
+        end = last_layer + dembedding
+    else:
+        last_layer = max(0, gradients - (not shape.tied) * dembedding)
+        end = gradients + shape.tied * dembedding
+    return {
+        "first layer": earlier + kept + again + head.returned + unit,
+        "last layer": last_layer + one_layer + hidden + unit,
+        "embedding": end + hidden,
+        "optimizer": gradients + _optimizer_temporary(step, shape),
+    }
+
+
+def _optimizer_temporary(step: Step, shape: ModelShape) -> int:
+    """AdamW takes one parameter at a time on a CPU, and has two more of its size; fused, on a GPU, none."""
+    if step.device.type != "cpu" or step.train == "lora":
+        return 0
+    embedding = 0 if step.train == "frozen-head" and shape.tied else shape.head_parameters
+    return 2 * step.dtype.itemsize * max(embedding, *(i * o for i, o in shape.linears))
+
+
 def footprint(step: Step, way: str) -> dict[str, int]:
-    """Bytes of everything in one step, and the total. One layer computed again and the head are never there at once."""
+    """Bytes of everything at the moment of a step when most is alive, and the total.
+
+    Parts add up to the moment of head and loss; "later" is what is alive beyond that at a later one.
+    """
     head = head_memory(step, way)
     if step.shape is None:
         return {"head and loss": head.peak, "total": head.peak}
-    kept, again = activation_bytes(step, step.shape)
-    parts = state_bytes(step, step.shape) | {"activations": kept, "head and loss": head.peak}
-    extra = max(0, again + head.returned - head.peak)
-    return parts | {"one layer again": extra, "total": sum(parts.values()) + extra}
+    state = state_bytes(step, step.shape)
+    kept = activation_bytes(step, step.shape)[0] + cast_bytes(step, step.shape)
+    earlier = state["gradients"] if step.accumulation > 1 else 0
+    extra = max(0, max(later_bytes(step, step.shape, head).values()) - earlier - kept - head.peak)
+    parts = state | {
+        "gradients": earlier,
+        "gathered": gathered_bytes(step, step.shape),
+        "activations": kept,
+        "head and loss": head.peak,
+        "later": extra,
+    }
+    return parts | {"total": sum(parts.values())}
 
 
 def largest_batch(step: Step, way: str, memory: int) -> int:
     """The most pairs of this length whose step fits, 0 if one does not."""
+    _check_memory(memory)
 
     def fits(pairs: int) -> bool:
         return footprint(replace(step, pairs=pairs), way)["total"] <= memory
@@ -180,6 +288,7 @@ def measured_share(pairs: int, seq: int) -> float:
 
 def plan(step: Step, memory: int) -> dict[str, Any]:
     """Everything that is printed or written, in bytes."""
+    _check_memory(memory)
     heads = {way: head_memory(step, way) for way in WAYS}
     found: dict[str, Any] = {
         "step": _plain(step),
@@ -190,15 +299,20 @@ def plan(step: Step, memory: int) -> dict[str, Any]:
     }
     if step.shape is None:
         return found
-    found["parameters"] = step.shape.parameters
+    found["parameters"], found["active_parameters"] = step.shape.parameters, step.shape.active
     found["total"] = {way: footprint(step, way) for way in WAYS}
     found["fits"] = {way: parts["total"] <= memory for way, parts in found["total"].items()}
     found["largest_batch"] = {way: largest_batch(step, way, memory) for way in WAYS}
     return found
 
 
+def _check_memory(memory: object) -> None:
+    if not isinstance(memory, (int, float)) or isinstance(memory, bool) or memory < 0:
+        raise ValueError(f"memory: expected a number of bytes of at least 0, got {memory!r}")
+
+
 def _plain(step: Step) -> dict[str, Any]:
-    plain = {**vars(step), "shape": None if step.shape is None else vars(step.shape)}
+    plain = {**vars(step), "shape": None if step.shape is None else asdict(step.shape)}
     return {
         name: str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.device)) else value
         for name, value in plain.items()

@@ -1,13 +1,14 @@
 """That the table of models is right: parameters against published totals, and against transformers' own models."""
 
 import json
+import sys
 
 import pytest
 
 from dpo_kernels.models.shapes import MODELS, ModelShape, find_shape
 
 # What the hub's pages say of the safetensors files, `safetensors.total`. (Those of Qwen3 with a tied head store it
-# twice: 751,632,384 for Qwen3-0.6B is 596,049,920 and a head of 155,582,464.)
+# twice: 751,632,384 for Qwen3-0.6B is 596,049,920 and a head of 155,582,464.) Mixtures of experts are below.
 PUBLISHED = {
     "Qwen/Qwen2.5-0.5B": 494_032_768,
     "Qwen/Qwen2.5-1.5B": 1_543_714_304,
@@ -30,7 +31,18 @@ PUBLISHED = {
     "meta-llama/Llama-3.2-1B": 1_235_814_400,
     "meta-llama/Llama-3.2-3B": 3_212_749_824,
     "allenai/Llama-3.1-Tulu-3-8B-SFT": 8_030_326_784,
+    "meta-llama/Llama-3.1-405B": 405_853_388_800,
+    "allenai/OLMo-2-0425-1B": 1_484_916_736,
     "allenai/OLMo-2-1124-7B": 7_298_617_344,
+    "allenai/OLMo-2-1124-13B": 13_716_198_400,
+    "allenai/OLMo-2-0325-32B": 32_234_279_936,
+    "allenai/Olmo-3-1025-7B": 7_298_011_136,
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "mistralai/Ministral-8B-Instruct-2410": 8_019_808_256,
+    "tiiuae/Falcon3-1B-Base": 1_669_408_768,
+    "tiiuae/Falcon3-3B-Base": 3_227_655_168,
+    "tiiuae/Falcon3-7B-Base": 7_455_550_464,
+    "tiiuae/Falcon3-10B-Base": 10_305_653_760,
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": 1_100_048_384,
     "google/gemma-2b": 2_506_172_416,
     "google/gemma-7b": 8_537_680_896,
@@ -66,9 +78,11 @@ FAMILIES = {
     "MistralConfig": ("mistralai/Mistral-7B-v0.1", "mistralai/Mistral-Nemo-Base-2407"),
     "GemmaConfig": ("google/gemma-2b",),
     "Gemma2Config": ("google/gemma-2-9b", "google/gemma-2-27b"),
-    "Gemma3TextConfig": ("google/gemma-3-270m", "google/gemma-3-1b-pt"),
+    "Gemma3TextConfig": ("google/gemma-3-270m", "google/gemma-3-1b-pt", "google/gemma-3-27b-pt"),
     "Phi3Config": ("microsoft/Phi-3-mini-4k-instruct", "microsoft/Phi-4-mini-instruct"),
-    "Olmo2Config": ("allenai/OLMo-2-1124-7B",),
+    "Olmo2Config": ("allenai/OLMo-2-1124-7B", "allenai/OLMo-2-0325-32B"),
+    "Olmo3Config": ("allenai/Olmo-3-1125-32B",),
+    "GraniteConfig": ("ibm-granite/granite-3.3-8b-instruct",),
     "SmolLM3Config": ("HuggingFaceTB/SmolLM3-3B",),
 }
 
@@ -78,7 +92,7 @@ def hugging_face_config(family, shape):
     options = {"head_dim": shape.head_dim}
     if shape.softcap is not None:
         options |= {"final_logit_softcapping": shape.softcap, "attn_logit_softcapping": shape.attention_softcap}
-    if family == "Phi3Config":
+    if family in ("Phi3Config", "GraniteConfig"):
         del options["head_dim"]
     return getattr(transformers, family)(
         hidden_size=shape.hidden, vocab_size=shape.vocab, num_hidden_layers=shape.layers,
@@ -100,6 +114,157 @@ def test_transformers_builds_as_many_parameters(family, name, tmp_path):
     assert model.get_output_embeddings().weight.numel() == MODELS[name].head_parameters
     config.save_pretrained(tmp_path)
     assert find_shape(str(tmp_path)) == find_shape(str(tmp_path / "config.json")) == MODELS[name]
+
+
+GLM = {
+    "model_type": "glm4_moe", "vocab_size": 151552, "num_attention_heads": 96, "num_key_value_heads": 8,
+    "head_dim": 128, "num_experts_per_tok": 8, "n_shared_experts": 1, "attention_bias": True,
+}  # fmt: skip
+QWEN3 = {"model_type": "qwen3_moe", "num_key_value_heads": 4, "head_dim": 128, "num_experts_per_tok": 8}
+QWEN3 |= {"num_experts": 128, "vocab_size": 151936}
+OSS = {
+    "model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "vocab_size": 201088, "head_dim": 64,
+    "num_attention_heads": 64, "num_key_value_heads": 8, "num_experts_per_tok": 4,
+}  # fmt: skip
+DEEPSEEK = {
+    "model_type": "deepseek_v3", "hidden_size": 7168, "intermediate_size": 18432, "moe_intermediate_size": 2048,
+    "num_hidden_layers": 61, "q_lora_rank": 1536, "kv_lora_rank": 512, "n_shared_experts": 1, "num_experts_per_tok": 8,
+}  # fmt: skip
+LLAMA4 = {
+    "model_type": "llama4_text", "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+    "num_hidden_layers": 48, "num_attention_heads": 40, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": 202048, "num_experts_per_tok": 1,
+}  # fmt: skip
+GEMMA3N = {"model_type": "gemma3n_text", "hidden_size": 2048, "vocab_size": 262400}
+# What decides the shape in the config.json of each, beside what transformers' class has anyway.
+COUNTED = {
+    "Qwen/Qwen3-30B-A3B": QWEN3
+    | {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "moe_intermediate_size": 768},
+    "Qwen/Qwen3-235B-A22B": QWEN3
+    | {"hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "moe_intermediate_size": 1536},
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": LLAMA4 | {"num_local_experts": 16, "interleave_moe_layer_step": 1},
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": LLAMA4
+    | {"num_local_experts": 128, "interleave_moe_layer_step": 2},
+    "openai/gpt-oss-20b": OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "openai/gpt-oss-120b": OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
+    "deepseek-ai/DeepSeek-V3": DEEPSEEK
+    | {"vocab_size": 129280, "num_attention_heads": 128, "num_key_value_heads": 128, "n_routed_experts": 256},
+    "moonshotai/Kimi-K2-Instruct": DEEPSEEK
+    | {"vocab_size": 163840, "num_attention_heads": 64, "num_key_value_heads": 64, "n_routed_experts": 384}
+    | {"first_k_dense_replace": 1},
+    "zai-org/GLM-4.5": GLM
+    | {"hidden_size": 5120, "num_hidden_layers": 92, "intermediate_size": 12288, "moe_intermediate_size": 1536}
+    | {"n_routed_experts": 160, "first_k_dense_replace": 3, "use_qk_norm": True},
+    "zai-org/GLM-4.5-Air": GLM
+    | {"hidden_size": 4096, "num_hidden_layers": 46, "intermediate_size": 10944, "moe_intermediate_size": 1408}
+    | {"n_routed_experts": 128, "first_k_dense_replace": 1},
+    "google/gemma-3n-E2B": GEMMA3N
+    | {"num_hidden_layers": 30, "intermediate_size": 8192, "num_kv_shared_layers": 10}
+    | {"activation_sparsity_pattern": [0.95] * 10 + [0.0] * 20},
+    "google/gemma-3n-E4B": GEMMA3N | {"num_hidden_layers": 35, "intermediate_size": 16384, "num_kv_shared_layers": 15},
+}
+# In billions, as their makers say: all, and those active for a token. OpenAI counts the head of these, not the
+# embeddings.
+SAID = {
+    "Qwen/Qwen3-30B-A3B": (30.5, 3.3),
+    "Qwen/Qwen3-235B-A22B": (235, 22),
+    "meta-llama/Llama-4-Scout-17B-16E-Instruct": (109, 17),
+    "meta-llama/Llama-4-Maverick-17B-128E-Instruct": (400, 17),
+    "openai/gpt-oss-20b": (20.9, 3.6 + 0.58),
+    "openai/gpt-oss-120b": (116.8, 5.1 + 0.58),
+    "deepseek-ai/DeepSeek-V3": (671, 37),
+    "moonshotai/Kimi-K2-Instruct": (1026, 32),
+    "zai-org/GLM-4.5": (355, 32),
+    "zai-org/GLM-4.5-Air": (106, 12),
+}
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_what_transformers_counts(name, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(COUNTED[name]))
+    assert find_shape(str(tmp_path)) == MODELS[name]
+
+
+@pytest.mark.parametrize("name", SAID)
+def test_all_and_active_parameters_as_their_makers_say(name):
+    shape, (said, active) = MODELS[name], SAID[name]
+    assert shape.parameters / 1e9 == pytest.approx(said, rel=0.02)
+    assert shape.active / 1e9 == pytest.approx(active, rel=0.15)  # who counts embeddings, and who does not
+    assert shape.layers * shape.layer_parameters < 2.1 * shape.parameters
+
+
+def test_the_glm_that_is_dense(tmp_path):
+    """A kind that transformers counts, known by its name as a shape that is computed."""
+    pytest.importorskip("transformers")
+    shape = MODELS["zai-org/GLM-4-9B-0414"]
+    config = {"model_type": "glm4", "hidden_size": 4096, "intermediate_size": 13696, "num_hidden_layers": 40}
+    config |= {"num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128, "vocab_size": 151552}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"attention_bias": True}))
+    found = find_shape(str(tmp_path))
+    assert found.parameters == found.active == shape.parameters
+    assert (found.layer_parameters, found.norms) == (shape.layer_parameters, shape.norms)
+
+
+SIZES = {"hidden_size": 64, "vocab_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4}
+# Kinds that are not known here: with names of their own, an expert in two dimensions of three, no attention, values
+# that differ from layer to layer, and what sees images
+OTHER = {
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100},
+    "opt": SIZES | {"ffn_dim": 96, "word_embed_proj_dim": 64},
+    "mixtral": SIZES | {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "granitemoe": SIZES | {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "mamba": {"hidden_size": 64, "vocab_size": 100, "num_hidden_layers": 2, "state_size": 8},
+    "gemma4_text": SIZES | {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16},
+    "mistral3": {"text_config": SIZES | {"model_type": "ministral3", "intermediate_size": 96}},
+}
+
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_any_config_of_transformers(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    given = {"model_type": kind, "auto_map": {"AutoModelForCausalLM": "elsewhere.Model"}} | OTHER[kind]
+    (tmp_path / "config.json").write_text(json.dumps(given))
+    shape = find_shape(str(tmp_path))
+    assert (shape.hidden, shape.vocab, shape.layers) == (64, 100, 2)
+    config = transformers.AutoConfig.for_model(kind, **OTHER[kind]).get_text_config()
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    assert shape.parameters == model.num_parameters()
+    assert shape.counted.layer * 2 <= shape.parameters
+    if "moe" in kind or kind == "mixtral":  # two of four experts of [2 96, 64] and [64, 96], in two layers
+        assert shape.parameters - shape.active == 2 * 2 * 3 * 64 * 96
+        assert (shape.intermediate, shape.experts_per_token) == (2 * 96, 2)
+    else:
+        assert (shape.active, shape.experts_per_token) == (shape.parameters, 0)
+
+
+def test_a_model_that_sees_images_whose_text_part_is_none_by_itself(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    text = SIZES | {"intermediate_size": 96, "num_key_value_heads": 2, "head_dim": 16}
+    vision = {"depth": 2, "hidden_size": 32, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 64}
+    given = {"text_config": text, "vision_config": vision}
+    (tmp_path / "config.json").write_text(json.dumps(given | {"model_type": "qwen3_vl"}))
+    shape = find_shape(str(tmp_path))
+    with torch.device("meta"):
+        config = transformers.AutoConfig.for_model("qwen3_vl", **given)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    assert shape.parameters == model.num_parameters()
+    assert (shape.hidden, shape.vocab, shape.layers, shape.intermediate, shape.heads) == (64, 100, 2, 96, 4)
+    # queries, keys, values, output; gate, up, down; norms of two hidden states, and of queries and keys
+    assert shape.layer_parameters == 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96 + 2 * 64 + 2 * 16
+
+
+def test_without_transformers(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"} | OTHER["gpt2"]))
+    with pytest.raises(ValueError, match=r"config.json is of model_type 'gpt2'.*pip install transformers.*llama"):
+        find_shape(str(tmp_path))
+    assert find_shape("gpt-oss-120b").experts_per_token == 4
 
 
 def test_biases_of_a_config(tmp_path):
@@ -136,6 +301,16 @@ def test_every_name_is_found(name):
         ("google/gemma-3-1b-it", "google/gemma-3-1b-pt"),
         ("mistral-nemo", "mistralai/Mistral-Nemo-Base-2407"),
         ("phi-3-mini", "microsoft/Phi-3-mini-4k-instruct"),  # two models of one shape
+        ("Qwen/Qwen3-4B-Instruct-2507", "Qwen/Qwen3-4B"),
+        ("Qwen/Qwen3-4B-Thinking-2507", "Qwen/Qwen3-4B"),
+        ("Qwen/Qwen3-235B-A22B-Thinking-2507", "Qwen/Qwen3-235B-A22B"),
+        ("allenai/Olmo-3-7B-Think", "allenai/Olmo-3-1025-7B"),
+        ("google/gemma-3-27b-it", "google/gemma-3-27b-pt"),
+        ("google/gemma-3n-E4B-it", "google/gemma-3n-E4B"),
+        ("llama-4-scout", "meta-llama/Llama-4-Scout-17B-16E-Instruct"),
+        ("deepseek-r1", "deepseek-ai/DeepSeek-V3"),
+        ("deepseek-ai/DeepSeek-R1-Distill-Llama-8B", "meta-llama/Llama-3.1-8B"),
+        ("mistral-small-3.2", "mistralai/Mistral-Small-24B-Base-2501"),
     ],
 )
 def test_aliases(alias, name):
@@ -149,6 +324,7 @@ def test_aliases(alias, name):
         ("llama-3.1", "near it are llama-3.1-8b, llama-3.1-70b"),  # of two shapes
         ("completely different", "got 'completely different'$"),
         ("missing.json", "found no file missing.json"),
+        ("my-own", "a config.json or its folder, or --hidden and --vocab instead"),
     ],
 )
 def test_unknown_names(name, message):
@@ -178,10 +354,26 @@ def test_configs(tmp_path):
     for config, message in [
         ("{", "no valid JSON"),
         ("[]", "an object"),
-        (GIVEN | {"model_type": "mamba"}, "model_type of .*got 'mamba'"),
+        ({"model_type": "llava", "text_config": {"model_type": 3}}, "model_type of .*got 3"),
         ({"hidden_size": 64}, "must be an object with a model_type"),
         ({**GIVEN, "vocab_size": None}, "lacks vocab_size"),
         (GIVEN | {"model_type": "qwen3"}, "lacks num_key_value_heads, head_dim"),
     ]:
         with pytest.raises(ValueError, match=message):
             find(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "no-such-kind"}, "makes no causal language model of .*config.json: .*no-such-kind"),
+        ({"model_type": "vit"}, "makes no causal language model of .*config.json: "),
+        ({"model_type": "gpt2", "n_embd": "wide"}, "makes no causal language model of .*config.json: "),
+    ],
+)
+def test_what_transformers_cannot_make(config, message, tmp_path):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message) as caught:
+        find_shape(str(tmp_path))
+    assert "\n" not in str(caught.value)

@@ -18,7 +18,7 @@ from dpo_kernels.bench.cases import HeadInputs
 from dpo_kernels.cli import run_plan
 from dpo_kernels.data.lengths import LENGTHS
 from dpo_kernels.impl import paths
-from dpo_kernels.models.shapes import ModelShape, find_shape
+from dpo_kernels.models.shapes import ModelShape, count_shape, find_shape
 from dpo_kernels.planning import command
 from dpo_kernels.planning import step as planning
 from dpo_kernels.planning.head_memory import eager_bytes, ours_bytes, trl_bytes
@@ -242,7 +242,46 @@ KINDS = {
     "qwen3": ("Qwen3Config", {}, {"qk_norm": "head"}),
     "gemma2": ("Gemma2Config", {}, {"norms": 4, "wide_norms": True, "softcap": 30.0, "attention_softcap": 50.0}),
     "gemma3": ("Gemma3TextConfig", {}, {"norms": 4, "wide_norms": True, "qk_norm": "head"}),
+    "experts": (
+        "Qwen3MoeConfig",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 80},
+        {"qk_norm": "head", "experts_per_token": 2},
+    ),
 }
+
+
+def model_of(kind, shape, dtype):
+    transformers = pytest.importorskip("transformers")
+    name, options, _ = KINDS[kind]
+    config = getattr(transformers, name)(
+        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim, tie_word_embeddings=shape.tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        **options,
+    )  # fmt: skip
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+
+
+def adapted(model, step):
+    """The model as `step` trains it."""
+    if step.train == "frozen-head":
+        model.get_output_embeddings().weight.requires_grad_(False)
+    if step.train == "lora":
+        peft = pytest.importorskip("peft")
+        lora = peft.LoraConfig(r=step.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = peft.get_peft_model(model, lora)
+    if step.checkpointing:
+        model.gradient_checkpointing_enable()
+        if step.train == "lora":
+            model.enable_input_require_grads()
+    return model
+
+
+def padded_batch(step):
+    ids = torch.randint(3, step.vocab, (2 * step.pairs, step.seq))
+    mask = torch.ones_like(ids)
+    mask[0, step.seq // 2 :] = 0
+    return ids, mask
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
@@ -256,38 +295,24 @@ KINDS = {
         ("qwen3", "bfloat16", "no", "full"),
         ("gemma2", "bfloat16", "no", "full"),
         ("gemma3", "bfloat16", "no", "full"),
+        ("experts", "bfloat16", "no", "full"),
+        ("experts", "float32", "no", "full"),
         ("llama", "bfloat16", "no", "lora"),
         ("llama", "float32", "no", "lora"),
         ("llama", "float32", "bf16", "lora"),
     ],
 )
 def test_activations(kind, dtype, mixed, train, checkpointing):
-    transformers = pytest.importorskip("transformers")
-    name, config_options, fields = KINDS[kind]
-    shape = replace(SMALL, **fields)
+    shape = replace(SMALL, **KINDS[kind][2])
     pairs, seq = 2, 48
     step = planning.Step(
         shape.hidden, shape.vocab, pairs, seq, 1.0, shape, getattr(torch, dtype), command.AUTOCAST[mixed], train,
         lora_r=4, checkpointing=checkpointing,
     )  # fmt: skip
-    config = getattr(transformers, name)(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, pad_token_id=0, bos_token_id=1, eos_token_id=2, **config_options,
-    )  # fmt: skip
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=step.dtype).train()
+    model = model_of(kind, shape, step.dtype)
     backbone = model.model
-    if train == "lora":
-        peft = pytest.importorskip("peft")
-        lora = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.get_peft_model(model, lora)
-    if checkpointing:
-        model.gradient_checkpointing_enable()
-        if train == "lora":
-            model.enable_input_require_grads()
-    ids = torch.randint(3, shape.vocab, (2 * pairs, seq))
-    mask = torch.ones_like(ids)
-    mask[0, seq // 2 :] = 0
+    model = adapted(model, step)
+    ids, mask = padded_batch(step)
 
     def forward():
         with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast is not None):
@@ -305,6 +330,164 @@ def test_activations(kind, dtype, mixed, train, checkpointing):
     else:
         whole, _ = planning.activation_bytes(replace(step, checkpointing=False), shape)
         assert kept + shape.layers * again == pytest.approx(whole, rel=0.25)
+
+
+def measured_step(step, shape):
+    """Bytes at the peak of a whole step, after a first one; and what its last backward and its update allocate."""
+    model = model_of("llama", shape, step.dtype)
+    backbone, head = model.model, model.get_output_embeddings().weight
+    model = adapted(model, step)
+    trained = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    ids, mask = padded_batch(step)
+
+    def micro_batch():
+        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast is not None):
+            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            loss = linear_dpo_loss(hidden, head, ids, torch.zeros(2 * step.pairs)).loss
+        del hidden
+        loss.backward()
+
+    def update():
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    micro_batch()
+    update()
+    for _ in range(step.accumulation - 1):
+        micro_batch()
+    moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
+    before = sum(t.nbytes for t in (*set(model.parameters()), *moments))
+    earlier = sum(weight.grad.nbytes for weight in trained if weight.grad is not None)
+    backward = allocated(micro_batch).peak
+    gradients = sum(weight.grad.nbytes for weight in trained)
+    updating = allocated(update).peak
+    return before + max(earlier + backward, gradients + updating), backward, updating
+
+
+# where activations and the head lead, and where the parameters do, with a tied matrix and without
+STEPS = {"many tokens": (2, 64, False), "few tokens": (1, 8, False), "few tokens, tied": (1, 16, True)}
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("size", "dtype", "mixed", "train"),
+    [
+        ("many tokens", "bfloat16", "no", "full"),
+        ("many tokens", "float32", "bf16", "full"),
+        ("many tokens", "float32", "no", "full"),
+        ("many tokens", "float32", "no", "frozen-head"),
+        ("many tokens", "float32", "no", "lora"),
+        ("few tokens", "float32", "no", "full"),
+        ("few tokens", "float32", "bf16", "frozen-head"),
+        ("few tokens, tied", "float32", "no", "full"),
+        ("few tokens, tied", "bfloat16", "no", "full"),
+        ("few tokens, tied", "float32", "bf16", "full"),
+    ],
+)
+def test_a_whole_step(size, dtype, mixed, train, checkpointing, accumulation):
+    pairs, seq, tied = STEPS[size]
+    shape = ModelShape(128, 2000, 6, 384, 4, 2, 32, tied)
+    step = planning.Step(
+        shape.hidden, shape.vocab, pairs, seq, 1.0, shape, getattr(torch, dtype), command.AUTOCAST[mixed], train,
+        lora_r=4, checkpointing=checkpointing, accumulation=accumulation,
+    )  # fmt: skip
+    total, backward, updating = measured_step(step, shape)
+    predicted = planning.footprint(step, "dpo_kernels")
+    assert predicted["total"] == pytest.approx(total, rel=WITHIN)
+    if train == "lora" or dtype != "float32" or mixed != "no":  # where what is small beside the rest counts
+        return
+    later = planning.later_bytes(step, shape, planning.head_memory(step, "dpo_kernels"))
+    assert later.pop("optimizer") - planning.state_bytes(step, shape)["gradients"] == pytest.approx(updating, rel=0.01)
+    moments = {name: size - predicted["gradients"] for name, size in later.items()}
+    moments["head"] = predicted["activations"] + predicted["head and loss"]
+    within = WITHIN if size != "many tokens" else 0.15  # where activations are most of it
+    assert max(moments.values()) == pytest.approx(backward, rel=within), moments
+
+
+def test_gradients_of_earlier_micro_batches_are_there_under_accumulation_alone():
+    once = planning.Step(4096, 128256, 4, 2048, 0.5, find_shape("llama-3-8b"), device=torch.device("cuda"))
+    state = planning.state_bytes(once, once.shape)
+    alone, again = (planning.footprint(replace(once, accumulation=n), "dpo_kernels") for n in (1, 8))
+    assert (alone["gradients"], again["gradients"]) == (0, state["gradients"])
+    assert again["total"] - alone["total"] == state["gradients"], "the forward is where most is alive in either"
+    few = replace(once, pairs=1, seq=16)  # where the optimizer's step is: all gradients, with and without
+    alone, again = (planning.footprint(replace(few, accumulation=n), "dpo_kernels") for n in (1, 8))
+    assert alone["total"] >= sum(state.values()) and alone["later"] > 0
+    assert again["total"] >= alone["total"]
+
+
+def test_sharding_divides_what_the_parameters_take():
+    whole = planning.Step(8192, 128256, 1, 512, 0.5, find_shape("llama-3.1-70b"), reference="model")
+    sharded = replace(whole, sharding="fsdp2", processes=8)
+    all_of_it, an_eighth = (planning.state_bytes(step, step.shape) for step in (whole, sharded))
+    assert {name: math.ceil(size / 8) for name, size in all_of_it.items()} == an_eighth
+    # embeddings, head and last norm are the largest unit; of the 405B a layer is
+    assert planning.gathered_bytes(sharded, sharded.shape) == 2 * (2 * 128256 * 8192 + 8192)
+    largest = find_shape("llama-3.1-405b")
+    step = replace(sharded, hidden=16384, shape=largest)
+    layer = (largest.parameters - 2 * largest.head_parameters - largest.hidden) // largest.layers
+    assert planning.gathered_bytes(step, largest) == 2 * max(layer, 2 * largest.head_parameters + largest.hidden)
+    assert planning.gathered_bytes(whole, whole.shape) == 0
+    # what is computed in is gathered
+    mixed = replace(sharded, dtype=torch.float32, autocast=torch.bfloat16)
+    assert planning.gathered_bytes(mixed, mixed.shape) == planning.gathered_bytes(sharded, sharded.shape)
+    footprint = planning.footprint(sharded, "dpo_kernels")
+    assert footprint["total"] == sum(size for name, size in footprint.items() if name != "total")
+    assert footprint["gathered"] + an_eighth["weights"] < footprint["total"] < planning.footprint(whole, "TRL")["total"]
+
+
+def test_a_mixture_of_experts_keeps_all_weights_and_the_activations_of_some():
+    shape = find_shape("qwen3-30b-a3b")
+    dense = find_shape("qwen3-32b")
+    step = planning.Step(shape.hidden, shape.vocab, 1, 512, 0.5, shape)
+    assert planning.state_bytes(step, shape)["weights"] == 2 * shape.parameters > 60e9
+    assert planning.layer_bytes(step, shape) < planning.layer_bytes(step, dense)
+    lora = replace(step, train="lora", lora_r=8)
+    # 8 (in + out) of the queries', keys', values' and output's matrices of 48 layers, in fp32: experts have none
+    attention = 2 * (2048 + 4096) + 2 * (2048 + 512)
+    assert planning.state_bytes(lora, shape)["gradients"] == 4 * 8 * 48 * attention
+
+
+# Kinds that the estimate is rough for: attention with sinks, AltUp, latent attention, every token to every expert
+GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
+ROUGH = {
+    "GptOssConfig": GROUPED | {"num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 3},
+    "Gemma3nTextConfig": GROUPED
+    | {
+        "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 3, "hidden_size_per_layer_input": 16,
+        "laurel_rank": 8, "vocab_size_per_layer_input": 128, "layer_types": ["full_attention"] * 3,
+    },
+    "DeepseekV3Config": {
+        "moe_intermediate_size": 80, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+        "q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+        "n_group": 1, "topk_group": 1, "num_key_value_heads": 4,
+    },
+    "Llama4TextConfig": GROUPED | {"num_local_experts": 4, "num_experts_per_tok": 1, "intermediate_size_mlp": 320},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROUGH)
+def test_activations_of_other_kinds_are_from_half_to_twice_the_estimate(kind):
+    transformers = pytest.importorskip("transformers")
+    seq, dtype = 64, torch.bfloat16
+    config = getattr(transformers, kind)(
+        vocab_size=128, hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4,
+        pad_token_id=0, bos_token_id=1, eos_token_id=2, **ROUGH[kind],
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
+    shape = count_shape(model, config)
+    step = planning.Step(64, 128, 2, seq, 1.0, shape, dtype)
+    ids, mask = padded_batch(step)
+
+    def forward():
+        return model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+    forward()
+    measured = allocated(forward).left
+    assert shape.rough and 0.5 <= measured / planning.activation_bytes(step, shape)[0] <= 2
 
 
 def test_state_follows_from_the_parameters():
@@ -361,7 +544,7 @@ def test_command(tmp_path, capsys):
     text, found = capsys.readouterr().out, json.loads(out.read_text())
     for said in ("2.61 billion parameters", "softcap 30", "measured on real pairs", "(estimated)", "largest batch"):
         assert said in text
-    assert "one layer again" not in text
+    assert "micro-batches in a step" not in text and "the largest unit" not in text
     ours = found["head"]["dpo_kernels"]
     assert f"path {ours['path']}, {ours['products']} products" in text
     assert f"{ours['peak'] / 2**20:,.0f}" in text and f"{found['total']['eager']['total'] / 2**30:.2f}" in text
@@ -371,7 +554,56 @@ def test_command(tmp_path, capsys):
     assert plan("--hidden", 64, "--vocab", 1000, "--batch", 2, "--seq", 16, "--labelled", 0.5) == 0
     assert "whole step" not in capsys.readouterr().out
     assert plan("--model", "llama-3.2-1b", "--batch", 2, "--seq", 64, "--gradient-checkpointing") == 0
-    assert "one layer again" in capsys.readouterr().out
+    assert "backward and optimizer, beyond that" in capsys.readouterr().out
+
+
+def test_command_with_accumulation_and_sharding(tmp_path, capsys):
+    out = tmp_path / "plan.json"
+    arguments = ("--batch", 2, "--seq", 512, "--device", "cuda", "--memory", 80, "--json", out)
+
+    def found(*more):
+        assert plan(*arguments, *more) == 0
+        return json.loads(out.read_text())["total"]["dpo_kernels"], capsys.readouterr().out
+
+    model = ("--model", "Qwen/Qwen3-30B-A3B-Instruct-2507")
+    alone, _ = found(*model)
+    accumulated, text = found(*model, "--gradient-accumulation", 8)
+    assert "8 micro-batches in a step: 16 pairs" in text
+    assert "30.5 billion parameters, 3.35 of them active for a token" in text and "those of all experts" in text
+    assert alone["gradients"] == 0 < accumulated["gradients"] == 2 * find_shape("qwen3-30b-a3b").parameters
+    sharded, text = found(*model, "--sharding", "fsdp2", "--processes", 8)
+    assert "sharded by FSDP2 over 8 processes" in text and "the largest unit, whole" in text
+    assert sharded["gathered"] > 0 and sharded["total"] < alone["total"] / 4
+    assert "from half to twice" not in text
+    _, text = found("--model", "gpt-oss-20b")
+    assert "from half to twice" in text and "eager attention" in text
+
+
+def test_accumulation_comes_from_a_training_configuration_or_a_flag(tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("")
+    settings = {"model": "llama-3.2-1b", "batch": 1, "seq": 64, "gradient_accumulation": 4}
+
+    def lines(*arguments):
+        parser = argparse.ArgumentParser()
+        command.add_arguments(parser)
+        options = parser.parse_args([str(tmp_path / "run.yaml"), *map(str, arguments)])
+        command.run(options, lambda path: dict(settings))
+        return capsys.readouterr().out
+
+    assert "4 micro-batches in a step" in lines()
+    assert "2 micro-batches in a step" in lines("--gradient-accumulation", 2)
+    assert "micro-batches in a step" not in lines("--gradient-accumulation", 1)
+
+
+TINY_GPT2 = {"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 100}
+
+
+def test_command_with_any_config_of_transformers(tmp_path, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "config.json").write_text(json.dumps(TINY_GPT2))
+    assert plan("--model", tmp_path, "--batch", 1, "--seq", 64) == 0
+    text = capsys.readouterr().out
+    assert "head [100, 64]" in text and "from half to twice" in text
 
 
 TRAINING = {
@@ -495,7 +727,7 @@ def test_a_training_configuration_and_another_model(training, tmp_path, capsys):
         ({"per_device_batch_size": 0}, (), "run.yaml: per_device_batch_size: expected at least 1"),
         ({"max_length": None}, (), "seq: expected --seq, since .*run.yaml has no max_length"),
         ({"model": "leave out"}, (), "model is missing: put it into .*run.yaml"),
-        ({"model": "demo"}, (), "run.yaml: model: expected a known name, or a config.json or its folder, got 'demo'"),
+        ({"model": "demo"}, (), "run.yaml: model: expected a known name, a config.json or its folder, .*got 'demo'"),
         ({"model": "llama-9-8b"}, (), "run.yaml: model: expected a known name.*near it"),
         ({"model": "config:gone.json"}, (), "run.yaml: model: expected a config.json, found no file gone.json"),
         ({}, ("--model", "config:gone.json"), "model: there is no file 'gone.json', which 'config:gone.json' names"),
@@ -545,6 +777,12 @@ def test_without_a_training_configuration_the_batch_is_asked_for():
         (("--hidden", 64, "--vocab", 100, "--batch", 0), "batch: expected at least 1, got 0"),
         (("--hidden", 64, "--vocab", 100, "--labelled", 1.5), "labelled: .*1.5"),
         (("--hidden", 64, "--vocab", 100, "--memory", 0), "memory: .*0"),
+        (("--model", "llama-3-8b", "--gradient-accumulation", 0), "gradient_accumulation: expected at least 1, got 0"),
+        (("--model", "llama-3-8b", "--processes", 0), "processes: expected at least 1, got 0"),
+        (("--model", "llama-3-8b", "--processes", 4), "processes: expected --sharding fsdp2 beside --processes 4"),
+        (("--model", "llama-3-8b", "--sharding", "fsdp2"), "--processes of at least 2 beside --sharding fsdp2, got 1"),
+        (("--hidden", 64, "--vocab", 100, "--sharding", "fsdp2", "--processes", 2), "sharding: expected --model"),
+        (("--model", "my-own"), "a config.json or its folder, or --hidden and --vocab instead"),
         (("--hidden", 64, "--vocab", 100, "--device", "xpu"), "memory: .*'xpu'.*--memory"),
     ],
 )
@@ -560,5 +798,6 @@ def test_torch_alone_is_needed(run_python):
         "for name in ('numpy', 'transformers', 'trl', 'tqdm', 'matplotlib'): sys.modules[name] = None\n"
         "from dpo_kernels.planning import command\n"
         "import argparse; parser = argparse.ArgumentParser(); command.add_arguments(parser)\n"
-        "command.run(parser.parse_args(['--model', 'qwen2.5-0.5b', '--batch', '2', '--seq', '64']))",
+        "for name in ('qwen2.5-0.5b', 'gpt-oss-20b'):\n"
+        "    command.run(parser.parse_args(['--model', name, '--batch', '2', '--seq', '64']))",
     )
