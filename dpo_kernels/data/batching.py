@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,18 @@ from torch import Tensor
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 _RESPONSES = ("chosen", "rejected")
+
+
+def whole_number(argument: str, value: Any, expected: str, *, least: float = -math.inf, most: float = math.inf) -> int:
+    """`value` as an int, where it is one, or NumPy's or PyTorch's, from `least` to `most`; no bool. Raises `ValueError`
+    that names the argument and what was expected."""
+    try:
+        number = operator.index(value)
+    except (TypeError, ValueError):
+        number = None
+    if number is None or isinstance(value, bool) or not least <= number <= most:
+        raise ValueError(f"{argument}: expected {expected}, got {value!r:.80}")
+    return number
 
 
 @dataclass
@@ -40,8 +53,9 @@ class PairCollator:
         `index` `[B]` int64, where the examples carry their index.
 
     Raises `ValueError` for options out of range, for no examples, for an example without tokens or without one of the
-    three keys, for weights that are negative, not finite, or not as many as the tokens of their response, and where
-    only some examples carry reference log-probabilities, an index or a weight.
+    three keys, for what is no token id, number or index where one belongs, for weights that are negative, not finite,
+    or not as many as the tokens of their response, and where only some examples carry reference log-probabilities, an
+    index or a weight.
     """
 
     pad_token_id: int
@@ -49,20 +63,25 @@ class PairCollator:
     ignore_index: int = -100
 
     def __post_init__(self) -> None:
-        if not isinstance(self.pad_token_id, int) or self.pad_token_id < 0:
-            raise ValueError(
-                f"pad_token_id: expected a token id, got {self.pad_token_id!r}; where the tokenizer has no padding "
-                "token, its EOS id will do"
-            )
-        if self.pad_to_multiple_of is not None and self.pad_to_multiple_of < 1:
-            raise ValueError(f"pad_to_multiple_of: expected None or at least 1, got {self.pad_to_multiple_of}")
-        if self.ignore_index >= 0:
-            raise ValueError(f"ignore_index: expected a negative number, which is no token id, got {self.ignore_index}")
+        expected = "a token id (where the tokenizer has no padding token, its EOS id will do)"
+        self.pad_token_id = whole_number("pad_token_id", self.pad_token_id, expected, least=0)
+        if self.pad_to_multiple_of is not None:
+            expected = "None or a whole number above 0"
+            self.pad_to_multiple_of = whole_number("pad_to_multiple_of", self.pad_to_multiple_of, expected, least=1)
+        expected = "a whole number below 0, which is no token id"
+        self.ignore_index = whole_number("ignore_index", self.ignore_index, expected, most=-1)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if examples is not None and (isinstance(examples, Mapping) or not hasattr(examples, "__len__")):
+            raise ValueError(f"examples: expected a list of pairs, got {type(examples).__name__}")
         if not examples:
             raise ValueError("examples: expected at least one pair, got none")
         for number, example in enumerate(examples):
+            if not isinstance(example, Mapping):
+                raise ValueError(
+                    f"examples[{number}]: expected a pair, a mapping with the keys {', '.join(_TOKENS)}, "
+                    f"got {example!r:.80}"
+                )
             missing = [key for key in _TOKENS if key not in example]
             if missing:
                 raise ValueError(
@@ -70,8 +89,13 @@ class PairCollator:
                     f"(keys: {', '.join(example)}); tokenize_preferences makes them"
                 )
 
-        sequences = [(example["prompt_ids"], example[f"{key}_ids"]) for key in _RESPONSES for example in examples]
-        weights = [_token_weights(examples, number, key) for key in _RESPONSES for number in range(len(examples))]
+        prompts, *responses = ([_token_ids(example, n, key) for n, example in enumerate(examples)] for key in _TOKENS)
+        sequences = [pair for of_all in responses for pair in zip(prompts, of_all, strict=True)]
+        weights = [
+            _token_weights(example, number, key, len(ids))
+            for key, of_all in zip(_RESPONSES, responses, strict=True)
+            for number, (example, ids) in enumerate(zip(examples, of_all, strict=True))
+        ]
         lengths = [len(prompt) + len(response) for prompt, response in sequences]
         if min(lengths) == 0:
             raise ValueError(f"examples[{lengths.index(0) % len(examples)}]: expected token ids, got an empty sequence")
@@ -86,11 +110,15 @@ class PairCollator:
         token_weights = torch.zeros(shape, dtype=torch.float32)
         for row, (prompt, response) in enumerate(sequences):
             start, end = len(prompt), len(prompt) + len(response)
-            input_ids[row, :start] = torch.as_tensor(prompt, dtype=torch.int64)
-            input_ids[row, start:end] = torch.as_tensor(response, dtype=torch.int64)
+            input_ids[row, :start] = prompt
+            input_ids[row, start:end] = response
             attention_mask[row, :end] = 1
             given = weights[row]
             token_weights[row, start:end] = 1 if given is None else given
+        if bool((negative := input_ids < 0).any()):
+            row, column = negative.nonzero()[0].tolist()
+            key = "prompt_ids" if column < len(sequences[row][0]) else _TOKENS[1 + row // len(examples)]
+            raise _no_token_ids(examples[row % len(examples)], row % len(examples), key)
         labelled = token_weights != 0
         labels[labelled] = input_ids[labelled]
 
@@ -106,18 +134,47 @@ class PairCollator:
             pair_weights = [_weight(example["weight"], f"examples[{n}]: weight") for n, example in enumerate(examples)]
             batch["pair_weights"] = torch.tensor(pair_weights, dtype=torch.float32)
         if _carried(examples, _REF_LOGPS):
-            ref_logps = [float(example[key]) for key in _REF_LOGPS for example in examples]
+            ref_logps = [
+                _number(example[key], f"examples[{n}]: {key}", "a number")
+                for key in _REF_LOGPS
+                for n, example in enumerate(examples)
+            ]
             batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)
         if _carried(examples, ("index",)):
-            batch["index"] = torch.tensor([int(example["index"]) for example in examples], dtype=torch.int64)
+            indices = [
+                whole_number(f"examples[{n}]: index", e["index"], "a whole number", least=-(2**63), most=2**63 - 1)
+                for n, e in enumerate(examples)
+            ]
+            batch["index"] = torch.tensor(indices, dtype=torch.int64)
         return batch
 
 
-def _token_weights(examples: Sequence[Mapping[str, Any]], number: int, response: str) -> Tensor | None:
-    given, length = examples[number].get(f"{response}_token_weights"), len(examples[number][f"{response}_ids"])
+def _token_ids(example: Mapping[str, Any], number: int, key: str) -> Tensor:
+    """[n] integers; that they are not negative is looked at in the batch, for all at once."""
+    try:
+        ids = torch.as_tensor(example[key])
+    except (TypeError, ValueError, RuntimeError):
+        raise _no_token_ids(example, number, key) from None
+    if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+        raise _no_token_ids(example, number, key)
+    return ids.to(torch.int64)
+
+
+def _no_token_ids(example: Mapping[str, Any], number: int, key: str) -> ValueError:
+    return ValueError(
+        f"examples[{number}]: {key}: expected a list of token ids, whole numbers of at least 0, "
+        f"got {example[key]!r:.80}"
+    )
+
+
+def _token_weights(example: Mapping[str, Any], number: int, response: str, length: int) -> Tensor | None:
+    given, name = example.get(f"{response}_token_weights"), f"examples[{number}]: {response}_token_weights"
     if given is None:
         return None
-    weights, name = torch.as_tensor(given, dtype=torch.float32), f"examples[{number}]: {response}_token_weights"
+    try:
+        weights = torch.as_tensor(given, dtype=torch.float32)
+    except (TypeError, ValueError, RuntimeError):
+        raise ValueError(f"{name}: expected a list of finite numbers >= 0, got {given!r:.80}") from None
     if weights.shape != (length,):
         raise ValueError(f"{name}: expected a number for each of the {length} tokens, got shape {tuple(weights.shape)}")
     if length and not bool((weights >= 0).all() & weights.isfinite().all()):
@@ -126,10 +183,20 @@ def _token_weights(examples: Sequence[Mapping[str, Any]], number: int, response:
 
 
 def _weight(value: Any, name: str) -> float:
-    weight = float(value)
+    weight = _number(value, name, "a finite number >= 0")
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
     return weight
+
+
+def _number(value: Any, name: str, expected: str) -> float:
+    try:
+        number = None if isinstance(value, str | bytes | bool) else float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        number = None
+    if number is None:
+        raise ValueError(f"{name}: expected {expected}, got {value!r:.80}")
+    return number
 
 
 def _carried(examples: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> bool:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from dpo_kernels.data.batching import whole_number
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import Qwen2ForCausalLM, Qwen2Tokenizer
@@ -20,6 +22,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+_A_SEED = "a whole number from 0 to 2**64 - 1"
 
 # Subject and fact, in our own words.
 _FACTS = (
@@ -128,10 +132,9 @@ def demo_preferences(num_rows: int = 600, *, seed: int = 0) -> Dataset:
     """
     from datasets import Dataset
 
-    rng = random.Random(seed)
+    rng = random.Random(whole_number("seed", seed, _A_SEED, least=0, most=2**64 - 1))
     questions = _questions()
-    if not 1 <= num_rows <= len(questions):
-        raise ValueError(f"num_rows: expected 1 to {len(questions)}, got {num_rows}")
+    num_rows = whole_number("num_rows", num_rows, f"1 to {len(questions)}", least=1, most=len(questions))
     rows = []
     for question, subject, answer in rng.sample(questions, num_rows):
         chosen = rng.choice(_HELPFUL).format(answer=answer)
@@ -183,12 +186,14 @@ def demo_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> Qwen2Tokenize
     It is of the class that transformers goes by where a tokenizer lies beside a Qwen2 model, whatever class was saved
     there: another's normalization and word boundaries would be lost on the way.
 
-    Raises `ValueError` for a `vocab_size` that does not hold the 256 bytes and the 3 special tokens.
+    Raises `ValueError` for a `vocab_size` that does not hold the 256 bytes and the 3 special tokens, and for a single
+    text, whose letters would be taken for texts.
     """
     from transformers import Qwen2Tokenizer
 
-    if vocab_size < 256 + 3:
-        raise ValueError(f"vocab_size: expected at least {256 + 3}, got {vocab_size}")
+    vocab_size = whole_number("vocab_size", vocab_size, f"a whole number of at least {256 + 3}", least=256 + 3)
+    if isinstance(texts, str | bytes) or not isinstance(texts, Iterable):
+        raise ValueError(f"texts: expected a list of texts, got {texts!r:.80}")
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         texts, vocab_size, new_special_tokens=[TURN, EOS], show_progress=False
     )
@@ -213,10 +218,21 @@ def demo_model(
     `tied` shares the embedding matrix with the head; `eos_token_id` is where the model stops when it generates. The
     size of an attention head is `hidden_size / heads`, which must be even.
 
-    Raises `ValueError` where `hidden_size` is not divisible by `2 * heads`.
+    Raises `ValueError` where `hidden_size` is not divisible by `2 * heads`, and for sizes that are no whole numbers
+    above 0.
     """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
+    seed = whole_number("seed", seed, _A_SEED, least=0, most=2**64 - 1)
+    above_0 = "a whole number above 0"
+    vocab_size = whole_number("vocab_size", vocab_size, above_0, least=1)
+    hidden_size = whole_number("hidden_size", hidden_size, above_0, least=1)
+    layers, heads = whole_number("layers", layers, above_0, least=1), whole_number("heads", heads, above_0, least=1)
+    max_positions = whole_number("max_positions", max_positions, above_0, least=1)
+    if not isinstance(tied, bool):
+        raise ValueError(f"tied: expected True or False, got {tied!r:.80}")
+    if eos_token_id is not None:
+        eos_token_id = whole_number("eos_token_id", eos_token_id, "None or a token id", least=0)
     if hidden_size % (2 * heads):
         raise ValueError(f"hidden_size: expected a multiple of 2 * heads = {2 * heads}, got {hidden_size}")
     config = Qwen2Config(

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,6 +19,7 @@ import numpy as np
 from datasets import Dataset, Features, Json, List, Value
 
 from dpo_kernels.data import files, formats, layouts, mixtures
+from dpo_kernels.data.batching import whole_number
 
 _ROWS_TO_RECOGNIZE = 100  # the first rows of a JSON file may lack optional fields
 _MARK = "Preference pairs in the form of dpo_kernels.data.load_preferences"  # a dataset's description
@@ -29,6 +31,7 @@ _WHERE_THERE_ARE_ANY = {
     "rejected_token_weights": List(Value("float64")),
     "altered": List(Value("string")),
 }
+_A_SEED = "a whole number of at least 0"
 _LATE = "late"  # unused columns that no row before has, while a dataset is made
 
 Name: TypeAlias = "str | os.PathLike[str] | Dataset"
@@ -79,14 +82,22 @@ def load_preferences(
     Raises `ValueError`: for columns of no known layout, or unpaired ones; naming file and row (counted from 1: the
     line of a JSON Lines file, the element of a JSON array, the record of a CSV file) for a broken line, a field
     missing or of the wrong type, or an empty response; for a file or split that is not there, or a damaged archive;
-    for datasets of different kinds, for one that is there twice, and for weights that leave nothing of one.
+    for datasets of different kinds, for one that is there twice, and for weights that leave nothing of one; and for an
+    argument that is not what it should be, which it names.
     """
     several = isinstance(name_or_path, list | tuple)
     names: list[Any] = list(name_or_path) if isinstance(name_or_path, list | tuple) else [name_or_path]
-    if not names or not all(isinstance(one, str | os.PathLike | Dataset) for one in names):
+    if not names or not all(isinstance(one, str | os.PathLike | Dataset) and one != "" for one in names):
         raise ValueError(f"name_or_path: expected a name or path, or a list of them, got {name_or_path!r:.80}")
-    splits, configurations = _one_each("split", split, names), _one_each("name", name, names)
+    splits = _one_each("split", split, names)
+    configurations = _one_each("name", name, names, or_none=True)
+    if weights is not None:
+        try:
+            weights = list(weights)
+        except TypeError:
+            raise ValueError(f"weights: expected a list, with a number for each dataset, got {weights!r:.80}") from None
     shares = mixtures.shares(weights, len(names))
+    seed = whole_number("seed", seed, _A_SEED, least=0)
     options = _Options(max_rows, ranked_pairs, empty_response, cache_dir)
     notes = _Notes()
     loaded: list[_Loaded | None] = []
@@ -118,6 +129,8 @@ def normalize_preferences(
 
     Warns and raises `ValueError` as `load_preferences` does.
     """
+    if not isinstance(origin, str):
+        raise ValueError(f"origin: expected a string, got {origin!r:.80}")
     notes = _Notes()
     options = _Options(max_rows, ranked_pairs, empty_response, cache_dir)
     dataset = _normalized(dataset, origin, options, notes)
@@ -133,8 +146,14 @@ class _Options:
     cache_dir: str | None
 
     def __post_init__(self) -> None:
-        if self.max_rows is not None and self.max_rows < 1:
-            raise ValueError(f"max_rows: expected None or at least 1, got {self.max_rows}")
+        if self.max_rows is not None:
+            max_rows = whole_number("max_rows", self.max_rows, "None or a whole number above 0", least=1)
+            object.__setattr__(self, "max_rows", max_rows)
+        for name, known in (("ranked_pairs", layouts.RANKED_PAIRS), ("empty_response", layouts.EMPTY_RESPONSE)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}: expected one of {known}, got {value!r}")
+        if not isinstance(self.cache_dir, str | os.PathLike | None):
+            raise ValueError(f"cache_dir: expected None or the path of a directory, got {self.cache_dir!r:.80}")
 
 
 @dataclass(frozen=True)
@@ -157,9 +176,12 @@ class _Loaded:
     made_of: frozenset[str]  # files, or what stands for them: a dataset that is given twice has some twice
 
 
-def _one_each(argument: str, value: Any, names: Sequence[Any]) -> list[Any]:
-    """A value for each dataset."""
-    values = [value] * len(names) if value is None or isinstance(value, str) else list(value)
+def _one_each(argument: str, value: Any, names: Sequence[Any], *, or_none: bool = False) -> list[Any]:
+    """A string for each dataset, or None."""
+    values: list[Any] = list(value) if isinstance(value, list | tuple) else [value] * len(names)
+    if not all(isinstance(one, str) or (one is None and or_none) for one in values):
+        expected = "None, a string" if or_none else "a string"
+        raise ValueError(f"{argument}: expected {expected}, or a list of them, got {value!r:.80}")
     if len(values) != len(names):
         raise ValueError(f"{argument}: expected one, or one for each of {len(names)} datasets, got {len(values)}")
     return values
@@ -465,12 +487,16 @@ def split_train_eval(
 
     Raises `ValueError` unless exactly one of the two is given, and where nothing would be left to train on.
     """
+    if not isinstance(dataset, Dataset):
+        raise ValueError(f"dataset: expected one split, a datasets.Dataset, got {type(dataset).__name__}")
     if (eval_fraction is None) == (eval_rows is None):
         raise ValueError(f"expected eval_fraction or eval_rows, got {eval_fraction=} and {eval_rows=}")
-    if eval_fraction is not None and not 0 < eval_fraction < 1:
-        raise ValueError(f"eval_fraction: expected a number above 0 and below 1, got {eval_fraction}")
-    if eval_rows is not None and not 0 < eval_rows < len(dataset):
-        raise ValueError(f"eval_rows: expected 1 to {len(dataset) - 1} of {len(dataset)} rows, got {eval_rows}")
+    if eval_fraction is not None and not (isinstance(eval_fraction, Real) and 0 < eval_fraction < 1):
+        raise ValueError(f"eval_fraction: expected a number above 0 and below 1, got {eval_fraction!r}")
+    if eval_rows is not None:
+        expected = f"1 to {len(dataset) - 1} of {len(dataset)} rows"
+        eval_rows = whole_number("eval_rows", eval_rows, expected, least=1, most=len(dataset) - 1)
+    seed = whole_number("seed", seed, _A_SEED, least=0)
     wanted = eval_rows if eval_rows is not None else max(1, round(len(dataset) * (eval_fraction or 0)))
     column = "prompt_ids" if "prompt_ids" in dataset.column_names else "prompt"
     same_prompt: dict[bytes, list[int]] = {}

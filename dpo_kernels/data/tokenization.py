@@ -14,6 +14,7 @@ import pyarrow as pa
 from datasets import Dataset, Features, List, Value
 
 from dpo_kernels.data import layouts, marks, rendering
+from dpo_kernels.data.batching import whole_number
 from dpo_kernels.data.loading import digest_of, file_digest, from_json_text, is_normalized, normalize_preferences
 from dpo_kernels.data.rendering import EMPTY as EMPTY
 from dpo_kernels.data.rendering import IDENTICAL as IDENTICAL
@@ -153,33 +154,40 @@ def tokenize_preferences(
     contents, its template and the options. Warns with the report's summary where pairs are dropped.
 
     Raises `ValueError` for a tokenizer without EOS (with `add_eos`) or without a chat template (conversations), for
-    options out of range, for token weights that are not as many as the tokens of their response (naming the row and
-    both numbers), for pairs longer than `max_length` with `"error"`, and where no pair is left.
+    options out of range or of another type, for token weights that are not as many as the tokens of their response
+    (naming the row and both numbers), for pairs longer than `max_length` with `"error"`, and where no pair is left.
     """
+    from transformers import PreTrainedTokenizerBase
+
     if not is_normalized(dataset):
         dataset = normalize_preferences(dataset)
-    if max_length is not None and max_length < 2:
-        raise ValueError(f"max_length: expected None or at least 2, got {max_length}")
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            "tokenizer: expected a tokenizer of transformers, such as AutoTokenizer.from_pretrained gives, "
+            f"got {tokenizer!r:.80}"
+        )
+    if max_length is not None:
+        max_length = whole_number("max_length", max_length, "None or a whole number of at least 2", least=2)
     if truncation not in TRUNCATION:
         raise ValueError(f"truncation: expected one of {TRUNCATION}, got {truncation!r}")
     if train_on not in rendering.TRAIN_ON:
         raise ValueError(f"train_on: expected one of {rendering.TRAIN_ON}, got {train_on!r}")
+    if not isinstance(add_eos, bool):
+        raise ValueError(f"add_eos: expected True or False, got {add_eos!r:.80}")
+    if num_proc is not None:
+        num_proc = whole_number("num_proc", num_proc, "None or a whole number above 0", least=1)
+    template_kwargs = _template_kwargs(chat_template_kwargs)
     if add_eos and tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__!r} has no EOS token to end responses "
             "with: set tokenizer.eos_token, or pass add_eos=False"
         )
-    template_kwargs = dict(chat_template_kwargs or {})
     conversational = not isinstance(dataset.features["prompt"], Value)
     if conversational and not (tokenizer.chat_template or template_kwargs.get("chat_template")):
         raise ValueError(
             f"tokenizer: {tokenizer.name_or_path or type(tokenizer).__name__!r} has no chat template, which "
             "conversations need: set tokenizer.chat_template, or take the tokenizer of the instruct model"
         )
-    ours = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
-    ours |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
-    if reserved := ours & set(template_kwargs):
-        raise ValueError(f"chat_template_kwargs: {', '.join(sorted(reserved))} are set by tokenize_preferences")
     settings = {
         "max_length": max_length,
         "truncation": truncation,
@@ -216,6 +224,26 @@ def tokenize_preferences(
     if report.dropped:
         warnings.warn(report.summary(), stacklevel=2)
     return _with_weights(tokenized.remove_columns(["dropped", "altered"]), kept), report
+
+
+def _template_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(isinstance(name, str) for name in given):
+        raise ValueError(
+            "chat_template_kwargs: expected None or a mapping of names to values, such as "
+            f'{{"enable_thinking": False}}, got {given!r:.80}'
+        )
+    ours = {"conversation", "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
+    ours |= {"padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask"}
+    if reserved := ours & set(given):
+        raise ValueError(f"chat_template_kwargs: {', '.join(sorted(reserved))} are set by tokenize_preferences")
+    for name, value in given.items():
+        try:
+            json.dumps(value, sort_keys=True)  # as in the fingerprint
+        except (TypeError, ValueError, RecursionError):
+            raise ValueError(f"chat_template_kwargs: {name}: expected a value as JSON has, got {value!r:.80}") from None
+    return dict(given)
 
 
 def _with_weights(tokenized: Dataset, kept: list[int]) -> Dataset:

@@ -1,5 +1,6 @@
 """PairCollator: one right-padded batch, chosen rows before rejected ones."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -99,6 +100,69 @@ def test_tensors_are_taken_as_well_as_lists():
     assert all(torch.equal(batch[key], expected[key]) for key in ("input_ids", "labels", "index"))
 
 
+def test_arrays_and_tensors_without_tokens_are_taken():
+    pairs = [{**PAIRS[0], "chosen_ids": np.array([4, 5], dtype=np.int32), "index": np.int64(7)}]
+    pairs += [{**PAIRS[1], "rejected_ids": torch.tensor([10, 11, 12], dtype=torch.int32)}]
+    batch, expected = PairCollator(pad_token_id=np.int64(0))(pairs), PairCollator(pad_token_id=0)(PAIRS)
+    assert all(torch.equal(batch[key], expected[key]) for key in ("input_ids", "labels", "index"))
+    for nothing in ([], (), torch.tensor([]), np.array([])):
+        batch = PairCollator(0)([{"prompt_ids": nothing, "chosen_ids": [1], "rejected_ids": [2]}])
+        assert batch["input_ids"].tolist() == [[1], [2]]
+
+
+WRONG_IDS = ["abc", None, 5, [1.5], [1.0], [-1], [0, -1], [True, False], ["a"], [None], [[1]], [2**63], {"a": 1}]
+
+
+@pytest.mark.parametrize("wrong", [*WRONG_IDS, torch.tensor([1.5]), np.array([-1])], ids=str)
+@pytest.mark.parametrize("key", ["prompt_ids", "chosen_ids", "rejected_ids"])
+def test_token_ids_are_whole_numbers(key, wrong):
+    with pytest.raises(ValueError, match=rf"^examples\[1\]: {key}: expected a list of token ids, .* at least 0, got "):
+        PairCollator(pad_token_id=0)([PAIRS[0], {**PAIRS[1], key: wrong}])
+
+
+@pytest.mark.parametrize(
+    ("examples", "message"),
+    [
+        (None, "examples: expected at least one pair, got none"),
+        (PAIRS[0], "examples: expected a list of pairs, got dict"),
+        (3, "examples: expected a list of pairs, got int"),
+        (iter(PAIRS), "examples: expected a list of pairs, got list_iterator"),
+        ([PAIRS[0], 3], r"examples\[1\]: expected a pair, a mapping with the keys prompt_ids, .*, got 3"),
+        ("abc", r"examples\[0\]: expected a pair, .*, got 'a'"),
+    ],
+)
+def test_examples_are_a_list_of_pairs(examples, message):
+    with pytest.raises(ValueError, match=message):
+        PairCollator(pad_token_id=0)(examples)
+
+
+LOGPS = {"ref_chosen_logps": -1.0, "ref_rejected_logps": -2.0}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"weight": "a"}, "weight: expected a finite number >= 0, got 'a'"),
+        ({"weight": "1"}, "weight: expected a finite number >= 0, got '1'"),
+        ({"weight": None}, "weight: expected a finite number >= 0, got None"),
+        ({"weight": True}, "weight: expected a finite number >= 0, got True"),
+        ({"weight": [1.0]}, r"weight: expected a finite number >= 0, got \[1.0\]"),
+        ({**LOGPS, "ref_chosen_logps": None}, "ref_chosen_logps: expected a number, got None"),
+        ({**LOGPS, "ref_rejected_logps": "x"}, "ref_rejected_logps: expected a number, got 'x'"),
+        ({"index": None}, "index: expected a whole number, got None"),
+        ({"index": 1.5}, "index: expected a whole number, got 1.5"),
+        ({"index": "7"}, "index: expected a whole number, got '7'"),
+        ({"index": 2**63}, "index: expected a whole number, got 9223372036854775808"),
+        ({"chosen_token_weights": "ab"}, "chosen_token_weights: expected a list of finite numbers >= 0, got 'ab'"),
+        ({"rejected_token_weights": [None]}, "rejected_token_weights: expected a list of finite .*, got .None."),
+        ({"chosen_token_weights": 1.0}, "chosen_token_weights: expected a number for each of the 2 tokens"),
+    ],
+)
+def test_what_belongs_to_a_pair_is_named(given, message):
+    with pytest.raises(ValueError, match=rf"^examples\[0\]: {message}"):
+        PairCollator(pad_token_id=0)([{**PAIRS[0], **given}])
+
+
 @pytest.mark.parametrize(
     ("examples", "message"),
     [
@@ -133,8 +197,16 @@ def test_errors_name_the_example_and_the_key(examples, message):
     ("options", "message"),
     [
         ({"pad_token_id": None}, "pad_token_id.*None"),
+        ({"pad_token_id": -1}, "pad_token_id: expected a token id .*, got -1"),
+        ({"pad_token_id": True}, "pad_token_id: expected a token id .*, got True"),
+        ({"pad_token_id": "0"}, "pad_token_id: expected a token id .*, got '0'"),
         ({"pad_token_id": 0, "pad_to_multiple_of": 0}, "pad_to_multiple_of.*0"),
+        ({"pad_token_id": 0, "pad_to_multiple_of": "8"}, "pad_to_multiple_of: .* above 0, got '8'"),
+        ({"pad_token_id": 0, "pad_to_multiple_of": True}, "pad_to_multiple_of: .* above 0, got True"),
+        ({"pad_token_id": 0, "pad_to_multiple_of": 8.0}, "pad_to_multiple_of: .* above 0, got 8.0"),
         ({"pad_token_id": 0, "ignore_index": 0}, "ignore_index.*0"),
+        ({"pad_token_id": 0, "ignore_index": None}, "ignore_index: expected a whole number below 0, .*, got None"),
+        ({"pad_token_id": 0, "ignore_index": -1.0}, "ignore_index: expected a whole number below 0, .*, got -1.0"),
     ],
 )
 def test_options_out_of_range(options, message):

@@ -44,6 +44,56 @@ def test_preferences_refuse_more_rows_than_there_are_prompts():
         demo_preferences(100000)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_rows": 0}, "num_rows: expected 1 to 9[0-9]+, got 0"),
+        ({"num_rows": "10"}, "num_rows: expected 1 to 9[0-9]+, got '10'"),
+        ({"num_rows": True}, "num_rows: expected 1 to 9[0-9]+, got True"),
+        ({"num_rows": 10.0}, "num_rows: expected 1 to 9[0-9]+, got 10.0"),
+        ({"seed": None}, "seed: expected a whole number .*, got None"),
+    ],
+)
+def test_preferences_name_the_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        demo_preferences(**options)
+
+
+@pytest.mark.parametrize(
+    ("texts", "vocab_size", "message"),
+    [
+        (["a"], 258, "vocab_size: expected a whole number of at least 259, got 258"),
+        (["a"], "300", "vocab_size: expected a whole number of at least 259, got '300'"),
+        ("abc", 300, "texts: expected a list of texts, got 'abc'"),
+        (None, 300, "texts: expected a list of texts, got None"),
+    ],
+)
+def test_tokenizer_names_the_option(texts, vocab_size, message):
+    with pytest.raises(ValueError, match=message):
+        demo_tokenizer(texts, vocab_size)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": "300"}, "vocab_size: expected a whole number above 0, got '300'"),
+        ({"hidden_size": 0}, "hidden_size: expected a whole number above 0, got 0"),
+        ({"hidden_size": 30}, "hidden_size: expected a multiple of 2 \\* heads = 8, got 30"),
+        ({"layers": 0}, "layers: expected a whole number above 0, got 0"),
+        ({"layers": True}, "layers: expected a whole number above 0, got True"),
+        ({"heads": 0}, "heads: expected a whole number above 0, got 0"),
+        ({"max_positions": None}, "max_positions: expected a whole number above 0, got None"),
+        ({"tied": "no"}, "tied: expected True or False, got 'no'"),
+        ({"eos_token_id": -1}, "eos_token_id: expected None or a token id, got -1"),
+        ({"seed": "a"}, "seed: expected a whole number .*, got 'a'"),
+        ({"seed": 2**64}, "seed: expected a whole number .*, got 18446744073709551616"),
+    ],
+)
+def test_model_names_the_option(options, message):
+    with pytest.raises(ValueError, match=message):
+        demo_model(**{"vocab_size": 300, **options})
+
+
 def test_tokenizer_is_lossless_and_deterministic(preferences, tokenizer):
     text = "Grüße, 日本語 \x00 tabs\t and  spaces \n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -7,6 +7,7 @@ import sys
 import unicodedata
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Dataset, DatasetDict
@@ -460,8 +461,56 @@ def test_max_rows(tmp_path):
     path = write(tmp_path / "pairs.jsonl", text_rows(3))
     assert pairs(load_preferences(path, max_rows=2)) == text_rows(2)
     assert len(load_preferences(path)) == 3
-    with pytest.raises(ValueError, match="max_rows: expected None or at least 1, got 0"):
+    with pytest.raises(ValueError, match="max_rows: expected None or a whole number above 0, got 0"):
         load_preferences(path, max_rows=0)
+
+
+@pytest.mark.parametrize("number", [np.int64(2), np.uint8(2)])
+def test_numbers_of_numpy_are_numbers(tokenizer, number):
+    dataset = load_preferences(Dataset.from_list(text_rows(3)), max_rows=number, seed=number, weights=[1])
+    assert len(dataset) == 2
+    train, held_out = split_train_eval(Dataset.from_list(text_rows(3)), eval_rows=number, seed=number)
+    assert (len(train), len(held_out)) == (1, 2)
+    assert len(tokenize_preferences(dataset, tokenizer, max_length=number + 100, num_proc=None)[0]) == 2
+    assert 0 < len(split_train_eval(Dataset.from_list(text_rows(9)), eval_fraction=np.float32(0.5))[1]) < 9
+
+
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_rows": "10"}, "max_rows: expected None or a whole number above 0, got '10'"),
+        ({"max_rows": True}, "max_rows: expected None or a whole number above 0, got True"),
+        ({"max_rows": 1.0}, "max_rows: expected None or a whole number above 0, got 1.0"),
+        ({"ranked_pairs": "all"}, "ranked_pairs: expected one of .* got 'all'"),
+        ({"ranked_pairs": None}, "ranked_pairs: expected one of .* got None"),
+        ({"empty_response": True}, "empty_response: expected one of .* got True"),
+        ({"cache_dir": 3}, "cache_dir: expected None or the path of a directory, got 3"),
+        ({"split": None}, "split: expected a string, or a list of them, got None"),
+        ({"split": 3}, "split: expected a string, or a list of them, got 3"),
+        ({"split": [None]}, r"split: expected a string, or a list of them, got \[None\]"),
+        ({"name": 3}, "name: expected None, a string, or a list of them, got 3"),
+        ({"name": [3]}, r"name: expected None, a string, or a list of them, got \[3\]"),
+        ({"weights": 0.5}, "weights: expected a list, with a number for each dataset, got 0.5"),
+        ({"weights": "1"}, "weights: expected numbers from 0 to 1000, got '1'"),
+        ({"seed": "a", "weights": [0.5]}, "seed: expected a whole number of at least 0, got 'a'"),
+        ({"seed": "a"}, "seed: expected a whole number of at least 0, got 'a'"),
+        ({"seed": -1}, "seed: expected a whole number of at least 0, got -1"),
+        ({"seed": None}, "seed: expected a whole number of at least 0, got None"),
+        ({"seed": True}, "seed: expected a whole number of at least 0, got True"),
+    ],
+)
+def test_options_of_loading_out_of_range(ready, options, message):
+    dataset = Dataset.from_list(text_rows(3))
+    with pytest.raises(ValueError, match=f"^{message}"):
+        load_preferences(normalize_preferences(dataset) if ready else dataset, **options)
+
+
+def test_no_name_at_all():
+    with pytest.raises(ValueError, match="name_or_path: expected a name or path, or a list of them, got ''"):
+        load_preferences("")
+    with pytest.raises(ValueError, match="origin: expected a string, got 3"):
+        normalize_preferences(Dataset.from_list(text_rows(1)), origin=3)
 
 
 @pytest.mark.parametrize(
@@ -847,13 +896,45 @@ def test_tokenizers_that_lack_something(templated):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_length": 1}, "max_length: expected None or at least 2, got 1"),
+        ({"max_length": 1}, "max_length: expected None or a whole number of at least 2, got 1"),
+        ({"max_length": "512"}, "max_length: expected None or a whole number of at least 2, got '512'"),
+        ({"max_length": 512.0}, "max_length: expected .* got 512.0"),
+        ({"max_length": True}, "max_length: expected .* got True"),
         ({"truncation": "left"}, "truncation: expected one of .* got 'left'"),
+        ({"truncation": True}, "truncation: expected one of .* got True"),
+        ({"train_on": None}, "train_on: expected one of .* got None"),
+        ({"add_eos": "no"}, "add_eos: expected True or False, got 'no'"),
+        ({"add_eos": None}, "add_eos: expected True or False, got None"),
+        ({"num_proc": 0}, "num_proc: expected None or a whole number above 0, got 0"),
+        ({"num_proc": "2"}, "num_proc: expected None or a whole number above 0, got '2'"),
+        ({"num_proc": True}, "num_proc: expected .* got True"),
+        (
+            {"chat_template_kwargs": "x"},
+            "chat_template_kwargs: expected None or a mapping of names to values.* got 'x'",
+        ),
+        ({"chat_template_kwargs": {1: 2}}, "chat_template_kwargs: expected None or a mapping.* got {1: 2}"),
+        (
+            {"chat_template_kwargs": {"date": {1}}},
+            "chat_template_kwargs: date: expected a value as JSON has, got {1}",
+        ),
     ],
 )
 def test_options_out_of_range(tokenizer, options, message):
     with pytest.raises(ValueError, match=message):
         tokenize_preferences(Dataset.from_list(text_rows()), tokenizer, **options)
+
+
+@pytest.mark.parametrize("wrong", [None, "gpt2", PreTrainedTokenizerFast, Tokenizer(models.BPE())])
+def test_what_is_no_tokenizer_of_transformers(wrong):
+    with pytest.raises(
+        ValueError, match="tokenizer: expected a tokenizer of transformers, such as AutoTokenizer.*, got"
+    ):
+        tokenize_preferences(Dataset.from_list(text_rows()), wrong)
+
+
+def test_a_dataset_in_the_tokenizers_place(tokenizer):
+    with pytest.raises(ValueError, match="dataset: expected one split, a datasets.Dataset, got Qwen2Tokenizer"):
+        tokenize_preferences(tokenizer, Dataset.from_list(text_rows()))
 
 
 # Cache
@@ -961,12 +1042,23 @@ def test_split_of_tokenized_pairs(tokenizer):
         ({}, "eval_fraction=None and eval_rows=None"),
         ({"eval_fraction": 0.1, "eval_rows": 1}, "eval_fraction=0.1 and eval_rows=1"),
         ({"eval_fraction": 1.0}, "eval_fraction: expected a number above 0 and below 1, got 1.0"),
+        ({"eval_fraction": True}, "eval_fraction: expected a number above 0 and below 1, got True"),
+        ({"eval_fraction": "0.1"}, "eval_fraction: expected a number above 0 and below 1, got '0.1'"),
         ({"eval_rows": 3}, "eval_rows: expected 1 to 2 of 3 rows, got 3"),
+        ({"eval_rows": 0}, "eval_rows: expected 1 to 2 of 3 rows, got 0"),
+        ({"eval_rows": "1"}, "eval_rows: expected 1 to 2 of 3 rows, got '1'"),
+        ({"eval_rows": True}, "eval_rows: expected 1 to 2 of 3 rows, got True"),
+        ({"eval_rows": 1, "seed": "a"}, "seed: expected a whole number of at least 0, got 'a'"),
     ],
 )
 def test_split_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         split_train_eval(Dataset.from_list(text_rows()), **options)
+
+
+def test_split_of_what_is_no_dataset():
+    with pytest.raises(ValueError, match="dataset: expected one split, a datasets.Dataset, got list"):
+        split_train_eval(text_rows(), eval_rows=1)
 
 
 def test_split_of_a_single_prompt():
