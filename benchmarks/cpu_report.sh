@@ -6,7 +6,12 @@
 #     bash benchmarks/cpu_report.sh OUT [DATASET]
 set -euo pipefail
 root=$(realpath "$(dirname "$0")/..")
-out=${1:?usage: cpu_report.sh OUT [DATASET]}
+usage="usage: cpu_report.sh OUT [DATASET]"
+case ${1:-} in
+  -h | --help) echo "$usage"; sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
+  -*) echo "$usage" >&2; exit 2 ;;
+esac
+out=${1:?$usage}
 dataset=$([ $# -lt 2 ] && echo demo || realpath "$2")
 python=${PYTHON:-python3}
 export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}

@@ -17,6 +17,7 @@ usage="usage: gpu_runbook.sh [--dry-run] [--wheels DIR] OUT"
 device=cuda build=cuda wheels= out=
 while [ $# -gt 0 ]; do
   case $1 in
+    -h | --help) echo "$usage"; sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
     --dry-run) device=cpu build=cpu ;;
     --wheels) wheels=$(realpath "${2:?$usage}"); shift ;;
     -*) echo "$usage" >&2; exit 2 ;;

@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpo_kernels import cpo_loss, dpo_loss, kto_loss, orpo_loss, simpo_loss
+from dpo_kernels import cpo_loss, dispatch, dpo_loss, kto_loss, orpo_loss, simpo_loss
 from dpo_kernels.bench import contenders
 from dpo_kernels.bench.cases import SEQUENCES, HeadCase, LogitsCase, Result, sigmoid_loss
 from dpo_kernels.bench.measure import synchronize
@@ -32,7 +32,7 @@ from dpo_kernels.impl.reference import eager_token_logps
 from dpo_kernels.testing import assert_within_budget
 
 DEVICE = torch.device(os.environ.get("DPO_KERNELS_TEST_DEVICE", "cpu"))
-IMPL = os.environ.get("DPO_KERNELS_BENCH_IMPL", "auto")
+IMPL = dispatch.choose(os.environ.get("DPO_KERNELS_BENCH_IMPL", "auto"), DEVICE)
 TOKENS, HIDDEN, VOCAB, PAIRS, ROUNDS = (
     int(os.environ.get(f"DPO_KERNELS_BENCH_{name}", default))
     for name, default in (("TOKENS", 256), ("HIDDEN", 256), ("VOCAB", 8192), ("PAIRS", 1024), ("ROUNDS", 5))
@@ -171,7 +171,7 @@ def our_simpo(policy, reference, lengths):
     return simpo_loss(*policy, chosen_lengths=lengths[0], rejected_lengths=lengths[1]).losses
 
 
-def eager_simpo(policy, reference, lengths, beta=2.0, gamma=1.0):
+def eager_simpo(policy, reference, lengths, beta=2.0, gamma=0.5):
     chosen, rejected = policy / lengths
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 

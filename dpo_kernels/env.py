@@ -31,6 +31,11 @@ def version(package: str) -> str:
         return "not installed"
 
 
+def versions() -> str:
+    """In a line: of the package, and of the PyTorch that it runs on."""
+    return f"dpo_kernels {dpo_kernels.__version__}, torch {torch.__version__}"
+
+
 def report() -> str:
     """A text for people and for bug reports."""
     lines = [

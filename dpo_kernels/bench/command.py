@@ -47,6 +47,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SIZE = {"cpu": (512, 512, 32768), "cuda": (8192, 4096, 128256)}  # N, H, V
 LONGEST = 1024  # positions of a sequence where all are labelled
 QUICK_SIZE = (64, 32, 512)
+# What takes less, in milliseconds, is too small: a call by itself takes one to three, whose work a GPU does meanwhile.
+TOO_SHORT = {"cpu": 10.0, "cuda": 1.0}
 # Of ours, the paths that do what a mode asks for; the products that it takes at least; what peers leave out.
 PATHS = {"forward": ("A", 1, forward_only), "frozen": ("B", 2, frozen_head), "train": ("CD", 3, None)}
 # Shown once, where the head is trained: on a CPU the same peers do better in another row.
@@ -154,7 +156,7 @@ def run(options: argparse.Namespace) -> int:
                 bar.finish_table("\nleft out: " + report["left_out"][-1])
                 continue
             report["tables"].append(hold_against(table, _default_row(job, impls, device)))
-            bar.finish_table("\n" + text(table))
+            bar.finish_table("\n".join(["", text(table), *_too_small(job, table, device)]))
             if options.json:
                 save(options.json, report)
             if options.csv:
@@ -283,6 +285,15 @@ def _check_peers(wanted: Sequence[str], device: torch.device) -> None:
     known = [*head_peers(device, padded=True), *logits_peers(torch.bfloat16, backward=True)]
     if unknown := sorted(set(wanted) - set(known)):
         raise ValueError(f"--peers: expected some of {sorted(set(known))}, got {unknown}")
+
+
+def _too_small(job: Job, table: Row, device: torch.device) -> Iterator[str]:
+    """Whose times are more the call's than the work's, and what to raise."""
+    least = TOO_SHORT[device.type]
+    short = [row["name"] for row in table["rows"] if row.get("errors") and row.get("median_ms", least) < least]
+    if short:
+        sizes = "--tokens or --vocab" if isinstance(job.case, LogitsCase) else "--tokens, --hidden or --vocab"
+        yield f"too small to mean anything, less than {least:g} ms a call: {'; '.join(short)}. Raise {sizes}"
 
 
 def _heading(report: dict[str, Any]) -> str:

@@ -243,6 +243,25 @@ def test_missing_peer_is_named_with_what_installs_it(monkeypatch, capsys):
     assert "Liger, not compiled: not installed: pip install liger-kernel" in capsys.readouterr().out
 
 
+SMALL = ["--rounds", "1", "--no-memory", "--peers", "--impl", "torch"]
+
+
+def test_what_is_too_small_is_named_with_what_to_raise(monkeypatch, capsys):
+    """On a CPU where a call takes a minute and on one where it takes no time, so that this one does not matter."""
+    monkeypatch.setitem(command.TOO_SHORT, "cpu", 6e4)
+    assert main(["bench", "--quick", *SMALL, "--mode", "train", "logits"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("too small")]
+    start = "too small to mean anything, less than 60000 ms a call: "
+    assert said == [
+        start + "C fused loss, torch; D any loss, torch. Raise --tokens, --hidden or --vocab",
+        start + "E, torch. Raise --tokens or --vocab",
+        start + "E, torch; E in place, torch. Raise --tokens or --vocab",
+    ]
+    monkeypatch.setitem(command.TOO_SHORT, "cpu", 0.0)
+    assert main(["bench", "--quick", *SMALL]) == 0
+    assert "too small" not in capsys.readouterr().out
+
+
 def test_models_by_name(capsys):
     arguments = ["--rounds", "1", "--no-memory", "--peers", "--tokens", "8", "--impl", "torch", "--mode", "forward"]
     assert main(["bench", "--model", "SmolLM2-135M", *arguments]) == 0

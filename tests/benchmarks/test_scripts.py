@@ -6,11 +6,13 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from places import ROOT, SHARED
 
 BENCHMARKS = ROOT / "benchmarks"
 PREFERENCES = SHARED / "data" / "preferences_en.jsonl"
-TINY = {"TOKENS": "16", "HIDDEN": "16", "VOCAB": "128", "PAIRS": "32", "ROUNDS": "1", "IMPL": "torch"}
+TINY = {"TOKENS": "16", "HIDDEN": "16", "VOCAB": "128", "PAIRS": "32", "ROUNDS": "1"}
+README = (BENCHMARKS / "README.md").read_text()
 QUICK = ("--quick", "--impl", "torch", "--threads", "1")
 
 
@@ -32,6 +35,68 @@ def on_the_cpu():
     torch.set_default_device("cpu")
     yield
     torch.set_default_device(before)
+
+
+# What benchmarks/README.md says to type
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in BENCHMARKS.glob("*.sh")))
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_shell_script_says_what_it_is_for(script, flag, tmp_path):
+    done = subprocess.run(["bash", BENCHMARKS / script, flag], capture_output=True, text=True, cwd=tmp_path, timeout=30)
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith(f"usage: {script} ") and f"    bash benchmarks/{script} " in done.stdout
+    assert "set -" not in done.stdout and not list(tmp_path.iterdir())
+    done = subprocess.run(["bash", BENCHMARKS / script, "--no-such-flag"], capture_output=True, text=True, timeout=30)
+    assert done.returncode == 2 and done.stderr.startswith(f"usage: {script} ") and done.stdout == ""
+
+
+COMMANDS = re.findall(
+    r"^    (dpo-kernels bench.*|python benchmarks/.*|bash benchmarks/.*|pip install.*)", README, re.MULTILINE
+)
+BENCH = [shlex.split(command, comments=True)[1:] for command in COMMANDS if command.startswith("dpo-kernels")]
+
+
+@pytest.mark.parametrize("arguments", BENCH, ids=lambda arguments: " ".join(arguments[1:4]))
+def test_bench_is_called_as_it_may_be(arguments, monkeypatch, tmp_path, capsys):
+    """With everything that is said but the sizes and the peers, which would take minutes."""
+    from dpo_kernels.bench import command
+    from dpo_kernels.cli import main
+
+    if "--help" in arguments:
+        pytest.raises(SystemExit, main, arguments)
+        assert "--peers" in capsys.readouterr().out
+        return
+    monkeypatch.chdir(tmp_path)
+    shape = command.find_shape
+    monkeypatch.setattr(command, "find_shape", lambda name: replace(shape(name), hidden=32, vocab=512))
+    small = ["--quick", "--rounds", "1", "--no-memory", "--max-length", "24", "--peers", "eager"]
+    small += [] if "--impl" in arguments else ["--impl", "torch"]  # Triton's interpreter takes its time
+    small += ["--tokens", "32", "64"] if "--tokens" in arguments else []
+    small += ["--vocab", "512"] if "--vocab" in arguments else []
+    assert main([*arguments, *small]) == 0
+    assert "Trained head" in capsys.readouterr().out
+    if "--plot" in arguments:
+        assert (tmp_path / "curves").is_dir() and (tmp_path / "out.json").is_file() and (tmp_path / "out.csv").is_file()
+
+
+def test_other_commands_are_those_that_need_a_gpu_or_a_registry():
+    """And the one of them that a CPU runs is run by test_gpu.py, with the flags that are said here among its own."""
+    others = [command for command in COMMANDS if not command.startswith("dpo-kernels")]
+    starts = ("pip install ", "python benchmarks/gpu.py ", "bash benchmarks/gpu_runbook.sh ")
+    assert others and all(command.startswith(starts) for command in others)
+    source = (BENCHMARKS / "gpu.py").read_text()
+    flags = {flag for command in others if "gpu.py" in command for flag in re.findall(r"--[\w-]+", command)}
+    assert flags and all(f'"{flag}"' in source for flag in flags)
+
+
+@pytest.mark.full  # at the size that it has without being told
+def test_microbenchmarks_as_they_are_called(tmp_path):
+    pytest.importorskip("pytest_benchmark")
+    (command,) = re.findall(r"`pytest (benchmarks/microbenchmarks.py [^`]*)`", README)
+    done = forks.python("-m", "pytest", "-p", "no:cacheprovider", *shlex.split(command), cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    assert re.search(r"4\d passed, 2 skipped", done.stdout)
 
 
 # benchmarks/microbenchmarks.py
