@@ -49,6 +49,7 @@ def plan_settings(path: Path) -> dict[str, Any]:
         "lora_r": config.lora_r or None,
         "reference": {None: "none", "precompute": "precomputed"}.get(resolve(config), "model"),
         "gradient_checkpointing": config.gradient_checkpointing,
+        "gradient_accumulation": config.gradient_accumulation_steps,
         "chunk_bytes": config.chunk_bytes,
         "impl": config.impl,
     }
@@ -70,9 +71,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit status: 0, 1 where the run failed, 2 where the command line is wrong, 130
     where it was interrupted, and 141 where nobody reads on what it prints, as of `| head`."""
     try:
-        status = _main(arguments)
-        sys.stdout.flush()
-        return status
+        try:
+            return _main(arguments)
+        finally:  # also where --help ends it
+            sys.stdout.flush()
     except BrokenPipeError:
         with contextlib.suppress(OSError):  # of a standard output that is no file
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at the end
@@ -81,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="dpo-kernels", description="DPO training that never holds the logits.")
+    parser.add_argument("--version", action="version", version=env.versions(), help="show the versions and end")
     commands = parser.add_subparsers(dest="command", required=True, metavar="{train,preview,bench,plan,env}")
     train, preview = (
         commands.add_parser(

@@ -2,10 +2,11 @@
 
 import io
 import json
-import os
+import re
 import subprocess
 import sys
 
+import forks
 import pytest
 
 from dpo_kernels.cli import main
@@ -29,6 +30,17 @@ def quiet(monkeypatch):
 def test_env(capsys):
     assert main(["env"]) == 0
     assert "auto picks" in capsys.readouterr().out
+
+
+def test_version_is_a_line(capsys):
+    import torch
+
+    import dpo_kernels
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"dpo_kernels {dpo_kernels.__version__}, torch {torch.__version__}\n"
 
 
 def test_help_lists_the_settings(capsys):
@@ -182,7 +194,7 @@ def test_output_of_any_encoding_is_written(tmp_path, monkeypatch, encoding):
 
 def test_nobody_has_to_read_on(monkeypatch):
     class Closed(io.StringIO):
-        def write(self, text):
+        def write(self, text=""):
             raise BrokenPipeError(32, "Broken pipe")
 
         flush = write
@@ -195,15 +207,27 @@ def test_nobody_has_to_read_on(monkeypatch):
     assert "Broken" not in error.getvalue() and "dpo-kernels" not in error.getvalue()
 
 
-@pytest.mark.full
-def test_a_pipe_that_is_closed_ends_the_command_in_silence():
-    reads, writes = os.pipe()
-    os.close(reads)
-    ended = subprocess.run(
-        [sys.executable, "-m", "dpo_kernels", "env"], stdout=writes, stderr=subprocess.PIPE, text=True, timeout=120
+PLAN = ("plan", "--model", "Qwen/Qwen2.5-0.5B", "--batch", 4, "--seq", 512, "--device", "cpu")
+BENCH = ("bench", "--quick", "--rounds", 1, "--no-memory", "--peers", "--impl", "torch")
+PREVIEW = ("preview", "--dataset", "demo", "--model", "demo", "--max-rows", 20)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["env"], PLAN, BENCH, PREVIEW], ids=lambda found: " ".join(found[:2])
+)
+def test_a_pipe_that_is_closed_ends_the_command_in_silence(tmp_path, arguments):
+    """As by `| head -1`; output is kept back until there is much of it, as it is into a pipe."""
+    script = tmp_path / "closed.py"
+    script.write_text(
+        "import os, sys\n\nreads, writes = os.pipe()\nos.close(reads)\nos.dup2(writes, 1)\n"
+        "sys.stdout = open(1, 'w', closefd=False)\n"
+        f"from dpo_kernels.cli import main\n\nsys.exit(main({list(map(str, arguments))!r}))\n"
     )
-    os.close(writes)
-    assert ended.returncode == 141 and ended.stderr == ""
+    ended = forks.python(script, cwd=tmp_path)
+    # argparse keeps the error of a help that is longer than what is kept back to itself
+    assert ended.returncode == (0 if arguments[0] == "train" else 141) and not re.search(
+        "Traceback|Error|Broken|Exception", ended.stderr
+    ), ended.stderr
 
 
 def test_without_the_extra_the_package_works_and_training_says_what_is_missing():

@@ -1,0 +1,256 @@
+"""The code in README.md and docs/ runs, as it stands there.
+
+A block of Python runs on names that its prelude supplies; PRELUDES has one for each block, in order, with a stand-in
+where the block needs what is not here (Lightning, a model from the hub). A command of `dpo-kernels` is read by its own
+parser, and run where that takes no time.
+"""
+
+import copy
+import re
+import shlex
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from places import ROOT
+
+pytest.importorskip("transformers")
+pytest.importorskip("datasets")
+
+import heads
+import transformers
+
+from dpo_kernels import LMHead, cli, linear_dpo_loss, linear_sequence_logps
+from dpo_kernels.bench import command as bench
+
+DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
+NAMES = {"torch": torch, "F": F, "copy": copy, "LMHead": LMHead}
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+def blocks(document, language):
+    return [code for name, code in BLOCK.findall((ROOT / document).read_text()) if name == language]
+
+
+def model_and_batch():
+    """A tiny model, and two pairs with prompt and padding: chosen, then rejected."""
+    model = heads.build("qwen3")
+    ids = torch.randint(3, 95, (4, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, 7:] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[:, :3] = -100
+    return NAMES | {"model": model, "ids": ids, "input_ids": ids, "mask": mask, "labels": labels}
+
+
+# Preludes: names for a block; and after `yield`, what has to be true of those that it left
+
+
+def eager_and_ours(monkeypatch):
+    ref_logps = torch.tensor([-20.0, -21.0, -19.0, -23.0])
+    ref_chosen, ref_rejected = ref_logps.chunk(2)
+    found = model_and_batch() | {"beta": 0.1, "ref_logps": ref_logps}
+    found |= {"ref_chosen": ref_chosen, "ref_rejected": ref_rejected}
+    yield found
+    margins = (found["chosen"] - ref_chosen) - (found["rejected"] - ref_rejected)
+    torch.testing.assert_close(found["loss"], -F.logsigmoid(0.1 * margins).mean())
+    found["loss"].backward()
+
+
+def nothing(monkeypatch):
+    yield {}
+
+
+def from_trl(monkeypatch):
+    pytest.importorskip("trl")
+    yield {}
+
+
+def plain_tensors(monkeypatch):
+    found = {}
+    yield found
+    assert found["hidden"].grad.abs().sum() > 0 < found["weight"].grad.abs().sum()
+
+
+class Body(torch.nn.Module):
+    """A model that is not transformers'."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = torch.nn.Embedding(50, 8), torch.nn.Linear(8, 50, bias=False)
+
+    def forward(self, tokens):
+        return self.embed(tokens).cumsum(1)
+
+
+def loop_without_transformers(monkeypatch):
+    model = Body()
+    reference = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    batches = [(torch.randint(50, (4, 6)), torch.randint(50, (4, 6)))] * 2
+    functions = {"linear_dpo_loss": linear_dpo_loss, "linear_sequence_logps": linear_sequence_logps}
+    yield NAMES | functions | {"model": model, "reference": reference, "optimizer": optimizer, "batches": batches}
+    assert not torch.equal(model.head.weight, reference.head.weight)
+
+
+def patched(monkeypatch):
+    pytest.importorskip("trl")
+    yield {}
+    from dpo_kernels.trl import is_patched, unpatch
+
+    assert is_patched("DPOTrainer", "KTOTrainer")
+    unpatch()
+
+
+def weighted_trainer(monkeypatch):
+    trl = pytest.importorskip("trl")
+    from dpo_kernels.data.demo import demo_model, demo_preferences, demo_tokenizer
+    from dpo_kernels.trl import DPOTrainer
+
+    rows = demo_preferences(20)
+    tokenizer = demo_tokenizer(str(row) for row in rows)
+    found = NAMES | {
+        "DPOTrainer": DPOTrainer,
+        "DPOConfig": lambda *args, **more: trl.DPOConfig(*args, use_cpu=True, **more),
+    }
+    found |= {"dataset": rows.add_column("weight", [0.5] * 20), "tokenizer": tokenizer}
+    demo_model(len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained("start")
+    found["model"] = transformers.AutoModelForCausalLM.from_pretrained("start")  # the reference comes from there, too
+    yield found
+    assert next(iter(found["trainer"].get_train_dataloader()))["pair_weights"].unique().tolist() == [0.5]
+
+
+def any_other_trainer(monkeypatch):
+    found = model_and_batch()
+    yield found
+    assert found["loss"].item() == pytest.approx(0.693147, abs=1e-5)  # the policy is the reference
+    found["loss"].backward()
+
+
+def lightning_module(monkeypatch):
+    """In the place of Lightning, what the block needs of it."""
+    from dpo_kernels.models import Preference, Reference, add_fused_lm_head
+
+    stand_in = type("LightningModule", (torch.nn.Module,), {"device": torch.device("cpu")})
+    found = model_and_batch() | {"Preference": Preference, "Reference": Reference}
+    found |= {"add_fused_lm_head": add_fused_lm_head, "lightning": SimpleNamespace(LightningModule=stand_in)}
+    yield found
+    batch = {"input_ids": found["ids"], "attention_mask": found["mask"], "labels": found["labels"]}
+    loss = found["DPO"](found["model"]).training_step(batch | {"pair_weights": torch.ones(2)}, 0)
+    assert loss.item() == pytest.approx(0.693147, abs=1e-5)
+    loss.backward()
+
+
+def mean_of_a_token(monkeypatch):
+    printed = []
+    found = model_and_batch() | {"print": printed.append}
+    yield found
+    with torch.no_grad():
+        expected = heads.eager_logps(found["model"](found["ids"], attention_mask=found["mask"]).logits, found["labels"])
+    torch.testing.assert_close(printed[0], expected.sum() / (found["labels"][:, 1:] != -100).sum())
+
+
+def settings_of_a_run(monkeypatch):
+    """The model would be fetched: the settings are what is tried."""
+    monkeypatch.setattr("dpo_kernels.training.train", lambda config: config, raising=False)
+    found = {}
+    yield found
+    assert found["result"].dataset == "preferences.jsonl"
+
+
+PRELUDES = {
+    "README.md": [eager_and_ours, from_trl, plain_tensors, loop_without_transformers],
+    "docs/drop_ins.md": [
+        *(from_trl, patched, weighted_trainer, any_other_trainer, lightning_module),
+        mean_of_a_token,
+    ],
+    "docs/training.md": [settings_of_a_run],
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_block_has_a_prelude(document):
+    found, preludes = blocks(document, "python"), PRELUDES.get(document, [])
+    assert len(found) == len(preludes), f"{document} has {len(found)} blocks of Python, PRELUDES {len(preludes)}"
+
+
+@pytest.mark.usefixtures("process_left_as_it_was")
+@pytest.mark.parametrize(
+    ("document", "number"),
+    [(document, number) for document, preludes in PRELUDES.items() for number in range(len(preludes))],
+)
+def test_block_runs(document, number, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    prelude = PRELUDES[document][number](monkeypatch)
+    names = next(prelude)
+    names["__name__"] = "a_block"
+    exec(compile(blocks(document, "python")[number], f"{document}, block {number + 1}", "exec"), names)
+    assert next(prelude, None) is None
+
+
+# What starts the command in several processes, and what is no command of this package.
+LAUNCHERS = re.compile(r"^(?:accelerate launch|torchrun) (?:--\w+ \d+ )*-m dpo_kernels (.*)")
+OTHERS = ("pip install ", "python -m pytest ", "python tests/", "bash benchmarks/")
+
+
+def commands(document):
+    """What a reader would type, without comments; `dpo-kernels ...` also within the text."""
+    text = (ROOT / document).read_text()
+    for code in blocks(document, "bash"):
+        lines = code.replace("\\\n", " ").splitlines()
+        yield from (shlex.join(shlex.split(part, comments=True)) for line in lines for part in line.split("&&"))
+    yield from re.findall(r"`(dpo-kernels [a-z]+(?: [^`]+)?)`", BLOCK.sub("", text))
+
+
+def arguments_of(command):
+    """Those of `dpo-kernels`; None where it is another command."""
+    if command.startswith("dpo-kernels "):
+        return shlex.split(command)[1:]
+    if launched := LAUNCHERS.match(command):
+        return shlex.split(launched[1])
+    assert command.startswith(OTHERS), f"neither dpo-kernels nor known to this test: {command}"
+    return None
+
+
+ALL = [(document, command) for document in DOCUMENTS for command in dict.fromkeys(commands(document)) if command]
+OURS = [(document, command) for document, command in ALL if arguments_of(command) is not None]
+
+
+@pytest.fixture
+def read_only(monkeypatch, tmp_path):
+    """A folder with the files that the commands name; what they would take minutes for ends after it was checked."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(ROOT / "examples" / "tiny_qwen2.json", "model.json")
+    Path("CONFIG.yaml").write_text("model: config:model.json\ntokenizer: train:300\ndataset: preferences.jsonl\n")
+    ran = []
+
+    def bench_run(options):
+        ran.append(list(bench._jobs(options, torch.device("cpu"))))
+        return 0
+
+    monkeypatch.setitem(cli.COMMANDS, "bench", (bench.add_arguments, bench_run, ""))
+    monkeypatch.setattr("dpo_kernels.training.train", ran.append, raising=False)
+    monkeypatch.setattr(cli, "show_preview", lambda config, pairs: ran.append(config))
+    monkeypatch.setattr(cli, "_speak_plainly", lambda handler: None)
+    return ran
+
+
+@pytest.mark.parametrize(("document", "command"), OURS)
+def test_command_is_one(document, command, read_only, capsys):
+    arguments = arguments_of(command)
+    if "--help" in arguments:
+        with pytest.raises(SystemExit) as stop:
+            cli.main(arguments)
+        assert stop.value.code == 0
+        return
+    assert cli.main(arguments) == 0, capsys.readouterr().err
+    assert read_only or (arguments[0] in ("plan", "env") and capsys.readouterr().out)
+
+
+def test_commands_are_found():
+    assert {arguments_of(command)[0] for _, command in OURS} == {"train", "preview", "bench", "plan", "env"}
+    assert any("accelerate launch" in command for _, command in OURS)
