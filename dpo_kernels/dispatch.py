@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeGuard, cast
 
 import torch
 
@@ -70,6 +70,13 @@ CPU_PROBLEM = _extension_problem("dpo_kernels._native", "a C++ compiler", "cpu")
 CUDA_PROBLEM = _extension_problem("dpo_kernels._cuda", "the CUDA toolkit", "cuda")
 
 
+def check_impl(impl: object) -> TypeGuard[Impl]:
+    """Raises `ValueError` for what is no implementation's name."""
+    if impl != "auto" and impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
+    return True
+
+
 def choose(impl: str, device: torch.device) -> Impl:
     """Resolves "auto" to the fastest implementation for `device`; checks an explicit choice and never replaces it.
 
@@ -79,8 +86,7 @@ def choose(impl: str, device: torch.device) -> Impl:
     if impl == "auto":
         candidates: tuple[Impl, ...] = (*(choice.impl for choice in CHOICES if choice.device == device.type), "torch")
         return next(name for name in candidates if unavailable_reason(name, device) is None)
-    if impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
+    assert check_impl(impl)
     reason = unavailable_reason(impl, device)
     if reason is not None:
         raise ValueError(f"impl: {impl!r} cannot run on device {str(device)!r}: {reason}")

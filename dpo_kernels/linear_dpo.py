@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.dispatch import choose, load
+from dpo_kernels.dispatch import check_impl, choose, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.logps import (
-    DTYPES,
     check_head_is_finite,
     check_linear_inputs,
     check_num_labelled,
+    check_numbers,
     check_stats,
+    check_switches,
+    check_transform,
     linear_compute_dtype,
     linear_sequence_logps,
     named_stats,
@@ -35,7 +37,7 @@ from dpo_kernels.losses import (
     wpo_weights,
 )
 from dpo_kernels.ops import refuse_second_derivative
-from dpo_kernels.options import Differentiable, FDivergence, Impl, LossType, Stat, explain_unknown
+from dpo_kernels.options import Differentiable, FDivergence, Impl, LossOptions, LossType, Stat, explain_unknown
 from dpo_kernels.pair_groups import Group, pair_major, plan_groups
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows
 
@@ -175,12 +177,12 @@ def linear_dpo_loss(
         TypeError: an argument that there is not; the message says what to write instead.
         RuntimeError: a transform of `torch.func`; in the backward, a gradient that this call does not have.
     """
-    refuse_transforms(hidden, weight, bias)
+    refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     check_num_labelled(num_labelled)
     check_stats(stats)
-    if isinstance(differentiable, str) or not set(differentiable) <= DIFFERENTIABLE:
-        raise ValueError(f"differentiable: expected some of {sorted(DIFFERENTIABLE)}, got {differentiable!r}")
+    check_differentiable(differentiable)
+    check_switches(ignore_index, shift=shift, use_weighting=use_weighting, check_hidden=check_hidden)
     _check_pairs(hidden, ref_logps, chunk_bytes)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
     check_weights("pair_weights", pair_weights, hidden, (hidden.shape[0] // 2,))
@@ -284,6 +286,32 @@ def check_paired(hidden: Tensor) -> None:
         raise ValueError(f"hidden: expected an even number of sequences, chosen then rejected, got {sequences}")
 
 
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raises `ValueError` for options of `linear_dpo_loss`, those that can be judged without a tensor."""
+    validate_dpo_options(**{name: value for name, value in options.items() if name in LossOptions.__annotations__})
+    of_head = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
+    check_transform(**{name: options.get(name, default) for name, default in of_head.items()})
+    switches = {name: options[name] for name in ("shift", "use_weighting", "check_hidden") if name in options}
+    check_switches(options.get("ignore_index", -100), **switches)
+    check_differentiable(options.get("differentiable", ()))
+    check_stats(options.get("stats", ()))
+    check_num_labelled(options.get("num_labelled"))
+    check_chunk_bytes(options.get("chunk_bytes"))
+    check_impl(options.get("impl", "auto"))
+
+
+def check_differentiable(differentiable: object) -> None:
+    names = differentiable if isinstance(differentiable, Collection) and not isinstance(differentiable, str) else None
+    if names is None or not DIFFERENTIABLE.issuperset(names):
+        raise ValueError(f"differentiable: expected some of {sorted(DIFFERENTIABLE)}, got {differentiable!r}")
+
+
+def check_chunk_bytes(chunk_bytes: object) -> None:
+    is_number = isinstance(chunk_bytes, (int, float)) and not isinstance(chunk_bytes, bool)
+    if chunk_bytes is not None and not (is_number and chunk_bytes >= 0):  # type: ignore[operator]
+        raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes!r}")
+
+
 def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> None:
     check_paired(hidden)
     sequences = hidden.shape[0]
@@ -296,22 +324,13 @@ def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> 
         raise ValueError(f"ref_logps: expected a floating point dtype, got {ref_logps.dtype}")
     if ref_logps.device != hidden.device:
         raise ValueError(f"ref_logps: expected device {hidden.device}, that of hidden, got {ref_logps.device}")
-    if chunk_bytes is not None and not (isinstance(chunk_bytes, (int, float)) and chunk_bytes >= 0):
-        raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes!r}")
+    check_chunk_bytes(chunk_bytes)
 
 
-def check_weights(name: str, weights: object, hidden: Tensor, shape: tuple[int, ...]) -> None:
+def check_weights(name: str, weights: Tensor | None, hidden: Tensor, shape: tuple[int, ...]) -> None:
     if weights is None:
         return
-    if not isinstance(weights, Tensor):
-        raise ValueError(f"{name}: expected a tensor or None, got {type(weights).__name__}")
-    if tuple(weights.shape) != shape:
-        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(weights.shape)}")
-    if weights.dtype not in _WEIGHTS or weights.layout != torch.strided:
-        kind = weights.dtype if weights.layout == torch.strided else weights.layout
-        raise ValueError(f"{name}: expected floating-point numbers, integers or bool, dense, got {kind}")
-    if weights.device != hidden.device:
-        raise ValueError(f"{name}: expected device {hidden.device}, that of hidden, got {weights.device}")
+    check_numbers(name, weights, hidden, shape)
     if weights.requires_grad and torch.is_grad_enabled():
         raise ValueError(
             f"{name}: expected weights that need no gradient, since none goes through them: detach them, or put the "
@@ -338,7 +357,6 @@ def _check_weight_values(name: str, weights: Tensor, waits: bool) -> None:
 
 
 _PLACES = {"token_weights": ("sequence", "position"), "pair_weights": ("pair",), "lengths": ("sequence",)}
-_WEIGHTS = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _shares(pair_weights: Tensor) -> Tensor:

@@ -11,10 +11,11 @@ from torch import Tensor
 from dpo_kernels import ops
 from dpo_kernels.dispatch import choose
 from dpo_kernels.impl.interface import STATS
-from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown
+from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows, shift_labels
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NUMBERS = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 # Numbers of a head that are summed at a time: a sum in another dtype may convert a copy first.
 SUMMED_AT_A_TIME = 2**24
 
@@ -86,7 +87,8 @@ def linear_sequence_logps(
         num_labelled: number of positions that count, after the shift, where the host knows it. A CUDA device is then
             not waited for: labels are checked by assertions on it, and hidden states that are not finite give
             log-probabilities that are not.
-        check_hidden: False: hidden states that are not finite give log-probabilities that are not, and no error.
+        check_hidden: False: hidden states or a head that are not finite give log-probabilities that are not, and no
+            error.
         impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.
 
     Raises:
@@ -95,8 +97,9 @@ def linear_sequence_logps(
         TypeError: an argument that there is not; the message says what to write instead.
         RuntimeError: a transform of `torch.func`.
     """
-    refuse_transforms(hidden, weight, bias)
+    refuse_transforms(hidden, weight, bias, labels, token_weights)
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
     impl = choose(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
@@ -160,8 +163,9 @@ def sequence_logps(
         TypeError: an argument that there is not; the message says what to write instead.
         RuntimeError: a transform of `torch.func`.
     """
-    refuse_transforms(logits)
+    refuse_transforms(logits, labels, token_weights)
     check_labels(logits, labels, "logits", "[S, T, V]")
+    check_switches(ignore_index, shift=shift, inplace_backward=inplace_backward)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
     if logits.shape[2] == 0:
         raise ValueError("logits: expected at least one vocabulary entry, got none")
@@ -186,7 +190,14 @@ def _reduce(
     num_tokens = (labels != ignore_index).sum(1)
     weighted = token_logps
     if token_weights is not None:  # whatever it holds at ignored positions
-        weighted = token_logps * token_weights.to(token_logps.dtype).masked_fill(labels == ignore_index, 0)
+        weights = token_weights.to(token_logps.dtype).masked_fill(labels == ignore_index, 0)
+        if is_at_hand(weights) and not torch.isfinite(weights).all():
+            place = torch.nonzero(~torch.isfinite(weights))[0].tolist()
+            raise ValueError(
+                f"token_weights: expected finite numbers, got {weights[tuple(place)].item()} for sequence {place[0]}, "
+                f"position {place[1]}"
+            )
+        weighted = token_logps * weights
     logps = sum_tokens(weighted)
     if reduction == "mean":
         logps = logps / num_tokens.clamp(min=1)
@@ -265,6 +276,11 @@ def check_linear_inputs(
     """The arguments that every function over hidden states and a head has in common."""
     check_labels(hidden, labels, "hidden", "[S, T, H]")
     _check_tensor("weight", weight)
+    if weight.dim() == 2 and weight.shape[1] != hidden.shape[2] == weight.shape[0]:
+        raise ValueError(
+            f"hidden: expected hidden states [S, T, {weight.shape[1]}] for weight {tuple(weight.shape)}, got "
+            f"{tuple(hidden.shape)}, which are logits: those are for sequence_logps"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
         raise ValueError(f"weight: expected shape [V, {hidden.shape[2]}] to fit hidden, got {tuple(weight.shape)}")
     if weight.shape[0] == 0:
@@ -282,6 +298,10 @@ def check_linear_inputs(
         )
     if hidden.shape[2] == 0:
         raise ValueError("hidden: expected a hidden size of at least 1, got 0")
+    check_transform(logit_scale, softcap, temperature)
+
+
+def check_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
     if not _is_number(logit_scale) or not -float("inf") < logit_scale < float("inf"):
         raise ValueError(f"logit_scale: expected a finite number, got {logit_scale!r}")
     if softcap is not None and not (_is_number(softcap) and 0 < softcap < float("inf")):
@@ -298,6 +318,14 @@ def _is_number(value: object) -> bool:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise ValueError(f"{name}: expected a tensor, got {type(value).__name__}")
+
+
+def check_switches(ignore_index: int, **switches: bool) -> None:
+    if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
+        raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    for name, value in switches.items():
+        if not isinstance(value, bool):
+            raise ValueError(f"{name}: expected True or False, got {value!r}")
 
 
 def refuse_transforms(*tensors: object) -> None:
@@ -337,14 +365,25 @@ def check_num_labelled(num_labelled: int | None) -> None:
         raise ValueError(f"num_labelled: expected None or a count of at least 0, got {num_labelled!r}")
 
 
+def check_numbers(name: str, weights: object, beside: Tensor, shape: tuple[int, ...]) -> None:
+    """Numbers of this shape, on the device of a tensor that they belong to."""
+    if not isinstance(weights, Tensor):
+        raise ValueError(f"{name}: expected a tensor or None, got {type(weights).__name__}")
+    if tuple(weights.shape) != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(weights.shape)}")
+    if weights.dtype not in NUMBERS or weights.layout != torch.strided:
+        kind = weights.dtype if weights.layout == torch.strided else weights.layout
+        raise ValueError(f"{name}: expected floating-point numbers, integers or bool, dense, got {kind}")
+    if weights.device != beside.device:
+        raise ValueError(f"{name}: expected device {beside.device}, that of the others, got {weights.device}")
+
+
 def check_reduction(
     labels: Tensor, token_weights: Tensor | None, reduction: str, stats: Sequence[str], num_labelled: int | None
 ) -> None:
     check_num_labelled(num_labelled)
     if token_weights is not None:
-        _check_tensor("token_weights", token_weights)
-    if token_weights is not None and token_weights.shape != labels.shape:
-        raise ValueError(f"token_weights: expected shape {tuple(labels.shape)}, got {tuple(token_weights.shape)}")
+        check_numbers("token_weights", token_weights, labels, tuple(labels.shape))
     if reduction not in ("sum", "mean"):
         raise ValueError(f"reduction: expected 'sum' or 'mean', got {reduction!r}")
     check_stats(stats)

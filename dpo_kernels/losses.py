@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels.options import FDivergence, LossType, explain_unknown
+from dpo_kernels.options import FDivergence, LossType, explain_unknown, is_at_hand
 
 F_DIVERGENCES: tuple[FDivergence, ...] = get_args(FDivergence)
 
@@ -151,6 +151,8 @@ def _token_nll(chosen_logps: Tensor, mean_chosen_length: Tensor | float) -> Tens
         return -chosen_logps / max(mean_chosen_length, 1e-6)
     if mean_chosen_length.dim() != 0:
         raise ValueError(f"mean_chosen_length must be a scalar, got shape {tuple(mean_chosen_length.shape)}")
+    if is_at_hand(mean_chosen_length) and not 0 <= mean_chosen_length < math.inf:
+        raise ValueError(f"mean_chosen_length must be a scalar of at least 0, got {mean_chosen_length.item()}")
     return -chosen_logps / mean_chosen_length.to(chosen_logps.dtype).clamp(min=1e-6)
 
 
@@ -445,6 +447,8 @@ def dpo_loss(
     """
     for name, logps in (("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):
         check_finite_logps(name, logps, "pair")
+    if isinstance(pair_weights, Tensor) and is_at_hand(pair_weights) and not _are_weights(pair_weights):
+        raise ValueError(f"pair_weights must be finite and at least 0, got {pair_weights.tolist()}")
     return losses_of_pairs(
         chosen_logps,
         rejected_logps,
@@ -666,6 +670,8 @@ def cpo_loss(
         raise ValueError("chosen_lengths and rejected_lengths are required for loss_type 'ipo', got None")
     chosen, rejected = _as_vectors(chosen_logps=chosen_logps, rejected_logps=rejected_logps)
     nll = -chosen
+    if rejected_lengths is not None:
+        _as_lengths("rejected_lengths", rejected_lengths, rejected)
     if mean_chosen_length is None and chosen_lengths is not None:
         mean_chosen_length = _as_lengths("chosen_lengths", chosen_lengths, chosen).mean()
     if mean_chosen_length is not None:
@@ -689,6 +695,7 @@ def kto_kl(kl_logps: Tensor, ref_kl_logps: Tensor) -> Tensor:
     kl_logps, ref_kl_logps [S] are the log-probabilities of mismatched responses: each prompt with the response of
     another. Of none (S = 0) it is 0. Over several processes, gather both first: the mean comes before the maximum.
     """
+    check_finite_logps("ref_kl_logps", ref_kl_logps, "response")
     kl_logps, ref_kl_logps = _as_vectors(kl_logps=kl_logps, ref_kl_logps=ref_kl_logps)
     logratios = (kl_logps - ref_kl_logps).detach()
     return (logratios.sum() / max(1, len(logratios))).clamp(min=0)
@@ -760,6 +767,8 @@ def losses_of_responses(
         raise ValueError(
             f"labels must be bool of shape {tuple(logps.shape)}, got {labels.dtype} of shape {tuple(labels.shape)}"
         )
+    if labels.device != logps.device:
+        raise ValueError(f"labels must be on {logps.device} as logps is, got {labels.device}")
     if loss_type == "kto" and kl is None:
         raise ValueError("kl is required for loss_type 'kto', got None: pass kto_kl(...), or 0.0 for no baseline")
     if loss_type == "apo_zero_unpaired" and kl is not None:
@@ -833,6 +842,8 @@ def _check_name(argument: str, name: str, known: Iterable[str]) -> None:
     # Other libraries write 'js_divergence' and 'alpha_divergence'.
     nearest = difflib.get_close_matches(str(name).removesuffix("_divergence"), known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+    if name == "dpo":
+        hint = "; DPO's own is 'sigmoid'"
     if name in ("simpo", "orpo", "cpo", "kto"):
         hint = f"; use {name}_loss, which is a function of its own"
     raise ValueError(f"{argument} must be one of {known}, got {name!r}{hint}")
@@ -900,7 +911,14 @@ def _as_lengths(name: str, lengths: Tensor, logps: Tensor) -> Tensor:
         raise ValueError(f"{name} must be numbers of tokens, got {lengths.dtype}")
     if lengths.device != logps.device:
         raise ValueError(f"{name} must be on {logps.device}, where the log-probabilities are, got {lengths.device}")
+    if is_at_hand(lengths) and not _are_weights(lengths):
+        raise ValueError(f"{name} must be finite and at least 0, got {lengths.tolist()}")
     return lengths.to(logps.dtype)
+
+
+def _are_weights(values: Tensor) -> bool:
+    """Finite and at least 0."""
+    return bool(((values >= 0) & (values < math.inf)).all())
 
 
 def _length_averages(
@@ -937,10 +955,3 @@ def check_finite_logps(name: str, logps: Tensor, what: str) -> None:
                 f"{name}: expected finite log-probabilities, got {logps.reshape(-1)[first].item()} for {what} {first} "
                 f"({int(wrong.sum())} such)"
             )
-
-
-def is_at_hand(tensor: Tensor) -> bool:
-    """Whether its values can be looked at now, without waiting for a device."""
-    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False
-    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
+from dpo_kernels.linear_dpo import LinearDPOOutput, check_options, linear_dpo_loss
 from dpo_kernels.losses import PreferenceLoss, dpo_loss, validate_dpo_options
 from dpo_kernels.options import Impl, LossOptions, PairLossOptions, unknown_keyword
 
@@ -87,7 +87,6 @@ class LinearDPOLoss(nn.Module):
     ) -> None:
         super().__init__()
         _refuse_unknown("LinearDPOLoss", options, LOSS_OPTIONS)
-        validate_dpo_options(**options)
         self.options: dict[str, Any] = {
             "logit_scale": logit_scale,
             "softcap": softcap,
@@ -98,6 +97,7 @@ class LinearDPOLoss(nn.Module):
             "impl": impl,
             **options,
         }
+        check_options(self.options)
 
     def forward(
         self,

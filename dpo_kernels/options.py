@@ -6,10 +6,10 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal, ParamSpec, TypedDict, TypeVar
+from typing import Literal, ParamSpec, TypedDict, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 Impl = Literal["auto", "torch", "cpu", "triton", "cuda"]
 Reduction = Literal["sum", "mean"]
@@ -84,6 +84,7 @@ Returned = TypeVar("Returned")
 AVERAGED = (
     "log-probabilities are averaged over tokens by loss_type 'ipo' or 'sigmoid_norm', by simpo_loss and orpo_loss"
 )
+LIKELIHOOD = "the weight of the negative log-likelihood is rpo_alpha, in cpo_loss cpo_alpha; orpo_loss has it as it is"
 ELSEWHERE = {
     "reference_free": "for a reference that is uniform, give zeros as its log-probabilities",
     "average_log_prob": f"{AVERAGED}, and by reduction='mean' of sequence_logps and linear_sequence_logps",
@@ -98,10 +99,18 @@ ELSEWHERE = {
     "lin_weight": "it is weight",
     "gamma_beta_ratio": "it is gamma / beta: give gamma",
     "simpo_gamma": "it is gamma",
-    "alpha": "the weight of the negative log-likelihood is rpo_alpha, in cpo_loss it is cpo_alpha",
-    "sft_weight": "the weight of the negative log-likelihood is rpo_alpha, in cpo_loss it is cpo_alpha",
-    "nll_loss": "the weight of the negative log-likelihood is rpo_alpha, in cpo_loss it is cpo_alpha",
+    "alpha": LIKELIHOOD,
+    "sft_weight": LIKELIHOOD,
+    "nll_loss": LIKELIHOOD,
     "logits": "logits are for sequence_logps",
+    "ld_alpha": "it weighs tokens: linear_dpo_loss has it",
+    "use_weighting": "it needs the distribution of each token: linear_dpo_loss has it",
+    "token_weights": "the functions that take hidden states or logits have it",
+    "attention_mask": "prompt and padding are left out by labels, which are ignore_index there",
+    "loss_mask": "prompt and padding are left out by labels, which are ignore_index there",
+    "ref_hidden": "score the reference first, and give its log-probabilities as ref_logps",
+    "_input": "it is hidden",
+    "target": "it is labels",
 }
 
 
@@ -125,3 +134,10 @@ def unknown_keyword(function: str, unknown: set[str], known: frozenset[str]) -> 
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of {sorted(known)}"
     return f"{function}: no argument {name!r}{hint}"
+
+
+def is_at_hand(tensor: Tensor) -> bool:
+    """Whether its values can be looked at now, without waiting for a device."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)

@@ -321,7 +321,7 @@ def test_weights_are_checked():
         ({"pair_weights": ones.to_sparse()}, "pair_weights: expected .* dense, got torch.sparse_coo"),
         ({"lengths": -torch.ones(6)}, "lengths: expected finite numbers of at least 0, got -1.0 for sequence 0"),
         ({"lengths": ones.repeat(2) * torch.nan}, "lengths: expected finite numbers of at least 0, got nan"),
-        ({"pair_weights": ones.to("meta")}, "pair_weights: expected device .*that of hidden, got meta"),
+        ({"pair_weights": ones.to("meta")}, "pair_weights: expected device .*that of the others, got meta"),
         ({"pair_weights": ones.clone().requires_grad_()}, "pair_weights: expected weights that need no gradient"),
         ({"pair_weights": ones, "loss_type": "aot"}, "pair_weights: expected None for loss_type 'aot', which sorts"),
         (

@@ -134,6 +134,8 @@ def test_path_c_keeps_logits_in_the_memory_of_dw(dtype, labelled, set_tile_bytes
         ({"loss_type": "ipo"}, 3),
         ({"loss_type": ("sigmoid", "sft"), "ld_alpha": 0.3}, 3),
         ({"use_weighting": True}, 3),
+        ({"rpo_alpha": 1.0}, 3),
+        ({"differentiable": ("logps",)}, 4),
         ({"chunk_bytes": 0}, 4),  # no pair fits
         ({"chunk_bytes": 2000 * 4}, 4),  # one row fits, a pair does not
         ({"loss_type": "aot"}, 4),  # sorts the batch: no mean over pairs

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("mypy", reason="asks mypy, which is not installed")
 pytest.importorskip("transformers", reason="the script has a model of transformers, which is not installed")
 
-SCRIPT = '''
+SCRIPT = """
 import torch
 
 from dpo_kernels import DPOLoss, LMHead, dpo_loss, linear_dpo_loss, linear_sequence_logps, sequence_logps, simpo_loss
@@ -37,7 +37,7 @@ sequence_logps(hidden, labels, impl="gpu")  # wrong
 linear_sequence_logps(hidden, weight, labels, stats=("entropies",))  # wrong
 dpo_loss(ref, ref, ref, ref).chosen_reward  # wrong
 DPOLoss(f_divergence="kl")  # wrong
-'''
+"""
 
 
 @pytest.mark.full

@@ -221,7 +221,7 @@ class LigerFusedLinearSimPOLoss(nn.Module):
         self.gamma = gamma
         self.chunk_size = chunk_size
         check_options(beta, alpha, "cdpo", label_smoothing)
-        if not -math.inf < gamma < math.inf:
+        if not isinstance(gamma, (int, float)) or not -math.inf < gamma < math.inf:
             raise ValueError(f"gamma must be a finite number, got {gamma!r}")
 
     def forward(self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None) -> LossAndOutputs:
@@ -392,6 +392,8 @@ class LigerFusedLinearKTOLoss(nn.Module):
             ignore_index=self.ignore_index,
             reduction="mean" if self.average_log_prob else "sum",
         ).logps
+        if kl is not None and not isinstance(kl, (int, float, Tensor)):
+            raise ValueError(f"kl: expected a scalar or shape [{sequences}], got {described(kl)}")
         baseline = torch.as_tensor(0.0 if kl is None else kl, dtype=logps.dtype, device=logps.device).detach()
         if baseline.numel() == 1:
             baseline = baseline.reshape(1).expand(sequences)

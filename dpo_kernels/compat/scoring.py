@@ -114,7 +114,7 @@ def pair_loss(
     if on_sums is not None:
         ref_sums = ref_logps * lengths if average else ref_logps
         out = renamed(POLICY_NAMES, linear_dpo_loss, _input, lin_weight, target, ref_sums, **options, **head)
-        loss, sums = out.loss, out.logps
+        loss, sums = out.loss, out.logps.detach()
     else:
         sums = renamed(POLICY_NAMES, linear_sequence_logps, _input, lin_weight, target, **head).logps
         loss = dpo_loss(

@@ -9,7 +9,7 @@ ours when it is there instead.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -17,21 +17,21 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-from dpo_kernels.linear_dpo import linear_dpo_loss
-from dpo_kernels.linear_reference import linear_reference_logps
+from dpo_kernels.linear_dpo import check_options, linear_dpo_loss
+from dpo_kernels.linear_reference import GRADIENTS, linear_reference_logps
 from dpo_kernels.logps import linear_sequence_logps, sum_over_vocabulary
-from dpo_kernels.losses import validate_dpo_options
 from dpo_kernels.models.check import NotFinite
 from dpo_kernels.models.head import HeadOperands, LMHead, unwrap
 from dpo_kernels.models.layered_forward import install, is_outermost, layers_of
+from dpo_kernels.models.operands import name_of
 from dpo_kernels.models.through_wrappers import is_of_a_library, split
-from dpo_kernels.options import LossOptions, PreferenceOptions, Stat, unknown_keyword
+from dpo_kernels.options import PreferenceOptions, Stat, unknown_keyword
 from dpo_kernels.rows import shift_labels
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-LOSS_OPTIONS = frozenset(LossOptions.__annotations__)
+REFERENCE_OPTIONS = ("loss_type", "ld_alpha", "chunk_bytes", "token_weights")
 PREFERENCE_OPTIONS = frozenset(PreferenceOptions.__annotations__)
 # What TRL calls the statistics of a position, and what we do.
 STATS: dict[str, Stat] = {
@@ -61,7 +61,7 @@ class Preference:
         if not isinstance(ref_logps, Tensor) or ref_logps.dim() != 1 or not ref_logps.is_floating_point():
             got = f"{list(ref_logps.shape)} of {ref_logps.dtype}" if isinstance(ref_logps, Tensor) else repr(ref_logps)
             raise ValueError(f"ref_logps: expected a floating-point tensor [S], got {got}")
-        validate_dpo_options(**{name: value for name, value in options.items() if name in LOSS_OPTIONS})  # type: ignore[arg-type]
+        check_options(options)
         for name in ("token_weights", "pair_weights", "lengths"):
             value = options.get(name)
             if value is not None and not isinstance(value, Tensor):
@@ -79,18 +79,26 @@ class Reference:
     """
 
     def __init__(self, gradients: Sequence[str], options: dict[str, Any]) -> None:
+        if isinstance(gradients, (str, Tensor)) or not set(gradients) <= set(GRADIENTS):
+            raise ValueError(f"gradients: expected some of {list(GRADIENTS)}, got {gradients!r}")
+        if not isinstance(options, Mapping) or not set(options) <= set(REFERENCE_OPTIONS):
+            raise ValueError(f"options: expected a dictionary of some of {list(REFERENCE_OPTIONS)}, got {options!r}")
         self.gradients, self.options = gradients, options
 
     @classmethod
     def of(cls, policy: Any, options: dict[str, Any]) -> Reference:
         """For a policy, a model with a head by `add_fused_lm_head` in whatever wraps it, that is called with a
         `Preference` of these options while gradients are recorded as they are now."""
-        layer = layers_of(_model_with_head(policy))[-1].head.output_layer()
+        model = _model_with_head(policy) if isinstance(policy, torch.nn.Module) else None
+        if model is None:
+            raise ValueError(
+                f"policy: expected a model to which add_fused_lm_head has added a head, got {name_of(policy)}"
+            )
+        layer = layers_of(model)[-1].head.output_layer()
         trained = [name.rpartition(".")[2] for name, weight in layer.named_parameters() if weight.requires_grad]
         of_head = {"bias" if name == "bias" else "weight" for name in trained}
         gradients = ("hidden", *sorted(of_head)) if torch.is_grad_enabled() else ()
-        taken = ("loss_type", "ld_alpha", "chunk_bytes", "token_weights")
-        return cls(gradients, {name: value for name, value in options.items() if name in taken})
+        return cls(gradients, {name: value for name, value in options.items() if name in REFERENCE_OPTIONS})
 
 
 @dataclass
@@ -190,9 +198,10 @@ def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",), *, ch
     """
     _check_outputs(outputs)
     model = unwrap(model)
+    head = LMHead(model, at_output_layer=True)
     if check is None:
         check = next((layer.checks for layer in reversed(layers_of(model))), True)
-    install(model, _Fused(LMHead(model, at_output_layer=True), outputs, check))
+    install(model, _Fused(head, outputs, check))
 
 
 def restore_fused_lm_head(model: Any) -> None:
@@ -208,6 +217,8 @@ def _model_with_head(wrapped: Any) -> Any:
 
 
 def _check_outputs(outputs: Sequence[str]) -> None:
+    if isinstance(outputs, str) or not isinstance(outputs, Collection):
+        raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {outputs!r}")
     if unknown := sorted(set(outputs) - {"log_probs", *STATS}):
         raise ValueError(f"outputs: expected some of {['log_probs', *STATS]}, got {unknown}")
 
@@ -234,6 +245,8 @@ class _Fused:
         all_mean_logits: bool = False,
         **inputs: Any,
     ) -> FusedOutput:
+        if labels is not None and shift_labels is not None:
+            raise ValueError("shift_labels: expected None beside labels, in whose place they are, got both")
         given = labels if shift_labels is None else shift_labels
         if args or given is None:
             raise ValueError(
@@ -241,8 +254,10 @@ class _Fused:
                 f"{'no labels' if given is None else 'labels'}, {len(args)} input(s) by position, and by keyword "
                 f"{sorted(inputs)}"
             )
-        if given.dim() != 2:
-            raise ValueError(f"fused_lm_head: expected labels or shift_labels [S, T], got {list(given.shape)}")
+        if not isinstance(given, Tensor) or given.dim() != 2:
+            shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
+            raise ValueError(f"labels, shift_labels: expected a tensor [S, T], got {shape}")
+        self._check_asked(preference, reference, num_items_in_batch, inputs)
         if outputs is not None:
             _check_outputs(outputs)
         target = _Target(given, shift_labels is not None)
@@ -257,6 +272,19 @@ class _Fused:
         found, aux_loss = self.head.in_forward(self.own, scored, **inputs)
         parts = {"num_items_in_batch": num_items_in_batch, "aux_loss_coef": self.head.aux_loss_coef}
         return FusedOutput(*split({**found, **parts, "aux_loss": aux_loss}))
+
+    def _check_asked(self, preference: Any, reference: Any, num_items_in_batch: Any, inputs: dict[str, Any]) -> None:
+        for name, value, kind in (("preference", preference, Preference), ("reference", reference, Reference)):
+            if value is not None and not isinstance(value, kind):
+                raise ValueError(f"{name}: expected a {kind.__name__} or None, got {name_of(value)}")
+        if preference is not None and reference is not None:
+            raise ValueError("reference: expected None beside a preference, got both: they are two calls")
+        items = 1 if num_items_in_batch is None or isinstance(num_items_in_batch, Tensor) else num_items_in_batch
+        if not isinstance(items, (int, float)) or items <= 0:
+            raise ValueError(f"num_items_in_batch: expected a number above 0, got {items!r}")
+        if of_loss := sorted(set(inputs) & (PREFERENCE_OPTIONS | {"ref_logps"})):
+            raise ValueError(f"{', '.join(of_loss)}: expected in preference=Preference(ref_logps, ...), not beside it")
+        self.head.refuse_misspelt(inputs)
 
     def _check(self, inputs: dict[str, Any]) -> None:
         try:

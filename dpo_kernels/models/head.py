@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import weakref
 from collections import Counter
@@ -17,7 +18,7 @@ from dpo_kernels.logps import SequenceLogps, linear_sequence_logps
 from dpo_kernels.models import check
 from dpo_kernels.models.operands import HeadOperands, as_taken_by, layer_operands, name_of
 from dpo_kernels.models.through_wrappers import Found, computed_in
-from dpo_kernels.options import LinearDPOOptions, LogpsOptions, unknown_keyword
+from dpo_kernels.options import LinearDPOOptions, LogpsOptions, is_at_hand, unknown_keyword
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -89,6 +90,8 @@ class LMHead:
             ValueError: no head or base model is found; the hidden states cannot be had without the logits through what
                 the model is wrapped in; or the check fails (`CheckFailed`, `NotFinite`).
         """
+        if not isinstance(check, bool):
+            raise ValueError(f"check: expected True or False, got {check!r}")
         head = cls(model)
         if check:
             head.check()
@@ -195,8 +198,19 @@ class LMHead:
         tokens: Any = inputs.get("input_ids")
         if tokens is None:
             tokens = inputs.get("inputs_embeds")
-        if tokens is not None and not isinstance(tokens, Tensor):
-            raise ValueError(f"input_ids: expected a tensor [S, T], got {type(tokens).__name__}")
+        name, rank = ("input_ids", 2) if inputs.get("input_ids") is not None else ("inputs_embeds", 3)
+        if tokens is not None and (not isinstance(tokens, Tensor) or tokens.dim() != rank):
+            got = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
+            raise ValueError(f"{name}: expected a tensor {'[S, T]' if rank == 2 else '[S, T, H]'}, got {got}")
+        if tokens is not None and tokens.is_floating_point() == (rank == 2):
+            raise ValueError(f"{name}: expected {'integers' if rank == 2 else 'floating point'}, got {tokens.dtype}")
+        if rank == 2 and tokens is not None and is_at_hand(tokens) and tokens.numel():
+            room = self.model.get_input_embeddings().weight.shape[0]
+            if not 0 <= int(tokens.min()) <= int(tokens.max()) < room:
+                raise ValueError(
+                    f"input_ids: expected ids in [0, {room}), got some from {int(tokens.min())} to {int(tokens.max())}"
+                )
+        self.refuse_misspelt(inputs)
         if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
             raise ValueError(
                 "the model takes input_ids or inputs_embeds and its other inputs here, but not labels or "
@@ -222,6 +236,7 @@ class LMHead:
             ValueError: the weight is quantised, or in pieces (of FSDP2 and ZeRO-3, outside `in_forward`), or an adapter
                 on the head is no fixed linear map.
         """
+        _check_hidden(hidden)
         transform = self._transform()
         hidden, weight, bias = layer_operands(self.output_layer(), transform(hidden) if transform else hidden)
         vocab_size = getattr(self._config(), "unpadded_vocab_size", None)
@@ -268,15 +283,25 @@ class LMHead:
         of_head: Any = {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
         return linear_dpo_loss(hidden, weight, labels, ref_logps, shift=shift, **of_head, **options)
 
+    def refuse_misspelt(self, inputs: Mapping[str, Any]) -> None:
+        """What a forward with `**kwargs` would take, and take no notice of."""
+        parameters = self._forward_parameters()
+        for name in inputs:
+            near = difflib.get_close_matches(name, set(parameters) - set(inputs), n=1, cutoff=0.75)
+            if name not in parameters and near and not name.endswith(near[0]):  # mm_token_type_ids
+                raise ValueError(
+                    f"{name}: expected an input of {name_of(self.model)}, which has no such; did you mean {near[0]!r}?"
+                )
+
     def _ready(self, hidden: Any, method: str, options: Mapping[str, Any], known: frozenset[str]) -> HeadOperands:
         """The operands, once it is clear that they can be had of what was given."""
         if unknown := set(options) - known:
             raise TypeError(unknown_keyword(f"LMHead.{method}", unknown, known))
-        if not isinstance(hidden, Tensor):
-            hint = "; hidden_states gives two things: hidden, aux_loss" if isinstance(hidden, tuple) else ""
-            raise ValueError(f"hidden: expected a tensor [S, T, H], got {type(hidden).__name__}{hint}")
+        _check_hidden(hidden)
         if hidden.dim() != 3 or not hidden.is_floating_point():
             raise ValueError(f"hidden: expected floating-point [S, T, H], got {list(hidden.shape)} of {hidden.dtype}")
+        if hidden.is_meta:
+            raise ValueError("hidden: expected values, got a tensor on the meta device, which has none")
         vocab_size, size = self._config().vocab_size, getattr(self._config(), "hidden_size", None)
         if size is not None and hidden.shape[-1] == vocab_size != size:
             raise ValueError(
@@ -443,6 +468,12 @@ class LMHead:
             for module in () if self.at_output_layer else sources:
                 stack.callback(module.register_forward_hook(hook).remove)
             yield sources
+
+
+def _check_hidden(hidden: object) -> None:
+    if not isinstance(hidden, Tensor):
+        hint = "; hidden_states gives two things: hidden, aux_loss" if isinstance(hidden, tuple) else ""
+        raise ValueError(f"hidden: expected a tensor [S, T, H], got {type(hidden).__name__}{hint}")
 
 
 def _weight_shape(layer: Any) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 from dpo_kernels.models.through_wrappers import is_of_a_library
 
+ASKED = ("preference", "reference", "all_mean_logits")  # keywords of fused heads that no model has
 Forward = Callable[..., Any]
 
 
@@ -53,6 +54,8 @@ def _forward(model_class: type, number: int) -> Forward:
     @functools.wraps(model_class.forward)  # type: ignore[attr-defined]  # `generate` looks at the signature
     def forward(self: Any, *args: Any, fused_lm_head: bool = False, **inputs: Any) -> Any:
         layer: Layer = self._fused_lm_heads[number]
+        if not fused_lm_head and (of_head := [name for name in ASKED if inputs.get(name) is not None]):
+            raise ValueError(f"{', '.join(of_head)}: expected with fused_lm_head=True, got a call without")
         return layer(*args, **inputs) if fused_lm_head else layer.original(*args, **inputs)
 
     forward.number, forward.ours = number, forward  # type: ignore[attr-defined]

@@ -119,6 +119,9 @@ class TrainConfig:
     )
     f_alpha: float = option(0.5, "alpha of the alpha divergence", above=0)
     discopop_tau: float = option(0.05, "temperature of the discopop loss", above=0)
+    rpo_alpha: float | None = option(
+        None, "RPO: weight of the chosen response's negative log-likelihood a token, beside the loss"
+    )
     ld_alpha: float | None = option(None, "length-desensitized DPO: weight of the tokens past the shorter response")
     use_weighting: bool = option(False, "weighted preference optimization (WPO)")
     simpo_gamma: float = option(0.5, "target margin of SimPO")
@@ -293,7 +296,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from error
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if values is None:
         values = {}
     if not isinstance(values, dict):
@@ -322,6 +325,7 @@ def _check_losses(config: TrainConfig) -> None:
     unused: dict[str, Any] = {
         "loss_weights": None,
         "ld_alpha": None,
+        "rpo_alpha": None,
         "use_weighting": False,
         "f_divergence": "reverse_kl",
         "reference": "auto",
@@ -363,7 +367,7 @@ def _check_datasets(config: TrainConfig) -> None:
 def dpo_options(config: TrainConfig) -> dict[str, Any]:
     """The settings that are options of `linear_dpo_loss` and say which loss it is."""
     names = ("beta", "loss_type", "loss_weights", "label_smoothing", "f_divergence", "f_alpha", "discopop_tau")
-    return {name: getattr(config, name) for name in (*names, "ld_alpha", "use_weighting")}
+    return {name: getattr(config, name) for name in (*names, "rpo_alpha", "ld_alpha", "use_weighting")}
 
 
 def _options() -> dict[str, Mapping[str, Any]]:

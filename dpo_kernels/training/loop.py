@@ -85,6 +85,11 @@ def train(config: TrainConfig) -> TrainResult:
         FloatingPointError: the loss is no longer a number.
         ImportError: a package of the extra `train` is missing.
     """
+    if not isinstance(config, TrainConfig):
+        raise ValueError(
+            f"config: expected a TrainConfig, got {type(config).__name__}: TrainConfig(beta=0.1, ...), or of a file "
+            "`dpo-kernels train FILE`"
+        )
     require_packages(config)
     with deterministic_algorithms(config.deterministic):
         return _train(config)

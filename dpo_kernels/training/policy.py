@@ -21,6 +21,7 @@ from dpo_kernels.models.shapes import read_config
 from dpo_kernels.training.checkpoint import atomic_directory, damage, write_checksums
 from dpo_kernels.training.config import TrainConfig, dpo_options
 from dpo_kernels.training.tokenizer import hub_options
+from dpo_kernels.training.values import in_one_line
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -61,10 +62,13 @@ def load_model(config: TrainConfig, name: str, tokenizer: PreTrainedTokenizerBas
         try:
             return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), **options)
         except Exception as error:  # whatever the code of a model makes of such settings
-            raise ValueError(f"model: {file} makes no model: {_in_one_line(error)}") from error
+            raise ValueError(f"model: {file} makes no model: {in_one_line(error)}") from error
     if (Path(name) / "adapter_config.json").is_file():
         raise ValueError(f"model: {name!r} is a PEFT adapter: merge it into its model and save that first")
-    AutoConfig.from_pretrained(name, **hub_options(config, name))  # what is wrong with it, or with the name, it says
+    try:
+        AutoConfig.from_pretrained(name, **hub_options(config, name))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model: {name!r} cannot be had: {in_one_line(error)}") from error
     with _damage_named(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, output_loading_info=True, **options, **hub_options(config, name)
@@ -94,12 +98,7 @@ def _damage_named(name: str) -> Iterator[None]:
         if of_the_machine or not (of_a_reader or Path(name).is_dir()):
             raise
         kind = "are damaged" if of_a_reader else "are damaged, or do not fit its config.json"
-        raise ValueError(f"model: the weights of {name!r} {kind}: {_in_one_line(error)}") from error
-
-
-def _in_one_line(error: Exception) -> str:
-    """Of what kind, too: some say nothing else."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")
+        raise ValueError(f"model: the weights of {name!r} {kind}: {in_one_line(error)}") from error
 
 
 def damaged_weights(weights: Iterable[tuple[str, Tensor]]) -> str:

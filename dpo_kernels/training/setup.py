@@ -131,6 +131,8 @@ def set_up(config: TrainConfig) -> Run:
     if not accelerator.is_main_process:  # one voice is enough
         logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", UserWarning)
+    if Path(config.output_dir).is_file():
+        raise ValueError(f"output_dir: expected a directory, or none yet, got the file {config.output_dir}")
     checkpoint = find_checkpoint(Path(config.output_dir), config.resume, config.overwrite)
     if accelerator.is_main_process:
         for message in practice_warnings(config):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_kernels.training.config import TrainConfig, is_name
+from dpo_kernels.training.values import in_one_line
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,7 +82,11 @@ def _load_tokenizer(config: TrainConfig, dataset: Dataset) -> PreTrainedTokenize
         columns = [column for column in ("prompt", "chosen", "rejected") if column in dataset.column_names]
         texts = (text for row in dataset.select_columns(columns) for value in row.values() for text in _texts(value))
         return demo_tokenizer(texts, int(name.removeprefix("train:")))
-    return AutoTokenizer.from_pretrained(name, **hub_options(config, name))
+    try:
+        return AutoTokenizer.from_pretrained(name, **hub_options(config, name))
+    except OSError as error:
+        key = "tokenizer" if config.tokenizer else "model"
+        raise ValueError(f"{key}: {name!r} cannot be had: {in_one_line(error)}") from error
 
 
 def _texts(value: Any) -> list[str]:

@@ -108,3 +108,8 @@ def _convert(value: Any, kind: type) -> Any:
     if not math.isfinite(number) or (kind is int and number != int(number)):
         return None
     return value if kind is int and isinstance(value, int) else kind(number)
+
+
+def in_one_line(error: Exception) -> str:
+    """Of what kind, too: some say nothing else."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

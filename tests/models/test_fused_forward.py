@@ -436,3 +436,26 @@ def test_token_weights_belong_to_the_labels_of_the_call(shifted):
     asked = {"shift_labels" if shifted else "labels": labels}
     found = model(**inputs, **asked, fused_lm_head=True, preference=preference).preference
     torch.testing.assert_close(found.logps, expected.detach())
+
+
+@pytest.mark.parametrize(
+    "error, message, arguments",
+    [
+        (TypeError, "Preference: no argument 'betta'; did you mean 'beta'", {"betta": 0.1}),
+        (TypeError, "Preference: no argument 'shift'", {"shift": True}),
+        (TypeError, "Preference: no argument 'reference_free': .* zeros", {"reference_free": True}),
+        (ValueError, "beta must be a positive finite number, got -1", {"beta": -1}),
+        (ValueError, "loss_type must be one of .*did you mean 'sigmoid'", {"loss_type": "sigmod"}),
+        (ValueError, "pair_weights: expected a tensor or None, got list", {"pair_weights": [1.0]}),
+    ],
+    ids=str,
+)
+def test_a_preference_is_checked_where_it_is_made(error, message, arguments):
+    with pytest.raises(error, match=message):
+        Preference(torch.zeros(2), **arguments)
+
+
+@pytest.mark.parametrize("reference", [None, 0.0, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), [0.0, 0.0]])
+def test_a_preference_needs_log_probabilities(reference):
+    with pytest.raises(ValueError, match=r"ref_logps: expected a floating-point tensor \[S\], got"):
+        Preference(reference, beta=0.1)

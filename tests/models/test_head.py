@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -21,6 +22,7 @@ from heads import (
     assert_same_gradients,
     batch,
     build,
+    eager_logps,
     gradients,
     logits_of,
     randomised,
@@ -362,3 +364,61 @@ def test_a_static_graph_of_distributed_data_parallel_is_refused(tmp_path):
             LMHead.from_model(wrapped)
     finally:
         torch.distributed.destroy_process_group()
+
+
+# How it is called
+
+
+def test_labels_are_those_of_hugging_face():
+    model, inputs = build("qwen2"), batch()
+    head, labels = LMHead.from_model(model), inputs["input_ids"]
+    hidden, _ = head.hidden_states(labels, attention_mask=inputs["attention_mask"])
+    assert torch.equal(hidden, head.hidden_states(**inputs)[0])
+    shifted = head.sequence_logps(hidden, labels)
+    expected = eager_logps(model(**inputs).logits, labels)
+    assert_close(shifted.logps, expected, 1e-5)
+    aligned = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    assert torch.equal(shifted.logps, head.sequence_logps(hidden, aligned, shift=False).logps)
+    loss = head.dpo_loss(hidden, labels, torch.zeros(2)).loss
+    assert torch.equal(loss, head.dpo_loss(hidden, aligned, torch.zeros(2), shift=False).loss)
+
+
+def test_what_a_head_is_given_by_mistake_is_named():
+    head = LMHead.from_model(build("qwen2"))
+    hidden, _ = head.hidden_states(**batch())
+    labels, ref = batch()["input_ids"], torch.zeros(2)
+    logits = hidden @ head.operands(hidden).weight.T
+    cases = [
+        (
+            lambda: head.sequence_logps((hidden, None), labels),
+            "hidden: expected a tensor.*hidden_states gives two things",
+        ),
+        (lambda: head.sequence_logps(hidden.detach().numpy(), labels), "hidden: expected a tensor .* got ndarray"),
+        (lambda: head.sequence_logps(logits, labels), r"hidden: .* which are logits: .*dpo_kernels.sequence_logps"),
+        (lambda: head.dpo_loss(logits, labels, ref), r"hidden: .* which are logits"),
+        (lambda: head.dpo_loss(labels, hidden, ref), "hidden: expected floating-point .* of torch.int64"),
+        (lambda: head.dpo_loss(hidden[0], labels[0], ref), r"hidden: expected floating-point \[S, T, H\]"),
+        (lambda: head.dpo_loss(hidden, labels, None), "ref_logps: expected a tensor .*without a reference, zeros"),
+        (lambda: head.hidden_states([[1, 2]]), "input_ids: expected a tensor .* got list"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    for call, message in (
+        (
+            lambda: head.dpo_loss(hidden, labels, ref, betta=1),
+            "LMHead.dpo_loss: no argument 'betta'; did you mean 'beta'?",
+        ),
+        (lambda: head.dpo_loss(hidden, labels, ref, softcap=1.0), "LMHead.dpo_loss: no argument 'softcap'"),
+        (lambda: head.sequence_logps(hidden, labels, average_log_prob=True), "no argument 'average_log_prob': .*mean"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+
+
+def test_a_head_says_what_it_is():
+    head = LMHead.from_model(build("gemma2"))
+    assert re.fullmatch(
+        r"LMHead\(Gemma2ForCausalLM, Linear \[\d+, \d+\], logit_scale=1, softcap=[\d.]+, checked\)", repr(head)
+    )
+    assert "not checked" in repr(LMHead.from_model(build("qwen2"), check=False))

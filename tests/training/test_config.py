@@ -59,6 +59,8 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
         ("loss_weights: [1, 2]", r"loss_weights must have one weight for each"),
         ("label_smoothing: 0.1", r"label_smoothing must be 0 for loss_type \['sigmoid'\].*'cdpo'"),
         ("{loss_type: orpo, ld_alpha: 0.5}", r"ld_alpha: loss_type 'orpo' has none, got 0.5"),
+        ("{loss_type: simpo, rpo_alpha: 0.5}", r"rpo_alpha: loss_type 'simpo' has none, got 0.5"),
+        ("{rpo_alpha: -0.5}", "rpo_alpha must be a finite number of at least 0, got -0.5"),
         ("{loss_type: simpo, reference: copy}", r"reference: loss_type 'simpo' has none, got 'copy'"),
         ("reference: base", r"reference 'base' needs a LoRA policy"),
         ("{eval_fraction: 0, load_best_model_at_end: true}", r"load_best_model_at_end needs held-out pairs"),

@@ -97,7 +97,7 @@ def test_the_best_weights_can_be_the_final_ones(tmp_path):
         assert not (tmp_path / "anew").exists()
 
 
-def eager_step(model, reference, batch, loss_type, beta):
+def eager_step(model, reference, batch, loss_type, beta, rpo_alpha):
     """Loss a pair and the metrics of chosen and rejected examples, from the whole logits."""
 
     def score(network, ids, prompt):
@@ -127,6 +127,8 @@ def eager_step(model, reference, batch, loss_type, beta):
         loss = -F.logsigmoid(beta * ((chosen - ref_chosen) - (rejected - ref_rejected))).mean()
         if "sft" in loss_type:
             loss = loss - 0.5 * chosen.sum() / lengths[0].sum()
+        if rpo_alpha is not None:
+            loss = loss - rpo_alpha * (chosen / lengths[0]).mean()
     return loss, rewards, chosen.detach(), rejected.detach()
 
 
@@ -137,8 +139,9 @@ def eager_step(model, reference, batch, loss_type, beta):
         {"loss_type": "sigmoid,sft", "loss_weights": [1.0, 0.5]},  # sft divides by the length of the whole step
         {"loss_type": "simpo", "beta": 2.0},
         {"loss_type": "cpo"},
+        {"loss_type": "sigmoid", "rpo_alpha": 0.5},
     ],
-    ids=lambda loss: loss["loss_type"],
+    ids=lambda loss: "-".join(map(str, loss.values())),
 )
 def test_steps_equal_those_of_an_eager_loop(tmp_path, loss):
     # Micro-batches of 2 and accumulation over 2, against one batch of 4; 7 steps, the last one of 3 pairs.
@@ -158,7 +161,9 @@ def test_steps_equal_those_of_an_eager_loop(tmp_path, loss):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     for step, row in enumerate(rows):
         batch = [pairs[int(i)] for i in pairs_of_step(step, len(pairs), 4, config.seed)]
-        value, rewards, chosen, rejected = eager_step(model, reference, batch, loss["loss_type"], config.beta)
+        value, rewards, chosen, rejected = eager_step(
+            model, reference, batch, loss["loss_type"], config.beta, config.rpo_alpha
+        )
         value.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         rate = 1e-3 * (0.5 if step == 0 else (7 - step) / 6)  # one step of warm-up, then linear

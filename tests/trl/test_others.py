@@ -114,7 +114,9 @@ def test_kto_patched_and_verified(tmp_path, monkeypatch):
     assert_agree(found, expected)
     assert "eval_mean" in found[-1]
     right = ours._kto.losses_of_responses
-    monkeypatch.setattr(ours._kto, "losses_of_responses", lambda *args, **options: right(*args, **options | {"beta": 0.2}))
+    monkeypatch.setattr(
+        ours._kto, "losses_of_responses", lambda *args, **options: right(*args, **options | {"beta": 0.2})
+    )
     with pytest.raises(RuntimeError, match="does not fit 1.99.0: on the first batch loss"):
         trained(ours.KTOTrainer, config, prototype("mistral"), unpaired(), LORA)
 
