@@ -216,7 +216,8 @@ def linear_dpo_loss(
     given = _Given(labels, ref_logps.detach().to(dtype), token_weights, lengths, shares, labels.shape[0] // 2)
     if mean_chosen_length is None:
         options = options._replace(mean_chosen_length=given.mean_chosen_length(ignore_index))
-    transform = LogitTransform(float(logit_scale), softcap, float(temperature))
+    cap = None if softcap is None else float(softcap)
+    transform = LogitTransform(float(logit_scale), cap, float(temperature))
 
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     dtypes = compute_dtype, weight.dtype, hidden.dtype
@@ -248,9 +249,10 @@ def linear_dpo_loss(
         impl=impl,
     )
     for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
-    loss, logps = _pair_losses(out.token_logps, for_wpo, given, options)
+    loss, logps = _pair_losses(out.token_logps, for_wpo, given._replace(shares=None), options)
+    counted = loss if shares is None else _pair_losses(out.token_logps, for_wpo, given, options)[0]
     return LinearDPOOutput(
-        given.mean(loss.losses),
+        given.mean(counted.losses),
         loss.losses,
         logps,
         out.num_tokens,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -106,7 +107,8 @@ def linear_sequence_logps(
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
     with_dhidden = torch.is_grad_enabled() and frozen and hidden.requires_grad
-    options = (bias, float(logit_scale), softcap, float(temperature), ignore_index)
+    cap = None if softcap is None else float(softcap)
+    options = (bias, float(logit_scale), cap, float(temperature), ignore_index)
 
     if torch.compiler.is_compiling():
         known = ops.UNKNOWN if num_labelled is None else num_labelled
@@ -312,7 +314,7 @@ def check_transform(logit_scale: float, softcap: float | None, temperature: floa
 
 def _is_number(value: object) -> bool:
     """Not a tensor: its gradient would be lost."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -361,7 +363,11 @@ def check_head_is_finite(logps: Tensor, weight: Tensor, bias: Tensor | None) -> 
 def check_num_labelled(num_labelled: int | None) -> None:
     if num_labelled is None or torch.compiler.is_compiling():
         return
-    if not isinstance(num_labelled, (int, torch.SymInt)) or isinstance(num_labelled, bool) or num_labelled < 0:
+    if (
+        not isinstance(num_labelled, (numbers.Integral, torch.SymInt))
+        or isinstance(num_labelled, bool)
+        or num_labelled < 0
+    ):
         raise ValueError(f"num_labelled: expected None or a count of at least 0, got {num_labelled!r}")
 
 

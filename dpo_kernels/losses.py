@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import numbers
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -856,7 +857,7 @@ def _is_finite(x: float) -> bool:
 
 def _check_number(argument: str, value: object, expected: str, is_valid: Callable[[float], bool]) -> None:
     # a tensor neither: its gradient would be lost
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not is_valid(value):
+    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not is_valid(float(value)):
         raise ValueError(f"{argument} must be {expected}, got {value!r}")
 
 

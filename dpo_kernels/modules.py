@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from dpo_kernels.linear_dpo import LinearDPOOutput, check_options, linear_dpo_loss
 from dpo_kernels.losses import PreferenceLoss, dpo_loss, validate_dpo_options
-from dpo_kernels.options import Impl, LossOptions, PairLossOptions, unknown_keyword
+from dpo_kernels.options import Differentiable, Impl, LossOptions, PairLossOptions, unknown_keyword
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,7 +66,8 @@ class LinearDPOLoss(nn.Module):
     """`linear_dpo_loss` with its options: `LinearDPOLoss(beta=0.1)(hidden, weight, labels, ref_logps)`.
 
     Args:
-        logit_scale, softcap, temperature, ignore_index, shift, chunk_bytes, impl: as in `linear_dpo_loss`.
+        logit_scale, softcap, temperature, ignore_index, shift, differentiable, chunk_bytes, impl: as in
+            `linear_dpo_loss`.
         **options: more of `linear_dpo_loss`, those that are numbers and names.
 
     Raises:
@@ -81,6 +82,7 @@ class LinearDPOLoss(nn.Module):
         temperature: float = 1.0,
         ignore_index: int = -100,
         shift: bool = False,
+        differentiable: Sequence[Differentiable] = (),
         chunk_bytes: int | None = None,
         impl: Impl = "auto",
         **options: Unpack[LossOptions],
@@ -93,6 +95,7 @@ class LinearDPOLoss(nn.Module):
             "temperature": temperature,
             "ignore_index": ignore_index,
             "shift": shift,
+            "differentiable": differentiable,
             "chunk_bytes": chunk_bytes,
             "impl": impl,
             **options,
@@ -109,6 +112,8 @@ class LinearDPOLoss(nn.Module):
         *,
         token_weights: Tensor | None = None,
         pair_weights: Tensor | None = None,
+        lengths: Tensor | None = None,
+        mean_chosen_length: Tensor | float | None = None,
     ) -> LinearDPOOutput:
         """hidden [S, T, H], weight [V, H], labels [S, T], ref_logps [S], bias [V], as in `linear_dpo_loss`."""
         return linear_dpo_loss(
@@ -119,6 +124,8 @@ class LinearDPOLoss(nn.Module):
             bias=bias,
             token_weights=token_weights,
             pair_weights=pair_weights,
+            lengths=lengths,
+            mean_chosen_length=mean_chosen_length,
             **self.options,
         )
 

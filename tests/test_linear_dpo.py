@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
@@ -510,6 +511,28 @@ def test_gradients_through_log_probabilities_and_losses(options, chunks, frozen)
         else:
             with pytest.raises(RuntimeError, match=rf"a gradient came through {name},.* differentiable=\('{name}',\)"):
                 torch.autograd.grad(out.loss - 1000 * term, wanted, retain_graph=True)
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+@pytest.mark.parametrize("frozen", [False, True])
+def test_gradients_through_log_probabilities_of_pairs_without_weight(frozen):
+    inputs, weights = head_inputs(6, 9, dtype=torch.float64), torch.tensor([1.0, 0.0, 2.0])
+    for each in (inputs.weight, inputs.bias):
+        each.requires_grad_(not frozen)
+    loss, logps = eager(inputs)
+    mean = (loss.losses * weights).sum() / weights.sum()
+    expected = torch.autograd.grad(of_ones_own(mean, loss.losses, logps), inputs.hidden)
+    out = fused(inputs, pair_weights=weights, differentiable=("logps", "losses"))
+    found = torch.autograd.grad(of_ones_own(out.loss, out.losses, out.logps), inputs.hidden)
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
+def test_numbers_of_numpy_are_numbers():
+    inputs = head_inputs(6, 9)
+    named = {"beta": np.float32(0.25), "softcap": np.float32(20.0), "temperature": np.float64(1.5)}
+    named |= {"num_labelled": np.int64((inputs.labels != -100).sum()), "rpo_alpha": np.float32(0.5)}
+    assert torch.equal(fused(inputs, **named).loss, fused(inputs, **{k: v.item() for k, v in named.items()}).loss)
 
 
 @pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations

@@ -378,16 +378,16 @@ def _room(model: Any) -> int:
 
 def _plain_tokens(model: Any, length: int) -> Tensor:
     """[1, T] ids that stand for text: no other number that the config gives, some of which stand for images."""
-    special = set(_numbers(model.config.to_dict()))
+    special = set(numbers_of(model.config.to_dict()))
     vocabulary = getattr(model.config.get_text_config(), "vocab_size", None) or 3
     plain = list(itertools.islice((each for each in range(vocabulary) if each not in special), 8))
     return torch.tensor(list(itertools.islice(itertools.cycle(plain or [0]), length))).unsqueeze(0)
 
 
-def _numbers(config: Any) -> Iterator[int]:
+def numbers_of(config: Any) -> Iterator[int]:
     if isinstance(config, dict | list | tuple):
         for each in config.values() if isinstance(config, dict) else config:
-            yield from _numbers(each)
+            yield from numbers_of(each)
     elif type(config) is int:
         yield config
 

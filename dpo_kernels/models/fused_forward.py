@@ -9,6 +9,7 @@ ours when it is there instead.
 from __future__ import annotations
 
 import functools
+import numbers
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -280,7 +281,7 @@ class _Fused:
         if preference is not None and reference is not None:
             raise ValueError("reference: expected None beside a preference, got both: they are two calls")
         items = 1 if num_items_in_batch is None or isinstance(num_items_in_batch, Tensor) else num_items_in_batch
-        if not isinstance(items, (int, float)) or items <= 0:
+        if not isinstance(items, numbers.Real) or items <= 0:
             raise ValueError(f"num_items_in_batch: expected a number above 0, got {items!r}")
         if of_loss := sorted(set(inputs) & (PREFERENCE_OPTIONS | {"ref_logps"})):
             raise ValueError(f"{', '.join(of_loss)}: expected in preference=Preference(ref_logps, ...), not beside it")

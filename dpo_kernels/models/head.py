@@ -205,12 +205,10 @@ class LMHead:
         if tokens is not None and tokens.is_floating_point() == (rank == 2):
             raise ValueError(f"{name}: expected {'integers' if rank == 2 else 'floating point'}, got {tokens.dtype}")
         if rank == 2 and tokens is not None and is_at_hand(tokens) and tokens.numel():
-            room = self.model.get_input_embeddings().weight.shape[0]
-            if not 0 <= int(tokens.min()) <= int(tokens.max()) < room:
-                raise ValueError(
-                    f"input_ids: expected ids in [0, {room}), got some from {int(tokens.min())} to {int(tokens.max())}"
-                )
+            self._refuse_unknown_ids(tokens)
         self.refuse_misspelt(inputs)
+        if inputs.get("labels", ...) is None:
+            del inputs["labels"]
         if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
             raise ValueError(
                 "the model takes input_ids or inputs_embeds and its other inputs here, but not labels or "
@@ -283,12 +281,20 @@ class LMHead:
         of_head: Any = {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
         return linear_dpo_loss(hidden, weight, labels, ref_logps, shift=shift, **of_head, **options)
 
+    def _refuse_unknown_ids(self, tokens: Tensor) -> None:
+        """Ids that have no embedding, but for those that the config knows, which may stand for images."""
+        room = self.model.get_input_embeddings().weight.shape[0]  # 0 where ZeRO-3 has it in pieces
+        wrong = tokens[(tokens < 0) | (tokens >= room)].unique().tolist() if room else []
+        if wrong and not set(wrong) <= set(check.numbers_of(self.model.config.to_dict())):
+            raise ValueError(f"input_ids: expected ids in [0, {room}), got {wrong[:3]}")
+
     def refuse_misspelt(self, inputs: Mapping[str, Any]) -> None:
         """What a forward with `**kwargs` would take, and take no notice of."""
         parameters = self._forward_parameters()
+        usual = {"input_ids", "attention_mask", "position_ids", "inputs_embeds"}.intersection(parameters) - set(inputs)
         for name in inputs:
-            near = difflib.get_close_matches(name, set(parameters) - set(inputs), n=1, cutoff=0.75)
-            if name not in parameters and near and not name.endswith(near[0]):  # mm_token_type_ids
+            near = difflib.get_close_matches(name, usual, n=1, cutoff=0.75)
+            if name not in parameters and near and not name.endswith(near[0]):  # decoder_attention_mask
                 raise ValueError(
                     f"{name}: expected an input of {name_of(self.model)}, which has no such; did you mean {near[0]!r}?"
                 )

@@ -416,6 +416,20 @@ def test_what_a_head_is_given_by_mistake_is_named():
             call()
 
 
+@torch.no_grad()
+def test_inputs_that_are_refused_and_those_that_are_not():
+    head, tokens = LMHead.from_model(build("qwen2")), batch()["input_ids"]
+    with pytest.raises(ValueError, match="attn_mask: expected an input of Qwen2.* did you mean 'attention_mask'"):
+        head.hidden_states(tokens, attn_mask=torch.ones_like(tokens))
+    with pytest.raises(ValueError, match=r"input_ids: expected ids in \[0, 101\), got \[5000\]"):
+        head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], 5000))
+    more = {"token_type_ids": None, "mm_token_type_ids": None, "pixel_values_videos": None, "labels": None}
+    hidden, _ = head.hidden_states(tokens, **more, position_ids=torch.arange(7)[None], output_hidden_states=True)
+    head.model.config.image_token_id = 5000  # which a model of images takes out before it looks for embeddings
+    with pytest.raises(IndexError):
+        head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], 5000))
+
+
 def test_a_head_says_what_it_is():
     head = LMHead.from_model(build("gemma2"))
     assert re.fullmatch(
