@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
-from typing import NamedTuple, TypeGuard, cast
+from typing import NamedTuple, cast, get_args
 
 import torch
 
@@ -70,11 +70,12 @@ CPU_PROBLEM = _extension_problem("dpo_kernels._native", "a C++ compiler", "cpu")
 CUDA_PROBLEM = _extension_problem("dpo_kernels._cuda", "the CUDA toolkit", "cuda")
 
 
-def check_impl(impl: object) -> TypeGuard[Impl]:
-    """Raises `ValueError` for what is no implementation's name."""
-    if impl != "auto" and impl not in IMPLEMENTATIONS:
-        raise ValueError(f"impl: expected one of {('auto', *IMPLEMENTATIONS)}, got {impl!r}")
-    return True
+def check_impl(impl: object) -> Impl:
+    """The name as it is; raises `ValueError` for what is no implementation's."""
+    for known in get_args(Impl):
+        if impl == known:
+            return cast(Impl, known)
+    raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
 
 
 def choose(impl: str, device: torch.device) -> Impl:
@@ -83,14 +84,14 @@ def choose(impl: str, device: torch.device) -> Impl:
     Raises:
         ValueError: `impl` is unknown, or cannot run on `device`; the message gives the reason.
     """
-    if impl == "auto":
+    name = check_impl(impl)
+    if name == "auto":
         candidates: tuple[Impl, ...] = (*(choice.impl for choice in CHOICES if choice.device == device.type), "torch")
-        return next(name for name in candidates if unavailable_reason(name, device) is None)
-    assert check_impl(impl)
-    reason = unavailable_reason(impl, device)
+        return next(each for each in candidates if unavailable_reason(each, device) is None)
+    reason = unavailable_reason(name, device)
     if reason is not None:
-        raise ValueError(f"impl: {impl!r} cannot run on device {str(device)!r}: {reason}")
-    return impl
+        raise ValueError(f"impl: {name!r} cannot run on device {str(device)!r}: {reason}")
+    return name
 
 
 def load(impl: str) -> TileKernels:

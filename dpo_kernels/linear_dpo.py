@@ -37,7 +37,16 @@ from dpo_kernels.losses import (
     wpo_weights,
 )
 from dpo_kernels.ops import refuse_second_derivative
-from dpo_kernels.options import Differentiable, FDivergence, Impl, LossOptions, LossType, Stat, explain_unknown
+from dpo_kernels.options import (
+    Differentiable,
+    FDivergence,
+    Impl,
+    LossOptions,
+    LossType,
+    Stat,
+    explain_unknown,
+    is_at_hand,
+)
 from dpo_kernels.pair_groups import Group, pair_major, plan_groups
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows
 
@@ -210,7 +219,7 @@ def linear_dpo_loss(
     if pair_weights is not None:
         _check_weight_values("pair_weights", pair_weights, waits)
         shares = _shares(pair_weights).to(dtype)
-    if check_hidden:
+    if check_hidden and is_at_hand(ref_logps):
         absent = None if shares is None else (shares == 0).repeat(2)  # whose numbers are nobody's
         check_finite_logps("ref_logps", ref_logps if absent is None else ref_logps.masked_fill(absent, 0), "sequence")
     given = _Given(labels, ref_logps.detach().to(dtype), token_weights, lengths, shares, labels.shape[0] // 2)
@@ -309,8 +318,9 @@ def check_differentiable(differentiable: object) -> None:
 
 
 def check_chunk_bytes(chunk_bytes: object) -> None:
-    is_number = isinstance(chunk_bytes, (int, float)) and not isinstance(chunk_bytes, bool)
-    if chunk_bytes is not None and not (is_number and chunk_bytes >= 0):  # type: ignore[operator]
+    if chunk_bytes is None:
+        return
+    if not isinstance(chunk_bytes, (int, float)) or isinstance(chunk_bytes, bool) or not chunk_bytes >= 0:
         raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes!r}")
 
 

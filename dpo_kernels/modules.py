@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from dpo_kernels.linear_dpo import LinearDPOOutput, check_options, linear_dpo_loss
 from dpo_kernels.losses import PreferenceLoss, dpo_loss, validate_dpo_options
-from dpo_kernels.options import Differentiable, Impl, LossOptions, PairLossOptions, unknown_keyword
+from dpo_kernels.options import Differentiable, Impl, LossOptions, PairLossOptions, refuse_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -29,7 +29,7 @@ class DPOLoss(nn.Module):
 
     def __init__(self, **options: Unpack[PairLossOptions]) -> None:
         super().__init__()
-        _refuse_unknown("DPOLoss", options, PAIR_LOSS_OPTIONS)
+        refuse_unknown("DPOLoss", options, PAIR_LOSS_OPTIONS)
         validate_dpo_options(**options)
         self.options = options
 
@@ -88,7 +88,7 @@ class LinearDPOLoss(nn.Module):
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        _refuse_unknown("LinearDPOLoss", options, LOSS_OPTIONS)
+        refuse_unknown("LinearDPOLoss", options, LOSS_OPTIONS)
         self.options: dict[str, Any] = {
             "logit_scale": logit_scale,
             "softcap": softcap,
@@ -131,11 +131,6 @@ class LinearDPOLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return _listed(self.options)
-
-
-def _refuse_unknown(name: str, options: Mapping[str, Any], known: frozenset[str]) -> None:
-    if unknown := set(options) - known:
-        raise TypeError(unknown_keyword(name, unknown, known))
 
 
 def _listed(options: Mapping[str, Any]) -> str:

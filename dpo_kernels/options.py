@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, ParamSpec, TypedDict, TypeVar
 
 import torch
@@ -120,20 +120,22 @@ def explain_unknown(function: Callable[Parameters, Returned]) -> Callable[Parame
 
     @functools.wraps(function)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
-        if not known.issuperset(kwargs):
-            raise TypeError(unknown_keyword(function.__name__, set(kwargs) - known, known))
+        refuse_unknown(function.__name__, kwargs, known)
         return function(*args, **kwargs)
 
     return wrapped
 
 
-def unknown_keyword(function: str, unknown: set[str], known: frozenset[str]) -> str:
-    name = min(unknown)
+def refuse_unknown(function: str, options: Mapping[str, object], known: frozenset[str]) -> None:
+    """Raises `TypeError` for an option that is none of those known."""
+    if known.issuperset(options):
+        return
+    name = min(set(options) - known)
     if name in ELSEWHERE:
-        return f"{function}: no argument {name!r}: {ELSEWHERE[name]}"
+        raise TypeError(f"{function}: no argument {name!r}: {ELSEWHERE[name]}")
     nearest = difflib.get_close_matches(name, known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else f", expected some of {sorted(known)}"
-    return f"{function}: no argument {name!r}{hint}"
+    raise TypeError(f"{function}: no argument {name!r}{hint}")
 
 
 def is_at_hand(tensor: Tensor) -> bool:

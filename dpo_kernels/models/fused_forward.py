@@ -26,7 +26,7 @@ from dpo_kernels.models.head import HeadOperands, LMHead, unwrap
 from dpo_kernels.models.layered_forward import install, is_outermost, layers_of
 from dpo_kernels.models.operands import name_of
 from dpo_kernels.models.through_wrappers import is_of_a_library, split
-from dpo_kernels.options import PreferenceOptions, Stat, unknown_keyword
+from dpo_kernels.options import PreferenceOptions, Stat, refuse_unknown
 from dpo_kernels.rows import shift_labels
 
 if TYPE_CHECKING:
@@ -57,8 +57,7 @@ class Preference:
     """
 
     def __init__(self, ref_logps: Tensor, **options: Unpack[PreferenceOptions]) -> None:
-        if unknown := set(options) - PREFERENCE_OPTIONS:
-            raise TypeError(unknown_keyword("Preference", unknown, PREFERENCE_OPTIONS))
+        refuse_unknown("Preference", options, PREFERENCE_OPTIONS)
         if not isinstance(ref_logps, Tensor) or ref_logps.dim() != 1 or not ref_logps.is_floating_point():
             got = f"{list(ref_logps.shape)} of {ref_logps.dtype}" if isinstance(ref_logps, Tensor) else repr(ref_logps)
             raise ValueError(f"ref_logps: expected a floating-point tensor [S], got {got}")

@@ -18,7 +18,7 @@ from dpo_kernels.logps import SequenceLogps, linear_sequence_logps
 from dpo_kernels.models import check
 from dpo_kernels.models.operands import HeadOperands, as_taken_by, layer_operands, name_of
 from dpo_kernels.models.through_wrappers import Found, computed_in
-from dpo_kernels.options import LinearDPOOptions, LogpsOptions, is_at_hand, unknown_keyword
+from dpo_kernels.options import LinearDPOOptions, LogpsOptions, is_at_hand, refuse_unknown
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -301,8 +301,7 @@ class LMHead:
 
     def _ready(self, hidden: Any, method: str, options: Mapping[str, Any], known: frozenset[str]) -> HeadOperands:
         """The operands, once it is clear that they can be had of what was given."""
-        if unknown := set(options) - known:
-            raise TypeError(unknown_keyword(f"LMHead.{method}", unknown, known))
+        refuse_unknown(f"LMHead.{method}", options, known)
         _check_hidden(hidden)
         if hidden.dim() != 3 or not hidden.is_floating_point():
             raise ValueError(f"hidden: expected floating-point [S, T, H], got {list(hidden.shape)} of {hidden.dtype}")
