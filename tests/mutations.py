@@ -418,7 +418,7 @@ MUTATIONS = {
         Mutation(LOGPS, "if inplace_backward and any(", "if False and any(", ON_TORCH),
         Mutation(OPS, "        check_finite(x, rows, waits=num_labelled == UNKNOWN)", "        pass", ON_TORCH),
         Mutation(GATHER, "if low.isfinite() & high.isfinite():", "if low.isfinite():", ON_TORCH),
-        Mutation(DISPATCH, "reason = unavailable_reason(impl, device)\n    if", "reason = None\n    if", LOGPS_TESTS),
+        Mutation(DISPATCH, "reason = unavailable_reason(name, device)\n    if", "reason = None\n    if", LOGPS_TESTS),
         # a setting that is off
         Mutation(
             DISPATCH,
@@ -549,8 +549,8 @@ MUTATIONS = {
         ),
         Mutation(
             LOSSES,
-            "return chosen / chosen_lengths.clamp(min=1), rejected / rejected_lengths.clamp(min=1)",
-            "return chosen / chosen_lengths, rejected / rejected_lengths",
+            "_as_lengths(name, lengths, logps).clamp(min=1) if",
+            "_as_lengths(name, lengths, logps) if",
             REFERENCE_FREE,
         ),
         # a narrower dtype
@@ -831,8 +831,8 @@ MUTATIONS = {
         # pair by pair
         Mutation(
             BATCHING,
-            "for key in _REF_LOGPS for example in examples]",
-            "for example in examples for key in _REF_LOGPS]",
+            "for key in _REF_LOGPS\n                for n, example in enumerate(examples)",
+            "for n, example in enumerate(examples)\n                for key in _REF_LOGPS",
             BATCH_TESTS,
         ),
     ],
