@@ -425,6 +425,9 @@ def test_inputs_that_are_refused_and_those_that_are_not():
         head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], 5000))
     more = {"token_type_ids": None, "mm_token_type_ids": None, "pixel_values_videos": None, "labels": None}
     hidden, _ = head.hidden_states(tokens, **more, position_ids=torch.arange(7)[None], output_hidden_states=True)
+    head.model.get_input_embeddings = lambda: None  # a model that does not say what it has
+    assert torch.equal(head.hidden_states(tokens, **more)[0], hidden)
+    del head.model.get_input_embeddings
     head.model.config.image_token_id = 5000  # which a model of images takes out before it looks for embeddings
     with pytest.raises(IndexError):
         head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], 5000))
