@@ -173,7 +173,7 @@ _QWEN25 = {
     "72B": _qwen2(8192, 80, 29568, 64, 8, 152064),
 }
 _QWEN3_8B = _qwen3(4096, 36, 12288, 32, False)
-# Mixtures of experts, and Gemma 3n: the last five numbers are what `count_shape` finds.
+# Mixtures of experts, Gemma 3n and Gemma 4: the last five numbers are what `count_shape` finds.
 _QWEN3_30B = ModelShape(
     2048, 151936, 48, 6144, 32, 4, 128, qk_norm="head", experts_per_token=8,
     counted=Counted(30_532_122_624, 3_353_032_704, 623_120_640, 29_909_581_824, 835_584),
@@ -181,6 +181,10 @@ _QWEN3_30B = ModelShape(
 _QWEN3_235B = ModelShape(
     4096, 151936, 94, 12288, 64, 4, 128, qk_norm="head", experts_per_token=8,
     counted=Counted(235_093_634_560, 22_190_763_520, 2_487_755_008, 233_848_176_640, 3_176_448),
+)  # fmt: skip
+_QWEN3_CODER_480B = ModelShape(
+    6144, 151936, 62, 20480, 96, 8, 128, qk_norm="head", experts_per_token=8,
+    counted=Counted(480_154_875_392, 35_474_765_312, 7_714_320_640, 478_287_101_952, 3_174_400),
 )  # fmt: skip
 _LLAMA4_SCOUT = ModelShape(
     5120, 202048, 48, 17 * 8192, 40, 8, 128, experts_per_token=16, rough=True,
@@ -222,6 +226,34 @@ _GEMMA3N_E4B = ModelShape(
     2048, 262400, 35, 16384, 8, 2, 256, tied=True, softcap=30.0, qk_norm="head", norms=7, rough=True,
     counted=Counted(6_835_235_568, 6_835_235_568, 112_484_944, 3_904_924_400, 2_741_984),
 )  # fmt: skip
+_GEMMA4_E2B = ModelShape(
+    1536, 262144, 35, 6144, 8, 1, 256, tied=True, softcap=30.0, qk_norm="head", norms=5, rough=True,
+    counted=Counted(4_628_569_344, 4_628_569_344, 70_000_640, 1_863_057_408, 1_645_824),
+)  # fmt: skip
+_GEMMA4_E4B = ModelShape(
+    2560, 262144, 42, 10240, 8, 2, 256, tied=True, softcap=30.0, qk_norm="head", norms=5, rough=True,
+    counted=Counted(7_463_013_376, 7_463_013_376, 106_182_144, 3_945_267_200, 2_429_952),
+)  # fmt: skip
+_GEMMA4_12B = ModelShape(
+    3840, 262144, 48, 15360, 16, 8, 256, tied=True, softcap=30.0, qk_norm="head", norms=4, rough=True,
+    counted=Counted(11_907_350_272, 11_907_350_272, 241_844_224, 10_899_947_520, 4_098_048),
+)  # fmt: skip
+_GEMMA4_26B = ModelShape(
+    2816, 262144, 30, 7744, 16, 8, 256, tied=True, softcap=30.0, qk_norm="head", norms=7, experts_per_token=8,
+    rough=True, counted=Counted(25_233_141_760, 3_822_530_560, 828_513_408, 24_494_243_840, 1_249_920),
+)  # fmt: skip
+_GEMMA4_31B = ModelShape(
+    5376, 262144, 60, 21504, 32, 16, 256, tied=True, softcap=30.0, qk_norm="head", norms=4, rough=True,
+    counted=Counted(30_697_345_280, 30_697_345_280, 534_009_856, 29_286_727_680, 7_651_840),
+)  # fmt: skip
+_GRANITE_1B = ModelShape(
+    1024, 49155, 24, 4096, 16, 8, 64, tied=True, experts_per_token=8, rough=True,
+    counted=Counted(1_334_628_352, 428_658_688, 53_512_192, 1_284_243_456, 172_032),
+)  # fmt: skip
+_GRANITE_3B = ModelShape(
+    1536, 49155, 32, 4096, 24, 8, 64, tied=True, experts_per_token=8, rough=True,
+    counted=Counted(3_298_793_472, 882_874_368, 100_727_808, 3_223_191_552, 327_680),
+)  # fmt: skip
 
 MODELS: dict[str, ModelShape] = {
     "Qwen/Qwen2-0.5B": _qwen2(896, 24, 4864, 14, 2, 151936),
@@ -239,6 +271,7 @@ MODELS: dict[str, ModelShape] = {
     "Qwen/Qwen3-30B-A3B": _QWEN3_30B,
     "Qwen/Qwen3-Coder-30B-A3B-Instruct": _QWEN3_30B,
     "Qwen/Qwen3-235B-A22B": _QWEN3_235B,
+    "Qwen/Qwen3-Coder-480B-A35B-Instruct": _QWEN3_CODER_480B,
     "meta-llama/Llama-2-7b-hf": _llama(4096, 32, 11008, 32, 32, 32000),
     "meta-llama/Llama-2-13b-hf": _llama(5120, 40, 13824, 40, 40, 32000),
     "meta-llama/Llama-2-70b-hf": _llama(8192, 80, 28672, 64, 8, 32000),
@@ -274,6 +307,11 @@ MODELS: dict[str, ModelShape] = {
     "google/gemma-3-27b-pt": _gemma3(5376, 62, 21504, 32, 16, head_dim=128),
     "google/gemma-3n-E2B": _GEMMA3N_E2B,
     "google/gemma-3n-E4B": _GEMMA3N_E4B,
+    "google/gemma-4-E2B": _GEMMA4_E2B,
+    "google/gemma-4-E4B": _GEMMA4_E4B,
+    "google/gemma-4-12B": _GEMMA4_12B,
+    "google/gemma-4-26B-A4B": _GEMMA4_26B,
+    "google/gemma-4-31B": _GEMMA4_31B,
     "mistralai/Mistral-7B-v0.1": _MISTRAL_7B,
     "mistralai/Mistral-7B-Instruct-v0.2": _MISTRAL_7B,
     "mistralai/Mistral-7B-v0.3": replace(_MISTRAL_7B, vocab=32768),
@@ -307,14 +345,18 @@ MODELS: dict[str, ModelShape] = {
     "moonshotai/Kimi-K2-Instruct": _KIMI_K2,
     "moonshotai/Kimi-K2-Instruct-0905": _KIMI_K2,
     "zai-org/GLM-4-9B-0414": ModelShape(4096, 151552, 40, 13696, 32, 2, 128, qkv_bias=True, norms=4),
+    "zai-org/GLM-4-32B-0414": ModelShape(6144, 151552, 61, 23040, 48, 2, 128, norms=4),
     "zai-org/GLM-4.5": _GLM45,
     "zai-org/GLM-4.5-Air": _GLM45_AIR,
     "ibm-granite/granite-3.1-2b-instruct": _llama(2048, 40, 8192, 32, 8, 49155, tied=True),
     "ibm-granite/granite-3.1-8b-instruct": _llama(4096, 40, 12800, 32, 8, 49155, tied=True),
+    "ibm-granite/granite-3.1-1b-a400m-instruct": _GRANITE_1B,
+    "ibm-granite/granite-3.1-3b-a800m-instruct": _GRANITE_3B,
     "ibm-granite/granite-3.2-2b-instruct": _llama(2048, 40, 8192, 32, 8, 49155, tied=True),
     "ibm-granite/granite-3.2-8b-instruct": _llama(4096, 40, 12800, 32, 8, 49155, tied=True),
     "ibm-granite/granite-3.3-2b-instruct": _llama(2048, 40, 8192, 32, 8, 49159, tied=True),
     "ibm-granite/granite-3.3-8b-instruct": _llama(4096, 40, 12800, 32, 8, 49159, tied=True),
+    "ibm-granite/granite-4.0-micro": _llama(2560, 40, 8192, 40, 8, 100352, tied=True),
     "tiiuae/Falcon3-1B-Base": _falcon3(2048, 18, 8192, 8),
     "tiiuae/Falcon3-3B-Base": _falcon3(3072, 22, 9216, 12),
     "tiiuae/Falcon3-7B-Base": _falcon3(3072, 28, 23040, 12),
@@ -492,8 +534,9 @@ def count_shape(model: Any, config: Any) -> ModelShape:
         for name in names:
             try:
                 value = getattr(config, name, None)
-            except Exception:  # one that differs from layer to layer
-                value = None
+            except Exception:  # one that differs from layer to layer: that of most
+                values = [getattr(layer, name, None) for layer in getattr(config, "per_layer_config", ())]
+                value = max(values, key=values.count, default=None)
             if value is not None:
                 return max(value) if isinstance(value, (list, tuple)) else value
         return default
@@ -512,7 +555,8 @@ def count_shape(model: Any, config: Any) -> ModelShape:
             idle += parameter.numel() // experts * (experts - taken)
             mixture = name.partition(".experts.")[0] if ".experts." in name else name.rsplit(".", 2)[0]
     if mixture is not None:  # that of a gated MLP of the matrices a token goes through, the router apart
-        matrices = [p for p in model.get_submodule(mixture).parameters() if p.ndim > 1]
+        named = model.get_submodule(mixture).named_parameters()  # a whole layer, where experts are no part of the MLP
+        matrices = [p for name, p in named if p.ndim > 1 and not name.startswith("self_attn.")]
         routed = sum(p.numel() // experts * computing for p in matrices if p.ndim == 3)
         width = (routed + sum(p.numel() for p in matrices if p.ndim == 2 and len(p) != experts)) // (3 * hidden)
 

@@ -413,6 +413,11 @@ def test_gradients_of_earlier_micro_batches_are_there_under_accumulation_alone()
     alone, again = (planning.footprint(replace(once, accumulation=n), "dpo_kernels") for n in (1, 8))
     assert (alone["gradients"], again["gradients"]) == (0, state["gradients"])
     assert again["total"] - alone["total"] == state["gradients"], "the forward is where most is alive in either"
+    early = [
+        planning.later_bytes(step, step.shape, planning.head_memory(step, "dpo_kernels"))["first layer"]
+        for step in (once, replace(once, accumulation=8))
+    ]
+    assert early[1] - early[0] == state["gradients"]
     few = replace(once, pairs=1, seq=16)  # where the optimizer's step is: all gradients, with and without
     alone, again = (planning.footprint(replace(few, accumulation=n), "dpo_kernels") for n in (1, 8))
     assert alone["total"] >= sum(state.values()) and alone["later"] > 0
@@ -424,6 +429,7 @@ def test_sharding_divides_what_the_parameters_take():
     sharded = replace(whole, sharding="fsdp2", processes=8)
     all_of_it, an_eighth = (planning.state_bytes(step, step.shape) for step in (whole, sharded))
     assert {name: math.ceil(size / 8) for name, size in all_of_it.items()} == an_eighth
+    assert planning.state_bytes(replace(whole, processes=8), whole.shape) == all_of_it, "each has all of it"
     # embeddings, head and last norm are the largest unit; of the 405B a layer is
     assert planning.gathered_bytes(sharded, sharded.shape) == 2 * (2 * 128256 * 8192 + 8192)
     largest = find_shape("llama-3.1-405b")
@@ -439,6 +445,31 @@ def test_sharding_divides_what_the_parameters_take():
     assert footprint["gathered"] + an_eighth["weights"] < footprint["total"] < planning.footprint(whole, "TRL")["total"]
 
 
+def test_sharding_has_the_gradients_of_a_unit_whole_where_it_has_any():
+    whole = planning.Step(8192, 128256, 1, 512, 0.5, find_shape("llama-3.1-70b"))
+    matrix, unit = 2 * whole.shape.head_parameters, 2 * whole.shape.layer_parameters
+
+    def later(**changes):
+        step = replace(whole, **changes)
+        found = planning.later_bytes(step, step.shape, planning.head_memory(step, "dpo_kernels"))
+        return found | {"gradients": planning.state_bytes(step, step.shape)["gradients"]}
+
+    alone, sharded = later(), later(sharding="fsdp2", processes=8)
+    assert sharded["first layer"] - alone["first layer"] == unit
+    # head and embedding, which are not tied: the one's is there whole from the first, the other's at the last
+    expected = (sharded["gradients"] + matrix + unit) - (alone["gradients"] - matrix)
+    assert sharded["last layer"] - alone["last layer"] == expected
+    assert sharded["embedding"] - alone["embedding"] == sharded["gradients"] + 2 * matrix - alone["gradients"]
+    alone, sharded = (later(train="lora", **changes) for changes in ({}, {"sharding": "fsdp2", "processes": 8}))
+    assert sharded["first layer"] == alone["first layer"], "units have no gradients, adapters have"
+
+
+def test_no_step_of_nothing():
+    for name in ("accumulation", "processes", "lora_r"):
+        with pytest.raises(ValueError, match=f"{name}: expected a whole number above 0, got 0"):
+            planning.Step(64, 100, 1, 8, 0.5, **{name: 0})
+
+
 def test_a_mixture_of_experts_keeps_all_weights_and_the_activations_of_some():
     shape = find_shape("qwen3-30b-a3b")
     dense = find_shape("qwen3-32b")
@@ -451,7 +482,8 @@ def test_a_mixture_of_experts_keeps_all_weights_and_the_activations_of_some():
     assert planning.state_bytes(lora, shape)["gradients"] == 4 * 8 * 48 * attention
 
 
-# Kinds that the estimate is rough for: attention with sinks, AltUp, latent attention, every token to every expert
+# Kinds that the estimate is rough for: attention with sinks, AltUp, an MLP beside experts and heads that differ from
+# layer to layer, experts that are not measured otherwise, latent attention, every token to every expert
 GROUPED = {"num_key_value_heads": 2, "head_dim": 16}
 ROUGH = {
     "GptOssConfig": GROUPED | {"num_local_experts": 8, "num_experts_per_tok": 2, "layer_types": ["full_attention"] * 3},
@@ -460,6 +492,13 @@ ROUGH = {
         "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0] * 3, "hidden_size_per_layer_input": 16,
         "laurel_rank": 8, "vocab_size_per_layer_input": 128, "layer_types": ["full_attention"] * 3,
     },
+    "Gemma4TextConfig": GROUPED
+    | {
+        "global_head_dim": 32, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 48,
+        "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 128,
+    },
+    "GraniteMoeConfig": {"num_key_value_heads": 2, "num_local_experts": 8, "num_experts_per_tok": 2},
     "DeepseekV3Config": {
         "moe_intermediate_size": 80, "n_routed_experts": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
         "q_lora_rank": 48, "kv_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
