@@ -107,6 +107,17 @@ GOLDEN = "training/test_golden.py -k 'of_the_loop and not two'"
 TWO = "training/test_golden.py training/test_loop.py -k 'two'"
 DPO, OTHERS, AGAIN, FAITHFUL = (f"trl/test_{name}.py" for name in ("dpo", "others", "again", "faithful"))
 LIGER_TESTS = "compat/test_liger.py"
+OPTIONS, MODULES, STEP = (f"dpo_kernels/{name}.py" for name in ("options", "modules", "planning/step"))
+OPTION_TESTS = "test_losses.py -k 'unknown or passed_on or module or value or transformed'"
+MODULE_TESTS = "test_losses.py -k 'module'"
+ARGUMENTS = "test_logps.py test_linear_dpo.py -k 'torch and (errors or switch or checked or transforms or finite)'"
+DIFFERENTIATED = "test_linear_dpo.py -k 'torch and (through or nobody)'"
+REFERENCES = "test_losses.py test_losses_reference_free.py -k 'finite or kto or rpo or gradient_flows or errors or fit'"
+INPUTS = "models/test_head.py -k 'hugging_face or refused_and'"
+ASKED = "models/test_fused_forward.py -k 'preference or reference'"
+PLANS = "planning/test_planning.py -k 'earlier or sharding or state_follows or adapters or no_step'"
+WRONG_CALLS = "test_wrong_calls.py -k 'kto or simpo or orpo or Preference or Reference'"
+
 
 MUTATIONS = {
     "C++ kernels of the CPU": [
@@ -396,8 +407,8 @@ MUTATIONS = {
         # a product more than is needed
         Mutation(
             LOGPS,
-            "with_dhidden = torch.is_grad_enabled() and frozen",
-            "with_dhidden = frozen",
+            "with_dhidden = torch.is_grad_enabled() and hidden",
+            "with_dhidden = hidden",
             "test_memory.py -k 'torch'",
         ),
         # fp64 rounded to bf16
@@ -410,15 +421,15 @@ MUTATIONS = {
         # a bias without its gradient
         Mutation(
             LOGPS,
-            "frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))",
-            "frozen = not weight.requires_grad",
+            "and (weight.requires_grad or (bias is not None and bias.requires_grad))",
+            "and weight.requires_grad",
             ON_TORCH,
         ),
         # swallowed errors
         Mutation(LOGPS, "if inplace_backward and any(", "if False and any(", ON_TORCH),
         Mutation(OPS, "        check_finite(x, rows, waits=num_labelled == UNKNOWN)", "        pass", ON_TORCH),
         Mutation(GATHER, "if low.isfinite() & high.isfinite():", "if low.isfinite():", ON_TORCH),
-        Mutation(DISPATCH, "reason = unavailable_reason(name, device)\n    if", "reason = None\n    if", LOGPS_TESTS),
+        Mutation(DISPATCH, "else unavailable_reason(name, device)", "else None", LOGPS_TESTS),
         # a setting that is off
         Mutation(
             DISPATCH,
@@ -1172,7 +1183,7 @@ MUTATIONS = {
             "            pass",
             "bench/test_harness.py",
         ),
-        Mutation("dpo_kernels/bench/measure.py", 'n=4, method="inclusive"', "n=4", "bench/test_harness.py"),
+        Mutation("dpo_kernels/measure.py", 'n=4, method="inclusive"', "n=4", "bench/test_harness.py"),
         Mutation(
             "dpo_kernels/bench/report.py",
             'if row["over_ours"] < 1\n',
@@ -1183,6 +1194,228 @@ MUTATIONS = {
         Mutation(
             "dpo_kernels/cli.py", "ImportError, FloatingPointError) as error:", "ImportError) as error:", "test_cli.py"
         ),
+    ],
+    "options, arguments and plans": [
+        # another argument is named, or one that is there
+        Mutation(OPTIONS, "name = min(set(options) - known)", "name = min(options)", OPTION_TESTS),
+        Mutation(
+            OPTIONS,
+            '"f_alpha_divergence_coef": "it is f_alpha"',
+            '"f_alpha_divergence_coef": "it is alpha"',
+            OPTION_TESTS,
+        ),
+        Mutation(
+            LINEAR_DPO,
+            '(("losses", grads[1]), ("logps", grads[2]))',
+            '(("losses", grads[2]), ("logps", grads[1]))',
+            DIFFERENTIATED,
+        ),
+        Mutation(LOGPS, "entries, the first is {int(wrong[0])}", "entries, the first is {int(wrong[-1])}", ARGUMENTS),
+        # an unknown one beside a known one
+        Mutation(
+            OPTIONS, "if known.issuperset(options):", "if not options or not known.isdisjoint(options):", OPTION_TESTS
+        ),
+        # the signature of what is decorated
+        Mutation(OPTIONS, "    @functools.wraps(function)\n", "", OPTION_TESTS),
+        # values that are not there, or are waited for
+        Mutation(OPTIONS, 'tensor.device.type == "cpu" and type(tensor)', "type(tensor)", OPTION_TESTS),
+        Mutation(OPTIONS, "type(tensor) in (Tensor, torch.nn.Parameter)", "isinstance(tensor, Tensor)", OPTION_TESTS),
+        Mutation(OPTIONS, "if torch.compiler.is_compiling() or torch._C", "if torch._C", "test_losses.py -k compiles"),
+        Mutation(OPTIONS, " or torch._C._functorch.is_functorch_wrapped_tensor(tensor):", ":", OPTION_TESTS),
+        # options and arguments that a module takes and does not give on
+        Mutation(
+            MODULES,
+            "rejected_lengths=rejected_lengths,\n            mean_chosen_length=mean_chosen_length,",
+            "rejected_lengths=rejected_lengths,",
+            MODULE_TESTS,
+        ),
+        Mutation(
+            MODULES,
+            "mean_chosen_length=mean_chosen_length,\n            pair_weights=pair_weights,",
+            "mean_chosen_length=mean_chosen_length,",
+            MODULE_TESTS,
+        ),
+        Mutation(MODULES, "            token_weights=token_weights,\n", "", MODULE_TESTS),
+        Mutation(MODULES, "            lengths=lengths,\n", "", MODULE_TESTS),
+        Mutation(MODULES, '"shift": shift,', '"shift": False,', MODULE_TESTS),
+        Mutation(MODULES, '"differentiable": differentiable,', '"differentiable": (),', MODULE_TESTS),
+        # what is wrong is found at the first step, or never
+        Mutation(MODULES, "        check_options(self.options)\n", "", MODULE_TESTS),
+        Mutation(MODULES, "        validate_dpo_options(**options)\n", "", MODULE_TESTS),
+        Mutation(
+            LINEAR_DPO,
+            '("shift", "use_weighting", "check_hidden")',
+            '("shift", "check_hidden")',
+            MODULE_TESTS,
+        ),
+        Mutation(LINEAR_DPO, '    check_num_labelled(options.get("num_labelled"))\n', "", ASKED),
+        Mutation(
+            LINEAR_DPO,
+            '    check_differentiable(options.get("differentiable", ()))\n',
+            "",
+            ASKED,
+        ),
+        Mutation(
+            FUSED_FORWARD,
+            'for name in ("token_weights", "pair_weights", "lengths"):',
+            'for name in ("token_weights", "pair_weights"):',
+            ASKED,
+        ),
+        # True and False as numbers, and numbers as True and False
+        Mutation(LOGPS, "torch.SymInt)) or isinstance(ignore_index, bool):", "torch.SymInt)):", ARGUMENTS),
+        Mutation(LOGPS, "if not isinstance(value, bool):", "if not isinstance(value, (bool, int)):", ARGUMENTS),
+        Mutation(
+            LOGPS,
+            "isinstance(value, numbers.Real) and not isinstance(value, bool)",
+            "isinstance(value, numbers.Real)",
+            ARGUMENTS,
+        ),
+        Mutation(LOSSES, "lengths.is_complex() or lengths.dtype == torch.bool", "lengths.is_complex()", REFERENCES),
+        # infinity, and NaN, as numbers
+        Mutation(LOGPS, 'not -float("inf") < logit_scale < float("inf")', "logit_scale != logit_scale", ARGUMENTS),
+        Mutation(LOGPS, 'and 0 < softcap < float("inf"))', "and 0 < softcap)", ARGUMENTS),
+        Mutation(LOGPS, 'not 0 < temperature < float("inf")', "not 0 < temperature", ARGUMENTS),
+        Mutation(LINEAR_DPO, "or not chunk_bytes >= 0:", "or chunk_bytes < 0:", ARGUMENTS),
+        # one that is right is enough
+        Mutation(
+            LINEAR_DPO,
+            "names is None or not DIFFERENTIABLE.issuperset(names)",
+            "names is None or (names and DIFFERENTIABLE.isdisjoint(names))",
+            ARGUMENTS,
+        ),
+        # weights that are on another device or sparse, and those that are checked on no device
+        Mutation(LOGPS, "if weights.device != beside.device:", "if False:", ARGUMENTS),
+        Mutation(LOGPS, "not in NUMBERS or weights.layout != torch.strided:", "not in NUMBERS:", ARGUMENTS),
+        Mutation(
+            LINEAR_DPO,
+            'elif waits or weights.device.type == "cpu":',
+            'elif waits and weights.device.type == "cpu":',
+            ARGUMENTS,
+        ),
+        # refused where no gradient is recorded
+        Mutation(
+            LINEAR_DPO, "if weights.requires_grad and torch.is_grad_enabled():", "if weights.requires_grad:", ARGUMENTS
+        ),
+        # transforms of some arguments
+        Mutation(
+            LINEAR_DPO,
+            "ref_logps, token_weights, pair_weights, lengths)\n    check",
+            "ref_logps, token_weights)\n    check",
+            ARGUMENTS,
+        ),
+        Mutation(
+            LOGPS, "refuse_transforms(logits, labels, token_weights)", "refuse_transforms(logits, labels)", ARGUMENTS
+        ),
+        # heads that are not finite in some entries
+        Mutation(LOGPS, "reshape(len(values), -1).all(1)", "reshape(len(values), -1).any(1)", ARGUMENTS),
+        Mutation(LOGPS, "values.detach().isnan() | values.detach().isposinf()", "values.detach().isnan()", ARGUMENTS),
+        # gradients that are there are refused, and those that are not are nothing
+        Mutation(LINEAR_DPO, "if grad is not None and grad.any():", "if grad is not None:", DIFFERENTIATED),
+        Mutation(LINEAR_DPO, "and not differentiable and takes_groups", "and takes_groups", DIFFERENTIATED),
+        # references of pairs without weight, and of other pairs
+        Mutation(LINEAR_DPO, "(shares == 0).repeat(2)", "(shares == 0).repeat_interleave(2)", WEIGHTED),
+        # RPO: 0 / 0, and weights of LD-DPO
+        Mutation(
+            LOSSES,
+            "p.sft_chosen_logps / p.chosen_lengths.clamp(min=1)",
+            "p.sft_chosen_logps / p.chosen_lengths",
+            REFERENCES,
+        ),
+        Mutation(
+            LOSSES, "return -p.rpo_alpha * p.sft_chosen_logps", "return -p.rpo_alpha * p.chosen_logps", REFERENCES
+        ),
+        # references that are not finite, and that have a gradient
+        Mutation(
+            LOSSES,
+            '(("ref_chosen_logps", ref_chosen_logps), ("ref_rejected_logps", ref_rejected_logps)):\n        check',
+            '(("ref_rejected_logps", ref_rejected_logps),):\n        check',
+            REFERENCES,
+        ),
+        Mutation(LOSSES, "wrong = ~torch.isfinite(logps)", "wrong = logps.isnan()", REFERENCES),
+        Mutation(LOSSES, '    check_finite_logps("ref_logps", ref_logps, "response")\n', "", WRONG_CALLS),
+        Mutation(
+            LOSSES,
+            "    ref_logps = ref_logps.detach()\n    if not isinstance(labels",
+            "    if not isinstance(labels",
+            REFERENCES,
+        ),
+        Mutation(LOSSES, "baseline = kl.detach().to(", "baseline = kl.to(", REFERENCES),
+        # averages of sums
+        Mutation(
+            LOSSES,
+            '("rejected_lengths", rejected, rejected_lengths),\n    ):',
+            '("rejected_lengths", rejected, chosen_lengths),\n    ):',
+            REFERENCES,
+        ),
+        Mutation(LOSSES, "not (type(lengths) is int and lengths == 1)", "not lengths == 1", WRONG_CALLS),
+        # labels that are not shifted
+        Mutation(
+            HEAD,
+            "shift: bool = True, **options: Unpack[LogpsOptions]",
+            "shift: bool = False, **options: Unpack[LogpsOptions]",
+            INPUTS,
+        ),
+        Mutation(
+            HEAD,
+            "shift: bool = True,\n        **options: Unpack[LinearDPOOptions],",
+            "shift: bool = False,\n        **options: Unpack[LinearDPOOptions],",
+            INPUTS,
+        ),
+        # inputs that are right are refused, and wrong ones not
+        Mutation(HEAD, ".intersection(parameters) - set(inputs)", ".intersection(parameters)", INPUTS),
+        Mutation(HEAD, " and near and not name.endswith(near[0]):", " and near:", INPUTS),
+        Mutation(HEAD, "n=1, cutoff=0.75)", "n=1, cutoff=0.5)", INPUTS),
+        Mutation(HEAD, "tokens[(tokens < 0) | (tokens >= room)]", "tokens[tokens >= room]", INPUTS),
+        Mutation(HEAD, "| (tokens >= room)]", "| (tokens > room)]", INPUTS),
+        Mutation(HEAD, ".unique().tolist() if room else []", ".unique().tolist()", INPUTS),
+        Mutation(HEAD, "not set(wrong) <= set(check.numbers_of", "not set(wrong) & set(check.numbers_of", INPUTS),
+        # a reference that is asked for what it does not know, and in other tiles than the policy's
+        Mutation(
+            FUSED_FORWARD,
+            "isinstance(gradients, (str, Tensor)) or not set(gradients) <= set(GRADIENTS):",
+            "isinstance(gradients, (str, Tensor)):",
+            ASKED,
+        ),
+        Mutation(
+            FUSED_FORWARD,
+            "not isinstance(options, Mapping) or not set(options) <= set(REFERENCE_OPTIONS):",
+            "not isinstance(options, Mapping):",
+            ASKED,
+        ),
+        Mutation(
+            FUSED_FORWARD,
+            '("loss_type", "ld_alpha", "chunk_bytes", "token_weights")',
+            '("loss_type", "ld_alpha", "token_weights")',
+            ASKED,
+        ),
+        Mutation(
+            FUSED_FORWARD,
+            '("hidden", *sorted(of_head)) if torch.is_grad_enabled() else ()',
+            '("hidden", *sorted(of_head))',
+            ASKED,
+        ),
+        # both at once
+        Mutation(
+            FUSED_FORWARD,
+            "if preference is not None and reference is not None:",
+            "if False:",
+            WRONG_CALLS,
+        ),
+        # nothing, as a size
+        Mutation(
+            STEP,
+            "type(value) is not int or value < 1:",
+            "type(value) is not int or value < 0:",
+            PLANS,
+        ),
+        # gradients of no earlier micro-batch, and those that are counted twice
+        Mutation(STEP, "    earlier = gradients if step.accumulation > 1 else 0", "    earlier = gradients", PLANS),
+        Mutation(STEP, "- earlier - kept - head.peak)", "- kept - head.peak)", PLANS),
+        # shards of what is not sharded, units without gradients, and gradients that nobody reduced
+        Mutation(STEP, 'shards = step.processes if step.sharding == "fsdp2" else 1', "shards = step.processes", PLANS),
+        Mutation(STEP, 'if step.train != "lora" and sharded else 0', "if sharded else 0", PLANS),
+        Mutation(STEP, "(dhead if shape.tied or sharded else 0)", "(dhead if shape.tied else 0)", PLANS),
+        Mutation(STEP, "    if earlier or sharded:\n", "    if earlier:\n", PLANS),
     ],
 }
 

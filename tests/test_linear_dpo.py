@@ -8,7 +8,7 @@ import torch
 import torch.utils.checkpoint
 from grids import IMPLS, covering
 
-from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps
+from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.losses import BATCH_LOSSES, LOSSES, length_desensitized_weights, wpo_weights
@@ -339,6 +339,8 @@ def test_weights_are_checked():
         for num_labelled in (None, int((inputs.labels != -100).sum())):
             with pytest.raises(ValueError, match=message):
                 fused(inputs, num_labelled=num_labelled, **options)
+    with torch.no_grad():  # where none goes through anything
+        assert fused(inputs, pair_weights=ones.clone().requires_grad_()).loss.isfinite()
 
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
@@ -561,18 +563,34 @@ def test_transforms_of_torch_func_are_refused():
             torch.func.vmap(function)(inputs.hidden.detach()[None])
         with pytest.raises(RuntimeError, match="outside of torch.func's transforms"):
             torch.func.jvp(function, (inputs.hidden.detach(),), (inputs.hidden.detach(),))
+    given = inputs.hidden, inputs.weight, inputs.labels, inputs.ref_logps
+    for name, shape in (("token_weights", (6, 9)), ("pair_weights", (3,)), ("lengths", (6,))):
+        with pytest.raises(RuntimeError, match="outside of torch.func's transforms"):
+            torch.func.vmap(lambda w, name=name: linear_dpo_loss(*given, **{name: w}).loss)(torch.ones(2, *shape))
+    with pytest.raises(RuntimeError, match="outside of torch.func's transforms"):
+        labels = inputs.labels.clamp(max=30)
+        torch.func.vmap(lambda w: sequence_logps(inputs.hidden, labels, token_weights=w).logps)(torch.ones(2, 6, 9))
 
 
 @pytest.mark.parametrize("impl", ["torch"], indirect=True)  # what is above the implementations
 @pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)
 def test_numbers_that_are_not_finite_are_named(chunk_bytes):
-    for value, name, index in ((math.nan, "weight", (7, 3)), (math.inf, "weight", (7, 3)), (math.nan, "bias", (7,))):
+    for value, name, index in (
+        (math.nan, "weight", (7, 3)),
+        (math.inf, "weight", (7, 3)),
+        (math.nan, "bias", (7,)),
+        (math.inf, "bias", (7,)),
+    ):
         inputs = head_inputs(6, 9)
         with torch.no_grad():
             getattr(inputs, name)[index] = value
         with pytest.raises(ValueError, match=rf"{name}: expected finite numbers, got NaN or infinity in 1 of .* is 7"):
             fused(inputs, chunk_bytes=chunk_bytes)
         assert fused(inputs, chunk_bytes=chunk_bytes, check_hidden=False).loss.isnan()
+        with torch.no_grad():
+            getattr(inputs, name)[(9, *index[1:])] = value
+        with pytest.raises(ValueError, match=rf"{name}: .* in 2 of 123 vocabulary entries, the first is 7"):
+            fused(inputs, chunk_bytes=chunk_bytes)
     inputs = head_inputs(6, 9)
     with torch.no_grad():
         inputs.bias[7] = -math.inf  # an entry that never is
@@ -623,6 +641,8 @@ def test_errors_name_the_argument(monkeypatch):
         (r"ref_logps: expected shape \[4\], got \(2,\)", (hidden, weight, labels, ref_logps[:2]), {}),
         (r"ref_logps: expected a floating", (hidden, weight, labels, ref_logps.long()), {}),
         (r"chunk_bytes: expected", (hidden, weight, labels, ref_logps), {"chunk_bytes": -1}),
+        (r"chunk_bytes: expected", (hidden, weight, labels, ref_logps), {"chunk_bytes": math.nan}),
+        (r"differentiable: expected", (hidden, weight, labels, ref_logps), {"differentiable": ("logps", "loss")}),
         (r"loss_type.*sigmoid", (hidden, weight, labels, ref_logps), {"loss_type": "sigmoidal"}),
         (r"beta", (hidden, weight, labels, ref_logps), {"beta": 0.0}),
         (r"ld_alpha", (hidden, weight, labels, ref_logps), {"ld_alpha": 2.0}),

@@ -14,6 +14,7 @@ import mpmath
 import pytest
 import torch
 from mpmath import exp, log, log1p, mpf
+from torch._subclasses import FakeTensorMode
 
 from dpo_kernels import DPOLoss, LinearDPOLoss, dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.losses import (
@@ -394,6 +395,12 @@ def test_no_value_of_a_tensor_is_read(name):
     assert rows[0].grad.shape == (4,)
 
 
+def test_no_value_of_a_tensor_that_has_none_is_read_on_the_cpu():
+    with FakeTensorMode():
+        rows = [torch.zeros(4) for _ in range(4)]
+        assert dpo_loss(*rows, pair_weights=torch.ones(4)).losses.shape == (4,)
+
+
 def test_second_derivative_of_the_logistic_loss():
     h = torch.linspace(-6, 6, 7, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradgradcheck(logistic_loss, h)
@@ -486,6 +493,7 @@ def test_valid_options_give_names_and_weights():
         ({"loss_type": "sigmoid_norm", "chosen_lengths": torch.ones(4)}, "rejected_lengths are required"),
         ({"loss_type": "sft"}, "chosen_lengths or mean_chosen_length is required for loss_type 'sft'"),
         ({"chosen_lengths": torch.ones(3)}, r"chosen_lengths must have shape \(4,\), got \(3,\)"),
+        ({"chosen_lengths": torch.ones(4) > 0}, "chosen_lengths must be numbers of tokens, got torch.bool"),
         ({"loss_type": "sft", "mean_chosen_length": torch.ones(4)}, r"mean_chosen_length must be a scalar, got shape"),
         ({"loss_type": "sft", "mean_chosen_length": -1.0}, "mean_chosen_length must be a scalar of at least 0"),
         ({"sft_chosen_logps": torch.zeros(1)}, "sft_chosen_logps must have shape"),
@@ -509,6 +517,11 @@ def test_rpo_adds_the_chosen_likelihood_of_a_token():
         plain, rpo = dpo_loss(*logps, **more), dpo_loss(*logps, rpo_alpha=0.7, **more)
         torch.testing.assert_close(rpo.losses - plain.losses, -0.7 * logps[0] / lengths)
         assert torch.equal(rpo.chosen_rewards, plain.chosen_rewards)
+    plain = torch.arange(4, dtype=torch.float64)  # where those of the loss are weighted by token
+    rpo = dpo_loss(*logps, rpo_alpha=0.7, beta=BETA, chosen_lengths=lengths, sft_chosen_logps=plain)
+    torch.testing.assert_close(rpo.losses - dpo_loss(*logps, beta=BETA).losses, -0.7 * plain / lengths)
+    empty = dpo_loss(*[torch.zeros(2)] * 4, rpo_alpha=0.7, chosen_lengths=torch.zeros(2))
+    torch.testing.assert_close(empty.losses, torch.full((2,), math.log(2)))
     with pytest.raises(ValueError, match="chosen_lengths are required for rpo_alpha"):
         dpo_loss(*logps, rpo_alpha=1.0)
 
@@ -523,10 +536,11 @@ def test_no_gradient_flows_into_the_reference():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reference_that_is_not_finite_is_named(value):
-    logps = random_logps()
-    logps[3][2] = value
-    with pytest.raises(ValueError, match=rf"ref_rejected_logps: expected finite .* got {value} for pair 2 \(1 such\)"):
-        dpo_loss(*logps)
+    for row, name in ((2, "ref_chosen_logps"), (3, "ref_rejected_logps")):
+        logps = random_logps()
+        logps[row][2] = value
+        with pytest.raises(ValueError, match=rf"{name}: expected finite .* got {value} for pair 2 \(1 such\)"):
+            dpo_loss(*logps)
 
 
 def test_losses_can_be_transformed():
@@ -562,6 +576,23 @@ def test_options_that_are_passed_on_are_those_of_the_function(function, options,
         assert annotation.__forward_arg__ == keywords[name].annotation, name
 
 
+@pytest.mark.parametrize(
+    ("unknown", "known"),
+    [
+        ("f_divergence_type", "f_divergence"),
+        ("f_alpha_divergence_coef", "f_alpha"),
+        ("label_pad_token_id", "ignore_index"),
+        ("lin_weight", "weight"),
+        ("_input", "hidden"),
+        ("target", "labels"),
+    ],
+)
+def test_unknown_names_of_other_libraries_are_answered(unknown, known):
+    assert known in inspect.signature(linear_dpo_loss).parameters
+    with pytest.raises(TypeError, match=f"linear_dpo_loss: no argument '{unknown}': it is {known}$"):
+        linear_dpo_loss(**{"beta": 0.1, unknown: None})
+
+
 MODULES = [
     DPOLoss(beta=0.3, loss_type="ipo"),
     DPOLoss(),
@@ -586,6 +617,27 @@ def test_the_linear_module_is_the_function():
     assert "beta=0.3" in repr(module) and not list(module.parameters())
 
 
+def test_modules_give_on_all_that_they_are_given():
+    """Each option and each argument is another than the default, and matters."""
+    weights = torch.tensor([0.5, 2.0, 0.0, 1.0])
+    given = {key: OPTIONS[key] for key in ("chosen_lengths", "rejected_lengths")}
+    given |= {"mean_chosen_length": 2.5, "pair_weights": weights}
+    options = {"loss_type": ("ipo", "sft"), "beta": 0.3}
+    expected = dpo_loss(*random_logps(), **options, **given)
+    assert torch.equal(DPOLoss(**options)(*random_logps(), **given).losses, expected.losses)
+    inputs = head_inputs(8, 6)
+    labels = inputs.labels.masked_fill(inputs.labels == -100, -1)
+    options |= {"logit_scale": 0.5, "softcap": 20.0, "temperature": 1.5, "ignore_index": -1, "shift": True}
+    options |= {"ld_alpha": 0.5, "differentiable": ("logps",)}
+    given = {"token_weights": torch.rand(8, 6), "lengths": torch.arange(1.0, 9.0)}
+    given |= {"mean_chosen_length": 2.5, "pair_weights": weights}
+    tensors = inputs.hidden, inputs.weight, labels, inputs.ref_logps
+    mine = LinearDPOLoss(**options)(*tensors, inputs.bias, **given)
+    expected = linear_dpo_loss(*tensors, bias=inputs.bias, **options, **given)
+    assert torch.equal(mine.loss, expected.loss) and torch.equal(mine.losses, expected.losses)
+    assert torch.autograd.grad(mine.logps.sum(), inputs.weight)[0].any()
+
+
 @pytest.mark.parametrize("make", [DPOLoss, LinearDPOLoss])
 def test_modules_check_their_options_when_they_are_made(make):
     with pytest.raises(ValueError, match="beta must be a positive finite number, got -1"):
@@ -594,3 +646,6 @@ def test_modules_check_their_options_when_they_are_made(make):
         make(betta=0.1)
     with pytest.raises(TypeError, match=f"{make.__name__}: no argument 'reference_free': .* zeros"):
         make(reference_free=True)
+    for name in {"shift", "use_weighting"} if make is LinearDPOLoss else ():
+        with pytest.raises(ValueError, match=f"{name}: expected True or False, got 'no'"):
+            make(**{name: "no"})

@@ -213,6 +213,7 @@ def test_kto_is_its_formula(loss_type):
     torch.testing.assert_close(output.rewards, 0.2 * (CHOSEN - reference))
     assert output.kl.shape == () and output.kl.item() == (1.5 if loss_type == "kto" else 0.0)
     assert not output.rewards.requires_grad and not output.kl.requires_grad
+    assert not kto_loss(CHOSEN, reference.clone().requires_grad_(), LABELS, **options).losses.requires_grad
     if kl is not None:
         assert torch.autograd.grad(output.losses.sum(), kl, allow_unused=True) == (None,)
         torch.testing.assert_close(

@@ -447,12 +447,31 @@ def test_token_weights_belong_to_the_labels_of_the_call(shifted):
         (ValueError, "beta must be a positive finite number, got -1", {"beta": -1}),
         (ValueError, "loss_type must be one of .*did you mean 'sigmoid'", {"loss_type": "sigmod"}),
         (ValueError, "pair_weights: expected a tensor or None, got list", {"pair_weights": [1.0]}),
+        (ValueError, "lengths: expected a tensor or None, got list", {"lengths": [1.0, 1.0]}),
+        (ValueError, "num_labelled: expected None or a count of at least 0, got -1", {"num_labelled": -1}),
+        (ValueError, "differentiable: expected some of .* got 'logps'", {"differentiable": "logps"}),
     ],
     ids=str,
 )
 def test_a_preference_is_checked_where_it_is_made(error, message, arguments):
     with pytest.raises(error, match=message):
         Preference(torch.zeros(2), **arguments)
+
+
+def test_a_reference_is_checked_where_it_is_made():
+    with pytest.raises(ValueError, match=r"gradients: expected some of .* got \['logits'\]"):
+        Reference(["logits"], {})
+    with pytest.raises(ValueError, match="options: expected a dictionary of some of .* got {'beta': 0.1}"):
+        Reference(["hidden"], {"beta": 0.1})
+
+
+def test_a_reference_takes_what_matters_of_the_policys_call():
+    model = build("llama")
+    add_fused_lm_head(model)
+    options = {"loss_type": "ipo", "ld_alpha": 0.3, "chunk_bytes": 0, "token_weights": None}
+    assert Reference.of(model, options | {"beta": 0.1, "temperature": 2.0}).options == options
+    with torch.no_grad():
+        assert Reference.of(model, options).gradients == ()
 
 
 @pytest.mark.parametrize("reference", [None, 0.0, torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64), [0.0, 0.0]])

@@ -421,16 +421,26 @@ def test_inputs_that_are_refused_and_those_that_are_not():
     head, tokens = LMHead.from_model(build("qwen2")), batch()["input_ids"]
     with pytest.raises(ValueError, match="attn_mask: expected an input of Qwen2.* did you mean 'attention_mask'"):
         head.hidden_states(tokens, attn_mask=torch.ones_like(tokens))
-    with pytest.raises(ValueError, match=r"input_ids: expected ids in \[0, 101\), got \[5000\]"):
-        head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], 5000))
+    for wrong in (-1, 5000):
+        with pytest.raises(ValueError, match=rf"input_ids: expected ids in \[0, 101\), got \[{wrong}\]"):
+            head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], wrong))
     more = {"token_type_ids": None, "mm_token_type_ids": None, "pixel_values_videos": None, "labels": None}
-    hidden, _ = head.hidden_states(tokens, **more, position_ids=torch.arange(7)[None], output_hidden_states=True)
+    positions = {"position_ids": torch.arange(7)[None], "position_ids_3d": None}  # the latter is no misspelt other
+    more |= {"decoder_attention_mask": None, "cache_position": None}
+    hidden, _ = head.hidden_states(tokens, **more, **positions, output_hidden_states=True)
     head.model.get_input_embeddings = lambda: None  # a model that does not say what it has
     assert torch.equal(head.hidden_states(tokens, **more)[0], hidden)
+    head.model.get_input_embeddings = lambda: torch.nn.Embedding(0, 4)  # nor one that has them in pieces
+    assert torch.equal(head.hidden_states(tokens, **more)[0], hidden)
+    head.model.get_input_embeddings = lambda: torch.nn.Embedding(97, 4)
+    with pytest.raises(ValueError, match=r"input_ids: expected ids in \[0, 97\), got \[97\]"):
+        head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], 97))
     del head.model.get_input_embeddings
     head.model.config.image_token_id = 5000  # which a model of images takes out before it looks for embeddings
     with pytest.raises(IndexError):
         head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], 5000))
+    with pytest.raises(ValueError, match=r"input_ids: expected ids in \[0, 101\), got \[5000, 6000\]"):
+        head.hidden_states(tokens.masked_fill(tokens == tokens[0, 0], 5000).masked_fill(tokens == tokens[0, 1], 6000))
 
 
 def test_a_head_says_what_it_is():
