@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_kernels import dispatch
-from dpo_kernels.bench import contenders, measure
+from dpo_kernels import dispatch, measure
+from dpo_kernels.bench import contenders
 from dpo_kernels.bench.cases import FLAT, HeadCase, LogitsCase
 from dpo_kernels.bench.contenders import COPY, FP32_OUT, LIMITS, READ, READ_AND_SCALE, Contender, from_logits
 from dpo_kernels.bench.peers import forward_only, frozen_head, head_peers, logits_peers

@@ -26,13 +26,13 @@ import torch.nn.functional as F
 from dpo_kernels import cpo_loss, dispatch, dpo_loss, kto_loss, orpo_loss, simpo_loss
 from dpo_kernels.bench import contenders
 from dpo_kernels.bench.cases import SEQUENCES, HeadCase, LogitsCase, Result, sigmoid_loss
-from dpo_kernels.bench.measure import synchronize
 from dpo_kernels.bench.peers import eager, forward_only, frozen_head
 from dpo_kernels.impl.reference import eager_token_logps
+from dpo_kernels.measure import synchronize
 from dpo_kernels.testing import assert_within_budget
 
 DEVICE = torch.device(os.environ.get("DPO_KERNELS_TEST_DEVICE", "cpu"))
-IMPL = dispatch.choose(os.environ.get("DPO_KERNELS_BENCH_IMPL", "auto"), DEVICE)
+IMPL = dispatch.check_runs(os.environ.get("DPO_KERNELS_BENCH_IMPL") or dispatch.default(DEVICE), DEVICE)
 TOKENS, HIDDEN, VOCAB, PAIRS, ROUNDS = (
     int(os.environ.get(f"DPO_KERNELS_BENCH_{name}", default))
     for name, default in (("TOKENS", 256), ("HIDDEN", 256), ("VOCAB", 8192), ("PAIRS", 1024), ("ROUNDS", 5))

@@ -12,6 +12,7 @@ revision.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import multiprocessing
 import os
@@ -35,6 +36,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 HARNESS = [REPOSITORY / "dpo_kernels" / folder for folder in ("bench", "data")]  # the cases, and their lengths
+MODULES = ("verdicts", "measure")  # what it rests on, and an older revision lacks
 WORKING_TREE = "working tree"
 # Functions of `dpo_kernels.bench.contenders` by what they are called in the table, and what they are given.
 OPERATIONS: dict[str, tuple[str, dict[str, bool]]] = {
@@ -136,7 +138,7 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
 
 
 def compare(args: argparse.Namespace) -> dict[str, Any]:
-    from dpo_kernels.bench import measure
+    from dpo_kernels import measure
     from dpo_kernels.bench.report import PACKAGES, save
 
     with ExitStack() as stack:
@@ -316,7 +318,7 @@ def work(pipe: Connection, root: str, impl: str, device: str, threads: int) -> N
     except Exception as error:  # an old revision may lack anything
         pipe.send((None, f"{type(error).__name__}: {error}"))
         return
-    from dpo_kernels.bench import measure
+    from dpo_kernels import measure
 
     runs: list[Any] = []  # the operation that is at hand
 
@@ -357,14 +359,23 @@ def load(root: str, impl: str, device: str) -> str:
         harness = ModuleType(f"dpo_kernels.{folder.name}")
         harness.__path__ = [str(folder)]
         sys.modules[harness.__name__] = harness
+    for name in MODULES:
+        spec = importlib.util.spec_from_file_location(f"dpo_kernels.{name}", REPOSITORY / "dpo_kernels" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        setattr(dpo_kernels, name, sys.modules[spec.name])
+        spec.loader.exec_module(sys.modules[spec.name])
     import dpo_kernels.bench.contenders
-    from dpo_kernels.dispatch import choose
+    from dpo_kernels import dispatch
 
-    return choose(impl, torch.device(device))
+    if not hasattr(dispatch, "check_runs"):  # of a revision from before there were verdicts
+        return dispatch.choose(impl, torch.device(device))
+    return dispatch.default(torch.device(device)) if impl == "auto" else dispatch.check_runs(impl, torch.device(device))
 
 
 def run_of(operation: Operation, impl: str) -> Any:
-    from dpo_kernels.bench import contenders, measure
+    from dpo_kernels import measure
+    from dpo_kernels.bench import contenders
 
     name, options = OPERATIONS[operation.name]
     inputs = operation.case().inputs()
@@ -385,7 +396,7 @@ def compared(
     operation: Operation, workers: list[Worker], rounds: int, scratch: Path, oracles: dict[Any, Any]
 ) -> dict[str, Any]:
     """Both revisions' results are held against fp64 and against one another; those that are right are timed."""
-    from dpo_kernels.bench import measure
+    from dpo_kernels import measure
     from dpo_kernels.bench.cases import sigmoid_loss
 
     case = operation.case()

@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels.bench import measure
+from dpo_kernels import measure
 from dpo_kernels.bench.cases import Result
 from dpo_kernels.bench.report import PACKAGES, aligned, save
 from dpo_kernels.data.batching import PairCollator
 from dpo_kernels.data.demo import demo_model
-from dpo_kernels.dispatch import choose
+from dpo_kernels.dispatch import check_runs, default
 from dpo_kernels.impl.reference import eager_token_logps
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.training.config import TrainConfig
@@ -543,7 +543,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     try:
-        impl = choose(args.impl, torch.device(args.device))
+        device = torch.device(args.device)
+        impl = default(device) if args.impl == "auto" else check_runs(args.impl, device)
         made = setups(args)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))

@@ -18,6 +18,7 @@ from dpo_kernels import env
 from dpo_kernels.bench import command as bench
 from dpo_kernels.planning import command as plan
 from dpo_kernels.training.config import TrainConfig, add_flags, load_config, normalize_flags, require_packages
+from dpo_kernels.tuning import command as tune
 
 TRAIN_HELP = """\
 Trains a model on preference pairs, by DPO or a relative of it.
@@ -63,6 +64,7 @@ def run_plan(options: argparse.Namespace) -> int:
 COMMANDS = {
     "bench": (bench.add_arguments, bench.run, "time the head and the loss beside eager PyTorch and the peers"),
     "plan": (plan.add_arguments, run_plan, "say what memory a training step will need"),
+    "tune": (tune.add_arguments, tune.run, "prove and time the kernels on this machine's own device"),
     "env": (env.add_arguments, env.run, "show what is available, what is chosen, and why not the rest"),
 }
 
@@ -84,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _main(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="dpo-kernels", description="DPO training that never holds the logits.")
     parser.add_argument("--version", action="version", version=env.versions(), help="show the versions and end")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,preview,bench,plan,env}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{train,preview,bench,plan,tune,env}")
     train, preview = (
         commands.add_parser(
             name,

@@ -1,28 +1,46 @@
-"""Which implementation computes a call, and why the others do not."""
+"""Which kernels compute a call, and why the others do not.
+
+A *family* of kernels is an implementation, or one whose forward without gradients is a single kernel ("_fused"). What
+"auto" takes is looked up: the verdict of this very device, which `dpo-kernels tune` has measured; then the table of
+measurements that come with the package; then "torch". The number of rows is not asked for, so results do not depend on
+how a batch is cut, and nothing is ever measured in a call.
+"""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import os
-from typing import NamedTuple, cast, get_args
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Literal, NamedTuple, cast, get_args
 
 import torch
 
+from dpo_kernels import verdicts
 from dpo_kernels.impl.interface import TileKernels
 from dpo_kernels.options import Impl
 
+Family = Literal["torch", "cpu", "triton", "triton_fused", "cuda", "cuda_fused"]
+Path = Literal["A", "B", "C", "D", "E"]
 IMPLEMENTATIONS: tuple[Impl, ...] = ("torch", "cpu", "triton", "cuda")
+FAMILIES: tuple[Family, ...] = get_args(Family)
 _MODULES = {
     "torch": "dpo_kernels.impl.torch",
     "cpu": "dpo_kernels.impl.native",
     "triton": "dpo_kernels.impl.triton",
     "cuda": "dpo_kernels.impl.cuda",
 }
+_FUSED = "_fused"
+# The paths with a forward that leaves no gradient.
+FORWARDS = ("A", "D")
+# What an implementation's own name takes there. Of Triton's fused forward no GPU has yet said that it is faster.
+FORWARD_OF: dict[str, Family] = {"cuda": "cuda_fused"}
 
 
 class Choice(NamedTuple):
-    """What "auto" takes on a type of device, and the measurements that say so."""
+    """What "auto" takes on a type of device without a verdict, and the measurements that say so."""
 
     device: str
     impl: Impl
@@ -78,22 +96,187 @@ def check_impl(impl: object) -> Impl:
     raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
 
 
-def choose(impl: str, device: torch.device) -> Impl:
-    """Resolves "auto" to the fastest implementation for `device`; checks an explicit choice and never replaces it.
-
-    Raises:
-        ValueError: `impl` is unknown, or cannot run on `device`; the message gives the reason.
-    """
+def check_runs(impl: str, device: torch.device) -> Impl:
+    """Raises `ValueError` if `impl` is unknown, or cannot run on `device`; the message gives the reason."""
     name = check_impl(impl)
-    if name == "auto":
-        candidates: tuple[Impl, ...] = (*(choice.impl for choice in CHOICES if choice.device == device.type), "torch")
-        return next(each for each in candidates if unavailable_reason(each, device) is None)
-    reason = unavailable_reason(name, device)
+    reason = None if name == "auto" else unavailable_reason(name, device)
     if reason is not None:
         raise ValueError(f"impl: {name!r} cannot run on device {str(device)!r}: {reason}")
     return name
 
 
-def load(impl: str) -> TileKernels:
+def choose(
+    impl: str, device: torch.device, path: Path, dtype: torch.dtype, vocab: int, hidden: int | None = None
+) -> Family:
+    """The kernels that compute `path` for a head [vocab, hidden], with operands (path E: logits) of `dtype`. An
+    explicit implementation is checked and never replaced by another.
+
+    Raises:
+        ValueError: `impl` is unknown, or cannot run on `device`; the message gives the reason.
+    """
+    name = check_runs(impl, device)
+    if name != "auto":
+        return _own(name, path)
+    for of_path, family in _nearest(_table(device), dtype, vocab, hidden):
+        if of_path == path:
+            return family
+    return _own(default(device), path)
+
+
+def choices(impl: str, device: torch.device, dtype: torch.dtype, vocab: int, hidden: int) -> dict[str, Family]:
+    """Of every path."""
+    return {path: choose(impl, device, path, dtype, vocab, hidden) for path in get_args(Path)}
+
+
+def default(device: torch.device) -> Impl:
+    """What "auto" takes without a verdict."""
+    candidates: tuple[Impl, ...] = (*(choice.impl for choice in CHOICES if choice.device == device.type), "torch")
+    return next(each for each in candidates if unavailable_reason(each, device) is None)
+
+
+def _own(impl: str, path: Path) -> Family:
+    return FORWARD_OF.get(impl, cast(Family, impl)) if path in FORWARDS else cast(Family, impl)
+
+
+def impl_of(family: str) -> Impl:
+    return cast(Impl, family.removesuffix(_FUSED))
+
+
+def is_fused(family: str) -> bool:
+    """Whether a forward without gradients is one kernel, where that can take the operands."""
+    return family.endswith(_FUSED)
+
+
+def families(device: torch.device) -> list[Family]:
+    """Those that can run on `device`."""
+    return [family for family in FAMILIES if _can_run(family, device)]
+
+
+def _can_run(family: str, device: torch.device) -> bool:
+    if unavailable_reason(impl_of(family), device) is not None:
+        return False
+    return not is_fused(family) or cast(Any, load(family)).has_fused_forward(device)
+
+
+def load(family: str) -> TileKernels:
     """The module behind a resolved name."""
-    return cast(TileKernels, importlib.import_module(_MODULES[impl]))
+    return cast(TileKernels, importlib.import_module(_MODULES[impl_of(family)]))
+
+
+# Verdicts
+
+
+class Row(NamedTuple):
+    """What is taken for a head, and for those near it. None: whatever it is."""
+
+    dtype: torch.dtype | None
+    vocab: int | None
+    hidden: int | None
+    families: tuple[tuple[str, Family], ...]  # of paths
+
+
+# Of verdicts, once for each device; and what goes before these: `pin`.
+_known: dict[torch.device, tuple[Row, ...]] = {}
+_pinned: list[Row] = []
+# Types of devices of which it was said that they should be tuned.
+_told: set[str] = set()
+
+
+@torch.compiler.assume_constant_result
+def _table(device: torch.device) -> tuple[Row, ...]:
+    if device not in _known:  # not earlier: to ask a GPU what it is starts its runtime, which cannot be forked
+        _known[device] = _rows_of_verdict(device)
+    return (*_pinned, *_known[device])
+
+
+def _rows_of_verdict(device: torch.device) -> tuple[Row, ...]:
+    verdict, key = None, verdicts.key_of(device)
+    if key is not None:
+        verdict = verdicts.read(key)
+    if verdict is None:
+        if os.environ.get("DPO_KERNELS_TUNE") == "0":
+            return ()
+        if key is not None and needs_tuning(device) and device.type not in _told:
+            say_no_more(device)
+            others = verdicts.elsewhere(key)
+            since = f" (it was tuned with {others[-1]})" if others else ""
+            warnings.warn(
+                f"dpo_kernels computes with plain PyTorch on {key['name']}{since}: its faster kernels are taken once "
+                "they have been proven on this machine, in about a minute, by `dpo-kernels tune`",
+                stacklevel=2,
+            )
+        return ()
+    able = families(device)
+    return tuple(
+        Row(
+            getattr(torch, times.head.dtype),
+            times.head.vocab,
+            times.head.hidden,
+            tuple(
+                (path, found if found in able else "torch")
+                for path in times.ms
+                for found in [cast(Family, verdict.choice(times, path))]
+            ),
+        )
+        for times in verdict.times
+    )
+
+
+def say_no_more(device: torch.device) -> None:
+    """That such devices should be tuned."""
+    _told.add(device.type)
+
+
+def needs_tuning(device: torch.device) -> bool:
+    """Whether there are faster kernels for `device` of which no measurement speaks."""
+    return default(device) == "torch" and families(device) != ["torch"]
+
+
+def _nearest(
+    rows: tuple[Row, ...], dtype: torch.dtype, vocab: int, hidden: int | None
+) -> tuple[tuple[str, Family], ...]:
+    """The families of the row whose head is nearest: the first of equal ones, none if all are too far."""
+    found: tuple[tuple[str, Family], ...] = ()
+    least = float("inf")
+    for row in rows:
+        if row.dtype is None or row.dtype == dtype:
+            v, h = _ratio(row.vocab, vocab), _ratio(row.hidden, hidden)
+            if v <= verdicts.NEAR and h <= verdicts.NEAR and v * h < least:
+                least, found = v * h, row.families
+    return found
+
+
+def _ratio(measured: int | None, asked: int | None) -> float:
+    if measured is None or asked is None:
+        return 1.0
+    asked = int(asked)  # a graph for any size is then one for this size
+    return max(measured, asked, 1) / max(1, min(measured, asked))
+
+
+def pin(families: Mapping[str, Family], dtype: torch.dtype | None, vocab: int | None, hidden: int | None) -> Row:
+    """From now on, "auto" takes these for this head, whatever was measured; a later pin goes before an earlier one.
+    What it returns can be unpinned."""
+    row = Row(dtype, vocab, hidden, tuple(families.items()))
+    _pinned.insert(0, row)
+    return row
+
+
+def unpin(row: Row) -> None:
+    if row in _pinned:
+        _pinned.remove(row)
+
+
+@contextmanager
+def taking(family: Family) -> Iterator[None]:
+    """Within, "auto" takes this family for everything; what has no fused forward, its implementation."""
+    of_path = {path: family if path in FORWARDS else impl_of(family) for path in get_args(Path)}
+    row = pin(cast(Mapping[str, Family], of_path), None, None, None)
+    try:
+        yield
+    finally:
+        unpin(row)
+
+
+def forget() -> None:
+    """Verdicts are read again when they are next asked for."""
+    _known.clear()

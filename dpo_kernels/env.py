@@ -9,7 +9,8 @@ import platform
 import torch
 
 import dpo_kernels
-from dpo_kernels.dispatch import CHOICES, IMPLEMENTATIONS, choose, load, unavailable_reason
+from dpo_kernels import verdicts
+from dpo_kernels.dispatch import CHOICES, IMPLEMENTATIONS, default, load, needs_tuning, unavailable_reason
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "peft", "trl")
 
@@ -45,14 +46,51 @@ def report() -> str:
     ]
     for device in devices():
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
-        picked = choose("auto", device)
+        picked = default(device)
         by = [f"by {choice.measured}" for choice in CHOICES if choice[:2] == (device.type, picked)]
         lines.append(f"\n{device} ({name}): auto picks {picked!r}, {by[0] if by else 'for want of measurements'}")
         lines.append(f"  temporary memory of one call: tiles of {load(picked).tile_bytes(device) / 2**20:.0f} MiB")
+        lines += [f"  {line}" for line in verdict_lines(device)]
         for impl in IMPLEMENTATIONS:
             reason = unavailable_reason(impl, device)
             lines.append(f"  {impl:<7} {reason or load(impl).description()}")
     return "\n".join(lines)
+
+
+def verdict_lines(device: torch.device) -> list[str]:
+    """What was measured here, and how to have it measured."""
+    key = verdicts.key_of(device)
+    if key is None:
+        return []
+    verdict, how = verdicts.read(key), "`dpo-kernels tune`"
+    if verdict is None:
+        wanted = needs_tuning(device)
+        lines = [f"no verdict of this machine: {how} {'makes' if wanted else 'would make'} one, in about a minute"]
+        return lines + [f"  there is one of {other}" for other in verdicts.elsewhere(key)]
+    lines = [
+        f"verdict of {verdict.measured}, {verdicts.file_of(key)}; driver {key['driver']}, kernels {key['kernels']}"
+    ]
+    for times in verdict.times:
+        lines.append(f"  {times.head}: auto picks")
+        lines += [f"    {line}" for line in times_lines(verdict, times)]
+    lines += [f"  refused: {refusal}" for refusal in verdict.refused]
+    return lines
+
+
+def times_lines(verdict: verdicts.Verdict, times: verdicts.Times) -> list[str]:
+    """Of a head: for each path what is picked, and its times beside those of the others."""
+    lines = []
+    for path in verdicts.PATHS:
+        if path in times.untimed:
+            lines.append(f"{path}: 'torch', not timed: {times.untimed[path]}")
+        elif path in times.ms:
+            shown = "; ".join(
+                f"{family} {' and '.join(f'{one:.4g}' for one in found)} ms" for family, found in times.ms[path].items()
+            )
+            lines.append(
+                f"{path}: {verdict.choice(times, path)!r} ({shown}, at {' and '.join(map(str, times.tokens))} rows)"
+            )
+    return lines
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

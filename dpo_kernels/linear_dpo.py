@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from dpo_kernels.dispatch import check_impl, choose, load
+from dpo_kernels.dispatch import check_impl, check_runs, choose, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.logps import (
@@ -208,7 +208,7 @@ def linear_dpo_loss(
             f"pair_weights: expected None for loss_type {loss_type!r}, which sorts the batch, so that its losses are "
             "those of ranks and not of pairs"
         )
-    impl = choose(impl, hidden.device)
+    check_runs(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
     dtype = accumulate_dtype(compute_dtype)
     waits = num_labelled is None
@@ -233,13 +233,14 @@ def linear_dpo_loss(
     if torch.is_grad_enabled() and head_trained and not differentiable and takes_groups(options.names, dtypes):
         rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        groups = plan_groups(rows, given.pairs, weight, dtype, budget, impl, dweight=weight.requires_grad)
+        family = choose(impl, hidden.device, "C", compute_dtype, *weight.shape)
+        groups = plan_groups(rows, given.pairs, weight, dtype, budget, family, dweight=weight.requires_grad)
         if groups is not None:
             rows = pair_major(rows, given.pairs)
             x = GatherRows.apply(hidden, *rows)
             if check_hidden:
                 check_finite(x.detach(), rows, waits)
-            grouped = _Grouped(rows, given, groups, transform, compute_dtype, options, impl)
+            grouped = _Grouped(rows, given, groups, transform, compute_dtype, options, family)
             found = _GroupedLoss.apply(x, weight, bias, grouped)
             if check_hidden:
                 check_head_is_finite(found[2], weight, bias)
@@ -470,7 +471,7 @@ class _Grouped(NamedTuple):
     transform: LogitTransform
     compute_dtype: torch.dtype
     options: _LossOptions
-    impl: str
+    family: str
 
 
 class _GroupedLoss(torch.autograd.Function):
@@ -514,7 +515,7 @@ class _GroupedLoss(torch.autograd.Function):
 
         with torch.autocast(x.device.type, enabled=False):
             ctx.grads = paths.linear_logps_grouped(
-                load(g.impl),
+                load(g.family),
                 x.detach(),
                 weight.detach(),
                 None if bias is None else bias.detach(),

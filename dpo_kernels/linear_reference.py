@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dpo_kernels.dispatch import choose, load
+from dpo_kernels.dispatch import check_runs, choose, is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
 from dpo_kernels.linear_dpo import (
@@ -73,7 +73,7 @@ def linear_reference_logps(
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
     if isinstance(gradients, str) or not set(gradients) <= set(GRADIENTS):
         raise ValueError(f"gradients: expected some of {list(GRADIENTS)}, got {gradients!r}")
-    impl = choose(impl, hidden.device)
+    check_runs(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
     dtype = accumulate_dtype(compute_dtype)
     waits = num_labelled is None
@@ -85,22 +85,27 @@ def linear_reference_logps(
     pairs, of_head, dweight = labels.shape[0] // 2, {"weight", "bias"}.intersection(gradients), "weight" in gradients
     if of_head or ld_alpha is not None:
         check_paired(hidden)
+    in_b = bool(gradients) and not of_head
+    family = choose(impl, hidden.device, "D" if of_head else "B" if in_b else "A", compute_dtype, *weight.shape)
     if of_head and takes_groups(names, (compute_dtype, weight.dtype, hidden.dtype)):
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        groups = plan_groups(rows, pairs, weight, dtype, budget, impl, dweight=dweight)
+        in_groups = choose(impl, hidden.device, "C", compute_dtype, *weight.shape)
+        groups = plan_groups(rows, pairs, weight, dtype, budget, in_groups, dweight=dweight)
+        family = family if groups is None else in_groups
     if groups is not None:
         rows = pair_major(rows, pairs)
     x, y = hidden[rows.sequence, rows.position], labels[rows.sequence, rows.position]
     if check_hidden:
         check_finite(x, rows, waits)
-    operands = load(impl), x, weight, bias, y, transform
+    operands = load(family), x, weight, bias, y, transform
     with torch.autocast(hidden.device.type, enabled=False):
         if groups is not None:  # path C
             of_rows = [group.rows for group in groups]
             found = paths.linear_logps_as_grouped(*operands, of_rows, compute_dtype=compute_dtype, dweight=dweight)
         else:  # path B, or A, which is path D's forward too
-            in_b = bool(gradients) and not of_head
-            found = paths.linear_logps_fwd(*operands, compute_dtype=compute_dtype, as_with_dhidden=in_b).logp
+            found = paths.linear_logps_fwd(
+                *operands, compute_dtype=compute_dtype, as_with_dhidden=in_b, fused=is_fused(family)
+            ).logp
     token_logps = found.new_zeros(labels.shape)
     token_logps[rows.sequence, rows.position] = found
     _, logps = response_logps(token_logps, labels, token_weights, ld_alpha, ignore_index)

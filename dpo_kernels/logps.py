@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import ops
-from dpo_kernels.dispatch import choose
+from dpo_kernels.dispatch import check_runs, choose
 from dpo_kernels.impl.interface import STATS
 from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows, shift_labels
@@ -102,18 +102,19 @@ def linear_sequence_logps(
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
-    impl = choose(impl, hidden.device)
+    check_runs(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
-    frozen = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-    with_dhidden = torch.is_grad_enabled() and frozen and hidden.requires_grad
+    trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
+    with_dhidden = torch.is_grad_enabled() and hidden.requires_grad and not trained
+    family = choose(impl, hidden.device, "D" if trained else "B" if with_dhidden else "A", compute_dtype, *weight.shape)
     cap = None if softcap is None else float(softcap)
     options = (bias, float(logit_scale), cap, float(temperature), ignore_index)
 
     if torch.compiler.is_compiling():
         known = ops.UNKNOWN if num_labelled is None else num_labelled
         token_logps, _, values, _ = ops.linear_token_logps(
-            hidden, weight, labels, *options, known, compute_dtype, list(stats), with_dhidden, impl
+            hidden, weight, labels, *options, known, compute_dtype, list(stats), with_dhidden, family
         )
     else:
         # Rows are compacted out here where their number may decide shapes: only [N, H] is saved for the backward.
@@ -122,7 +123,7 @@ def linear_sequence_logps(
         if check_hidden:
             check_finite(x.detach(), rows, waits=num_labelled is None)
         row_logps, _, row_values, _ = ops.linear_token_logps(
-            x[None], weight, y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, impl
+            x[None], weight, y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, family
         )
         token_logps = ScatterRows.apply(row_logps[0], *rows, labels.shape)
         values = row_values.new_zeros(len(stats), *labels.shape)
@@ -173,10 +174,10 @@ def sequence_logps(
         raise ValueError("logits: expected at least one vocabulary entry, got none")
     if inplace_backward and any(logits.stride(i) == 0 and logits.shape[i] > 1 for i in range(3)):
         raise ValueError("inplace_backward: expected logits whose elements share no memory, got an expanded view")
-    impl = choose(impl, logits.device)
+    family = choose(impl, logits.device, "E", logits.dtype, logits.shape[2])
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     known = ops.UNKNOWN if num_labelled is None else num_labelled
-    token_logps, _, values = ops.token_logps(logits, labels, ignore_index, known, list(stats), inplace_backward, impl)
+    token_logps, _, values = ops.token_logps(logits, labels, ignore_index, known, list(stats), inplace_backward, family)
     return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values)
 
 

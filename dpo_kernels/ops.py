@@ -4,7 +4,7 @@ Positions are [S, T] with ignored labels left in, so that every output shape fol
 compiled graph needs no break; each operator compacts to the labelled rows itself. A caller that has compacted and
 checked them already says so with `num_labelled` = COMPACTED, and nothing is searched for again.
 
-Output tensors that were not asked for have no elements. `impl` is a resolved name, never "auto".
+Output tensors that were not asked for have no elements. `impl` is a family of kernels as `dispatch` names them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_kernels.dispatch import load
+from dpo_kernels.dispatch import is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import GradRows, LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.rows import check_finite, labelled_rows, unlabelled_rows
@@ -94,6 +94,7 @@ def linear_token_logps_impl(
         compute_dtype=compute_dtype,
         stats=stats,
         with_dhidden=with_dhidden,
+        fused=is_fused(impl),
     )
     if out.dhidden is None:
         dhidden = out.logp.new_empty(0)

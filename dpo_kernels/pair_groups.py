@@ -24,7 +24,7 @@ def pair_major(rows: Rows, pairs: int) -> Rows:
 
 
 def plan_groups(
-    rows: Rows, pairs: int, weight: Tensor, dtype: torch.dtype, chunk_bytes: int, impl: str, *, dweight: bool
+    rows: Rows, pairs: int, weight: Tensor, dtype: torch.dtype, chunk_bytes: int, family: str, *, dweight: bool
 ) -> list[Group] | None:
     """Whole pairs in groups whose logits fit in `chunk_bytes`; None if that cannot be, or there is nothing to group.
     `dweight`: the head's weight gets a gradient, in whose memory some logits are kept."""
@@ -32,7 +32,7 @@ def plan_groups(
     row_bytes = weight.shape[0] * dtype.itemsize
     if n == 0 or chunk_bytes == 0:
         return None
-    free = paths.rows_kept_in_dw(load(impl), n, weight, dtype) if dweight else 0
+    free = paths.rows_kept_in_dw(load(family), n, weight, dtype) if dweight else 0
     if (n - free) * row_bytes <= chunk_bytes:
         return [Group(slice(0, n), slice(0, pairs))]
     if dweight and weight.dtype != dtype:

@@ -73,10 +73,19 @@ def rms(error: Tensor) -> float:
 def assert_within_budget(ours: Tensor, eager: Tensor, oracle: Tensor, what: str, epsilon: float = 1e-6) -> None:
     """The error budget: our rms error against the fp64 oracle is at most eager's in the same dtype, plus `epsilon`
     times the oracle's own rms."""
-    assert ours.shape == oracle.shape and torch.isfinite(ours).all(), f"{what}: shape or finiteness"
+    reason = beyond_budget(ours, eager, oracle, what, epsilon)
+    assert not reason, reason
+
+
+def beyond_budget(ours: Tensor, eager: Tensor, oracle: Tensor, what: str, epsilon: float = 1e-6) -> str:
+    """How `ours` is beyond the error budget, in words; "" if it is not."""
+    if ours.shape != oracle.shape or not torch.isfinite(ours).all():
+        return f"{what}: shape or finiteness"
     ours_error, eager_error = rms(ours.double() - oracle), rms(eager.double() - oracle)
     limit = eager_error + epsilon * max(rms(oracle), 1e-30)
-    assert ours_error <= limit, f"{what}: rms error {ours_error:.3e}, eager {eager_error:.3e}, limit {limit:.3e}"
+    if ours_error <= limit:
+        return ""
+    return f"{what}: rms error {ours_error:.3e}, eager {eager_error:.3e}, limit {limit:.3e}"
 
 
 class Record(TorchDispatchMode):

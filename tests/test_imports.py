@@ -13,9 +13,9 @@ from places import ROOT
 # From the ground up. A room, a folder or a module by itself, may import what is in the layers below it, and its own
 # modules; never another room of its layer. The layer of "dpo_kernels" is the package's face, which re-exports.
 LAYERS = (
-    ("lazy", "options", "_native", "_cuda"),
+    ("lazy", "options", "verdicts", "_native", "_cuda"),
     ("impl",),
-    ("dispatch", "rows"),
+    ("dispatch", "rows", "measure"),
     ("ops",),
     ("logps", "losses", "pair_groups"),
     ("linear_dpo",),
@@ -23,7 +23,7 @@ LAYERS = (
     ("testing",),
     ("models",),
     ("dpo_kernels",),
-    ("data",),
+    ("data", "tuning"),
     ("training", "planning", "bench", "trl", "compat"),
     ("env",),
     ("cli",),

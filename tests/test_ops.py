@@ -6,7 +6,7 @@ from grids import IMPLS, covering
 from torch.autograd import gradcheck
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, ops, sequence_logps
-from dpo_kernels.dispatch import choose
+from dpo_kernels.dispatch import default
 from dpo_kernels.testing import head_inputs
 
 pytestmark = pytest.mark.usefixtures("impl")
@@ -16,7 +16,7 @@ STATS = ["entropy", "is_top1", "mean_logit", "log_sum_sq_probs"]
 def linear_args(inputs, bias, with_dhidden, stats, dtype):
     return (
         *(inputs.hidden, inputs.weight, inputs.labels, bias),
-        *(0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, stats, with_dhidden, choose("auto", torch.get_default_device())),
+        *(0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, stats, with_dhidden, default(torch.get_default_device())),
     )
 
 
@@ -42,7 +42,7 @@ def test_opcheck_linear_backward():
         inputs = head_inputs(dtype=dtype)
         hidden, weight, labels, bias, _ = (t.detach() for t in inputs)
         logps, norm, _, _ = ops.linear_token_logps(*linear_args(inputs, inputs.bias, False, [], dtype))
-        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, *need, choose("auto", torch.get_default_device()))
+        scalars = (0.7, 4.0, 1.3, -100, ops.UNKNOWN, dtype, *need, default(torch.get_default_device()))
         args = (torch.rand(labels.shape), hidden, weight, labels, bias, norm.detach(), logps.detach(), *scalars)
         torch.library.opcheck(ops.linear_token_logps_bwd, args)
 
@@ -52,10 +52,10 @@ def test_opcheck_logits(inplace):
     labels = head_inputs().labels
     logits = torch.randn(*labels.shape, 123, requires_grad=True)
     torch.library.opcheck(
-        ops.token_logps, (logits, labels, -100, ops.UNKNOWN, STATS, False, choose("auto", torch.get_default_device()))
+        ops.token_logps, (logits, labels, -100, ops.UNKNOWN, STATS, False, default(torch.get_default_device()))
     )
     logps, norm, _ = ops.token_logps(
-        logits.detach(), labels, -100, ops.UNKNOWN, [], False, choose("auto", torch.get_default_device())
+        logits.detach(), labels, -100, ops.UNKNOWN, [], False, default(torch.get_default_device())
     )
     backward = ops.token_logps_bwd_ if inplace else ops.token_logps_bwd
     torch.library.opcheck(
@@ -68,7 +68,7 @@ def test_opcheck_logits(inplace):
             logps,
             -100,
             ops.UNKNOWN,
-            choose("auto", torch.get_default_device()),
+            default(torch.get_default_device()),
         ),
     )
 

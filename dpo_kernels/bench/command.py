@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_kernels import dispatch
-from dpo_kernels.bench import charts, measure
+from dpo_kernels import dispatch, measure
+from dpo_kernels.bench import charts
 from dpo_kernels.bench.cases import SEQUENCES, HeadCase, LogitsCase
 from dpo_kernels.bench.contenders import LIMITS, READ, READ_AND_SCALE, from_logits, variants
 from dpo_kernels.bench.peers import forward_only, frozen_head, head_peers, logits_peers
@@ -34,6 +34,8 @@ from dpo_kernels.bench.report import (
 from dpo_kernels.data.lengths import real_lengths
 from dpo_kernels.models.shapes import find_shape
 from dpo_kernels.options import Impl
+from dpo_kernels.tuning import tune_first
+from dpo_kernels.verdicts import Head
 
 DESCRIPTION = """\
 Times the head and the loss of DPO, from hidden states (or from logits) to the gradients, beside what others compute the
@@ -116,6 +118,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write all samples, versions and machine, after every table")
     add("--csv", type=Path, metavar="FILE", help="write a line for each row")
     add("--plot", type=Path, metavar="FOLDER", help="draw bars for every table, and curves over --tokens and --vocab")
+    add("--no-tune", action="store_true", help="do not try our kernels first on a device that has no verdict")
     add("--quick", action="store_true", help="tiny sizes, to see that everything runs; the times mean nothing")
 
 
@@ -135,6 +138,8 @@ def run(options: argparse.Namespace) -> int:
     impls, unavailable = _implementations(options.impl, device)
     _check_peers(options.peers or (), device)
     jobs = list({(job.mode, job.case, job.backward): job for job in _jobs(options, device)}.values())
+    for head in dict.fromkeys(_head(job, device) for job in jobs):
+        tune_first("auto", device, head, wanted=not (options.no_tune or options.quick or options.impl))
     entries = [list(_entries(job, impls, device, options)) for job in jobs]
     report: dict[str, Any] = {
         "environment": measure.environment(PACKAGES) | {"device": measure.describe(device)},
@@ -194,10 +199,16 @@ def _device(name: str | None) -> torch.device:
 def _implementations(wanted: Sequence[str] | None, device: torch.device) -> tuple[list[Impl], dict[str, str]]:
     """Ours that run here, and why the others do not. One that was asked for must."""
     if wanted:
-        return list(dict.fromkeys(dispatch.choose(impl, device) for impl in wanted)), {}
+        return list(dict.fromkeys(dispatch.check_runs(impl, device) for impl in wanted)), {}
     reasons = {impl: dispatch.unavailable_reason(impl, device) for impl in dispatch.IMPLEMENTATIONS}
     able = [impl for impl, reason in reasons.items() if reason is None]
     return able, {impl: reason for impl, reason in reasons.items() if reason is not None}
+
+
+def _head(job: Job, device: torch.device) -> Head:
+    """What kernels are tried for; logits come of no hidden size."""
+    hidden = job.case.hidden if isinstance(job.case, HeadCase) else DEFAULT_SIZE[device.type][1]
+    return Head(str(job.case.dtype).removeprefix("torch."), hidden, job.case.vocab)
 
 
 def _jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
@@ -259,11 +270,16 @@ def _entries(job: Job, impls: Sequence[Impl], device: torch.device, options: arg
 
 def _default_row(job: Job, impls: Sequence[Impl], device: torch.device) -> str:
     """The name of what default options take; of the first implementation, if others were asked for."""
-    auto = dispatch.choose("auto", device)
-    impl = auto if auto in impls else impls[0]
-    if isinstance(job.case, LogitsCase):
+    case = job.case
+    path: Any = "E" if isinstance(case, LogitsCase) else PATHS[job.mode][0][0]
+    hidden = case.hidden if isinstance(case, HeadCase) else None
+    family = dispatch.choose("auto", device, path, case.dtype, case.vocab, hidden)
+    if dispatch.impl_of(family) not in impls:
+        family = dispatch.choose(impls[0], device, path, case.dtype, case.vocab, hidden)
+    impl = dispatch.impl_of(family)
+    if isinstance(case, LogitsCase):
         return from_logits(impl, backward=job.backward)[0].name
-    return variants(PATHS[job.mode][0][0], impl, job.case)[-1].name  # the forward by one kernel, where there is one
+    return variants(path, impl, case)[-1 if dispatch.is_fused(family) else 0].name
 
 
 def _left_out(mode: str, options: argparse.Namespace, device: torch.device) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def path_a(inputs: HeadInputs, *, impl: Impl, fused: bool | None = None) -> Resu
         taken.append(fold(*args))
         return taken[-1]
 
-    with torch.no_grad(), _setting(impl, "FUSED_FORWARD", fused), _setting(impl, "linear_fold_", linear_fold_):
+    with torch.no_grad(), _forward(impl, fused), _setting(impl, "linear_fold_", linear_fold_):
         out = linear_sequence_logps(
             inputs.hidden, inputs.weight, inputs.labels, num_labelled=inputs.num_labelled, impl=impl
         )
@@ -84,11 +84,23 @@ def path_a(inputs: HeadInputs, *, impl: Impl, fused: bool | None = None) -> Resu
 
 
 @contextmanager
-def _setting(impl: Impl, name: str, value: Any) -> Iterator[None]:
-    """Of an implementation's module, for as long as it is entered; None leaves it."""
-    if value is None:
+def _forward(impl: Impl, fused: bool | None) -> Iterator[None]:
+    """What the implementation's name takes for path A, for as long as it is entered; None leaves it."""
+    if fused is None:
         yield
         return
+    before = dict(dispatch.FORWARD_OF)
+    dispatch.FORWARD_OF[impl] = cast(Any, f"{impl}_fused" if fused else impl)
+    try:
+        yield
+    finally:
+        dispatch.FORWARD_OF.clear()
+        dispatch.FORWARD_OF.update(before)
+
+
+@contextmanager
+def _setting(impl: Impl, name: str, value: Any) -> Iterator[None]:
+    """Of an implementation's module, for as long as it is entered."""
     module = dispatch.load(impl)
     before = getattr(module, name)
     setattr(module, name, value)
@@ -100,8 +112,7 @@ def _setting(impl: Impl, name: str, value: Any) -> Iterator[None]:
 
 def with_tiles(inputs: HeadInputs, *, run: Callable[..., Result], impl: Impl, tile_bytes: int) -> Result:
     """A path without a fused forward, with tiles of this size."""
-    fused = False if has_fused_forward(impl) else None
-    with _setting(impl, "tile_bytes", lambda device: tile_bytes), _setting(impl, "FUSED_FORWARD", fused):
+    with _setting(impl, "tile_bytes", lambda device: tile_bytes), _forward(impl, False):
         return run(inputs)
 
 
@@ -167,14 +178,14 @@ def variants(key: str, impl: Impl, case: HeadCase, chunk_bytes: int | None = Non
 
 
 def has_fused_forward(impl: Impl) -> bool:
-    return hasattr(dispatch.load(impl), "FUSED_FORWARD")
+    return hasattr(dispatch.load(impl), "has_fused_forward")
 
 
 def _takes_fused_forward(impl: Impl, case: HeadCase) -> bool:
     """Half precision, 16 numbers at a time; the CUDA one on Hopper alone."""
     device = torch.device(case.device)
-    on_hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
-    return case.dtype != torch.float32 and case.hidden % 16 == 0 and (impl != "cuda" or on_hopper)
+    has = cast(Any, dispatch.load(impl)).has_fused_forward(device) and (impl != "cuda" or device.type == "cuda")
+    return case.dtype != torch.float32 and case.hidden % 16 == 0 and has
 
 
 # From logits

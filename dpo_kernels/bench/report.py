@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from dpo_kernels.bench import measure
+from dpo_kernels import measure
 from dpo_kernels.bench.cases import HeadCase, HeadInputs, LogitsCase, LogitsInputs, Result, errors, wrong
 from dpo_kernels.bench.contenders import OURS, Contender
 

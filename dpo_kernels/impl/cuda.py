@@ -28,12 +28,15 @@ from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import product as product
 
 TILE_BYTES = 128 * 2**20
-# Path A in half precision on Hopper as one fused kernel instead of products of tiles.
-FUSED_FORWARD = True
 
 
 def description() -> str:
-    return 'available by name: compiled CUDA kernels; "auto" takes them once measurements on a GPU speak for it'
+    return "available: compiled CUDA kernels"
+
+
+def has_fused_forward(device: torch.device) -> bool:
+    """Whether path A in half precision can be one kernel instead of products of tiles: on Hopper."""
+    return _machine(device)[0]
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -144,7 +147,7 @@ def linear_fold_(
     hopper, multiprocessors = _machine(x.device)
     (n, _), v = x.shape, weight.shape[0]
     if (
-        not (FUSED_FORWARD and hopper and n)
+        not (hopper and n)
         or compute_dtype not in (torch.bfloat16, torch.float16)
         or not all(_can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight))
         or (transform.softcap is None and abs(transform.slope) < torch.finfo(torch.float32).tiny)  # 0 times infinity

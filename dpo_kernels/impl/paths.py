@@ -94,9 +94,11 @@ def linear_logps_fwd(
     with_dhidden: bool = False,
     as_with_dhidden: bool = False,
     blocks: tuple[int, int] | None = None,
+    fused: bool = False,
 ) -> LinearLogps:
     """Path A, and path B with `with_dhidden`: sum_v exp(z_v - m) dz/da W_v is accumulated with online rescaling in the
-    same sweep, as attention does with keys and values W.
+    same sweep, as attention does with keys and values W. `fused`: path A in one kernel, where `k` has one for these
+    operands.
 
     For a reference that is to be summed as another path sums the policy: `as_with_dhidden` is path A with the
     arithmetic of path B, `blocks` says how many rows and columns a tile has, in place of our own choice."""
@@ -107,7 +109,7 @@ def linear_logps_fwd(
         rows, columns = _traffic_blocks(n, v, acc, k.tile_bytes(x.device))
     fold = k.new_fold(y, acc, stats)
     in_tiles = with_dhidden or as_with_dhidden or blocks is not None
-    if not in_tiles and k.linear_fold_(fold, x, weight, bias, transform, compute_dtype):
+    if fused and not in_tiles and k.linear_fold_(fold, x, weight, bias, transform, compute_dtype):
         return LinearLogps(*fold.finish(v, acc), None)
     expected = x.new_zeros(n, h if with_dhidden else 1, dtype=acc) if with_dhidden or as_with_dhidden else None
     buffer = x.new_empty(rows * columns, dtype=acc)

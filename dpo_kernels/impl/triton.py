@@ -24,8 +24,6 @@ from dpo_kernels.impl.products import zero_rows_ as zero_rows_
 from dpo_kernels.impl.triton_math import exp, one_minus_exp, to_logits, transform_constants
 
 TILE_BYTES = 128 * 2**20
-# Path A in half precision as one fused kernel instead of products of tiles: no GPU has yet said which is faster.
-FUSED_FORWARD = False
 BLOCK_N, MAX_BLOCK_V, MAX_BLOCK_H = 1, 4096, 1024
 
 # The fields of a Fold's state that the kernels name.
@@ -38,7 +36,12 @@ LABEL_SLOPE: tl.constexpr = tl.constexpr(2)
 
 
 def description() -> str:
-    return f'available by name: Triton {triton.__version__}; "auto" takes it once measurements on a GPU speak for it'
+    return f"available: Triton {triton.__version__}"
+
+
+def has_fused_forward(device: torch.device) -> bool:
+    """Whether path A in half precision can be one kernel instead of products of tiles."""
+    return True
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -204,7 +207,7 @@ def _run(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, **consta
 def linear_fold_(
     fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
 ) -> bool:
-    if not FUSED_FORWARD or x.shape[0] == 0 or not triton_linear.can_take(x, weight, compute_dtype):
+    if x.shape[0] == 0 or not triton_linear.can_take(x, weight, compute_dtype):
         return False
     triton_linear.linear_fold_(fold, x, weight, bias, transform)
     return True

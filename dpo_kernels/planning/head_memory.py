@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from dpo_kernels import linear_dpo
-from dpo_kernels.dispatch import choose, load
+from dpo_kernels.dispatch import check_runs, choose, impl_of, is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import Rows, accumulate_dtype
 from dpo_kernels.pair_groups import plan_groups
@@ -89,7 +89,14 @@ def ours_bytes(
     """
     if path not in ("A", "B", "C", "D"):
         raise ValueError(f"path: expected A, B, C or D, got {path!r}")
-    t = _Tiles(tokens, hidden, vocab, dtype, compute_dtype, torch.device(device), impl, softcap)
+    device, of_products = torch.device(device), dtype if compute_dtype is None else compute_dtype
+    check_runs(impl, device)
+
+    def tiles(path: Any) -> _Tiles:
+        family = choose(impl, device, path, of_products, vocab, hidden)
+        return _Tiles(tokens, hidden, vocab, dtype, of_products, device, family, softcap)
+
+    t = tiles(path)
     small = tokens * ROW_BYTES + positions * POSITION_BYTES
     if path in ("A", "B"):
         why = {"A": "nothing needs a gradient", "B": "the head is frozen: its sweep leaves dX"}[path]
@@ -100,6 +107,7 @@ def ours_bytes(
         sizes, why = _groups(t, pairs, budget)
         if sizes:
             return _grouped(t, sizes, positions, small)._replace(why=why)
+        t = tiles("D")
     return _recomputed(t, positions, small)._replace(why=why)
 
 
@@ -122,13 +130,13 @@ class _Tiles:
     """How an implementation cuts N rows by V columns into tiles, and what it allocates beside a tile, in bytes."""
 
     def __init__(
-        self, n: int, h: int, v: int, dtype: torch.dtype, compute_dtype: torch.dtype | None, device: torch.device,
-        impl: str, softcap: bool,
+        self, n: int, h: int, v: int, dtype: torch.dtype, compute_dtype: torch.dtype, device: torch.device, family: str,
+        softcap: bool,
     ) -> None:  # fmt: skip
-        self.impl = choose(impl, device)
-        self.k = cast(Any, load(self.impl))
+        self.family, self.impl = family, impl_of(family)
+        self.k = cast(Any, load(family))
         self.n, self.h, self.v, self.dtype, self.device, self.softcap = n, h, v, dtype, device, softcap
-        self.compute_dtype = dtype if compute_dtype is None else compute_dtype
+        self.compute_dtype = compute_dtype
         self.acc = accumulate_dtype(self.compute_dtype)
         self.weight = cast(Any, _Weight((v, h), dtype, device))
         self.operand = self.k.operand(self.weight, self.compute_dtype).dtype
@@ -236,8 +244,7 @@ class _Tiles:
         """Whether one kernel does the sweep of path A: where a GPU is there to ask."""
         halves = self.dtype == self.compute_dtype in (torch.bfloat16, torch.float16)
         wanted = halves and self.device.type == "cuda" and torch.cuda.is_available()
-        possible = wanted and (self.impl != "cuda" or self.k._machine(self.device)[0])
-        return possible and getattr(self.k, "FUSED_FORWARD", False)
+        return wanted and is_fused(self.family) and self.k.has_fused_forward(self.device)
 
 
 def _last(size: int, step: int) -> int:
@@ -250,7 +257,9 @@ def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[int], str]:
     if torch.float16 in (t.dtype, t.compute_dtype):
         return [], "gradients in fp16 are formed after the loss scale"
     pair = torch.arange(t.n) % pairs
-    groups = plan_groups(Rows(pair, pair), pairs, t.weight, t.acc, chunk_bytes, t.impl, dweight=t.weight.requires_grad)
+    groups = plan_groups(
+        Rows(pair, pair), pairs, t.weight, t.acc, chunk_bytes, t.family, dweight=t.weight.requires_grad
+    )
     if groups is not None:
         which = "all pairs" if len(groups) == 1 else f"the pairs, in {len(groups)} groups,"
         return [group.rows.stop - group.rows.start for group in groups], f"the logits of {which} fit in chunk_bytes"

@@ -161,6 +161,9 @@ class TrainConfig:
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     mixed_precision: str = option("no", "autocast dtype", choices=("no", "bf16", "fp16"))
     impl: str = option("auto", "implementation of the head", choices=("auto", "torch", "cpu", "triton", "cuda"))
+    tune: bool = option(
+        True, "try the kernels first, once, on a device that nothing has proven them on", trajectory=False
+    )
     chunk_bytes: int | None = option(None, "memory for one chunk of logits in the fused loss, in bytes", minimum=1)
     seed: int = option(42, "seed of initial weights, held-out split, data order and dropout", minimum=0)
     deterministic: bool = option(

@@ -16,13 +16,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpo_kernels.dispatch import choose
+from dpo_kernels.dispatch import check_runs
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.training import reference_model as references
 from dpo_kernels.training.checkpoint import find_checkpoint, remove_leftovers
 from dpo_kernels.training.config import TrainConfig, practice_warnings, trajectory_settings
 from dpo_kernels.training.pairs import Pairs, Sizes, check_fits, data_fingerprint, pairs_of_step
 from dpo_kernels.training.policy import PolicyLoss, add_lora, disable_dropout, load_model
+from dpo_kernels.tuning.heads import head_of
+from dpo_kernels.tuning.trial import tune_first
+from dpo_kernels.verdicts import Head
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -50,6 +53,8 @@ class Run:
     scheduler: Any
     schedule: Schedule
     identity: dict[str, Any]  # what the trajectory follows from
+    tuned: tuple[str, torch.device, Head]  # what the kernels were chosen for
+    kernels: dict[str, Any]  # which, of each path
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +132,7 @@ def set_up(config: TrainConfig) -> Run:
     from accelerate.utils import set_seed
 
     accelerator = make_accelerator(config)
-    choose(config.impl, accelerator.device)  # an error now rather than after the models are loaded
+    check_runs(config.impl, accelerator.device)  # an error now rather than after the models are loaded
     if not accelerator.is_main_process:  # one voice is enough
         logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", UserWarning)
@@ -158,6 +163,10 @@ def set_up(config: TrainConfig) -> Run:
     sizes = Sizes.of(pairs.train)
     if config.disable_dropout:
         disable_dropout(model)
+
+    tuned = config.impl, accelerator.device, head_of(model, config.mixed_precision)
+    bar = config.progress_bar and accelerator.is_local_main_process
+    kernels = dict(tune_first(*tuned, wanted=config.tune, bar=bar))
 
     # The reference comes before the policy changes
     kind, reference = references.resolve(config), None
@@ -210,6 +219,8 @@ def set_up(config: TrainConfig) -> Run:
         scheduler=make_scheduler(optimizer, config, schedule),
         schedule=schedule,
         identity=identity,
+        tuned=tuned,
+        kernels=kernels,
     )
 
 

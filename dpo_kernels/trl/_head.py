@@ -17,6 +17,7 @@ from trl.trainer.utils import use_adapter
 
 from dpo_kernels.models.fused_forward import STATS, add_fused_lm_head, restore_fused_lm_head
 from dpo_kernels.models.head import unwrap
+from dpo_kernels.trl._kernels import with_kernels
 from dpo_kernels.trl._metrics import unread
 
 WEIGHTS = ("token_weights", "pair_weights")  # what a batch may hold for this package's loss alone
@@ -53,6 +54,7 @@ def with_our_head(init: Method, module: ModuleType, check: Check) -> Method:
             init(self, *args, **kwargs)
         for mode in self._metrics:
             unread(self._metrics, mode, self)
+        with_kernels(self)
         _takes_our_loss(self, check)
 
     return __init__
@@ -66,6 +68,7 @@ def with_added_head(init: Method) -> Method:
         self._dpo_kernels_head = True
         init(self, *args, **kwargs)
         _add_head(unwrap(self.model))
+        with_kernels(self)
 
     return __init__
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dpo_kernels import dispatch
-from dpo_kernels.bench import cases, contenders, measure, peers, report
+from dpo_kernels import dispatch, measure
+from dpo_kernels.bench import cases, contenders, peers, report
 from dpo_kernels.data.lengths import LENGTHS, MIN_PAIRS, real_lengths
 
 
@@ -28,11 +28,12 @@ def test_fused_forward_is_switched_for_one_call(monkeypatch, fused):
         pytest.skip(reason)
     module, heard = dispatch.load("triton"), []
     fold = module.linear_fold_
-    monkeypatch.setattr(module, "FUSED_FORWARD", not fused)
-    monkeypatch.setattr(module, "linear_fold_", lambda *args: heard.append(module.FUSED_FORWARD) or fold(*args))
+    monkeypatch.setitem(dispatch.FORWARD_OF, "triton", "triton" if fused else "triton_fused")
+    before = dict(dispatch.FORWARD_OF)
+    monkeypatch.setattr(module, "linear_fold_", lambda *args: heard.append(True) or fold(*args))
     inputs = cases.HeadCase(16, 16, 64, dtype=torch.bfloat16).inputs()
     contenders.path_a(inputs, impl="triton", fused=fused)
-    assert heard == [fused] and module.linear_fold_ is not fold and module.FUSED_FORWARD is not fused
+    assert heard == [True] * fused and before == dispatch.FORWARD_OF
 
 
 @pytest.mark.parametrize("loss", ["sigmoid_loss", "likelihood_loss"])

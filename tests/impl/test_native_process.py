@@ -34,7 +34,7 @@ def python():
 
 
 def test_auto_picks_cpu(monkeypatch):
-    assert dispatch.choose("auto", torch.device("cpu")) == "cpu"
+    assert dispatch.default(torch.device("cpu")) == "cpu"
     logits, labels = torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.int64)
     calls, fold = [], _native.logits_fold
     monkeypatch.setattr(_native, "logits_fold", lambda *args: (calls.append(args), fold(*args)))
@@ -47,7 +47,7 @@ def test_auto_picks_cpu(monkeypatch):
 def test_cpu_on_another_device_is_an_error():
     message = "impl: 'cpu' cannot run on device 'meta': it computes on the CPU, not on 'meta'"
     with pytest.raises(ValueError, match=re.escape(message)):
-        dispatch.choose("cpu", torch.device("meta"))
+        dispatch.check_runs("cpu", torch.device("meta"))
     with pytest.raises(ValueError, match=re.escape(message)):
         sequence_logps(
             torch.randn(2, 3, 5, device="meta"), torch.ones(2, 3, dtype=torch.int64, device="meta"), impl="cpu"
@@ -62,7 +62,7 @@ import torch
 from dpo_kernels import dispatch, env, sequence_logps
 assert dispatch.__file__.startswith(sys.argv[2])
 cpu = torch.device("cpu")
-assert dispatch.choose("auto", cpu) == "torch"
+assert dispatch.default(cpu) == "torch"
 reason = dispatch.unavailable_reason("cpu", cpu)
 assert "DPO_KERNELS_BUILD=cpu" in reason and sys.argv[1] in reason, reason
 assert reason in env.report(), env.report()

@@ -28,7 +28,7 @@ TRANSFORMS = {"plain": {}, "all": {"softcap": 5.0, "logit_scale": -0.7, "tempera
 @pytest.fixture
 def fused(monkeypatch):
     """The fused forward, in blocks that an interpreter can do; without one in the blocks that ship."""
-    monkeypatch.setattr(kernels, "FUSED_FORWARD", True)
+    monkeypatch.setitem(dispatch.FORWARD_OF, "triton", "triton_fused")
     if DEVICE == "cpu":
         monkeypatch.setattr(linear, "BLOCK_N", 16)
         monkeypatch.setattr(linear, "BLOCK_H", 32)
@@ -321,7 +321,7 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
     ):
         launches[name] = Launches(getattr(module, name))
         monkeypatch.setattr(module, name, launches[name])
-    monkeypatch.setattr(kernels, "FUSED_FORWARD", path == "fused")
+    monkeypatch.setitem(dispatch.FORWARD_OF, "triton", "triton_fused" if path == "fused" else "triton")
     monkeypatch.setattr(kernels, "MAX_BLOCK_V", 64)
     monkeypatch.setattr(kernels, "tile_bytes", lambda device: 2**17)
     for seed in range(12):

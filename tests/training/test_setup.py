@@ -52,7 +52,7 @@ def test_a_model_with_dropout_is_its_own_reference(tmp_path, gpt2, settings):
 def test_policy_and_reference_are_summed_alike(tmp_path, monkeypatch):
     """In tiles and groups of different sizes, as large vocabularies and long responses have them: 0 to the bit there
     too."""
-    impl = dispatch.load(dispatch.choose("auto", torch.device("cpu")))
+    impl = dispatch.load(dispatch.default(torch.device("cpu")))
     monkeypatch.setattr(impl, "tile_bytes", lambda device: 2**18)
     (tmp_path / "wide.json").write_text(json.dumps(GPT2 | {"n_embd": 128}))
     more = {"per_device_batch_size": 8, "max_rows": 16, "max_steps": 2, "chunk_bytes": 200_000}

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from dpo_kernels.verdicts import cpu_name
+
 MIB = 2**20
 CPU = torch.device("cpu")
 MIN_ROUNDS = 3
@@ -49,7 +51,7 @@ def interleaved(
     `seconds` no round beyond the third begins."""
     samples: list[list[float]] = [[] for _ in runs]
     failures: dict[int, str] = {}
-    timed = _by_events(device) if device.type == "cuda" else _by_clock()
+    timed = _by_events(device) if device.type == "cuda" else _by_clock(device)
     gc.collect()
     gc.freeze()  # what imports left behind: looking through it again and again takes longer than a small run
     deadline = time.monotonic() + seconds
@@ -76,14 +78,16 @@ def interleaved(
     return [failures.get(index, times) for index, times in enumerate(samples)]
 
 
-def _by_clock() -> Callable[[Callable[[], object]], float]:
+def _by_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
     """By the host's clock. Before, memory that is not used takes what a run left out of the caches."""
-    unused = torch.zeros(min(2 * _cache_bytes(), FLUSH_BYTES), dtype=torch.uint8)
+    unused = torch.zeros(min(2 * _cache_bytes(), FLUSH_BYTES), dtype=torch.uint8, device=device)
 
     def timed(call: Callable[[], object]) -> float:
         unused.add_(1)
+        synchronize(device)
         start = time.perf_counter()
         result = call()
+        synchronize(device)
         seconds = time.perf_counter() - start
         del result
         return seconds
@@ -118,8 +122,8 @@ def _by_events(device: torch.device) -> Callable[[Callable[[], object]], float]:
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def recover(device: torch.device) -> None:
@@ -212,7 +216,7 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD") or os.environ.get("DPO_KERNELS_COMMIT"),
         "uncommitted_changes": None if changes is None else bool(changes),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cpus": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
@@ -224,7 +228,7 @@ def environment(packages: Iterable[str]) -> dict[str, Any]:
 
 def describe(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
-        return {"type": device.type, "name": _cpu_name()}
+        return {"type": device.type, "name": cpu_name()}
     found = torch.cuda.get_device_properties(device)
     names = ("name", "major", "minor", "total_memory", "multi_processor_count", "L2_cache_size")
     described = {name: getattr(found, name, None) for name in names}
@@ -244,7 +248,7 @@ def gpu(device: torch.device | None = None) -> dict[str, str] | None:
 
 def _git(*arguments: str) -> str | None:
     """What git says of this package's own repository; None where it was installed elsewhere, be it below another."""
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[1]
     found = _output("git", "rev-parse", "--show-toplevel")
     return _output("git", *arguments) if found is not None and Path(found) == root else None
 
@@ -255,14 +259,6 @@ def _output(*command: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")  # of Linux
-    if not info.exists():
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def version(package: str) -> str | None:
