@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -51,6 +52,8 @@ class Choice(NamedTuple):
 CHOICES = (Choice("cpu", "cpu", "benchmarks/results/cpu-amd-epyc-avx512-2-threads"),)
 # The devices that compiled CUDA kernels are for.
 CUDA_DEVICE = "cuda"
+# Those that Triton compiles for: of NVIDIA and AMD, and of Intel.
+TRITON_DEVICES = ("cuda", "xpu")
 
 
 def unavailable_reason(impl: str, device: torch.device) -> str | None:
@@ -62,11 +65,15 @@ def unavailable_reason(impl: str, device: torch.device) -> str | None:
     if impl == "cuda":
         if device.type != CUDA_DEVICE:
             return f"it needs a GPU of NVIDIA's, not {device.type!r}"
-        return "it needs a GPU of NVIDIA's, and this PyTorch is for AMD's" if torch.version.hip else CUDA_PROBLEM
+        if torch.version.hip:
+            return "it needs a GPU of NVIDIA's, and this PyTorch is for AMD's"
+        return CUDA_PROBLEM or _driver_problem()
     if impl == "triton":
         if not HAS_TRITON:
             return "Triton is not installed: pip install triton"
-        if device.type != "cuda" and not (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        if device.type not in TRITON_DEVICES and not (
+            device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        ):
             return f"it needs a GPU, or TRITON_INTERPRET=1 in the environment for tests on the CPU, not {device.type!r}"
     return None
 
@@ -86,6 +93,32 @@ def _extension_problem(name: str, compiler: str, build: str) -> str | None:
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 CPU_PROBLEM = _extension_problem("dpo_kernels._native", "a C++ compiler", "cpu")
 CUDA_PROBLEM = _extension_problem("dpo_kernels._cuda", "the CUDA toolkit", "cuda")
+# Of CUDA's runtimes by their major version, the first driver that takes them, on Linux.
+DRIVERS = {12: "525", 13: "580"}
+
+
+def driver_needed() -> str | None:
+    """By the runtime that the CUDA kernels were linked with; None where there are none, or one newer than is known."""
+    built = getattr(sys.modules.get("dpo_kernels._cuda"), "CUDA_VERSION", 0)
+    return DRIVERS.get(built // 1000)
+
+
+@torch.compiler.assume_constant_result
+def _driver_problem() -> str | None:
+    """Asked where there is a GPU in use already: the question may start CUDA's runtime."""
+    built = getattr(sys.modules.get("dpo_kernels._cuda"), "CUDA_VERSION", 0)
+    taken = verdicts.cuda_of_driver()
+    if not built or not taken or taken // 1000 >= built // 1000:
+        return None
+    return (
+        f"its kernels were built with CUDA {spelled(built)}, for drivers from {driver_needed() or '?'} on, and the "
+        f"driver here takes CUDA up to {spelled(taken)}"
+    )
+
+
+def spelled(version: int) -> str:
+    """13000 as 13.0."""
+    return f"{version // 1000}.{version % 1000 // 10}"
 
 
 def check_impl(impl: object) -> Impl:

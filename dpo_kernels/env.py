@@ -10,7 +10,15 @@ import torch
 
 import dpo_kernels
 from dpo_kernels import verdicts
-from dpo_kernels.dispatch import CHOICES, IMPLEMENTATIONS, default, load, needs_tuning, unavailable_reason
+from dpo_kernels.dispatch import (
+    CHOICES,
+    IMPLEMENTATIONS,
+    default,
+    driver_needed,
+    load,
+    needs_tuning,
+    unavailable_reason,
+)
 
 PACKAGES = ("torch", "triton", "transformers", "datasets", "accelerate", "peft", "trl")
 
@@ -45,7 +53,10 @@ def report() -> str:
         *(f"{package:<13} {version(package)}" for package in PACKAGES),
     ]
     for device in devices():
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads"
+        if device.type == "cpu":
+            name = f"{torch.get_num_threads()} threads"
+        else:
+            name = (verdicts.key_of(device) or {}).get("name", "?")
         picked = default(device)
         by = [f"by {choice.measured}" for choice in CHOICES if choice[:2] == (device.type, picked)]
         lines.append(f"\n{device} ({name}): auto picks {picked!r}, {by[0] if by else 'for want of measurements'}")
@@ -54,7 +65,21 @@ def report() -> str:
         for impl in IMPLEMENTATIONS:
             reason = unavailable_reason(impl, device)
             lines.append(f"  {impl:<7} {reason or load(impl).description()}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *driver_lines()])
+
+
+def driver_lines() -> list[str]:
+    """Where there is a driver of NVIDIA's, and PyTorch sees no GPU with it."""
+    found = verdicts.driver(torch.device("cuda")) if not torch.version.hip else None
+    if found is None or torch.cuda.is_available():
+        return []
+    needed = driver_needed()
+    lines = [f"\nNVIDIA's driver {found} is here, and PyTorch sees no GPU with it:"]
+    if torch.version.cuda is None:
+        return [*lines, f"  this PyTorch {torch.__version__} was built without CUDA"]
+    if needed is not None:
+        lines.append(f"  the CUDA kernels take drivers from {needed} on")
+    return [*lines, f"  this PyTorch was built with CUDA {torch.version.cuda}"]
 
 
 def verdict_lines(device: torch.device) -> list[str]:

@@ -149,9 +149,14 @@ def driver(device: torch.device) -> str | None:
         found = None
     if found:
         return found[0]
-    # behind some virtual machines' back there is no file: the newest CUDA that the driver takes
+    # where containers show no such file: the newest CUDA that the driver takes
+    return str(cuda_of_driver() or "") or None if device.type == "cuda" else None
+
+
+def cuda_of_driver() -> int:
+    """1000 times major plus 10 times minor of the newest CUDA that NVIDIA's driver takes; 0 without one."""
     asked = getattr(torch._C, "_cuda_getDriverVersion", None)
-    return str(asked()) if asked and device.type == "cuda" else None
+    return asked() if asked is not None else 0
 
 
 def _version(package: str) -> str | None:

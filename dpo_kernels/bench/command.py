@@ -34,7 +34,7 @@ from dpo_kernels.bench.report import (
 from dpo_kernels.data.lengths import real_lengths
 from dpo_kernels.models.shapes import find_shape
 from dpo_kernels.options import Impl
-from dpo_kernels.tuning import tune_first
+from dpo_kernels.tuning.trial import tune_first
 from dpo_kernels.verdicts import Head
 
 DESCRIPTION = """\

@@ -141,7 +141,7 @@ def test_commit_is_of_this_package_alone(monkeypatch, tmp_path):
     monkeypatch.delenv("DPO_KERNELS_COMMIT", raising=False)
     monkeypatch.setattr(measure, "_output", lambda *command: str(tmp_path))
     assert measure.environment([])["commit"] is None
-    root = str(Path(measure.__file__).resolve().parents[2])
+    root = str(Path(measure.__file__).resolve().parents[1])
     monkeypatch.setattr(measure, "_output", lambda *command: root if "--show-toplevel" in command else "abc")
     assert measure.environment([])["commit"] == "abc"
 

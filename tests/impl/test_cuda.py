@@ -3,8 +3,11 @@ alignment, and the machine code of each generation of GPUs. Without a GPU they r
 tests/impl/cuda."""
 
 import functools
+import importlib.machinery
 import importlib.util
 import math
+import sys
+from types import SimpleNamespace
 
 import machine_code
 import pytest
@@ -12,7 +15,7 @@ import torch
 from grids import covering
 from places import DEVICE
 
-from dpo_kernels import dispatch, linear_sequence_logps, sequence_logps
+from dpo_kernels import dispatch, env, linear_sequence_logps, sequence_logps, verdicts
 from dpo_kernels.impl.interface import STATS, Columns, GradRows, LogitTransform
 from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs
@@ -302,3 +305,27 @@ def test_machine_code_of_the_fused_forward():
         assert kernel["stack"] == kernel["local"] == kernel["atomics"] == 0, kernel
         # what a block of 384 threads starts with; the kernel then gives 232 to those that multiply
         assert kernel["registers"] == 168, kernel
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "reason"),
+    [
+        (13000, 12040, "built with CUDA 13.0, for drivers from 580 on, and the driver here takes CUDA up to 12.4"),
+        (12090, 11080, "built with CUDA 12.9, for drivers from 525 on, and the driver here takes CUDA up to 11.8"),
+        (12090, 12040, None),  # within a major version
+        (13000, 13010, None),
+        (13000, 0, None),  # nothing can be asked
+    ],
+)
+def test_a_driver_that_is_too_old_is_named(monkeypatch, built, driver, reason):
+    spec = importlib.machinery.ModuleSpec("dpo_kernels._cuda", None)
+    monkeypatch.setitem(sys.modules, spec.name, SimpleNamespace(CUDA_VERSION=built, __spec__=spec))
+    monkeypatch.setattr(dispatch, "CUDA_PROBLEM", None)
+    monkeypatch.setattr(verdicts, "cuda_of_driver", lambda: driver)
+    found = dispatch.unavailable_reason("cuda", torch.device("cuda"))
+    assert reason in found if reason else found is None
+    monkeypatch.setattr(verdicts, "driver", lambda device: "470.1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert f"take drivers from {dispatch.driver_needed()} on" in env.report()
+    assert "NVIDIA's driver 470.1 is here, and PyTorch sees no GPU with it" in env.report()

@@ -18,8 +18,8 @@ import torch
 from dpo_kernels import dispatch, env, linear_sequence_logps, measure, verdicts
 from dpo_kernels.impl import native
 from dpo_kernels.testing import head_inputs
-from dpo_kernels.tuning import Untuned, process, trial, tune, worker
-from dpo_kernels.tuning.trial import common, keep, steps, tune_first, with_bar
+from dpo_kernels.tuning import process, trial, worker
+from dpo_kernels.tuning.trial import Untuned, common, keep, steps, tune, tune_first, with_bar
 from dpo_kernels.verdicts import Head, Refusal, Times, Verdict
 
 harm = pytest.importorskip("harm")
