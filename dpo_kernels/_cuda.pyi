@@ -1,5 +1,6 @@
 """The compiled module of csrc/cuda: addresses and strides are integers, and PyTorch's names stand for dtypes."""
 
+CUDA_VERSION: int
 CLUSTER_BLOCKS: int
 CLUSTER_ROWS: int
 BLOCK_COLUMNS: int

@@ -114,9 +114,11 @@ def built_modules(place):
 # nvcc has a host compiler of its own, and would build the CUDA module for half a minute.
 NO_NVCC = [folder for folder in os.environ["PATH"].split(os.pathsep) if shutil.which("nvcc", path=folder) is None]
 BROKEN = {"CC": "/bin/false", "CXX": "/bin/false", "PATH": os.pathsep.join(NO_NVCC)}
+WHEELS = Path("nvidia", "cu13", "bin", "nvcc")  # below a Python's packages
+no_nvcc = pytest.mark.skipif(Path(sysconfig.get_path("purelib"), WHEELS).exists(), reason="pip installed an nvcc")
 
 
-@pytest.mark.parametrize("choice", ["none", None, ""])
+@pytest.mark.parametrize("choice", ["none", pytest.param(None, marks=no_nvcc), pytest.param("", marks=no_nvcc)])
 def test_without_an_extension(copy, choice):
     """None asked for, or no compiler that works and none demanded: the package is built, the extension is not."""
     place = copy("without")
@@ -131,6 +133,18 @@ def test_a_demanded_extension_that_does_not_compile_is_an_error(copy):
     place = copy("demanded")
     done = build(place, "cpu", **BROKEN)
     assert done.returncode != 0 and "/bin/false" in done.stderr and not built_modules(place)
+
+
+@pytest.mark.parametrize("choice", ["cpu", None])
+def test_no_compiler_at_all(copy, choice):
+    """An error where the extension is demanded, and a warning elsewhere, that say what to do."""
+    place = copy("no_compiler")
+    done = build(place, choice, CC="no-such-cc", CXX="no-such-c++", PATH=os.pathsep.join(NO_NVCC))
+    message = "dpo_kernels._native: expected a C++ compiler, found no 'no-such-c++': install g++, or set CXX"
+    assert (done.returncode != 0) == (choice == "cpu"), done.stderr
+    assert not built_modules(place)
+    if choice == "cpu" or sys.platform.startswith("linux"):
+        assert message in done.stderr
 
 
 def test_unknown_choice_is_an_error(copy):
@@ -151,7 +165,7 @@ while [ $# -gt 1 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done
 @pytest.mark.parametrize(
     "choice, has_nvcc, modules",
     [("cpu", True, {"_native"}), ("cuda", True, {"_native", "_cuda"}), (None, True, {"_native", "_cuda"})]
-    + [(None, False, {"_native"})],
+    + [pytest.param(None, False, {"_native"}, marks=no_nvcc)],
 )
 def test_what_is_compiled(copy, tmp_path, choice, has_nvcc, modules):
     """Each source once, for its own instruction set alone, or for the architectures that this nvcc knows."""
@@ -181,6 +195,38 @@ def test_what_is_compiled(copy, tmp_path, choice, has_nvcc, modules):
         assert flags == dict.fromkeys(sources, known) | hopper and len(compiled("nvcc")) == len(sources)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the wheels of nvcc are for Linux")
+@pytest.mark.parametrize("in_path", [False, True])
+def test_nvcc_that_pip_installed(copy, tmp_path, in_path):
+    """Taken where none is in the PATH, with the runtime beside it, which is linked with no other nvcc."""
+    import pybind11
+    import setuptools
+
+    succeeds(sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv")
+    python = tmp_path / "venv" / "bin" / "python"
+    packages = Path(succeeds(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").stdout.strip())
+    tools = {"c++": tmp_path / "bin" / "c++", "of wheels": packages / WHEELS}
+    if in_path:
+        tools["in path"] = tmp_path / "bin" / "nvcc"
+    for tool in tools.values():
+        tool.parent.mkdir(parents=True, exist_ok=True)
+        tool.write_text(COMPILER)
+        tool.chmod(0o755)
+    others = os.pathsep.join({str(Path(module.__file__).parents[1]) for module in (pybind11, setuptools)})
+    environment = dict.fromkeys(("CC", "CXX"), str(tools["c++"])) | {"PYTHONPATH": others}
+    environment["PATH"] = os.pathsep.join([str(tmp_path / "bin"), *NO_NVCC])
+    place = copy("wheels")
+    done = run(python, "setup.py", "build", cwd=place, DPO_KERNELS_BUILD="cuda", **environment)
+    assert done.returncode == 0, done.stderr
+    taken = tools.pop("in path" if in_path else "of wheels")
+    assert list((place / "build").rglob("_cuda*.so"))
+    assert "of wheels" not in tools or not tools["of wheels"].with_name("nvcc.log").exists()
+    link = taken.with_name("nvcc.log").read_text().splitlines()[-1].split()
+    assert {"-shared", "--strip-all"} <= set(link)
+    assert (f"-L{packages / WHEELS.parents[1] / 'lib'}" in link) == (not in_path)
+
+
+@no_nvcc
 def test_cuda_without_a_compiler_is_an_error(copy):
     done = build(copy("no_nvcc"), "cuda", **BROKEN)
     assert (

@@ -17,6 +17,9 @@ PYBIND11_MODULE(_cuda, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   define_operands(m);
 
+#ifdef CUDART_VERSION  // 1000 major + 10 minor, of the runtime that is linked in; the tests' emulation has none
+  m.attr("CUDA_VERSION") = CUDART_VERSION;
+#endif
   m.attr("CLUSTER_BLOCKS") = cuda::kClusterBlocks;
   m.attr("CLUSTER_ROWS") = cuda::kClusterRows;
   m.attr("BLOCK_COLUMNS") = cuda::kBlockColumns;
