@@ -33,7 +33,7 @@ class DPOKernelsCallback(TrainerCallback, ExportableState):
         recorded = state.stateful_callbacks.get(name)
         recorded = recorded[-1] if isinstance(recorded, list) else recorded
         families = (recorded or {}).get("attributes", {}).get("families")
-        if families and self.where:
+        if state.global_step and families and self.where:  # at the beginning it is this trainer's own
             self.families, reason = keep(families, *self.where)
             if reason:
                 warnings.warn(f"the checkpoint is not gone on from to the bit: {reason}", stacklevel=2)
