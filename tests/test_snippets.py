@@ -25,6 +25,7 @@ import transformers
 
 from dpo_kernels import LMHead, cli, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.bench import command as bench
+from dpo_kernels.tuning import command as tune
 
 DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
 NAMES = {"torch": torch, "F": F, "copy": copy, "LMHead": LMHead}
@@ -194,7 +195,7 @@ def test_block_runs(document, number, monkeypatch, tmp_path):
 
 # What starts the command in several processes, and what is no command of this package.
 LAUNCHERS = re.compile(r"^(?:accelerate launch|torchrun) (?:--\w+ \d+ )*-m dpo_kernels (.*)")
-OTHERS = ("pip install ", "python -m pytest ", "python tests/", "bash benchmarks/")
+OTHERS = ("pip install ", "DPO_KERNELS_BUILD=cuda pip install ", "python -m pytest ", "python tests/", "bash benchmarks/")
 
 
 def commands(document):
@@ -232,7 +233,12 @@ def read_only(monkeypatch, tmp_path):
         ran.append(list(bench._jobs(options, torch.device("cpu"))))
         return 0
 
+    def tune_run(options):
+        ran.append(tune.heads_of(options, torch.device("cpu")))
+        return 0
+
     monkeypatch.setitem(cli.COMMANDS, "bench", (bench.add_arguments, bench_run, ""))
+    monkeypatch.setitem(cli.COMMANDS, "tune", (tune.add_arguments, tune_run, ""))
     monkeypatch.setattr("dpo_kernels.training.train", ran.append, raising=False)
     monkeypatch.setattr(cli, "show_preview", lambda config, pairs: ran.append(config))
     monkeypatch.setattr(cli, "_speak_plainly", lambda handler: None)
@@ -252,5 +258,5 @@ def test_command_is_one(document, command, read_only, capsys):
 
 
 def test_commands_are_found():
-    assert {arguments_of(command)[0] for _, command in OURS} == {"train", "preview", "bench", "plan", "env"}
+    assert {arguments_of(command)[0] for _, command in OURS} == {"train", "preview", "bench", "plan", "tune", "env"}
     assert any("accelerate launch" in command for _, command in OURS)
