@@ -195,7 +195,7 @@ def test_block_runs(document, number, monkeypatch, tmp_path):
 
 # What starts the command in several processes, and what is no command of this package.
 LAUNCHERS = re.compile(r"^(?:accelerate launch|torchrun) (?:--\w+ \d+ )*-m dpo_kernels (.*)")
-OTHERS = ("pip install ", "DPO_KERNELS_BUILD=cuda pip install ", "python -m pytest ", "python tests/", "bash benchmarks/")
+OTHERS = ("pip install ", "DPO_KERNELS_BUILD=cuda pip ", "python -m pytest ", "python tests/", "bash benchmarks/")
 
 
 def commands(document):
