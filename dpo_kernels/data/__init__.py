@@ -7,9 +7,16 @@ from dpo_kernels.lazy import exports
 if TYPE_CHECKING:
     from dpo_kernels.data.batching import PairCollator as PairCollator
     from dpo_kernels.data.loading import load_preferences as load_preferences
+    from dpo_kernels.data.packing import PackedCollator as PackedCollator
     from dpo_kernels.data.tokenization import tokenize_preferences as tokenize_preferences
 
-__all__ = ["PairCollator", "load_preferences", "tokenize_preferences"]
+__all__ = ["PackedCollator", "PairCollator", "load_preferences", "tokenize_preferences"]
 __getattr__ = exports(
-    __name__, {"PairCollator": "batching", "load_preferences": "loading", "tokenize_preferences": "tokenization"}
+    __name__,
+    {
+        "PackedCollator": "packing",
+        "PairCollator": "batching",
+        "load_preferences": "loading",
+        "tokenize_preferences": "tokenization",
+    },
 )

@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,53 +72,27 @@ class PairCollator:
         self.ignore_index = whole_number("ignore_index", self.ignore_index, expected, most=-1)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        if examples is not None and (isinstance(examples, Mapping) or not hasattr(examples, "__len__")):
-            raise ValueError(f"examples: expected a list of pairs, got {type(examples).__name__}")
-        if not examples:
-            raise ValueError("examples: expected at least one pair, got none")
-        for number, example in enumerate(examples):
-            if not isinstance(example, Mapping):
-                raise ValueError(
-                    f"examples[{number}]: expected a pair, a mapping with the keys {', '.join(_TOKENS)}, "
-                    f"got {example!r:.80}"
-                )
-            missing = [key for key in _TOKENS if key not in example]
-            if missing:
-                raise ValueError(
-                    f"examples[{number}]: expected the keys {', '.join(_TOKENS)}, missing {', '.join(missing)} "
-                    f"(keys: {', '.join(example)}); tokenize_preferences makes them"
-                )
+        return self.assemble(checked(examples)) | carried(examples)
 
-        prompts, *responses = ([_token_ids(example, n, key) for n, example in enumerate(examples)] for key in _TOKENS)
-        sequences = [pair for of_all in responses for pair in zip(prompts, of_all, strict=True)]
-        weights = [
-            _token_weights(example, number, key, len(ids))
-            for key, of_all in zip(_RESPONSES, responses, strict=True)
-            for number, (example, ids) in enumerate(zip(examples, of_all, strict=True))
-        ]
-        lengths = [len(prompt) + len(response) for prompt, response in sequences]
-        if min(lengths) == 0:
-            raise ValueError(f"examples[{lengths.index(0) % len(examples)}]: expected token ids, got an empty sequence")
+    def assemble(self, pairs: TokenizedPairs) -> dict[str, Any]:
+        """What of a batch follows from the tokens."""
+        prompts, responses, weights = pairs
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts * 2, responses, strict=True)]
         length = max(lengths)
         if self.pad_to_multiple_of is not None:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
-        shape = (len(sequences), length)
+        shape = (len(responses), length)
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, self.ignore_index, dtype=torch.int64)
         token_weights = torch.zeros(shape, dtype=torch.float32)
-        for row, (prompt, response) in enumerate(sequences):
+        for row, (prompt, response, given) in enumerate(zip(prompts * 2, responses, weights, strict=True)):
             start, end = len(prompt), len(prompt) + len(response)
             input_ids[row, :start] = prompt
             input_ids[row, start:end] = response
             attention_mask[row, :end] = 1
-            given = weights[row]
             token_weights[row, start:end] = 1 if given is None else given
-        if bool((negative := input_ids < 0).any()):
-            row, column = negative.nonzero()[0].tolist()
-            key = "prompt_ids" if column < len(sequences[row][0]) else _TOKENS[1 + row // len(examples)]
-            raise _no_token_ids(examples[row % len(examples)], row % len(examples), key)
         labelled = token_weights != 0
         labels[labelled] = input_ids[labelled]
 
@@ -130,23 +104,75 @@ class PairCollator:
         }
         if bool(((token_weights != 1) & labelled).any()):
             batch["token_weights"] = token_weights
-        if _carried(examples, ("weight",)):
-            pair_weights = [_weight(example["weight"], f"examples[{n}]: weight") for n, example in enumerate(examples)]
-            batch["pair_weights"] = torch.tensor(pair_weights, dtype=torch.float32)
-        if _carried(examples, _REF_LOGPS):
-            ref_logps = [
-                _number(example[key], f"examples[{n}]: {key}", "a number")
-                for key in _REF_LOGPS
-                for n, example in enumerate(examples)
-            ]
-            batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)
-        if _carried(examples, ("index",)):
-            indices = [
-                whole_number(f"examples[{n}]: index", e["index"], "a whole number", least=-(2**63), most=2**63 - 1)
-                for n, e in enumerate(examples)
-            ]
-            batch["index"] = torch.tensor(indices, dtype=torch.int64)
         return batch
+
+
+class TokenizedPairs(NamedTuple):
+    """Of B pairs, as tensors."""
+
+    prompts: list[Tensor]  # B
+    responses: list[Tensor]  # 2B, chosen then rejected
+    weights: list[Tensor | None]  # of their tokens
+
+
+def checked(examples: Any) -> TokenizedPairs:
+    """The tokens of examples. Raises `ValueError` as `PairCollator` does."""
+    if examples is not None and (isinstance(examples, Mapping) or not hasattr(examples, "__len__")):
+        raise ValueError(f"examples: expected a list of pairs, got {type(examples).__name__}")
+    if not examples:
+        raise ValueError("examples: expected at least one pair, got none")
+    for number, example in enumerate(examples):
+        if not isinstance(example, Mapping):
+            raise ValueError(
+                f"examples[{number}]: expected a pair, a mapping with the keys {', '.join(_TOKENS)}, "
+                f"got {example!r:.80}"
+            )
+        missing = [key for key in _TOKENS if key not in example]
+        if missing:
+            raise ValueError(
+                f"examples[{number}]: expected the keys {', '.join(_TOKENS)}, missing {', '.join(missing)} "
+                f"(keys: {', '.join(example)}); tokenize_preferences makes them"
+            )
+
+    prompts, *of_all = ([_token_ids(example, n, key) for n, example in enumerate(examples)] for key in _TOKENS)
+    responses = [response for of_one in of_all for response in of_one]
+    for number, (prompt, response) in enumerate(zip(prompts * 2, responses, strict=True)):
+        example = number % len(examples)
+        if len(prompt) + len(response) == 0:
+            raise ValueError(f"examples[{example}]: expected token ids, got an empty sequence")
+    for key, of_one in zip(_TOKENS, [prompts, *of_all], strict=True):
+        ids = torch.cat(of_one)
+        if len(ids) and int(ids.min()) < 0:
+            number = next(n for n, each in enumerate(of_one) if len(each) and int(each.min()) < 0)
+            raise _no_token_ids(examples[number], number, key)
+    weights = [
+        _token_weights(example, number, key, len(ids))
+        for key, of_one in zip(_RESPONSES, of_all, strict=True)
+        for number, (example, ids) in enumerate(zip(examples, of_one, strict=True))
+    ]
+    return TokenizedPairs(prompts, responses, weights)
+
+
+def carried(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What examples carry beside tokens."""
+    batch: dict[str, Any] = {}
+    if _carried(examples, ("weight",)):
+        pair_weights = [_weight(example["weight"], f"examples[{n}]: weight") for n, example in enumerate(examples)]
+        batch["pair_weights"] = torch.tensor(pair_weights, dtype=torch.float32)
+    if _carried(examples, _REF_LOGPS):
+        ref_logps = [
+            _number(example[key], f"examples[{n}]: {key}", "a number")
+            for key in _REF_LOGPS
+            for n, example in enumerate(examples)
+        ]
+        batch["ref_logps"] = torch.tensor(ref_logps, dtype=torch.float32)
+    if _carried(examples, ("index",)):
+        indices = [
+            whole_number(f"examples[{n}]: index", e["index"], "a whole number", least=-(2**63), most=2**63 - 1)
+            for n, e in enumerate(examples)
+        ]
+        batch["index"] = torch.tensor(indices, dtype=torch.int64)
+    return batch
 
 
 def _token_ids(example: Mapping[str, Any], number: int, key: str) -> Tensor:

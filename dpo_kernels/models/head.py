@@ -17,6 +17,7 @@ from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
 from dpo_kernels.logps import SequenceLogps, linear_sequence_logps
 from dpo_kernels.models import check
 from dpo_kernels.models.operands import HeadOperands, as_taken_by, layer_operands, name_of
+from dpo_kernels.models.segments import laid_out
 from dpo_kernels.models.through_wrappers import Found, computed_in
 from dpo_kernels.options import LinearDPOOptions, LogpsOptions, is_at_hand, refuse_unknown
 
@@ -365,7 +366,8 @@ class LMHead:
         self._refuse_unreachable()
         state, given = self._state(), inputs if self.at_output_layer else None
         try:
-            self.logit_scale, self.softcap = check.readings(self, forward or self.model, given, settled=settled)
+            with laid_out(None):  # it is run on inputs of its own
+                self.logit_scale, self.softcap = check.readings(self, forward or self.model, given, settled=settled)
         except check.NotFinite:  # the rest of it is right: said once
             self._checked.add(state)
             raise

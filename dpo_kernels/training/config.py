@@ -158,6 +158,13 @@ class TrainConfig:
     per_device_batch_size: int = option(4, "pairs in one forward pass on each device", minimum=1)
     per_device_eval_batch_size: int | None = option(None, "the same for evaluation; default: equal", minimum=1)
     gradient_accumulation_steps: int = option(1, "forward passes on each device in one optimizer step", minimum=1)
+    batching: str = option(
+        "concatenated",
+        "how pairs go through the model: concatenated, chosen and rejected padded to one length; padding_free, all in "
+        "one row; shared_prefix, each prompt once and a pair a row; packed_shared_prefix, both; auto: the last where "
+        "the model allows it, else the first",
+        choices=("auto", "concatenated", "padding_free", "shared_prefix", "packed_shared_prefix"),
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     mixed_precision: str = option("no", "autocast dtype", choices=("no", "bf16", "fp16"))
     impl: str = option("auto", "implementation of the head", choices=("auto", "torch", "cpu", "triton", "cuda"))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.data.batching import PairCollator
+from dpo_kernels.data.packing import PackedCollator
 from dpo_kernels.data.preview import pair_text, some_rows
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.tokenizer import load_tokenizer
@@ -189,6 +190,7 @@ class Pairs:
     train: Dataset
     held_out: Dataset | None
     device: torch.device
+    batching: str = "concatenated"
 
     @classmethod
     def load(cls, config: TrainConfig, accelerator: Accelerator) -> Pairs:
@@ -211,7 +213,11 @@ class Pairs:
     @functools.cached_property
     def collator(self) -> PairCollator:
         padding = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)  # it is masked: any token will do
-        return PairCollator(next(token for token in padding if token is not None))
+        pad = next(token for token in padding if token is not None)
+        if self.batching == "concatenated":
+            return PairCollator(pad)
+        packed, shared = self.batching != "shared_prefix", self.batching != "padding_free"
+        return PackedCollator(pad, packed=packed, shared_prefix=shared)
 
     def batch(self, pairs: Dataset, rows: Iterable[int]) -> dict[str, Any]:
         """Those rows of a set, collated, on the device."""
@@ -265,9 +271,10 @@ class Sizes:
     weight: np.ndarray  # in the mean over the pairs
 
     @classmethod
-    def of(cls, pairs: Dataset) -> Sizes:
+    def of(cls, pairs: Dataset, shared_prefix: bool = False) -> Sizes:
+        """`shared_prefix`: prompts go through the model once a pair."""
         prompts, *responses = pair_lengths(pairs).values()
-        tokens, labelled = 2 * prompts + responses[0] + responses[1], list(responses)
+        tokens, labelled = (1 if shared_prefix else 2) * prompts + responses[0] + responses[1], list(responses)
         for i, column in enumerate(TOKEN_WEIGHTS):
             if column in pairs.column_names:
                 of_pair = np.repeat(np.arange(len(pairs)), responses[i])

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dpo_kernels.logps import DTYPES
 from dpo_kernels.losses import PreferenceLoss, cpo_loss, orpo_loss, simpo_loss
 from dpo_kernels.models.head import LMHead
+from dpo_kernels.models.segments import hidden_of_responses, laid_out
 from dpo_kernels.models.shapes import read_config
 from dpo_kernels.training.checkpoint import atomic_directory, damage, write_checksums
 from dpo_kernels.training.config import TrainConfig, dpo_options
@@ -184,6 +185,16 @@ def add_lora(model: PreTrainedModel, config: TrainConfig, accelerator: Accelerat
     return get_peft_model(model, adapters)
 
 
+def hidden_of(head: LMHead, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+    """The hidden states [2B, T, H] of a batch of pairs, of whichever collator, and what `LMHead.hidden_states` gives
+    beside them."""
+    layout = batch.get("layout")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+    with laid_out(layout):
+        hidden, aux_loss = head.hidden_states(**inputs)
+    return hidden if layout is None else hidden_of_responses(hidden, batch["predictors"]), aux_loss
+
+
 class PolicyLoss(nn.Module):
     """The policy, its head and the loss as one module, for accelerate to wrap: autocast and DDP see one forward."""
 
@@ -203,7 +214,7 @@ class PolicyLoss(nn.Module):
         `batch` is from `PairCollator`; `mean_chosen_length` is that of the effective batch, in tokens, which the pairs
         are a part of, and over which the losses that divide by it average.
         """
-        hidden, aux_loss = self.head.hidden_states(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        hidden, aux_loss = hidden_of(self.head, batch)
         with overflow_named(hidden, "policy", self.model):
             loss, logps, rewards = self._scored(hidden, batch, mean_chosen_length)
         if aux_loss is not None:
@@ -216,7 +227,7 @@ class PolicyLoss(nn.Module):
         """Loss [], log-probabilities [2B], and the rewards [B] of chosen and rejected."""
         config = self.config
         options: dict[str, Any] = {
-            "shift": True,
+            "shift": "layout" not in batch,  # whose labels are aligned
             "num_labelled": batch["num_labelled"],
             "temperature": config.temperature,
             "token_weights": batch.get("token_weights"),

@@ -27,7 +27,7 @@ from dpo_kernels.models.head import LMHead
 from dpo_kernels.training.checkpoint import atomic_file
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.pairs import data_fingerprint, pair_lengths
-from dpo_kernels.training.policy import overflow_named
+from dpo_kernels.training.policy import hidden_of, overflow_named
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -56,7 +56,7 @@ class Reference:
         summed as the policy's are that takes these gradients of its head's operands."""
         config = self.config
         with _without(self.adapter):
-            hidden, _ = self.head.hidden_states(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+            hidden, _ = hidden_of(self.head, batch)
             with overflow_named(hidden, "reference", self.head.model):
                 hidden, weight, bias = self.head.operands(hidden)
                 names: Any = {"loss_type": config.loss_type, "impl": config.impl}
@@ -69,7 +69,7 @@ class Reference:
                     logit_scale=self.head.logit_scale,
                     softcap=self.head.softcap,
                     temperature=config.temperature,
-                    shift=True,
+                    shift="layout" not in batch,  # whose labels are aligned
                     ld_alpha=config.ld_alpha,
                     token_weights=batch.get("token_weights"),
                     num_labelled=batch["num_labelled"],

@@ -8,7 +8,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from torch import nn
 
 from dpo_kernels.dispatch import check_runs
 from dpo_kernels.models.head import LMHead
+from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.training import reference_model as references
 from dpo_kernels.training.checkpoint import find_checkpoint, remove_leftovers
 from dpo_kernels.training.config import TrainConfig, practice_warnings, trajectory_settings
@@ -160,7 +161,9 @@ def set_up(config: TrainConfig) -> Run:
         "the starting weights": fingerprint,
         "the number of processes": accelerator.num_processes,
     }
-    sizes = Sizes.of(pairs.train)
+    batching = resolve_batching(config, model)
+    pairs = replace(pairs, batching=batching)
+    sizes = Sizes.of(pairs.train, shared_prefix="shared_prefix" in batching)
     if config.disable_dropout:
         disable_dropout(model)
 
@@ -178,6 +181,8 @@ def set_up(config: TrainConfig) -> Run:
         reference = references.Reference(LMHead.from_model(frozen), config)
     elif kind == "other":
         other = load_model(config, config.reference, pairs.tokenizer).eval().requires_grad_(False)
+        if batching != "concatenated":
+            use_layouts(other)
         references.check_same_checkpoint(config, digests, references.parameter_digests(other))
         reference = references.Reference(LMHead.from_model(other.to(accelerator.device)), config)
 
@@ -222,6 +227,25 @@ def set_up(config: TrainConfig) -> Run:
         tuned=tuned,
         kernels=kernels,
     )
+
+
+def resolve_batching(config: TrainConfig, model: Any) -> str:
+    """What `config.batching` comes to for a model, which is then set up for it."""
+    if config.batching == "concatenated":
+        return config.batching
+    try:
+        if config.attn_implementation:
+            raise ValueError(
+                f"attn_implementation: expected none beside batching {config.batching!r}, which brings its own, got "
+                f"{config.attn_implementation!r}"
+            )
+        use_layouts(model)
+    except ValueError as error:
+        if config.batching != "auto":
+            raise ValueError(f"batching: expected concatenated, got {config.batching!r}: {error}") from error
+        logger.info("batching: concatenated, since %s", error)
+        return "concatenated"
+    return "packed_shared_prefix" if config.batching == "auto" else config.batching
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

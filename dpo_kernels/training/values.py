@@ -16,8 +16,11 @@ FALSE_WORDS = ("false", "no", "off", "0")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about a name that nobody knows."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    """The end of an error message about a name that nobody knows. One that has all its words is nearer than one of
+    other words."""
+    known = list(known)
+    with_it = sorted((each for each in known if f"_{name}_" in f"_{each}_"), key=len)
+    matches = with_it or difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(sorted(known))}"
 
 

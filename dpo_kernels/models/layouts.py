@@ -1,0 +1,123 @@
+"""Whether a model computes laid-out rows as it does padded ones: asked of the model itself, once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.models.head import LMHead, unwrap
+from dpo_kernels.models.operands import name_of
+from dpo_kernels.models.segments import ATTENTION, laid_out, register, windows_seen
+
+# Two groups of a prompt and two responses each, in tokens.
+GROUPS = ((11, 7, 4), (5, 6, 9))
+# The largest difference of hidden states, as a part of their own size.
+TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
+KINDS = {"full_attention", "sliding_attention"}
+
+
+def use_layouts(model: Any) -> None:
+    """Gives a model the attention that reads layouts, from now on.
+
+    Raises `ValueError`, with the model as it was, where hidden states come out differently from those of a padded
+    batch: of recurrent and convolutional layers, ALiBi, positions of its own, experts with a capacity.
+    """
+    own = unwrap(model)
+    before = getattr(own.config, "_attn_implementation", None)
+    kinds = set(getattr(own.config.get_text_config(decoder=True), "layer_types", None) or ()) - KINDS
+    if kinds:
+        raise ValueError(
+            f"{name_of(own)} has layers of {', '.join(sorted(kinds))}, which go through a row from slot to slot"
+        )
+    expected = _hidden(model)
+    register()
+    try:
+        own.set_attn_implementation(ATTENTION)
+        with windows_seen() as windows:
+            found = _hidden(model, laid=True)
+        reason = _difference(own, found, expected) or _windows_missing(own, windows)
+    except Exception as error:  # of a model that takes no such input
+        reason = f"{name_of(own)} raised {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
+    if reason:
+        if before is not None:
+            own.set_attn_implementation(before)
+        raise ValueError(reason)
+
+
+def _difference(model: Any, found: list[Tensor], expected: list[Tensor]) -> str:
+    size = torch.cat([t.float().flatten() for t in expected]).abs().max().clamp(min=1e-30)
+    worst = max(
+        ((a.double() - b.double()).abs().max() / size.double()).item() for a, b in zip(found, expected, strict=True)
+    )
+    if worst <= TOLERANCES.get(expected[0].dtype, 0.1):
+        return ""
+    return (
+        f"{name_of(model)} computes other hidden states where responses share a prompt in one row: they differ by "
+        f"{worst:.2g} of their size. It has something else than attention by positions: recurrent or convolutional "
+        "layers, ALiBi, or positions of its own"
+    )
+
+
+def _windows_missing(model: Any, windows: list[int | None]) -> str:
+    """Layers whose window the attention is not told of would look back too far in rows longer than that."""
+    config = model.config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None)
+    if window is None or getattr(config, "use_sliding_window", True) is False:
+        return ""
+    kinds = getattr(config, "layer_types", None)
+    expected = sum(kind == "sliding_attention" for kind in kinds) if kinds else config.num_hidden_layers
+    seen = sum(each is not None for each in windows)
+    if seen >= expected:
+        return ""
+    return f"{name_of(model)} has {expected} layers with a window of {window}, and says so to the attention of {seen}"
+
+
+@torch.no_grad()
+def _hidden(model: Any, laid: bool = False) -> list[Tensor]:
+    """Of each response of the groups, of the token before it on: from one row, or from padded rows of their own."""
+    own = unwrap(model)
+    device = own.get_input_embeddings().weight.device
+    entries = min(own.get_input_embeddings().weight.shape[0], own.config.get_text_config(decoder=True).vocab_size)
+    draw = torch.Generator().manual_seed(0)
+    groups = [[torch.randint(entries, (size,), generator=draw) for size in sizes] for sizes in GROUPS]
+    head = LMHead(model)
+    with _evaluated(model):
+        if not laid:
+            rows = [torch.cat([prompt, response]) for prompt, *responses in groups for response in responses]
+            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
+            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
+            hidden, _ = head.hidden_states(input_ids=ids, attention_mask=mask)
+            prompts = [len(prompt) for prompt, *responses in groups for _ in responses]
+            return [hidden[n, before - 1 : len(row)] for n, (row, before) in enumerate(zip(rows, prompts, strict=True))]
+        ids = torch.cat([segment for group in groups for segment in group])[None].to(device)
+        layout: list[tuple[int, int, int, int]] = []
+        places, begin = [], 0
+        for prompt, *responses in groups:
+            end = begin + len(prompt)
+            layout += [(begin, begin, begin, n) for n in range(len(prompt))]
+            slot = end
+            for response in responses:
+                layout += [(begin, end, slot, len(prompt) + n) for n in range(len(response))]
+                places.append([end - 1, *range(slot, slot + len(response))])
+                slot += len(response)
+            begin = slot
+        positions = torch.tensor([[field[3] for field in layout]], device=device)
+        fields = torch.tensor(layout, dtype=torch.int32, device=device)[None, None]
+        with laid_out(fields):
+            hidden, _ = head.hidden_states(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions)
+        return [hidden[0, place] for place in places]
+
+
+@contextmanager
+def _evaluated(model: Any) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

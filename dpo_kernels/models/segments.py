@@ -1,0 +1,306 @@
+"""Attention in rows where responses share a prompt: each sees that prompt and itself, never another.
+
+A row holds groups `[prompt | response 1 | ... | response K]`, one after the other, and padding behind them. What a
+position sees is an interval of its prompt and one of its own segment, up to itself, and the *layout* says so:
+
+    layout [R, 1, T, 4] int32: prompt begin, prompt end, segment begin, position; of each position of each row
+
+A position of a prompt has an empty interval of prompt. Layers with a sliding window of w look back less than w
+*positions*, not slots. A model whose attention implementation is the one that is registered here, "dpo_kernels", makes
+its masks of the layout within `laid_out`, and of what it is given elsewhere: there it attends as "sdpa" does.
+
+Dimensions: R rows, T slots, h query heads, d head size.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention, softmax
+
+ATTENTION = "dpo_kernels"
+PROMPT_BEGIN, PROMPT_END, BEGIN, POSITION = FIELDS = range(4)
+
+
+class Segment(NamedTuple):
+    """Slots of a row that see one another, up to themselves, and a prompt: its own slots where it is one."""
+
+    row: int
+    begin: int
+    end: int
+    prompt: tuple[int, int]  # of a response; (begin, begin) of a prompt
+
+
+def is_layout(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 4 and mask.dtype == torch.int32 and mask.shape[-1] == len(FIELDS)
+
+
+def sees(layout: Tensor, window: int | None = None) -> Tensor:
+    """[R, 1, T, T] bool: whether the slot of a row (third) attends to another one (last)."""
+    begin_of_prompt, end_of_prompt, begin, position = layout.unbind(-1)  # [R, 1, T] each
+    slot = torch.arange(layout.shape[2], device=layout.device, dtype=torch.int32)
+    key = slot[None, None, None, :]
+    allowed = (key >= begin_of_prompt[..., None]) & (key < end_of_prompt[..., None])
+    allowed |= (key >= begin[..., None]) & (key <= slot[None, None, :, None])
+    if window is not None:
+        allowed &= position[..., None] - position[..., None, :] < window
+    return allowed
+
+
+# Attention, block by block
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Tensor, Any]:
+    """An attention function of transformers: query [R, h, T, d], key and value [R, h / g, T, d] to [R, T, h, d]."""
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    p = dropout if module.training else 0.0
+    more = {name: options.get(name) for name in ("softcap", "s_aux")}
+    plain = all(value is None for value in more.values())
+    groups = query.shape[1] // key.shape[1]
+    if not is_layout(attention_mask):
+        if plain:
+            from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+            return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **options)
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+        mask = _additive(attention_mask, query, key)
+        return _attend(query, key, value, mask, scale, p, **more).transpose(1, 2).contiguous(), None
+    if query.shape[2] != attention_mask.shape[2] or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            f"attention_mask: expected a layout of the {query.shape[2]} slots that are computed, without a cache of "
+            f"earlier ones, got {attention_mask.shape[2]}"
+        )
+    window = options.get("sliding_window")
+    if (windows := _windows.get()) is not None:
+        windows.append(window)
+    if query.device.type == "cuda" and plain and not p:
+        return _flex(query, key, value, attention_mask, window, scale), None
+    if groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    return _in_blocks(query, key, value, attention_mask, window, scale, p, **more), None
+
+
+def _in_blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: Tensor,
+    window: int | None,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """A prompt and each of its responses as a block of its own, the prompt's keys and values read by each of these.
+    Nothing is computed of what no slot sees, and slices are taken by `split`, whose gradient is one pass."""
+    known = _known(layout)
+    rows = []
+    for row, segments in enumerate(known.rows):
+        sizes = [segment.end - segment.begin for segment in segments]
+        parts = zip(*(t[row : row + 1].split(sizes, dim=2) for t in (query, key, value)), strict=True)
+        prompts: dict[int, tuple[Tensor, Tensor]] = {}
+        found = []
+        for segment, (q, k, v) in zip(segments, parts, strict=True):
+            if segment.prompt[0] == segment.prompt[1]:
+                prompts[segment.begin] = k, v
+            else:
+                k_prompt, v_prompt = prompts[segment.prompt[0]]
+                k, v = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
+            fused = softcap is None and s_aux is None
+            mask = known.mask(segment, window, q.dtype, always=not fused)
+            if mask is None:
+                found.append(scaled_dot_product_attention(q, k, v, None, dropout, is_causal=True, scale=scale))
+            elif fused:
+                found.append(scaled_dot_product_attention(q, k, v, mask, dropout, scale=scale))
+            else:
+                found.append(_attend(q, k, v, mask, scale, dropout, softcap, s_aux))
+        rows.append(torch.cat(found, dim=2))
+    return torch.cat(rows).transpose(1, 2).contiguous()
+
+
+def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    """Of a mask that "sdpa" takes, where no mask means causal attention."""
+    if mask is None:
+        n, m = query.shape[2], key.shape[2]
+        mask = torch.ones(n, m, dtype=torch.bool, device=query.device).tril(m - n)
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    s_aux: Tensor | None,
+) -> Tensor:
+    """With what no fused attention has: a softcap of the scores (Gemma 2), or sinks (gpt-oss)."""
+    scores = q @ k.transpose(-1, -2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + mask
+    if s_aux is not None:
+        scores = torch.cat([scores, s_aux.reshape(1, -1, 1, 1).expand(*scores.shape[:-1], 1)], dim=-1)
+    p = softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    p = torch.nn.functional.dropout(p, dropout)
+    return p[..., : k.shape[2]] @ v
+
+
+class _Known:
+    """What is found of a layout once, and asked for in every layer."""
+
+    def __init__(self, layout: Tensor) -> None:
+        self.device = layout.device
+        self.rows = [list(_segments(row, fields)) for row, fields in enumerate(layout[:, 0].tolist())]
+        self.flex: dict[int | None, Any] = {}
+        self._masks: dict[tuple[Segment, int | None, torch.dtype], Tensor] = {}
+
+    def mask(self, segment: Segment, window: int | None, dtype: torch.dtype, always: bool = False) -> Tensor | None:
+        """[n, keys] what is added to the scores of a segment's n slots, keys of its prompt first; None where plain
+        causal attention is meant."""
+        n, prompt = segment.end - segment.begin, segment.prompt[1] - segment.prompt[0]
+        if window is not None and window >= prompt + n:
+            window = None
+        if not always and window is None and prompt == 0:
+            return None
+        found = self._masks.get((segment, window, dtype))
+        if found is None:
+            behind = torch.arange(prompt, prompt + n, device=self.device)[:, None]
+            key = torch.arange(prompt + n, device=self.device)
+            allowed = key <= behind
+            if window is not None:
+                allowed &= behind - key < window
+            found = torch.zeros(n, prompt + n, dtype=dtype, device=self.device)
+            found.masked_fill_(~allowed, torch.finfo(dtype).min)
+            self._masks[segment, window, dtype] = found
+        return found
+
+
+def _segments(row: int, fields: list[list[int]]) -> Iterator[Segment]:
+    """In order; padding is segments of one slot."""
+    begin = 0
+    while begin < len(fields):
+        prompt_begin, prompt_end, own, _ = fields[begin]
+        end = begin + 1
+        while end < len(fields) and fields[end][BEGIN] == own:
+            end += 1
+        yield Segment(row, begin, end, (prompt_begin, prompt_end))
+        begin = end
+
+
+_layouts: dict[int, tuple[weakref.ref[Tensor], _Known]] = {}
+
+
+def _known(layout: Tensor) -> _Known:
+    found = _layouts.get(id(layout))
+    if found is None or found[0]() is not layout:
+        for key in [key for key, (of, _) in _layouts.items() if of() is None]:
+            del _layouts[key]
+        found = _layouts[id(layout)] = weakref.ref(layout), _Known(layout)
+    return found[1]
+
+
+# On a GPU
+
+
+def _flex(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, window: int | None, scale: float) -> Tensor:
+    """By FlexAttention, which leaves out blocks that no slot sees."""
+    known = _known(layout)
+    if window not in known.flex:
+        known.flex[window] = block_mask(layout, window)
+    groups = query.shape[1] // key.shape[1]
+    out = _compiled_flex()(query, key, value, block_mask=known.flex[window], scale=scale, enable_gqa=groups > 1)
+    return out.transpose(1, 2).contiguous()
+
+
+def block_mask(layout: Tensor, window: int | None = None) -> Any:
+    """FlexAttention's mask of a layout: one comparison of intervals."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    begin_of_prompt, end_of_prompt, begin, position = (t[:, 0] for t in layout.unbind(-1))  # [R, T] each
+
+    def seen(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        allowed = ((k >= begin_of_prompt[b, q]) & (k < end_of_prompt[b, q])) | ((k >= begin[b, q]) & (k <= q))
+        return allowed if window is None else allowed & (position[b, q] - position[b, k] < window)
+
+    slots = layout.shape[2]
+    return create_block_mask(seen, layout.shape[0], None, slots, slots, device=str(layout.device))
+
+
+_flex_attention: list[Any] = []
+
+
+def _compiled_flex() -> Any:
+    if not _flex_attention:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        _flex_attention.append(torch.compile(flex_attention, dynamic=True))
+    return _flex_attention[0]
+
+
+# In a model
+
+
+def register() -> None:
+    """Makes transformers know the attention function; to do it twice is to do it once."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    def mask(*sizes: Any, **options: Any) -> Any:
+        layout = _layout.get()
+        return sdpa_mask(*sizes, **options) if layout is None else layout
+
+    AttentionInterface.register(ATTENTION, attention_forward)
+    AttentionMaskInterface.register(ATTENTION, mask)
+
+
+_windows: ContextVar[list[int | None] | None] = ContextVar("windows", default=None)
+
+
+@contextmanager
+def windows_seen() -> Iterator[list[int | None]]:
+    """The windows that layers give to the attention, one for each."""
+    seen: list[int | None] = []
+    token = _windows.set(seen)
+    try:
+        yield seen
+    finally:
+        _windows.reset(token)
+
+
+_layout: ContextVar[Tensor | None] = ContextVar("layout", default=None)
+
+
+@contextmanager
+def laid_out(layout: Tensor | None) -> Iterator[None]:
+    """Within, a model's masks are this layout; None: those of what it is given. Layers get it as an argument, so that
+    checkpointing, which runs them again later, has it too."""
+    token = _layout.set(layout)
+    try:
+        yield
+    finally:
+        _layout.reset(token)
+
+
+def hidden_of_responses(hidden: Tensor, predictors: Tensor) -> Tensor:
+    """[S, L, H]: the hidden states that predict the tokens of responses, by their slots [S, L] in the flat [R T]."""
+    return hidden.flatten(0, 1)[predictors]
