@@ -15,6 +15,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -36,6 +37,7 @@ PARTS = ("paths", "peers", "E", "tiles", "sizes", "memory", "masks", "flat")  # 
 SIZES = ((8192, 4096, 128256), (8192, 4096, 151936), (8192, 2048, 151936), (8192, 2048, 256000))  # N, H, V
 LARGE, LARGE_SEQUENCES = (32768, 4096, 151936), 32
 QUICK = (32, 32, 256)
+ONE_TILE = 4096  # columns of a head whose logits fit in one tile of 128 MiB, at the rows of SIZES
 TILE_MIB = (32, 64, 128, 256)
 TARGETS = {"A": "<= 1.08", "B": "<= 2.2", "C": "<= 3.3", "D": "<= 4.3"}
 GPU = torch.device("cuda")  # whose peers are compared, on a CPU too
@@ -76,6 +78,10 @@ def main() -> None:
     }
     print(json.dumps({name: value for name, value in report.items() if value != []}, indent=2), flush=True)
     args.deadline = time.time() + args.seconds
+    if args.once:
+        if failures := launch_once(args):
+            sys.exit("\n".join(failures))
+        return
     supervise(work, list(jobs(args)), args, report)
     for reason in report["left_out"]:
         print(f"\nleft out: {reason}")
@@ -97,6 +103,7 @@ def arguments() -> argparse.Namespace:
     add("--max-length", type=int, default=1024, help="tokens at which real pairs are cut (default: %(default)s)")
     add("--device", default="cuda", help="cuda, or cpu to see that everything runs (default: %(default)s)")
     add("--quick", action="store_true", help="tiny sizes, to see that everything runs; the times mean nothing")
+    add("--once", action="store_true", help="each of our kernels once, untimed, for a profiler; no tables")
     add("--commit", help="of a copy without its repository; default: DPO_KERNELS_COMMIT")
     add("--json", type=Path, help="where to write the results, after every table")
     args = parser.parse_args()
@@ -340,6 +347,52 @@ def logits_entries(job: Job, args: argparse.Namespace) -> Iterator[Entry]:
         target = ">= 85" if contender in own and not job.backward else ""
         traffic = case.traffic(backward=job.backward)
         yield Entry(contender.name, contender, case, traffic=traffic, percent_target=target)
+
+
+def launch_once(args: argparse.Namespace) -> list[str]:
+    """Runs what `launches` says between the marks that profilers take (`ncu --profile-from-start off`); what failed."""
+    device, failures = torch.device(args.device), []
+    for case, own in launches(args):
+        inputs: Any = case.inputs()
+        for contender in own:
+            if time.time() > args.deadline:
+                return [*failures, f"{contender.name}: out of time"]
+            progress(f"{contender.name}: {case.name}")
+            inputs.prepare(contender.overwrites)
+            try:
+                with profiled(device):
+                    contender.run(inputs)
+            except Exception as error:  # a kernel may fail in any way
+                failures.append(f"{contender.name}: {measure.described(error)}")
+        del inputs
+    return failures
+
+
+def launches(args: argparse.Namespace) -> Iterator[tuple[HeadCase | LogitsCase, list[Contender]]]:
+    """What is one kernel on all of a head's logits, then what works on tiles, with a head of a single one: all of them
+    at the sizes that the tables have."""
+    tokens, hidden, vocab = QUICK if args.quick else SIZES[0]
+    half = {"dtype": torch.bfloat16, "device": args.device}
+    whole = HeadCase(tokens, hidden, vocab, **half)
+    if fused := [own for impl in args.impl for own in contenders.variants("A", impl, whole)[1:]]:
+        yield whole, fused
+    yield LogitsCase(tokens, vocab, **half), [from_logits(impl, backward=True)[0] for impl in args.impl]
+    in_tiles = [contenders.variants(key, impl, whole)[0] for key in "ABD" for impl in args.impl]
+    yield replace(whole, vocab=min(vocab, ONE_TILE)), in_tiles
+
+
+@contextmanager
+def profiled(device: torch.device) -> Iterator[None]:
+    if device.type != "cuda":
+        yield
+        return
+    torch.cuda.synchronize(device)
+    torch.cuda.profiler.start()
+    try:
+        yield
+        torch.cuda.synchronize(device)
+    finally:
+        torch.cuda.profiler.stop()
 
 
 if __name__ == "__main__":

@@ -3,8 +3,13 @@
 import importlib.util
 import json
 import multiprocessing
+import os
+import re
+import shutil
+import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import forks
 import pytest
@@ -191,3 +196,193 @@ def test_memory_is_held_against_the_plan(gpu_report, gpu):
     table["rows"] += [ours | {"peak_mib": "out of memory"}, {**ours, "package": "torch", "peak_mib": 500.0}]
     took = [f"a table: ours took {mib} MiB, planned were 100" for mib in (111, 89)]
     assert gpu.misplanned(table) == took
+
+
+def test_gpu_launches_each_kernel_once(gpu, monkeypatch, capsys):
+    args, _ = gpu_arguments(gpu, monkeypatch, "--once")
+    if dispatch.HAS_TRITON:
+        args.impl.append("triton")
+    assert gpu.launch_once(args) == []
+    at = [line.split(maxsplit=2)[2] for line in capsys.readouterr().err.splitlines()]
+    names = ["E", "A forward", "B frozen head", "D any loss"]
+    expected = [f"{name}, {impl}" for name in names for impl in args.impl]
+    expected = ["A forward, triton, fused"] * ("triton" in args.impl) + expected
+    assert [line.split(":")[0] for line in at] == expected
+
+    def failing(inputs):
+        raise RuntimeError("no such luck")
+
+    own = replace(gpu.contenders.paths("torch")["A"], run=failing)
+    monkeypatch.setattr(gpu, "launches", lambda args: [(gpu.HeadCase(*gpu.QUICK), [own, own])])
+    assert gpu.launch_once(args) == ["A forward, torch: RuntimeError: no such luck"] * 2
+    args.deadline = time.time() - 1
+    assert gpu.launch_once(args) == ["A forward, torch: out of time"]
+
+
+# gpu_runbook.sh
+
+RUNBOOK = BENCHMARKS / "gpu_runbook.sh"
+FIRST = ["wheels", "build", "environment", "tune", "paths"]
+REST = ["triton", "cuda", "tuning", "grids", "tiles", "launches", "peers", "memcheck", "racecheck"]
+STEP = re.compile(r"^ *(?:\[ .* \] \|\| )?step (\S+) (\d+) ", re.MULTILINE)
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a script for Linux")
+
+# Write down what they are asked for. The Python is none, apart from setup.py's.
+PYTHON = """#!/bin/bash
+echo "$*" >> "$CALLS"
+case "$*" in
+  setup.py*) exec "$REAL_PYTHON" "$@" ;;
+  *"dpo_kernels tune"*) mkdir "$DPO_KERNELS_CACHE"; echo 'refused: triton in bfloat16 wrong at path A: by far' ;;
+  *"dpo_kernels env"*) echo 'no such luck' >&2; exit 3 ;;
+  "-c import xdist") exit 1 ;;
+  *tests/tuning*) sleep 60 ;;
+esac
+"""
+COMPILER = """#!/bin/bash
+echo "$*" >> "$0.log"
+if [ "$1" = --list-gpu-code ]; then echo sm_90; fi
+while [ $# -gt 1 ]; do if [ "$1" = -o ]; then echo "$*" > "$2"; fi; shift; done
+"""
+NCU = """#!/bin/bash
+if [ "$1" = --query-metrics ]; then printf 'sm__pipe_tensor_cycles_active  Counter\\nsm__cycles  Counter\\n'; exit; fi
+echo "ncu $*" >> "$CALLS"
+while [ $# -gt 1 ]; do if [ "$1" = --log-file ]; then out=$2; fi; shift; done
+printf '%s\\n' '==PROF== Connected' $NCU_SAYS > "$out"
+"""
+SANITIZER = '#!/bin/bash\necho "compute-sanitizer $*" >> "$CALLS"\n'
+
+
+@pytest.fixture
+def book(tmp_path):
+    """A copy of what the script needs, in which everything that computes only says what it was asked for; a function
+    that runs it: its end, and the lines of its summary."""
+    place = tmp_path / "copy"
+    (place / "dpo_kernels").mkdir(parents=True)
+    (place / "benchmarks").mkdir()
+    for file in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, place)
+    shutil.copy(ROOT / "dpo_kernels" / "__init__.py", place / "dpo_kernels")
+    shutil.copytree(ROOT / "csrc", place / "csrc")
+    # one of its steps hangs, and is not waited for
+    script = RUNBOOK.read_text().replace("step tuning 20", "spare=0\nstep tuning 1")
+    (place / "benchmarks" / RUNBOOK.name).write_text(script)
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    scripts = {"python": PYTHON, "nvcc": COMPILER, "cxx": COMPILER, "ncu": NCU, "compute-sanitizer": SANITIZER}
+    for name, text in scripts.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+
+    def run(*arguments, **environment):
+        environment |= {"PYTHON": str(tools / "python"), "REAL_PYTHON": sys.executable, "CXX": str(tools / "cxx")}
+        environment |= {"PATH": f"{tools}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
+        environment |= {"DPO_KERNELS_COMMIT": "a copy"}
+        command = ["bash", place / "benchmarks" / RUNBOOK.name, *arguments]
+        done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=120)
+        summary = tmp_path / "out" / "summary.txt"
+        return done, summary.read_text().splitlines() if summary.exists() else []
+
+    run.out, run.tools, run.place, run.calls = tmp_path / "out", tools, place, tmp_path / "calls"
+    return run
+
+
+def test_runbook_ends_in_time():
+    """Whatever hangs: the first part in four minutes, all of it in eight."""
+    text = RUNBOOK.read_text()
+    text = text.replace("step $tool 20", "step memcheck 20 \nstep racecheck 20")
+    seconds = {name: int(limit) for name, limit in STEP.findall(text)}
+    assert list(seconds) == FIRST + REST  # what matters most comes first
+    assert sum(seconds[name] for name in FIRST) <= 240 and sum(seconds.values()) <= 480
+    assert seconds["tune"] > 60, "what it may take for one head"
+
+
+@linux
+def test_runbook_in_one_call_and_in_two(book, tmp_path):
+    (tmp_path / "wheels").mkdir()
+    done, whole = book("--wheels", tmp_path / "wheels", book.out, NCU_SAYS='"ID" "" "0" "1"')
+    assert done.returncode == 1 and [line.split(":")[0] for line in whole[1:]] == FIRST + REST
+    lines = {line.split(":")[0]: line for line in whole[1:]}
+    assert whole[0] == "a copy, cuda, all"
+    assert lines["build"].startswith("build: ok, ") and lines["build"].endswith("COMPILED HERE: no objects were given")
+    assert lines["environment"].startswith("environment: FAILED (3), ")
+    assert lines["environment"].endswith(": no such luck")
+    assert re.search(r": one head in \d+ s, of 60; refused: triton in bfloat16 wrong$", lines["tune"])
+    assert lines["tuning"].startswith("tuning: FAILED (124), ")
+    assert lines["launches"].endswith(": 2 launches")
+    # what steps left is given to later ones, and never twice
+    took, given = zip(*(map(int, re.search(r", (\d+) s of (\d+):", line).groups()) for line in whole[1:]), strict=True)
+    limits = [int(limit) for _, limit in STEP.findall(RUNBOOK.read_text())]
+    for at in range(1, 1 + FIRST.index("paths")):
+        assert limits[at] < given[at] <= sum(limits[: at + 1]) - sum(took[:at])
+    assert (book.out / "verdict").is_dir()
+    calls = book.calls.read_text()
+    assert "-m dpo_kernels tune --device cuda --hidden 4096 --vocab 128256 --dtype bfloat16" in calls
+    assert "dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__pipe_tensor_cycles_active.avg.pct_of" in calls
+    parts = ",".join(re.findall(r"gpu\.py .*--only (\S+)", calls))
+    assert sorted(parts.split(",")) == sorted(gpu_parts()) and parts.startswith("paths,E,tiles")
+    assert calls.count("compute-sanitizer --tool ") == 2
+
+    shutil.rmtree(book.out)
+    book.calls.unlink()
+    done, first = book("--first", book.out)
+    assert done.returncode == 1 and [line.split(":")[0] for line in first[1:]] == FIRST[1:]
+    done, both = book("--rest", book.out, NCU_SAYS="==ERROR==ERR_NVGPUCTRPERM")
+    assert both[: len(first)] == first and both[len(first)] == "a copy, cuda, rest"
+    assert [line.split(":")[0] for line in both[len(first) + 1 :]] == ["build", "environment", *REST]
+    again, launches = (next(line for line in both[len(first) :] if line.startswith(name)) for name in ("build", "laun"))
+    assert again.endswith(": it is built") and book.calls.read_text().count("setup.py") == 1
+    assert launches.startswith("launches: FAILED (1)") and launches.endswith("==ERROR==ERR_NVGPUCTRPERM")
+
+
+def gpu_parts():
+    return (
+        re.search(r"^PARTS = \((.*?)\)", (BENCHMARKS / "gpu.py").read_text(), re.MULTILINE)[1]
+        .replace('"', "")
+        .split(", ")
+    )
+
+
+@linux
+def test_runbook_links_objects_of_the_same_sources(book, tmp_path):
+    """Those that no Python is in; all is compiled where the sources are others."""
+    pytest.importorskip("pybind11")
+    objects, log = tmp_path / "objects", book.tools / "nvcc.log"
+    done, _ = book("--prepare", objects)
+    assert done.returncode == 0, done.stderr
+    kernels = {"linear_fold.o", "rows.o", *(f"kernels_{name}.o" for name in ("avx2", "avx512", "baseline")), "team.o"}
+    assert {path.name for path in objects.iterdir()} == kernels | {"sources", "commit"}
+    assert (objects / "commit").read_text() == "a copy\n" and not list(book.place.rglob("*.so"))
+
+    compiled = {}
+    for change in ("", "// another one"):
+        with (book.place / "csrc" / "tiles.h").open("a") as file:
+            file.write(change)
+        for tool in ("nvcc", "cxx"):
+            (book.tools / f"{tool}.log").unlink(missing_ok=True)
+        _, summary = book("--first", "--objects", objects, book.out)
+        logs = "".join((book.tools / f"{tool}.log").read_text() for tool in ("nvcc", "cxx"))
+        compiled[change] = re.findall(r"-c csrc/(\S+)", logs)
+        assert log.read_text().count("-shared") == 1 and len(list(book.place.rglob("_cuda*.so"))) == 1
+        (build,) = [line for line in summary if line.startswith("build: ok, ")]
+        assert build.endswith("COMPILED HERE: the objects are of other sources" if change else "objects are of a copy")
+    assert sorted(compiled[""]) == ["cpu/bindings.cpp", "cuda/bindings.cpp"]
+    assert len(compiled["// another one"]) == len(kernels) + 2
+
+
+@linux
+@pytest.mark.full  # minutes
+def test_runbook_on_a_cpu(tmp_path):
+    """Everything runs that needs no GPU."""
+    place = tmp_path / "copy"
+    hidden = shutil.ignore_patterns(".*", "build", "__pycache__")
+    shutil.copytree(ROOT, place, ignore=hidden)
+    environment = os.environ | {"PYTHON": sys.executable, "DPO_KERNELS_COMMIT": "a copy", "PYTHONPATH": ""}
+    for name in ("TRITON_INTERPRET", "DPO_KERNELS_CACHE"):
+        environment.pop(name, None)
+    command = ["bash", place / "benchmarks" / RUNBOOK.name, "--dry-run", tmp_path / "out"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    names = [line.split(":")[0] for line in done.stdout.splitlines()[1:]]
+    assert names == [name for name in FIRST[1:] + REST if not name.endswith("check")], done.stderr
+    assert done.returncode == 0 and done.stdout.count(": ok, ") == len(names), done.stdout
+    assert json.loads((tmp_path / "out" / "paths.json").read_text())["tables"]
+    assert list((tmp_path / "out" / "verdict").glob("*.json"))
