@@ -150,7 +150,7 @@ def choose(
     name = check_runs(impl, device)
     if name != "auto":
         return _own(name, path)
-    for of_path, family in _nearest(_table(device), dtype, vocab, hidden):
+    for of_path, family in _nearest(_table(device, _generation), dtype, vocab, hidden):
         if of_path == path:
             return family
     return _own(default(device), path)
@@ -202,6 +202,7 @@ def load(family: str) -> TileKernels:
 class Row(NamedTuple):
     """What is taken for a head, and for those near it. None: whatever it is."""
 
+    device: str | None  # its type
     dtype: torch.dtype | None
     vocab: int | None
     hidden: int | None
@@ -211,25 +212,32 @@ class Row(NamedTuple):
 # Of verdicts, once for each device; and what goes before these: `pin`.
 _known: dict[torch.device, tuple[Row, ...]] = {}
 _pinned: list[Row] = []
+# Another one whenever these change: compiled code looks at it, and is compiled again.
+_generation = "0"
 # Types of devices of which it was said that they should be tuned.
 _told: set[str] = set()
 
 
 @torch.compiler.assume_constant_result
-def _table(device: torch.device) -> tuple[Row, ...]:
+def _table(device: torch.device, generation: str) -> tuple[Row, ...]:
     if device not in _known:  # not earlier: to ask a GPU what it is starts its runtime, which cannot be forked
         _known[device] = _rows_of_verdict(device)
-    return (*_pinned, *_known[device])
+    return (*(row for row in _pinned if row.device in (None, device.type)), *_known[device])
+
+
+def _changed() -> None:
+    global _generation
+    _generation = str(int(_generation) + 1)
 
 
 def _rows_of_verdict(device: torch.device) -> tuple[Row, ...]:
-    verdict, key = None, verdicts.key_of(device)
-    if key is not None:
-        verdict = verdicts.read(key)
+    able = families(device)
+    key = verdicts.key_of(device) if able != ["torch"] else None
+    if key is None:
+        return ()
+    verdict = verdicts.read(key)
     if verdict is None:
-        if os.environ.get("DPO_KERNELS_TUNE") == "0":
-            return ()
-        if key is not None and needs_tuning(device) and device.type not in _told:
+        if needs_tuning(device) and device.type not in _told and os.environ.get("DPO_KERNELS_TUNE") != "0":
             say_no_more(device)
             others = verdicts.elsewhere(key)
             since = f" (it was tuned with {others[-1]})" if others else ""
@@ -239,9 +247,9 @@ def _rows_of_verdict(device: torch.device) -> tuple[Row, ...]:
                 stacklevel=2,
             )
         return ()
-    able = families(device)
     return tuple(
         Row(
+            device.type,
             getattr(torch, times.head.dtype),
             times.head.vocab,
             times.head.hidden,
@@ -286,24 +294,33 @@ def _ratio(measured: int | None, asked: int | None) -> float:
     return max(measured, asked, 1) / max(1, min(measured, asked))
 
 
-def pin(families: Mapping[str, Family], dtype: torch.dtype | None, vocab: int | None, hidden: int | None) -> Row:
-    """From now on, "auto" takes these for this head, whatever was measured; a later pin goes before an earlier one.
-    What it returns can be unpinned."""
-    row = Row(dtype, vocab, hidden, tuple(families.items()))
+def pin(
+    families: Mapping[str, Family],
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    vocab: int | None = None,
+    hidden: int | None = None,
+) -> Row:
+    """From now on, "auto" takes these on such devices for this head, whatever was measured; a later pin goes before an
+    earlier one. What it returns can be unpinned."""
+    row = Row(device, dtype, vocab, hidden, tuple(families.items()))
     _pinned.insert(0, row)
+    _changed()
     return row
 
 
 def unpin(row: Row) -> None:
-    if row in _pinned:
-        _pinned.remove(row)
+    at = next((n for n, each in enumerate(_pinned) if each is row), None)
+    if at is not None:
+        del _pinned[at]
+        _changed()
 
 
 @contextmanager
 def taking(family: Family) -> Iterator[None]:
     """Within, "auto" takes this family for everything; what has no fused forward, its implementation."""
     of_path = {path: family if path in FORWARDS else impl_of(family) for path in get_args(Path)}
-    row = pin(cast(Mapping[str, Family], of_path), None, None, None)
+    row = pin(cast(Mapping[str, Family], of_path))
     try:
         yield
     finally:
@@ -313,3 +330,4 @@ def taking(family: Family) -> Iterator[None]:
 def forget() -> None:
     """Verdicts are read again when they are next asked for."""
     _known.clear()
+    _changed()

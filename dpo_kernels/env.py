@@ -106,16 +106,14 @@ def times_lines(verdict: verdicts.Verdict, times: verdicts.Times) -> list[str]:
     """Of a head: for each path what is picked, and its times beside those of the others."""
     lines = []
     for path in verdicts.PATHS:
-        if path in times.untimed:
-            lines.append(f"{path}: 'torch', not timed: {times.untimed[path]}")
-        elif path in times.ms:
+        if path in times.ms:
             shown = "; ".join(
                 f"{family} {' and '.join(f'{one:.4g}' for one in found)} ms" for family, found in times.ms[path].items()
             )
             lines.append(
                 f"{path}: {verdict.choice(times, path)!r} ({shown}, at {' and '.join(map(str, times.tokens))} rows)"
             )
-    return lines
+    return lines + [f"{path}: not timed in full: {why}" for path, why in times.untimed.items()]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

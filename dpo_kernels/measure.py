@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from dpo_kernels.verdicts import cpu_name
+from dpo_kernels.verdicts import version as version
 
 MIB = 2**20
 CPU = torch.device("cpu")
@@ -259,11 +259,3 @@ def _output(*command: str) -> str | None:
     except FileNotFoundError:
         return None
     return done.stdout.strip() if done.returncode == 0 else None
-
-
-def version(package: str) -> str | None:
-    """None if it is not installed."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

@@ -31,6 +31,8 @@ FASTER = 1.03
 # A head that was not timed is taken for the nearest one that was, if neither of its sizes is further away.
 NEAR = 2.0
 FORMAT = 1
+# What it is called where it is built for one kind of GPU.
+TRITON = ("triton", "pytorch-triton", "pytorch-triton-rocm", "pytorch-triton-xpu", "triton-xpu", "triton-windows")
 
 
 class Head(NamedTuple):
@@ -68,7 +70,7 @@ class Times:
     tokens: tuple[int, ...]
     ms: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     untimed: dict[str, str] = field(default_factory=dict)
-    """Paths of which there is no time, and why."""
+    """Paths of which a time is missing, and why: memory that was taken."""
 
 
 @dataclass
@@ -82,25 +84,31 @@ class Verdict:
     def refuses(self, family: str, dtype: str) -> Refusal | None:
         return next((each for each in self.refused if each.family == family and each.dtype in (None, dtype)), None)
 
+    def trusts(self, family: str, dtype: str) -> bool:
+        return (family, dtype) in self.verified and not self.refuses(family, dtype)
+
     def of(self, head: Head) -> Times | None:
         return next((times for times in self.times if times.head[:3] == head[:3]), None)
 
-    def knows(self, head: Head) -> bool:
-        """Whether all of it was timed."""
+    def knows(self, head: Head, whole: bool = True) -> bool:
+        """Whether all of it was timed; not `whole`: or there was a reason why not."""
         times = self.of(head)
-        return times is not None and all(path in times.ms or path in times.untimed for path in PATHS)
+        if times is None:
+            return False
+        return all(path in times.ms and not (whole and path in times.untimed) for path in PATHS)
 
     def choice(self, times: Times, path: str) -> str:
         """The fastest family among those that are right, and faster than PyTorch for every number of rows."""
         ms, dtype = times.ms.get(path, {}), times.head.dtype
         base = ms.get("torch")
-        if not base:
+        if base is None or len(base) < len(times.tokens):
             return "torch"
         able = {
             family: sum(taken / own for taken, own in zip(found, base, strict=True))
             for family, found in ms.items()
-            if (family, dtype) in self.verified
-            and not self.refuses(family, dtype)
+            if all(
+                self.trusts(each, dtype) for each in {family, family.removesuffix("_fused")}
+            )  # which it goes back to
             and len(found) == len(base)
             and all(taken * FASTER <= own for taken, own in zip(found, base, strict=True))
         }
@@ -113,20 +121,25 @@ class Verdict:
 def key_of(device: torch.device) -> dict[str, Any] | None:
     """What a verdict on this device rests on; None where PyTorch sees no such device."""
     if device.type == "cpu":
-        found = {"name": cpu_name(), "capability": torch.backends.cpu.get_cpu_capability(), "units": os.cpu_count()}
+        capability = torch.backends.cpu.get_cpu_capability()
+        found = {"name": cpu_name(), "capability": capability, "units": torch.get_num_threads()}
         return _with_versions({"type": "cpu", **found, "driver": None})
     here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     if here is None or here.type != device.type:
         return None
-    of: Any = getattr(torch, device.type).get_device_properties(device)
-    capability = f"{of.major}.{of.minor}" if hasattr(of, "major") else getattr(of, "version", None)
+    backend: Any = getattr(torch, device.type, None)
+    if not hasattr(backend, "get_device_properties") or (device.index or 0) >= torch.accelerator.device_count():
+        return None
+    of = backend.get_device_properties(device)
+    shown = f"{of.major}.{of.minor}" if hasattr(of, "major") else getattr(of, "version", None)
     units = getattr(of, "multi_processor_count", None) or getattr(of, "max_compute_units", None)
-    found = {"name": of.name, "capability": getattr(of, "gcnArchName", capability), "units": units}
+    found = {"name": of.name, "capability": getattr(of, "gcnArchName", shown), "units": units}
     return _with_versions({"type": device.type, **found, "driver": driver(device)})
 
 
 def _with_versions(found: dict[str, Any]) -> dict[str, Any]:
-    versions = {"torch": torch.__version__, "triton": _version("triton"), "dpo_kernels": _version("dpo_kernels")}
+    triton = next(filter(None, map(version, TRITON)), None)
+    versions = {"torch": torch.__version__, "triton": triton, "dpo_kernels": version("dpo_kernels")}
     return {**found, **versions, "kernels": _digest_of_kernels()}
 
 
@@ -159,7 +172,8 @@ def cuda_of_driver() -> int:
     return asked() if asked is not None else 0
 
 
-def _version(package: str) -> str | None:
+def version(package: str) -> str | None:
+    """None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -186,13 +200,22 @@ def difference(key: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 # Files
 
 
+class NoFolder(OSError):
+    """There is nowhere to keep files."""
+
+
 def folder() -> Path:
     """$DPO_KERNELS_CACHE; else $XDG_CACHE_HOME/dpo_kernels; ~/.cache/dpo_kernels without it (or where it is no absolute
     path, as its specification says)."""
     if own := os.environ.get("DPO_KERNELS_CACHE"):
         return Path(own).absolute()
     base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "dpo_kernels"
+    if os.path.isabs(base):
+        return Path(base) / "dpo_kernels"
+    try:
+        return Path.home() / ".cache" / "dpo_kernels"
+    except RuntimeError as error:
+        raise NoFolder(f"{error} DPO_KERNELS_CACHE names a folder instead") from None
 
 
 def file_of(key: Mapping[str, Any]) -> Path:
@@ -206,10 +229,10 @@ def _slug(key: Mapping[str, Any]) -> str:
 
 def read(key: Mapping[str, Any]) -> Verdict | None:
     """The verdict of this key. What is there and is none is named in a warning, and is as good as nothing."""
-    file = file_of(key)
     try:
+        file = file_of(key)
         text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
+    except (FileNotFoundError, NoFolder):
         return None
     except (OSError, UnicodeDecodeError) as error:
         warnings.warn(f"{file} cannot be read ({error}), and is left out of account", stacklevel=2)
@@ -238,12 +261,17 @@ def _parse(text: str, key: Mapping[str, Any]) -> Verdict:
             raise ValueError(f"expected a dtype, got {head.dtype!r}")
         if not (type(head.hidden) is int and type(head.vocab) is int and min(head[1:3]) > 0):
             raise ValueError(f"expected sizes of a head, got {head}")
+        if head.softcap is not None and not isinstance(head.softcap, (int, float)):
+            raise ValueError(f"expected a number as softcap, got {head.softcap!r}")
         ms = {
             path: {str(family): [float(one) for one in times] for family, times in families.items()}
             for path, families in each["ms"].items()
         }
+        tokens = tuple(map(int, each["tokens"]))
+        if any(len(times) > len(tokens) for families in ms.values() for times in families.values()):
+            raise ValueError("expected a time for each number of rows")
         untimed = {str(path): str(why) for path, why in each["untimed"].items()}
-        verdict.times.append(Times(head, tuple(map(int, each["tokens"])), ms, untimed))
+        verdict.times.append(Times(head, tokens, ms, untimed))
     return verdict
 
 
@@ -282,15 +310,20 @@ def elsewhere(key: Mapping[str, Any]) -> list[str]:
 
 def _same_device(key: Mapping[str, Any]) -> list[Path]:
     pattern = re.compile(re.escape(_slug(key)) + r"-[0-9a-f]{16}\.json")
-    return sorted(file for file in folder().glob("*.json") if pattern.fullmatch(file.name))
+    try:
+        return sorted(file for file in folder().glob("*.json") if pattern.fullmatch(file.name))
+    except NoFolder:
+        return []
 
 
 @contextlib.contextmanager
 def lock(key: Mapping[str, Any], waiting: Any = None) -> Iterator[None]:
     """Nobody else is in here for this key while we are; it ends with the process that has it. `waiting()` is called
     where another one has it. Raises `OSError`."""
-    import fcntl
-
+    try:
+        import fcntl
+    except ImportError as error:
+        raise OSError(f"this system has no locks on files that end with their process: {error}") from error
     file = file_of(key).with_suffix(".lock")
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("w") as stream:

@@ -124,7 +124,7 @@ def _machine(device: torch.device) -> tuple[bool, int]:
     if device.type == "cpu":  # Triton's interpreter
         return False, 4
     properties = torch.cuda.get_device_properties(device)
-    return properties.major == 9, properties.multi_processor_count
+    return properties.major == 9 and not torch.version.hip, properties.multi_processor_count
 
 
 def can_take(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:

@@ -227,6 +227,11 @@ def save_checkpoint(
     return path
 
 
+def read_progress(path: Path) -> dict[str, Any]:
+    """What was given to `save_checkpoint` as that."""
+    return json.loads((path / PROGRESS).read_text())
+
+
 def load_checkpoint(
     path: Path, weights: Mapping[str, torch.Tensor], identity: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -237,7 +242,7 @@ def load_checkpoint(
     """
     from safetensors.torch import load_file
 
-    progress = json.loads((path / PROGRESS).read_text())
+    progress = read_progress(path)
     _check_unchanged(path, progress["identity"], identity)
     saved = load_file(path / WEIGHTS)
     if saved.keys() != weights.keys():

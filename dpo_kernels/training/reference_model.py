@@ -153,12 +153,13 @@ def cached_logps(
     collate: Any,
     fingerprint: str,
     accelerator: Accelerator,
+    kernels: str,
 ) -> Dataset:
     """The dataset with the columns `ref_chosen_logps` and `ref_rejected_logps`, read from the cache or computed once.
 
     The cache is keyed by the token ids, by the model (`fingerprint`, see `model_fingerprint`), and by everything else
     that the values depend on but the order of floating-point sums: dtypes, attention, token weights, temperature,
-    implementation, device and versions.
+    implementation and kernels, device and versions.
     """
     from safetensors.torch import save_file
 
@@ -168,6 +169,7 @@ def cached_logps(
         "model": fingerprint,
         "head": [reference.head.logit_scale, reference.head.softcap],
         "device": accelerator.device.type,
+        "kernels": kernels,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         **{
             name: getattr(config, name)

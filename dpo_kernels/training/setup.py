@@ -20,13 +20,12 @@ from dpo_kernels.dispatch import check_runs
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.training import reference_model as references
-from dpo_kernels.training.checkpoint import find_checkpoint, remove_leftovers
+from dpo_kernels.training.checkpoint import find_checkpoint, read_progress, remove_leftovers
 from dpo_kernels.training.config import TrainConfig, practice_warnings, trajectory_settings
 from dpo_kernels.training.pairs import Pairs, Sizes, check_fits, data_fingerprint, pairs_of_step
 from dpo_kernels.training.policy import PolicyLoss, add_lora, disable_dropout, load_model
 from dpo_kernels.tuning.heads import head_of
-from dpo_kernels.tuning.trial import tune_first
-from dpo_kernels.verdicts import Head
+from dpo_kernels.tuning.trial import Kernels
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -54,8 +53,7 @@ class Run:
     scheduler: Any
     schedule: Schedule
     identity: dict[str, Any]  # what the trajectory follows from
-    tuned: tuple[str, torch.device, Head]  # what the kernels were chosen for
-    kernels: dict[str, Any]  # which, of each path
+    kernels: Kernels  # of the head
 
     @property
     def device(self) -> torch.device:
@@ -86,6 +84,7 @@ class Run:
             yield micro, float(share * weight[micro].sum()), first + len(micro) == len(mine)
 
     def close(self) -> None:
+        self.kernels.release()
         del self.policy  # DDP first: were it the last to hold the process group, gloo could wait for itself for ever
         self.accelerator.free_memory()
         self.accelerator.end_training()
@@ -167,15 +166,23 @@ def set_up(config: TrainConfig) -> Run:
     if config.disable_dropout:
         disable_dropout(model)
 
-    tuned = config.impl, accelerator.device, head_of(model, config.mixed_precision)
-    bar = config.progress_bar and accelerator.is_local_main_process
-    kernels = dict(tune_first(*tuned, wanted=config.tune, bar=bar))
+    kernels = Kernels(
+        config.impl,
+        accelerator.device,
+        head_of(model, config.mixed_precision),
+        recorded=read_progress(checkpoint).get("kernels") if checkpoint else None,
+        wanted=config.tune,
+        bar=config.progress_bar and accelerator.is_local_main_process,
+    )
+    if kernels.reason and accelerator.is_main_process:
+        warnings.warn(f"{checkpoint} is not gone on from to the bit: {kernels.reason}", stacklevel=4)
 
     # The reference comes before the policy changes
     kind, reference = references.resolve(config), None
     if kind == "precompute":
         scorer = references.Reference(LMHead.from_model(model.to(accelerator.device).eval()), config)
-        pairs = pairs.map(lambda each: references.cached_logps(scorer, each, pairs.batch, fingerprint, accelerator))
+        given = fingerprint, accelerator, kernels.families["A"]
+        pairs = pairs.map(lambda each: references.cached_logps(scorer, each, pairs.batch, *given))
     elif kind == "copy":
         frozen = references.frozen_copy(model).to(accelerator.device)
         reference = references.Reference(LMHead.from_model(frozen), config)
@@ -224,7 +231,6 @@ def set_up(config: TrainConfig) -> Run:
         scheduler=make_scheduler(optimizer, config, schedule),
         schedule=schedule,
         identity=identity,
-        tuned=tuned,
         kernels=kernels,
     )
 

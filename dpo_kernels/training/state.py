@@ -6,7 +6,6 @@ import logging
 import math
 import sys
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -27,7 +26,6 @@ from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.pairs import Sizes
 from dpo_kernels.training.policy import METRICS, damaged_weights, save_model, state_of_weights
 from dpo_kernels.training.setup import Run
-from dpo_kernels.tuning.trial import keep
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -165,7 +163,7 @@ class RunState:
             "processes": gather_object([here]),
         }
         progress = {name: getattr(self, name) for name in ("step", "before", "latest", "best")}
-        progress |= {"window": self.window.counts(), "identity": run.identity, "kernels": run.kernels}
+        progress |= {"window": self.window.counts(), "identity": run.identity, "kernels": run.kernels.families}
         if damaged := damaged_weights(run.weights.items()):
             raise FloatingPointError(f"the weights are damaged, and no checkpoint is made of them: {damaged}")
         if self.metrics:
@@ -177,10 +175,6 @@ class RunState:
         run, scaler = self.run, self.run.accelerator.scaler
         assert run.checkpoint is not None
         state, progress = load_checkpoint(run.checkpoint, run.weights, run.identity)
-        if "kernels" in progress:  # not in checkpoints of earlier versions
-            run.kernels, reason = keep(progress["kernels"], *run.tuned)
-            if reason:
-                warnings.warn(f"{run.checkpoint} is not gone on from to the bit: {reason}", stacklevel=2)
         run.optimizer.load_state_dict(state["optimizer"])
         run.scheduler.load_state_dict(state["scheduler"])
         if scaler is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import Any
 
@@ -9,39 +10,56 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from dpo_kernels.tuning.heads import head_of
-from dpo_kernels.tuning.trial import keep, tune_first
+from dpo_kernels.tuning.trial import Kernels
+
+logger = logging.getLogger(__name__)
 
 
 class DPOKernelsCallback(TrainerCallback, ExportableState):
-    """Keeps the families of kernels, for each path, in the trainer's checkpoints. Made without arguments where they
-    are restored from one."""
+    """Keeps the families of kernels, for each path, in the trainer's checkpoints. The trainer may make it anew from
+    one of these."""
 
-    def __init__(self, trainer: Any = None) -> None:
+    def __init__(self) -> None:
         self.families: dict[str, Any] = {}
-        self.where: tuple[Any, ...] = ()
-        if trainer is not None:
-            head = head_of(trainer.model, trainer.accelerator.mixed_precision)
-            bar = not trainer.args.disable_tqdm and trainer.is_local_process_zero()
-            self.where = "auto", trainer.accelerator.device, head
-            self.families = dict(tune_first(*self.where, bar=bar))
+        self._kernels: Kernels | None = None
 
     def state(self) -> dict[str, Any]:
         return {"args": {}, "attributes": {"families": self.families}}
+
+    def begin(self, model: Any, args: Any, recorded: dict[str, Any] | None = None) -> None:
+        """Raises nothing: what has no head that could be described is none of ours, or speaks up by itself."""
+        precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "no"
+        try:
+            if self._kernels is None:
+                bar = not args.disable_tqdm and args.local_process_index == 0
+                self._kernels = Kernels("auto", args.device, head_of(model, precision), recorded=recorded, bar=bar)
+            elif recorded is not None:
+                self._kernels.take(recorded)
+        except (ValueError, AttributeError, TypeError) as error:
+            logger.info("no kernels were chosen beforehand: %s", error)
+            return
+        self.families = self._kernels.families
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         name = type(self).__name__
         recorded = state.stateful_callbacks.get(name)
         recorded = recorded[-1] if isinstance(recorded, list) else recorded
-        families = (recorded or {}).get("attributes", {}).get("families")
-        if state.global_step and families and self.where:  # at the beginning it is this trainer's own
-            self.families, reason = keep(families, *self.where)
-            if reason:
-                warnings.warn(f"the checkpoint is not gone on from to the bit: {reason}", stacklevel=2)
+        families = (recorded or {}).get("attributes", {}).get("families") if state.global_step else None
+        if families or self._kernels is None:
+            self.begin(kwargs["model"], args, families or None)
+        if families and self._kernels is not None and self._kernels.reason:
+            warnings.warn(f"the checkpoint is not gone on from to the bit: {self._kernels.reason}", stacklevel=2)
         # a checkpoint of a trainer without this callback lacks the entry, which the trainer's next one looks for
         state.stateful_callbacks[name] = self.state()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._kernels is not None:
+            self._kernels.release()
 
 
 def with_kernels(trainer: Any) -> None:
     """Adds the callback to a trainer that has none yet."""
     if not any(isinstance(each, DPOKernelsCallback) for each in trainer.callback_handler.callbacks):
-        trainer.add_callback(DPOKernelsCallback(trainer))
+        callback = DPOKernelsCallback()
+        callback.begin(trainer.model, trainer.args)
+        trainer.add_callback(callback)

@@ -97,13 +97,13 @@ def table(verdict: verdicts.Verdict, times: verdicts.Times) -> str:
     families = ["torch", *(f for f in dispatch.FAMILIES[1:] if any(f in found for found in times.ms.values()))]
     lines = [["path", "rows", *(f"{family} ms" for family in families), "picked", "faster"]]
     for path in verdicts.PATHS:
-        if path in times.untimed:
-            lines.append([path, "", *[""] * len(families), "torch", f"not timed: {times.untimed[path]}"])
-            continue
         found, picked = times.ms.get(path, {}), verdict.choice(times, path)
         for number, tokens in enumerate(times.tokens):
-            shown = [f"{found[family][number]:.4g}" if family in found else "-" for family in families]
-            gain = found["torch"][number] / found[picked][number] if "torch" in found else 1.0
-            lines.append([path, str(tokens), *shown, picked, "" if picked == "torch" else f"{gain:.2f} x"])
+            of = {family: times_of[number] for family, times_of in found.items() if number < len(times_of)}
+            shown = [f"{of[family]:.4g}" if family in of else "-" for family in families]
+            gain = "" if picked == "torch" else f"{of['torch'] / of[picked]:.2f} x"
+            lines.append([path, str(tokens), *shown, picked, gain])
+    missing = [f"path {path} was not timed in full: {why}" for path, why in times.untimed.items()]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines)
+    rows = ["  ".join(text.rjust(width) for text, width in zip(line, widths, strict=True)) for line in lines]
+    return "\n".join([*rows, *missing])

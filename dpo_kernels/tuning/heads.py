@@ -15,7 +15,7 @@ AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 def head_of(model: Any, mixed_precision: str = "no") -> Head:
     """Of a causal language model of transformers, in the dtype that it is multiplied in. Of one whose weights are not
     whole here, since they are sharded or packed, as its configuration says."""
-    head = LMHead(model)
+    head = LMHead(model, at_output_layer=True)
     layer: Any = head.output_layer()
     weight = getattr(layer, "token_adapter", layer).weight
     shape = tuple(getattr(weight, "ds_shape", weight.shape))

@@ -13,9 +13,21 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import IO, Any
 
-WORKER = (sys.executable, "-m", "dpo_kernels.tuning.worker")
+# With the modules of this process, and none that lies where it happens to be; what anything prints is no message.
+_BEGIN = """
+import os, sys
+messages = os.dup(1)
+os.dup2(2, 1)
+sys.path[:] = [place for place in sys.path if place]
+import json
+sys.path[:] = json.loads(sys.argv[1])
+from dpo_kernels.tuning.worker import main
+main(messages)
+"""
 STARTED = 180.0  # seconds until it speaks for the first time: PyTorch and a driver start
 ENDED = 10.0  # until a process that was killed is gone; one that hangs in its driver may stay
+# Of what comes from outside: a user, a scheduler, a system without memory.
+OUTSIDE = {getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGKILL") if hasattr(signal, name)}
 
 
 class Lost(Exception):
@@ -23,23 +35,34 @@ class Lost(Exception):
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
-        self.kind = kind  # "hung" or "ended"
+        self.kind = kind  # "hung", "ended", or "killed" by somebody else
 
 
-def watched(task: dict[str, Any], patience: float, command: Sequence[str] = WORKER) -> Iterator[dict[str, Any]]:
+def worker() -> tuple[str, ...]:
+    """The command that tries kernels."""
+    return sys.executable, "-c", _BEGIN, json.dumps(sys.path)
+
+
+def watched(task: dict[str, Any], patience: float, command: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The messages of a process that was given `task`, until it is done. Raises `Lost` if it ends before that, or says
-    nothing for `patience` seconds; it is ended then, as it is when nobody listens any more."""
+    nothing for `patience` seconds; it is ended then, as it is when nobody listens any more: its standard input, which
+    it waits at, is closed when this process is gone."""
     with tempfile.TemporaryFile("w+", errors="replace") as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, bufsize=1
+            command or worker(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # an interrupt is for this process, which ends that one
         )
         assert process.stdin is not None and process.stdout is not None
         lines: queue.Queue[str | None] = queue.Queue()
         threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
         try:
             with contextlib.suppress(BrokenPipeError):  # it is gone already, as is seen below
-                process.stdin.write(json.dumps(task))
-                process.stdin.close()
+                process.stdin.write(json.dumps(task) + "\n")
+                process.stdin.flush()
             wait = max(patience, STARTED)
             while True:
                 try:
@@ -47,14 +70,18 @@ def watched(task: dict[str, Any], patience: float, command: Sequence[str] = WORK
                 except queue.Empty:
                     raise Lost("hung", f"nothing came of it for {wait:g} s") from None
                 if line is None:
-                    raise Lost("ended", _end(process, errors))
+                    raise _end(process, errors)
+                message = _message(line)
+                if message is None:
+                    continue
                 wait = patience
-                message = json.loads(line)
                 if message.get("done"):
                     return
                 yield message
         finally:
             process.kill()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(ENDED)
 
@@ -65,17 +92,27 @@ def _read(stream: IO[str], lines: queue.Queue[str | None]) -> None:
     lines.put(None)
 
 
-def _end(process: subprocess.Popen[str], errors: IO[str]) -> str:
+def _message(line: str) -> dict[str, Any] | None:
+    """None of what was printed before standard output was out of reach."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _end(process: subprocess.Popen[str], errors: IO[str]) -> Lost:
     try:
         status = process.wait(ENDED)
     except subprocess.TimeoutExpired:
-        return "it closed its output"
+        return Lost("ended", "it closed its output")
     errors.seek(0)
-    said = errors.read().strip().splitlines()
+    said = errors.read()[-4000:].strip().splitlines()
     how = f"exit status {status}"
     if status < 0:
         try:
             how = signal.Signals(-status).name
         except ValueError:
             how = f"signal {-status}"
-    return f"the process ended with {how}" + (f": {said[-1].strip()[:200]}" if said else "")
+    reason = f"the process ended with {how}" + (f": {said[-1].strip()[:200]}" if said else "")
+    return Lost("killed" if -status in OUTSIDE else "ended", reason)

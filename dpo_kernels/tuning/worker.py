@@ -1,21 +1,23 @@
 """The process that computes for `dpo-kernels tune`: are the kernels of a family right on this device, and how fast?
 
-It reads a task as JSON from standard input and writes what happens as lines of JSON to standard output, each before or
-after something that may be its last act. Whoever reads them knows what it was at when it hung, or was no more.
-
-    python -m dpo_kernels.tuning.worker < task.json
+It reads a task as a line of JSON from standard input and writes what happens as lines of JSON, each before or after
+something that may be its last act. Whoever reads them knows what it was at when it hung, or was no more. It ends when
+its standard input does.
 
 Dimensions: S sequences, T positions, N labelled rows, H hidden size, V vocabulary size.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -32,6 +34,10 @@ STATS: tuple[Stat, ...] = ("entropy", "mean_logit", "log_sum_sq_probs")
 SEQUENCES = 8
 BETA = 0.1
 SURE = 0.9  # a probability
+# Coefficients of path C follow from sums of hundreds, which fp32 rounds at their own size, whoever adds them up.
+EPSILON = {"C": 1e-5}
+FAR = 4.0
+MANY = 10000  # of the vocabulary: for as many multiprocessors as there are
 
 Tell = Callable[..., None]
 
@@ -47,23 +53,50 @@ class Case(NamedTuple):
     stats: bool = False
     confident: float = 0.0
     unaligned: bool = False
+    tiles: bool = False
+    """In many small tiles, and for path C in several groups, as large heads are."""
+    autocast: bool = False
+    """Of weights in fp32, in half precision."""
 
     def __str__(self) -> str:
         also = [f"{name} {value:g}" for name, value in self.transform.items()]
-        also += [name for name in ("bias", "stats", "confident", "unaligned") if getattr(self, name)]
+        also += [name for name in self._fields[4:] if getattr(self, name)]
         return f"N={self.rows}, H={self.hidden}, V={self.vocab}" + "".join(f", {each}" for each in also)
 
 
 # Each value of N (1, 130, 300), V (123, 600, 1500) and H (40, 72, 128), and each option, with others.
 CASES = (
     Case(1, 123, 40, bias=True),
-    Case(130, 1500, 128),
-    Case(300, 600, 72, {"logit_scale": -0.7, "temperature": 1.3}, bias=True, stats=True),
-    Case(130, 600, 128, {"softcap": 5.0}, stats=True),
+    Case(130, 1500, 40, tiles=True),
+    Case(300, 600, 72, {"logit_scale": -0.7, "temperature": 1.3}, bias=True, stats=True, tiles=True),
+    Case(130, 600, 128, {"softcap": 5.0}, stats=True, tiles=True),
     Case(300, 600, 128, confident=0.7),
     Case(130, 123, 72, {"softcap": 30.0, "logit_scale": 2.0}, bias=True, confident=0.5, unaligned=True),
     Case(300, 600, 128, stats=True, bias=True, unaligned=True),
+    Case(130, 600, 72, bias=True, autocast=True),
 )
+# What a fused forward takes, whose multiprocessors are made few, so that each has many blocks; as many as there are,
+# too. H of 640 goes through the buffers of a product several times.
+FUSED_CASES = (
+    Case(1, 600, 80, bias=True),
+    Case(300, 1500, 144, {"logit_scale": -0.7, "temperature": 1.3}, bias=True, stats=True),
+    Case(300, 1500, 640),
+    Case(130, 1500, 128, {"softcap": 5.0}, stats=True),
+    Case(300, 600, 128, confident=0.7),
+    Case(300, 40000, 128, stats=True, bias=True),
+)
+FEW = 4
+TILE_BYTES = 2**16
+
+
+def cases_of(family: str, dtype: torch.dtype) -> list[Case]:
+    if dispatch.is_fused(family):
+        return list(FUSED_CASES)
+    return [case for case in CASES if not case.autocast or dtype in (torch.bfloat16, torch.float16)]
+
+
+def paths_of(family: str) -> tuple[str, ...]:
+    return dispatch.FORWARDS if dispatch.is_fused(family) else verdicts.PATHS
 
 
 class Inputs(NamedTuple):
@@ -90,7 +123,9 @@ def inputs_of(case: Case, dtype: torch.dtype, device: torch.device) -> Inputs:
     labels = made.labels.view(-1).clone()
     order = torch.randperm(labels.numel(), generator=torch.Generator().manual_seed(case.vocab)).to(device)
     labels[order[case.rows :]] = -100
-    hidden, weight, bias = (t.detach().to(dtype) for t in made[:2] + (made.bias,))
+    hidden, weight, bias = (t.detach().to(dtype) for t in (made.hidden, made.weight, made.bias))
+    if case.autocast:
+        weight, bias = weight.float(), bias.float()
     if case.unaligned:
         hidden, weight = _unaligned(hidden), _unaligned(weight)
     # the reference of every precision is the same one
@@ -144,8 +179,16 @@ def ours(path: str, given: Inputs, case: Case) -> Out:
     leaves = _leaves(given, "hidden") if path == "B" else _leaves(given, "hidden", "weight", "bias")
     options["bias"] = leaves.bias
     if path == "C":
-        out = linear_dpo_loss(*leaves[:2], leaves.labels, leaves.ref_logps, beta=BETA, **options)
-        return {"loss": out.loss, "logps": out.logps, **_gradients(out.loss, leaves)}
+        budget = case.rows * case.vocab * 4 - 1  # less than all pairs take
+        out = linear_dpo_loss(
+            *leaves[:2],
+            leaves.labels,
+            leaves.ref_logps,
+            beta=BETA,
+            chunk_bytes=budget if case.tiles else None,
+            **options,
+        )
+        return {"logps": out.logps, **_gradients(out.loss, leaves)}
     found = linear_sequence_logps(*leaves[:2], leaves.labels, stats=stats, **options)
     weighed = (found.token_logps * _coefficients(given)).sum()
     return {"token_logps": found.token_logps, **found.stats, **_gradients(weighed, leaves)}
@@ -170,7 +213,7 @@ def eager(path: str, given: Inputs, case: Case, dtype: torch.dtype) -> Out:
     if path == "C":
         refs = given.ref_logps.to(logps.dtype)
         loss = dpo_loss(*logps.chunk(2), *refs.chunk(2), beta=BETA).losses.mean()
-        return {"loss": loss, "logps": logps, **_gradients(loss, leaves)}
+        return {"logps": logps, **_gradients(loss, leaves)}
     found = _gradients((token_logps * _coefficients(given)).sum(), leaves)
     return {"token_logps": token_logps, **_eager_stats(logits, given, case), **found}
 
@@ -192,12 +235,15 @@ def wrong(path: str, case: Case, dtype: torch.dtype, device: torch.device) -> st
     """What is wrong with this path by what "auto" takes: beyond the error of eager code in the same dtype, or other
     bits the second time; "" if nothing is."""
     given = inputs_of(case, dtype, device)
-    found, again = ours(path, given, case), ours(path, given, case)
+    with torch.autocast(device.type, dtype=dtype, enabled=case.autocast):
+        found, again = ours(path, given, case), ours(path, given, case)
     oracle, reference = eager(path, given, case, torch.float64), eager(path, given, case, dtype)
     for name in found:
         if not torch.equal(found[name], again[name]):
             return f"{name} has other bits the second time"
-        if reason := beyond_budget(found[name], reference[name], oracle[name], name):
+        if reason := beyond_budget(found[name], reference[name], oracle[name], name, EPSILON.get(path, 1e-6)):
+            return reason
+        if reason := _far(found[name], reference[name], oracle[name], name):
             return reason
     if case.confident and path == "A":  # by themselves: in a norm over all rows their errors vanish
         sure = (oracle["token_logps"].exp() > SURE) & (given.labels != -100)
@@ -206,10 +252,54 @@ def wrong(path: str, case: Case, dtype: torch.dtype, device: torch.device) -> st
     return ""
 
 
+def _far(ours: Tensor, eager: Tensor, oracle: Tensor, what: str) -> str:
+    """One row that is wrong among many: no number may be further off than a few times the worst of eager code."""
+    worst, theirs = ((t.double() - oracle).abs().max().item() for t in (ours, eager))
+    limit = FAR * theirs + 1e-5 * oracle.abs().max().item()
+    return "" if worst <= limit else f"{what}: one number is {worst:.3e} off, eager's {theirs:.3e}, limit {limit:.3e}"
+
+
+@contextmanager
+def _taken(family: str, case: Case) -> Iterator[list[bool]]:
+    """The family in the sizes of the case; and whether its fused forward was taken, each time."""
+    kernels: Any = dispatch.load(family)
+    home = importlib.import_module("dpo_kernels.impl.triton_linear") if family == "triton_fused" else kernels
+    taken: list[bool] = []
+    with ExitStack() as stack:
+        stack.enter_context(dispatch.taking(cast(Any, family)))
+        if case.tiles:
+            stack.enter_context(_replaced(kernels, "tile_bytes", lambda device: TILE_BYTES))
+        if dispatch.is_fused(family):
+            fold, machine = kernels.linear_fold_, home._machine
+
+            def linear_fold_(*operands: Any) -> bool:
+                taken.append(fold(*operands))
+                return taken[-1]
+
+            stack.enter_context(_replaced(kernels, "linear_fold_", linear_fold_))
+            if case.vocab < MANY:
+                stack.enter_context(_replaced(home, "_machine", lambda device: (machine(device)[0], FEW)))
+        yield taken
+
+
+@contextmanager
+def _replaced(module: Any, name: str, value: Any) -> Iterator[None]:
+    before = getattr(module, name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        setattr(module, name, before)
+
+
 # Speed
 
 
-def timed_calls(path: str, given: Inputs, softcap: float | None) -> Callable[[], object]:
+NO_MEMORY = (torch.OutOfMemoryError, MemoryError)
+AGREES = 0.01  # of sizes of results at a real head, between two ways to sum them
+
+
+def timed_call(path: str, given: Inputs, softcap: float | None) -> Callable[[], Out]:
     """A call of `path`, forward and backward as a training step has them."""
     case = Case(0, 0, 0, {"softcap": softcap} if softcap else {})
     if path in ("A", "B", "C", "D"):
@@ -219,8 +309,9 @@ def timed_calls(path: str, given: Inputs, softcap: float | None) -> Callable[[],
     )
     logits.requires_grad_()
 
-    def from_logits() -> Tensor:
-        return torch.autograd.grad(sequence_logps(logits, given.labels).logps.sum(), logits)[0]
+    def from_logits() -> Out:
+        logps = sequence_logps(logits, given.labels).logps
+        return {"logps": logps, "dlogits": torch.autograd.grad(logps.sum(), logits)[0]}
 
     return from_logits
 
@@ -228,58 +319,99 @@ def timed_calls(path: str, given: Inputs, softcap: float | None) -> Callable[[],
 def time_head(
     head: verdicts.Head, families: list[str], task: dict[str, Any], device: torch.device, tell: Tell
 ) -> Iterator[tuple[str, dict[str, list[float]], str]]:
-    """(path, milliseconds of each family for each number of rows, why there are none) for each path."""
+    """(path, milliseconds of each family for each number of rows, why one is missing) for each path."""
     dtype = getattr(torch, head.dtype)
     generator = torch.Generator(device).manual_seed(0)
     weight = torch.randn(head.vocab, head.hidden, generator=generator, device=device, dtype=dtype)
     weight *= 2 / head.hidden**0.5
     for path in verdicts.PATHS:
-        ms: dict[str, list[float]] = {}
+        names = [name for name in families if path in dispatch.FORWARDS or not dispatch.is_fused(name)]
+        ms: dict[str, list[float]] = {name: [] for name in names}
         why = ""
         for tokens in task["tokens"]:
             shape = SEQUENCES, tokens // SEQUENCES
-            hidden = torch.randn(*shape, head.hidden, generator=generator, device=device, dtype=dtype)
-            labels = torch.randint(head.vocab, shape, generator=generator, device=device)
-            refs = torch.zeros(SEQUENCES, device=device)
+            what = f"path {path}, {head}, N={tokens}"
             try:
-                call = timed_calls(path, Inputs(hidden, weight, None, labels, refs), head.softcap)
-                names = [name for name in families if path in dispatch.FORWARDS or not dispatch.is_fused(name)]
-                found = _by_turns(call, names, f"path {path}, {head}, N={tokens}", task, device, tell)
-            except (torch.OutOfMemoryError, MemoryError) as error:
+                hidden = torch.randn(*shape, head.hidden, generator=generator, device=device, dtype=dtype)
+                labels = torch.randint(head.vocab, shape, generator=generator, device=device)
+                refs = torch.zeros(SEQUENCES, device=device)
+                call = timed_call(path, Inputs(hidden, weight, None, labels, refs), head.softcap)
+            except NO_MEMORY as error:
                 why = measure.described(error)
                 break
+            names = [name for name in names if name == "torch" or _agrees(name, call, head.dtype, what, device, tell)]
+            found, missing = _by_turns(call, names, what, task, device, tell)
             for name, seconds in found.items():
-                ms.setdefault(name, []).append(1e3 * seconds)
+                ms[name].append(1e3 * seconds)
+            why = why or missing
+            names = [name for name in names if name in found]
             del call
-        yield path, {} if why else ms, why
+            if "torch" not in found:
+                break
+        yield path, {name: times for name, times in ms.items() if times}, why
+
+
+def _agrees(family: Any, call: Callable[[], Out], dtype: str, what: str, device: torch.device, tell: Tell) -> bool:
+    """Whether, at this size, the family finds what plain PyTorch does: which no fp64 has room for."""
+    tell(at=family, what=what)
+    try:
+        with dispatch.taking("torch"):
+            right = _sizes(call())
+        with dispatch.taking(family):
+            found = _sizes(call())
+        measure.synchronize(device)
+    except NO_MEMORY:
+        return True  # as is seen when it is timed
+    except Exception as error:  # a kernel may fail in any way
+        tell(failed=family, what=what, reason=measure.described(error))
+        measure.recover(device)
+        return False
+    for name, theirs in right.items():
+        limit = AGREES * max(abs(theirs), 1e-6)
+        if not abs(found[name] - theirs) <= limit:
+            reason = f"{name} is {found[name]:.6g}, plain PyTorch's {theirs:.6g}"
+            tell(wrong=family, dtype=dtype, what=what, reason=reason)
+            return False
+    return True
+
+
+def _sizes(out: Out) -> dict[str, float]:
+    return {f"the size of {name}": t.detach().double().norm().item() for name, t in out.items()}
 
 
 def _by_turns(
-    call: Callable[[], object], families: list[str], what: str, task: dict[str, Any], device: torch.device, tell: Tell
-) -> dict[str, float]:
-    """Median seconds of each family that did not fail."""
+    call: Callable[[], Out], families: list[str], what: str, task: dict[str, Any], device: torch.device, tell: Tell
+) -> tuple[dict[str, float], str]:
+    """Median seconds of each family that did not fail; and which had no memory."""
+    short = ""
 
     def of(family: Any) -> measure.Run:
         def prepare() -> None:
             tell(at=family, what=what)
 
         def run() -> object:
-            with dispatch.taking(family):
-                return call()
+            nonlocal short
+            try:
+                with dispatch.taking(family):
+                    return call()
+            except NO_MEMORY as error:
+                short = short or f"{family}: {measure.described(error)}"
+                raise
+            except Exception as error:  # said now: the device may be of no more use
+                tell(failed=family, what=what, reason=measure.described(error))
+                raise
 
         return measure.Run(prepare, run, warm_up=True)
 
-    runs = [of(family) for family in families]
-    samples = measure.interleaved(runs, task["rounds"], device=device, seconds=task["seconds"])
-    found = {}
-    for family, sample in zip(families, samples, strict=True):
-        if isinstance(sample, str):
-            if "OutOfMemory" in sample or "MemoryError" in sample:
-                raise torch.OutOfMemoryError(sample)
-            tell(failed=family, what=what, reason=sample)
-        else:
-            found[family] = sorted(sample)[len(sample) // 2]
-    return found
+    samples = measure.interleaved(
+        [of(each) for each in families], task["rounds"], device=device, seconds=task["seconds"]
+    )
+    found = {
+        family: sorted(sample)[len(sample) // 2]
+        for family, sample in zip(families, samples, strict=True)
+        if not isinstance(sample, str)
+    }
+    return found, short
 
 
 # The process
@@ -290,34 +422,15 @@ def work(task: dict[str, Any], tell: Tell) -> None:
     device = torch.device(task["device"])
     if task["threads"]:
         torch.set_num_threads(task["threads"])
+    torch.set_float32_matmul_precision(task["precision"])
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index or 0)
     dispatch.say_no_more(device)
     torch.ones(1, device=device).sum().item()  # where another process may not use it, here is the end
     tell(ready=str(verdicts.key_of(device)))
-    refused = set()
+    refused: set[Any] = set()
     for family, dtype in task["verify"]:
-        for case in CASES:
-            for path in ("A", "D") if dispatch.is_fused(family) else verdicts.PATHS:
-                if (family, dtype) in refused or family in refused:
-                    continue
-                what = f"path {path}, {dtype}, {case}"
-                tell(at=family, what=what)
-                try:
-                    with dispatch.taking(family):
-                        reason = wrong(path, case, getattr(torch, dtype), device)
-                    measure.synchronize(device)
-                except torch.OutOfMemoryError:
-                    raise
-                except Exception as error:  # a kernel may fail in any way
-                    tell(failed=family, what=what, reason=measure.described(error))
-                    measure.recover(device)
-                    refused.add(family)
-                    continue
-                if reason:
-                    tell(wrong=family, dtype=dtype, what=what, reason=reason)
-                    refused.add((family, dtype))
-        if (family, dtype) not in refused and family not in refused:
+        if family not in refused and verify(family, dtype, refused, device, tell):
             tell(verified=family, dtype=dtype)
     for *given, families in task["heads"]:
         head = verdicts.Head(*given)
@@ -327,23 +440,62 @@ def work(task: dict[str, Any], tell: Tell) -> None:
         tell(finished=given)
 
 
-def main(work: Callable[[dict[str, Any], Tell], None] = work) -> None:
-    with os.fdopen(os.dup(1), "w", buffering=1) as lines:
-        os.dup2(2, 1)  # whatever anything prints is no message
+def verify(family: str, dtype: str, refused: set[Any], device: torch.device, tell: Tell) -> bool:
+    """Whether a family is right in a dtype, in all cases; otherwise it is told why not, and `refused` has it."""
+    took = not dispatch.is_fused(family)
+    for case in cases_of(family, getattr(torch, dtype)):
+        for path in paths_of(family):
+            what = f"path {path}, {dtype}, {case}"
+            tell(at=family, what=what)
+            try:
+                with _taken(family, case) as taken:
+                    reason = wrong(path, case, getattr(torch, dtype), device)
+                measure.synchronize(device)
+            except NO_MEMORY:
+                raise
+            except Exception as error:  # a kernel may fail in any way
+                tell(failed=family, what=what, reason=measure.described(error))
+                refused.add(family)
+                measure.recover(device)  # ends here where the device is of no more use
+                return False
+            took = took or any(taken)
+            if reason:
+                tell(wrong=family, dtype=dtype, what=what, reason=reason)
+                refused.add((family, dtype))
+                return False
+    if not took:
+        tell(wrong=family, dtype=dtype, what="all cases", reason="its fused forward took none of them")
+        refused.add((family, dtype))
+    return took
+
+
+def main(messages: int | None = None, work: Callable[[dict[str, Any], Tell], None] = work) -> None:
+    """Writes to the file descriptor `messages`; by default to standard output, which is then out of reach."""
+    if messages is None:
+        messages = os.dup(1)
+        os.dup2(2, 1)
+    begun = False
+    with os.fdopen(messages, "w", buffering=1) as lines:
 
         def tell(**message: Any) -> None:
+            nonlocal begun
+            begun = begun or "at" in message
             lines.write(json.dumps(message) + "\n")
             lines.flush()
 
+        task = json.loads(sys.stdin.readline())
+        threading.Thread(target=_end_with_input, daemon=True).start()
         try:
-            work(json.load(sys.stdin), tell)
-        except (torch.OutOfMemoryError, MemoryError) as error:
+            work(task, tell)
+        except NO_MEMORY as error:
             tell(unusable=f"no memory is left for a second process: {measure.described(error)}")
         except Exception as error:
-            tell(unusable=measure.described(error))
-            raise
+            if not begun:
+                tell(unusable=measure.described(error))
+            raise  # of what it was at, the exit status speaks
         tell(done=True)
 
 
-if __name__ == "__main__":
-    main()
+def _end_with_input() -> None:
+    sys.stdin.read()
+    os._exit(1)

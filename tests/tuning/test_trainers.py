@@ -12,12 +12,14 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+import transformers
 from short_runs import run
 
 from dpo_kernels import dispatch, measure, verdicts
 from dpo_kernels.cli import main
 from dpo_kernels.tuning import trial
-from dpo_kernels.verdicts import Refusal, Times, Verdict
+from dpo_kernels.tuning.heads import head_of
+from dpo_kernels.verdicts import Head, Times, Verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:learning_rate")
 CPU = torch.device("cpu")
@@ -82,6 +84,47 @@ def test_the_loop_does_not_where_it_is_told(tmp_path, tried, settings):
     assert tried == [] and set(kernels_of(tmp_path, 2).values()) == {settings.get("impl", "torch")}
 
 
+def test_a_run_after_another_is_a_run_of_its_own(tmp_path, tried):
+    """Whatever an earlier one in this process went on with."""
+    run(tmp_path / "one", **SHORT)
+    assert dispatch._pinned == []
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_models_without_a_head_that_can_be_described_are_trained(tmp_path, trainers, monkeypatch):
+    def head_of(*arguments):
+        raise ValueError("no base model found")
+
+    monkeypatch.setattr("dpo_kernels.trl._kernels.head_of", head_of)
+    trainers(tmp_path, max_steps=1).train()
+
+
+def test_a_reference_is_scored_by_the_kernels_of_the_run(tmp_path, monkeypatch):
+    """Those of its checkpoint; and what others have scored is not taken for it."""
+    scored = []
+    from dpo_kernels.training import reference_model
+
+    of = reference_model._score
+    families = lambda: dispatch.choose("auto", CPU, "A", torch.float32, 300, 32)  # noqa: E731
+    monkeypatch.setattr(reference_model, "_score", lambda *a: scored.append(families()) or of(*a))
+    run(tmp_path, **SHORT)
+    assert scored == ["torch"]
+    verdict = verdicts.read(verdicts.key_of(CPU))
+    verdict.times[0].ms["A"]["cpu"] = [0.5, 0.5]
+    verdicts.write(verdict)
+    dispatch.forget()
+    again = tmp_path / "again"
+    run(again, **SHORT, cache_dir=str(tmp_path / "cache"))
+    assert scored == ["torch", "cpu"]
+    back_to(again, 1)
+    shutil.rmtree(tmp_path / "cache" / "reference")
+    verdict.times[0].ms["A"]["cpu"] = [5.0, 5.0]
+    verdicts.write(verdict)
+    dispatch.forget()
+    run(again, **SHORT, cache_dir=str(tmp_path / "cache"))
+    assert scored == ["torch", "cpu", "cpu"] and kernels_of(again, 2)["A"] == "cpu"
+
+
 def test_a_run_goes_on_with_the_kernels_that_it_was_begun_with(tmp_path, tried, monkeypatch):
     """With the same bits; where they cannot run any more, it says so and goes on."""
     _, straight = run(tmp_path / "straight", **SHORT | {"max_steps": 3})
@@ -89,18 +132,31 @@ def test_a_run_goes_on_with_the_kernels_that_it_was_begun_with(tmp_path, tried, 
     run(stopped, **SHORT | {"max_steps": 3})
     back_to(stopped, 1)
     verdict = verdicts.read(verdicts.key_of(CPU))  # a second thought
-    verdict.refused = [Refusal("cpu", None, "hung", "path C", "it did")]
+    verdict.times[0].ms["C"]["cpu"] = [9.0, 9.0]
     verdicts.write(verdict)
     dispatch.forget()
     _, resumed = run(stopped, **SHORT | {"max_steps": 3})
     assert resumed == straight
     assert kernels_of(stopped, 3) == CHOSEN
-    dispatch._pinned.clear()
+    assert dispatch._pinned == []
     monkeypatch.setattr(dispatch, "families", lambda device: ["torch"])
+    dispatch.forget()
     back_to(stopped, 2)
     with pytest.warns(UserWarning, match="not gone on from to the bit: it was computed by A torch, .* C cpu"):
         run(stopped, **SHORT | {"max_steps": 3})
     assert set(kernels_of(stopped, 3).values()) == {"torch"}
+
+
+def test_a_reference_is_kept_for_its_kernels(tmp_path):
+    """Its numbers have the last bits of those that computed it."""
+    settings = SHORT | {"cache_dir": str(tmp_path / "cache")}
+    found = []
+    for kernels in ("torch", "cpu", "torch"):
+        row = dispatch.pin({"A": kernels})
+        run(tmp_path / f"{len(found)}", **settings)
+        dispatch.unpin(row)
+        found.append(len([file for file in (tmp_path / "cache").rglob("*") if file.is_file()]))
+    assert found == [found[0], 2 * found[0], 2 * found[0]] and found[0] > 0
 
 
 def test_checkpoints_of_earlier_versions_go_on(tmp_path):
@@ -115,6 +171,20 @@ def test_checkpoints_of_earlier_versions_go_on(tmp_path):
     write_checksums(file.parent, FILES)
     result, _ = run(tmp_path, **SHORT)
     assert result.steps == 2 and kernels_of(tmp_path, 2) == CHOSEN
+
+
+def test_the_head_of_a_model():
+    """A shard of its weight, and a packed one, say nothing of its shape."""
+    from heads import build
+
+    capped = build("gemma2")
+    assert head_of(capped) == Head("float32", 32, 101, 0.8)
+    assert head_of(capped, "bf16") == Head("bfloat16", 32, 101, 0.8)
+    assert head_of(capped.half(), "no").dtype == "float16"
+    model = build("llama")
+    for weight in (torch.zeros(7), torch.zeros(3, 5), torch.zeros(101 * 16, 1, dtype=torch.uint8)):
+        model.lm_head.weight = torch.nn.Parameter(weight, requires_grad=False)
+        assert head_of(model) == Head("float32", 32, 101)
 
 
 # TRL's trainers
@@ -159,6 +229,16 @@ def test_trl_trainers_try_their_head_when_they_are_made(tmp_path, tried, trainer
     assert recorded(tmp_path, 3) == CHOSEN
     trainers(tmp_path)
     assert len(tried) == 1
+    trainers(tmp_path, bf16=True)
+    assert tried[1] == head._replace(dtype="bfloat16")
+
+
+def test_a_trainer_keeps_its_kernels_once(tmp_path, trainers):
+    from dpo_kernels.trl._kernels import DPOKernelsCallback, with_kernels
+
+    trainer = trainers(tmp_path)
+    with_kernels(trainer)
+    assert sum(isinstance(each, DPOKernelsCallback) for each in trainer.callback_handler.callbacks) == 1
 
 
 def test_trl_trainers_do_not_where_they_are_told(tmp_path, tried, trainers, monkeypatch):
@@ -167,20 +247,33 @@ def test_trl_trainers_do_not_where_they_are_told(tmp_path, tried, trainers, monk
     assert tried == []
 
 
-def test_trl_runs_go_on_with_their_kernels(tmp_path, tried, trainers, monkeypatch):
+class Watching(transformers.TrainerCallback):
+    def __init__(self, look):
+        self.look = look
+
+    def on_step_end(self, *arguments, **options):
+        self.look()
+
+
+@pytest.mark.parametrize("restore", [False, True])
+def test_trl_runs_go_on_with_their_kernels(tmp_path, tried, trainers, monkeypatch, restore):
+    """With the callbacks that the trainer was made with, or made anew from the checkpoint."""
+    options = {"restore_callback_states_from_checkpoint": restore}
     trainers(tmp_path, max_steps=1).train()
     verdict = verdicts.read(verdicts.key_of(CPU))
-    verdict.refused = [Refusal("cpu", None, "hung", "path C", "it did")]
+    verdict.times[0].ms["C"]["cpu"] = [9.0, 9.0]
     verdicts.write(verdict)
-    again = trainers(tmp_path)
+    again = trainers(tmp_path, **options)
     assert dispatch.choose("auto", CPU, "C", torch.float32, 128, tried[0].hidden) == "torch"
+    seen = []
+    again.add_callback(Watching(lambda: seen.append(dispatch.choose("auto", CPU, "C", torch.float32, 128, 32))))
     again.train(resume_from_checkpoint=True)
-    assert dispatch.choose("auto", CPU, "C", torch.float32, 128, tried[0].hidden) == "cpu"
+    assert set(seen) == {"cpu"} and dispatch._pinned == []  # a run has an end
     assert recorded(tmp_path, 3) == CHOSEN
-    dispatch._pinned.clear()
     monkeypatch.setattr(dispatch, "families", lambda device: ["torch"])
+    dispatch.forget()
     with pytest.warns(UserWarning, match="not gone on from to the bit: it was computed by"):
-        trainers(tmp_path, max_steps=4).train(resume_from_checkpoint=True)
+        trainers(tmp_path, max_steps=4, **options).train(resume_from_checkpoint=True)
     assert set(recorded(tmp_path, 4).values()) == {"torch"}
 
 
@@ -225,6 +318,45 @@ def test_tune_prints_its_table(tried, monkeypatch, capsys):
     assert main(["tune"]) == 0 and len(tried) == 2
     assert main(["tune", "--forget"]) == 0 and "deleted" in capsys.readouterr().out
     assert main(["tune", "--forget"]) == 0 and "there is no verdict of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [
+        ([], {"again": False, "patience": trial.PATIENCE}),
+        (["--again", "--patience", "7"], {"again": True, "patience": 7.0}),
+    ],
+    ids=str,
+)
+def test_tune_is_given_its_options(monkeypatch, options, given):
+    from dpo_kernels.tuning import command
+
+    def with_bar(device, heads, bar, **options):
+        assert options == given and heads == [Head("float16", 32, 300)]
+        return Verdict(verdicts.key_of(device))
+
+    monkeypatch.setattr(command, "with_bar", with_bar)
+    assert main(["tune", "--device", "cpu", "--hidden", "32", "--vocab", "300", "--dtype", "float16", *options]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--model", "a/model", "--hidden", "32"], "--model: a model says --hidden and --vocab already, got both"),
+        (["--model", "a/model", "--vocab", "32"], "--model: a model says --hidden and --vocab already, got both"),
+        (["--hidden", "32"], "--hidden: expected with --vocab, and --vocab with --hidden"),
+        (["--vocab", "300"], "--hidden: expected with --vocab, and --vocab with --hidden"),
+        (["--hidden", "0", "--vocab", "300"], "--hidden: expected a positive number, got 0"),
+        (["--patience", "0"], "--patience: expected a number of seconds above 0, got 0.0"),
+        (["--patience", "nan"], "--patience: expected a number of seconds above 0, got nan"),
+        (["--device", "xpu"], "--device: PyTorch sees no device 'xpu' here"),
+        (["--device", "abacus"], "--device: "),
+    ],
+    ids=str,
+)
+def test_tune_refuses_what_it_cannot_mean(tried, capsys, options, error):
+    assert main(["tune", *options]) != 0
+    assert f"dpo-kernels: error: {error}" in capsys.readouterr().err and tried == []
 
 
 def test_tune_without_a_choice(monkeypatch, capsys):

@@ -6,11 +6,15 @@ No GPU is needed: the CPU's own kernels are what is tried, with faults put into 
 import io
 import json
 import os
+import signal
+import subprocess
 import sys
 import threading
+import time
 import warnings
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from dpo_kernels import dispatch, env, linear_sequence_logps, measure, verdicts
 from dpo_kernels.impl import native
 from dpo_kernels.testing import head_inputs
 from dpo_kernels.tuning import process, trial, worker
-from dpo_kernels.tuning.trial import Untuned, common, keep, steps, tune, tune_first, with_bar
+from dpo_kernels.tuning.trial import Kernels, Untuned, common, steps, tune, with_bar
 from dpo_kernels.verdicts import Head, Refusal, Times, Verdict
 
 harm = pytest.importorskip("harm")
@@ -38,8 +42,7 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(dispatch, "families", lambda device: ["torch", "cpu"])
     monkeypatch.setattr(dispatch, "_told", set())
     monkeypatch.setattr(dispatch, "_pinned", [])
-    for module in (worker, trial):
-        monkeypatch.setattr(module, "CASES", harm.CASES)
+    monkeypatch.setattr(worker, "CASES", harm.CASES)
     monkeypatch.setattr(trial, "TOKENS", {"cpu": (16, 64)})
     monkeypatch.setattr(trial, "ROUNDS", 1)
     monkeypatch.setattr(measure, "FLUSH_BYTES", 2**20)
@@ -97,7 +100,7 @@ def started():
 def test_sound_kernels_are_verified_timed_and_kept(monkeypatch):
     verdict, said = harmed(monkeypatch, "none")
     assert said == [] and verdict.refused == []
-    assert sorted(verdict.verified) == [("cpu", dtype) for dtype in ("bfloat16", "float16", "float32")]
+    assert verdict.verified == [("cpu", "float32")]
     (times,) = verdict.times
     assert times.head == HEAD and times.tokens == (16, 64) and set(times.ms) == set("ABCDE")
     for ms in times.ms.values():
@@ -115,14 +118,19 @@ def test_what_is_known_is_not_measured_again(within):
     verdict, _ = within(heads=(HEAD, half))
     assert [times.head for times in verdict.times] == [HEAD, half] and verdict.times[0] == first.times[0]
     (_, second) = within.started
-    assert second["verify"] == [] and [given[:3] for given in second["heads"]] == [["bfloat16", 32, 700]]
-    within(heads=(HEAD,), again=True)
-    assert len(within.started[2]["verify"]) == 3 and len(within.started) == 3
+    assert second["verify"] == [("cpu", "bfloat16")]
+    assert [given[:3] for given in second["heads"]] == [["bfloat16", 32, 700]]
+    third, _ = within(heads=(HEAD,), again=True)
+    assert within.started[2]["verify"] == [("cpu", "float32")] and len(within.started) == 3
+    assert third.times == [verdict.times[1], third.of(HEAD)]  # not what nobody asked for again
+    capped = HEAD._replace(softcap=30.0)  # which is as fast
+    within(heads=(capped,))
+    assert len(within.started) == 3 and within(heads=(capped,), again=True)[0].of(HEAD).head == capped
 
 
 def test_env_shows_verdict_times_and_refusals(within):
     assert "no verdict of this machine" in env.report()
-    within("wrong in halves")
+    within("wrong in halves", heads=(HEAD, HEAD._replace(dtype="bfloat16")))
     report = env.report()
     assert str(HEAD) in report and "at 16 and 64 rows" in report
     assert "refused: cpu in bfloat16 wrong at path A" in report and "cpu in float32" not in report
@@ -160,6 +168,8 @@ def test_a_kernel_that_takes_its_process_along_is_never_tried_again(monkeypatch,
 def is_not_taken(verdict, said, kind, reason):
     assert {each.kind for each in verdict.refused} == {kind} and reason in verdict.refused[0].reason
     assert verdict.refused[0].family == "cpu" and "path A" in verdict.refused[0].at
+    assert len({each.dtype for each in verdict.refused}) == len(verdict.refused)  # nothing more is tried of it
+    assert verdict.verified == []
     assert kind in said[0] and reason in said[0]
     assert verdict.knows(HEAD) and set(verdict.times[0].ms["A"]) == {"torch"}
     assert [picked(path) for path in "ABCDE"] == ["torch"] * 5
@@ -183,10 +193,46 @@ def test_a_failure_while_times_are_taken(monkeypatch, within):
     assert "cpu" in verdict.times[0].ms["B"] and picked("B") == "torch"  # no path of it, then
 
 
+@pytest.mark.parametrize("where", ["inputs", "call"])
+def test_a_path_without_room_is_left_to_pytorch(monkeypatch, within, where):
+    """Nothing is held against the kernels, and it is tried again when that is asked for."""
+
+    def no_room():
+        raise torch.OutOfMemoryError("3 GiB asked for")
+
+    def timed_call(path, given, softcap, of=worker.timed_call):
+        if path == "C" and given.labels.numel() == 64:
+            return no_room() if where == "inputs" else no_room
+        return of(path, given, softcap)
+
+    monkeypatch.setattr(worker, "timed_call", timed_call)
+    verdict, said = within()
+    assert verdict.refused == [] and "path C, float32, H=32, V=300, was not timed in full" in said[0]
+    assert "3 GiB asked for" in verdict.times[0].untimed["C"] and picked("C") == "torch"
+    assert not verdict.knows(HEAD) and verdict.knows(HEAD, whole=False)
+    Kernels("auto", CPU, HEAD, bar=False)  # a trainer does not try again each time
+    assert len(within.started) == 1
+    within()
+    assert len(within.started) == 2
+
+
+def test_no_memory_to_verify_in(monkeypatch, within):
+    """As little is held against them then."""
+
+    def fold_(*arguments, **options):
+        raise torch.OutOfMemoryError("3 GiB asked for")
+
+    monkeypatch.setattr(native, "fold_", fold_)
+    with pytest.raises(Untuned, match="3 GiB asked for"):
+        within()
+    verdict = verdicts.read(verdicts.key_of(CPU))
+    assert verdict is None or not verdict.refused
+
+
 def test_wrong_in_one_dtype_is_refused_in_that_one(within):
     half = Head("bfloat16", 32, 300)
     verdict, _ = within("wrong in halves", heads=(HEAD, half))
-    assert {each.dtype for each in verdict.refused} == {"bfloat16", "float16"}
+    assert {each.dtype for each in verdict.refused} == {"bfloat16"}
     assert "cpu" in verdict.times[0].ms["A"] and "cpu" not in verdict.times[1].ms["A"]
     assert picked(head=half) == "torch"
 
@@ -209,6 +255,8 @@ def test_a_slower_kernel_is_not_taken(within):
         ({"torch": [1.0, 4.0], "cuda_fused": [0.1, 0.1]}, "torch"),  # not verified
         ({"torch": [1.0, 4.0], "cpu": [0.1, 0.1]}, "torch"),  # refused
         ({"torch": [1.0, 4.0], "cuda": [0.1]}, "torch"),  # not for the many
+        ({"torch": [1.0, 4.0], "triton_fused": [0.1, 0.1]}, "triton_fused"),
+        ({"torch": [1.0, 4.0], "cpu_fused": [0.1, 0.1]}, "torch"),  # what it goes back to is refused
         ({"cuda": [0.1, 0.1]}, "torch"),
         ({}, "torch"),
     ],
@@ -216,7 +264,8 @@ def test_a_slower_kernel_is_not_taken(within):
 )
 def test_what_is_chosen_of_times(ms, chosen):
     times = Times(HEAD, (16, 64), {"A": ms})
-    verified = [(family, "float32") for family in ("cuda", "triton", "cpu")] + [("cuda_fused", "bfloat16")]
+    verified = [(family, "float32") for family in ("cuda", "triton", "triton_fused", "cpu", "cpu_fused")]
+    verified += [("cuda_fused", "bfloat16")]
     refused = [Refusal("cpu", None, "hung", "path A", "it did"), Refusal("cuda", "bfloat16", "wrong", "path A", "so")]
     assert Verdict({}, verified, refused, [times]).choice(times, "A") == chosen
 
@@ -224,7 +273,7 @@ def test_what_is_chosen_of_times(ms, chosen):
 def test_heads_that_were_not_timed_take_the_nearest_one(monkeypatch):
     """The number of rows is not asked for. Too far, or another dtype: what there is without a verdict."""
     taken = {512: "cpu", 4096: "torch"}
-    rows = tuple(dispatch.Row(torch.float32, 1000, h, (("A", family),)) for h, family in taken.items())
+    rows = tuple(dispatch.Row("cpu", torch.float32, 1000, h, (("A", family),)) for h, family in taken.items())
     monkeypatch.setattr(dispatch, "_known", {CPU: rows})
     monkeypatch.setattr(dispatch, "CHOICES", (dispatch.Choice("cpu", "triton", "this test"),))
 
@@ -239,9 +288,39 @@ def test_heads_that_were_not_timed_take_the_nearest_one(monkeypatch):
     assert of(512, impl="torch") == "torch"
 
 
+def test_the_first_of_equally_near_heads_is_taken(monkeypatch):
+    """So a pin goes before what was measured, and a later pin before an earlier one."""
+    monkeypatch.setattr(dispatch, "_known", {CPU: (dispatch.Row("cpu", torch.float32, 300, 32, (("A", "cpu"),)),)})
+    for family in ("triton", "torch"):
+        row = dispatch.pin({"A": family}, "cpu", torch.float32, 300, 32)
+        assert picked() == family
+    dispatch.unpin(row)
+    assert picked() == "triton"
+    with dispatch.taking("cuda"):
+        assert picked() == "cuda"
+    assert picked() == "triton" and len(dispatch._pinned) == 1
+
+
+def measured():
+    """A verdict that the CPU's kernels are faster, which is kept."""
+    ms = {path: {"torch": [2.0, 3.0], "cpu": [1.0, 1.0]} for path in "ABCDE"}
+    verdict = Verdict(verdicts.key_of(CPU), [("cpu", "float32")], [], [Times(HEAD, (16, 64), ms)])
+    verdicts.write(verdict)
+    return verdict
+
+
+def test_kernels_that_can_run_here_no_more_are_not_taken(monkeypatch):
+    """Whatever was found when they could."""
+    measured()
+    assert picked() == "cpu"
+    monkeypatch.setattr(dispatch, "families", lambda device: ["torch"])
+    dispatch.forget()
+    assert picked() == "torch"
+
+
 def test_compiled_code_takes_the_verdict(monkeypatch):
     """In one graph."""
-    rows = (dispatch.Row(torch.float32, 123, 31, tuple((path, "cpu") for path in "ABCDE")),)
+    rows = (dispatch.Row("cpu", torch.float32, 123, 31, tuple((path, "cpu") for path in "ABCDE")),)
     monkeypatch.setattr(dispatch, "_known", {CPU: rows})
     from dpo_kernels.impl import native
 
@@ -300,6 +379,39 @@ def test_the_key_is_all_that_a_verdict_rests_on(part):
     assert part in key and verdicts.file_of(key) != verdicts.file_of(key | {part: "other"})
 
 
+def test_the_key_of_a_gpu(monkeypatch):
+    """Its driver is a part of it."""
+    found = {}
+    for driver in ("580.65", "580.66"):
+        of = SimpleNamespace(name="a GPU", major=9, minor=0, multi_processor_count=132)
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.accelerator, "is_available", lambda: True)
+            patched.setattr(torch.accelerator, "device_count", lambda: 1)
+            patched.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+            patched.setattr(torch.cuda, "get_device_properties", lambda device, of=of: of)
+            patched.setattr(verdicts, "driver", lambda device, driver=driver: driver)
+            found[driver] = verdicts.key_of(torch.device("cuda", 0))
+            assert verdicts.key_of(torch.device("xpu")) is None and verdicts.key_of(torch.device("cuda", 1)) is None
+    first, second = found.values()
+    assert first["name"] == "a GPU" and first["capability"] == "9.0" and first["units"] == 132
+    assert verdicts.difference(first, second) == "driver 580.66, now 580.65"
+    assert verdicts.file_of(first) != verdicts.file_of(second)
+
+
+@pytest.mark.parametrize("changed", ["native.py", "triton_linear.py", Path(native.__file__).parents[1].name])
+def test_other_kernels_are_another_key(monkeypatch, changed):
+    """Be it the Python around them."""
+    before = verdicts._digest_of_kernels.__wrapped__()
+    assert before == verdicts._digest_of_kernels.__wrapped__() == verdicts.key_of(CPU)["kernels"]
+
+    def read_bytes(file, of=Path.read_bytes):
+        is_it = file.name == changed or (file.suffix == ".so" and file.parent.name == changed)
+        return of(file) + b" " * is_it
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert verdicts._digest_of_kernels.__wrapped__() != before
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -310,12 +422,11 @@ def test_the_key_is_all_that_a_verdict_rests_on(part):
         lambda good: good.replace('"dtype": "float32"', '"dtype": "relu"'),
         lambda good: good.replace('"untimed": {}', '"untimed": 3'),
         lambda good: good.replace('"driver": null', '"driver": "1"'),
+        lambda good: good.replace('"format": 1', '"format": 2'),
     ],
 )  # fmt: skip
 def test_a_damaged_file_is_as_good_as_none(content):
-    ms = {path: {"torch": [2.0, 3.0], "cpu": [1.0, 1.0]} for path in "ABCDE"}
-    verdict = Verdict(verdicts.key_of(CPU), [("cpu", "float32")], [], [Times(HEAD, (16, 64), ms)])
-    verdicts.write(verdict)
+    verdict = measured()
     assert picked() == "cpu"
     file = verdicts.file_of(verdict.key)
     text = content if isinstance(content, str) else content(file.read_text())
@@ -373,11 +484,50 @@ def test_what_was_begun_is_gone_on_with(monkeypatch, within):
     """A run that was ended between two paths leaves what it had; the rest is measured the next time."""
     verdict, _ = within()
     del verdict.times[0].ms["D"], verdict.times[0].ms["E"]
-    verdict.verified.remove(("cpu", "float16"))
+    verdict.verified.clear()
     verdicts.write(verdict)
     assert not verdict.knows(HEAD)
     again, _ = within()
-    assert again.knows(HEAD) and ("cpu", "float16") in again.verified
+    assert again.knows(HEAD) and again.verified == [("cpu", "float32")]
+
+
+def test_what_was_found_outlives_whoever_tunes(monkeypatch):
+    """Each thing is in the file before the next one begins, and what a process was lost at above all. It is not tried
+    by the next process either. Fused kernels are verified in halves alone."""
+    tasks = []
+
+    def watched(task, patience, command):
+        tasks.append(task)
+        if len(tasks) == 2:
+            raise KeyboardInterrupt
+        yield {"ready": str(verdicts.key_of(CPU))}
+        yield {"verified": "cpu", "dtype": "bfloat16"}
+        assert verdicts.read(verdicts.key_of(CPU)).verified == [("cpu", "bfloat16")]
+        yield {"at": "cpu", "what": "path A"}
+        raise process.Lost("ended", "the process ended with SIGSEGV")
+
+    monkeypatch.setattr(dispatch, "families", lambda device: ["torch", "cpu", "cuda_fused"])
+    monkeypatch.setattr(trial, "watched", watched)
+    with pytest.raises(KeyboardInterrupt):
+        tune(CPU, [HEAD, HEAD._replace(dtype="bfloat16")])
+    (refusal,) = verdicts.read(verdicts.key_of(CPU)).refused
+    assert refusal == Refusal("cpu", None, "ended", "path A", "the process ended with SIGSEGV")
+    first, second = tasks
+    fused = [("cuda_fused", "bfloat16")]
+    assert first["verify"] == [("cpu", "bfloat16"), ("cpu", "float32"), *fused]
+    assert second["verify"] == fused and [head[-1] for head in second["heads"]] == [["cuda_fused"]] * 2
+
+
+def test_calls_take_what_was_found_from_then_on(monkeypatch):
+    dispatch.say_no_more(CPU)
+    assert picked() == "torch"
+    told = [{"verified": "cpu", "dtype": "float32"}]
+    told += [
+        {"timed": HEAD, "path": path, "why": "", "ms": {"torch": [2.0, 2.0], "cpu": [1.0, 1.0]}} for path in "ABCDE"
+    ]
+    monkeypatch.setattr(trial, "watched", lambda *arguments: iter([*told, {"finished": HEAD}]))
+    tune(CPU, [HEAD])
+    assert picked() == "cpu"
 
 
 def test_forget(within):
@@ -413,20 +563,16 @@ def test_a_device_that_cannot_be_tried_keeps_pytorch(monkeypatch, caplog, capfd,
     """Nothing is held against the kernels then, and training goes on."""
 
     def work(task, tell):
+        os.write(1, b"what a driver prints\n")
         error = torch.OutOfMemoryError if ready == "no memory" else torch.AcceleratorError
         raise error(reason.partition(": ")[2].removeprefix("OutOfMemoryError: "))
 
     def watched(*arguments):
-        monkeypatch.setattr(sys, "stdin", io.StringIO("{}"))
+        monkeypatch.setattr(sys, "stdin", io.StringIO("{}\n"))
+        monkeypatch.setattr(worker, "_end_with_input", lambda: None)
         read, write = os.pipe()
-        kept = os.dup(1)
-        os.dup2(write, 1)
-        try:
-            with suppress(torch.AcceleratorError):
-                worker.main(work)
-        finally:
-            os.dup2(kept, 1)
-            os.close(write)
+        with suppress(torch.AcceleratorError):
+            worker.main(write, work)
         with os.fdopen(read) as lines:
             yield from map(json.loads, lines)
 
@@ -437,7 +583,7 @@ def test_a_device_that_cannot_be_tried_keeps_pytorch(monkeypatch, caplog, capfd,
     assert verdict is None or not verdict.refused
     with warnings.catch_warnings(), caplog.at_level("INFO", "dpo_kernels"):
         warnings.simplefilter("error")  # the line is enough
-        assert set(tune_first("auto", CPU, HEAD, bar=False).values()) == {"torch"}
+        assert set(Kernels("auto", CPU, HEAD, bar=False).families.values()) == {"torch"}
     assert reason in caplog.text and "plain PyTorch computes" in caplog.text
 
 
@@ -451,11 +597,106 @@ def test_a_process_that_never_speaks(monkeypatch):
 def test_nothing_but_messages_is_read(monkeypatch, capfd):
     """Whatever a compiler or a driver prints."""
     script = (
-        "import json, os, sys; json.load(sys.stdin); print(json.dumps({'at': 'cpu', 'what': 'x'})); "
+        "import json, os, sys; sys.stdin.readline(); print('noise'); print(3); print('[]'); "
+        "print(json.dumps({'at': 'cpu', 'what': 'x'})); "
         "print(json.dumps({'done': True})); sys.stdout.flush(); os.write(2, b'noise')"
     )
     assert [*process.watched({}, 20.0, (sys.executable, "-c", script))] == [{"at": "cpu", "what": "x"}]
     assert capfd.readouterr() == ("", "")
+
+
+def test_patience_begins_when_a_process_has_spoken(monkeypatch):
+    """PyTorch takes its time to start. It is ended when there is no more patience."""
+    monkeypatch.setattr(process, "STARTED", 20.0)
+    script = (
+        "import json, os, sys, time; sys.stdin.readline(); time.sleep(0.6); "
+        "print(json.dumps({'at': os.getpid()}), flush=True); time.sleep(60)"
+    )
+    messages = process.watched({}, 0.4, (sys.executable, "-c", script))
+    number = next(messages)["at"]
+    with pytest.raises(process.Lost, match=r"nothing came of it for 0.4 s") as lost:
+        next(messages)
+    assert lost.value.kind == "hung"
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(9, "killed"), (15, "killed"), (11, "ended"), (6, "ended")])
+def test_a_process_that_ends_is_not_done(number, kind):
+    """Whoever kills it from outside says nothing of a kernel."""
+    script = f"import os; os.kill(os.getpid(), {number})"
+    name = signal.Signals(number).name
+    with pytest.raises(process.Lost, match=f"the process ended with {name}") as lost:
+        list(process.watched({}, 20.0, (sys.executable, "-c", script)))
+    assert lost.value.kind == kind
+
+
+def test_what_is_killed_from_outside_is_held_against_nobody(monkeypatch):
+    def watched(task, patience, command):
+        yield {"at": "cpu", "what": "path A"}
+        raise process.Lost("killed", "the process ended with SIGTERM")
+
+    monkeypatch.setattr(trial, "watched", watched)
+    with pytest.raises(Untuned, match="was lost at path A: the process ended with SIGTERM"):
+        tune(CPU, [HEAD])
+    assert verdicts.read(verdicts.key_of(CPU)) is None
+
+
+def test_a_device_that_an_error_leaves_of_no_use(monkeypatch):
+    """As after an illegal access on a GPU: that process can do nothing more, another one goes on."""
+    tasks = []
+
+    def watched(task, patience, command):
+        tasks.append(task)
+        yield {"at": "cpu", "what": "path A"}
+        if len(tasks) == 1:
+            yield {"failed": "cpu", "what": "path A", "reason": "an illegal memory access"}
+            raise process.Lost("ended", "the process ended with exit status 1")
+        for path in "ABCDE":
+            yield {"timed": [*HEAD], "path": path, "ms": {"torch": [1.0, 1.0]}, "why": ""}
+        yield {"finished": [*HEAD]}
+
+    monkeypatch.setattr(trial, "watched", watched)
+    verdict = tune(CPU, [HEAD])
+    assert [each.kind for each in verdict.refused] == ["failed"] and len(tasks) == 2 and verdict.knows(HEAD)
+
+
+def test_another_device_than_was_asked_for(monkeypatch):
+    monkeypatch.setattr(trial, "watched", lambda *arguments: iter([{"ready": "a GPU of another kind"}]))
+    with pytest.raises(Untuned, match="another process sees another device: a GPU of another kind"):
+        tune(CPU, [HEAD])
+
+
+def test_the_worker_imports_what_its_parent_does(monkeypatch, tmp_path):
+    """Not what lies where it was started; and what is printed on the way is no message."""
+    (tmp_path / "statistics.py").write_text("raise SystemExit('the wrong module')")
+    monkeypatch.chdir(tmp_path)
+    task = {"device": "cpu", "threads": 1, "precision": "highest", "verify": [], "heads": []}
+    assert [list(message) for message in process.watched(task, 60.0)] == [["ready"]]
+
+
+def test_a_worker_ends_with_its_parent(tmp_path):
+    """However that ended."""
+    child = (
+        "import json, os, sys\n"
+        "sys.stdin.readline()\n"
+        "print(json.dumps({'at': os.getpid()}), flush=True)\n"
+        "from dpo_kernels.tuning.worker import _end_with_input\n"
+        "_end_with_input()\n"
+    )
+    parent = (
+        "import sys, os\n"
+        "from dpo_kernels.tuning import process\n"
+        f"command = sys.executable, '-c', {child!r}\n"
+        "print(next(process.watched({}, 60.0, command))['at'], flush=True)\n"
+        "os._exit(9)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, timeout=120)
+    for _ in range(100):
+        if not Path(f"/proc/{int(done.stdout)}").exists():
+            return
+        time.sleep(0.1)
+    raise AssertionError("it goes on")
 
 
 def test_nothing_to_choose_from(monkeypatch):
@@ -469,17 +710,20 @@ def test_nothing_to_choose_from(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*cannot be read")
 def test_a_folder_that_cannot_be_written(within, cache, caplog):
     cache.write_text("a file")
-    assert set(tune_first("auto", CPU, HEAD, bar=False).values()) == {"torch"}
+    assert set(Kernels("auto", CPU, HEAD, bar=False).families.values()) == {"torch"}
     assert "could not be tried" in caplog.text and str(cache) in caplog.text
 
 
 # What trainers do
 
 
-def test_trainers_tune_first_where_nothing_speaks(within, caplog):
+def test_trainers_tune_first_where_nothing_speaks(monkeypatch, within, caplog):
+    """The first process of each machine, be it of many."""
+    monkeypatch.setenv("RANK", "8")
+    monkeypatch.setenv("LOCAL_RANK", "0")
     with caplog.at_level("INFO", "dpo_kernels"):
         for _ in range(2):
-            found = tune_first("auto", CPU, HEAD, bar=False)
+            found = Kernels("auto", CPU, HEAD, bar=False).families
             assert found == {path: picked(path) for path in "ABCDE"}
     assert caplog.text.count("trying the kernels for this head (float32, H=32, V=300)") == 1
     assert len(within.started) == 1
@@ -495,7 +739,7 @@ def test_when_trainers_do_not(monkeypatch, cache, why):
     if why == "rank":
         monkeypatch.setenv("LOCAL_RANK", "1")
     dispatch.say_no_more(CPU)
-    found = tune_first("cpu" if why == "explicit" else "auto", CPU, HEAD, wanted=why != "wanted")
+    found = Kernels("cpu" if why == "explicit" else "auto", CPU, HEAD, wanted=why != "wanted").families
     assert set(found.values()) == ({"cpu"} if why in ("explicit", "table") else {"torch"}) and not cache.exists()
 
 
@@ -509,7 +753,7 @@ RANKS = """
 import os, sys
 import torch
 from dpo_kernels import dispatch, verdicts
-from dpo_kernels.tuning.trial import keep, tune_first
+from dpo_kernels.tuning.trial import Kernels
 from dpo_kernels.verdicts import Head, Times, Verdict
 rank = int(os.environ["RANK"])
 os.environ["DPO_KERNELS_CACHE"] = sys.argv[1] + str(rank)
@@ -519,15 +763,24 @@ torch.distributed.init_process_group("gloo")
 cpu, head = torch.device("cpu"), Head("float32", 32, 300)
 ms = {path: {"torch": [2.0], "cpu": [1.0 if path == "A" or rank == 0 else 3.0]} for path in "ABCDE"}
 verdicts.write(Verdict(verdicts.key_of(cpu), [("cpu", "float32")], [], [Times(head, (16,), ms)]))
-own = dispatch.choices("auto", cpu, torch.float32, 300, 32)
+
+def now():
+    return dispatch.choices("auto", cpu, torch.float32, 300, 32)
+
+own = now()
 assert own["B"] == ("cpu" if rank == 0 else "torch"), own
-found = tune_first("auto", cpu, head)
+kernels = Kernels("auto", cpu, head)
+found = kernels.families
 assert found == {"A": "cpu", "B": "torch", "C": "torch", "D": "torch", "E": "torch"}, found
-assert dispatch.choices("auto", cpu, torch.float32, 300, 32) == found
+assert now() == found
+kernels.release()
+assert now() == own
 if rank == 1:
     dispatch.families = lambda device: ["torch"]
-kept, reason = keep({path: "cpu" for path in "ABCDE"}, "auto", cpu, head)
-assert kept == found and "cannot run here" in reason, (kept, reason)
+    dispatch.forget()
+all_of_ours = {path: "cpu" for path in "ABCDE"}
+kept = Kernels("auto", cpu, head, recorded=all_of_ours)
+assert set(kept.families.values()) == {"torch"} and "cpu cannot run here" in kept.reason, (kept.families, kept.reason)
 """
 
 
@@ -539,22 +792,95 @@ def test_ranks_with_different_verdicts(tmp_path):
     two_processes.run_in_two(tmp_path / "script.py", tmp_path / "cache")
 
 
-def test_a_run_that_goes_on_keeps_its_kernels(monkeypatch):
-    now = {path: "torch" for path in "ABCDE"}
-    begun = now | {"A": "cpu"}
-    assert dispatch.choices("auto", CPU, torch.float32, 300, 32) == now
-    assert keep(begun, "auto", CPU, HEAD) == (begun, "")
-    assert dispatch.choices("auto", CPU, torch.float32, 300, 32) == begun
-    kept, reason = keep(now | {"A": "cuda_fused"}, "auto", CPU, HEAD)
-    assert kept == begun and "computed by A cuda_fused, B torch" in reason and "cannot run here" in reason
-    assert keep(begun, "torch", CPU, HEAD) == (now, "")  # what was told goes before what was recorded
+NOW = {path: "torch" for path in "ABCDE"}
+BEGUN = NOW | {"A": "cpu"}
+
+
+def now(device=CPU):
+    return dispatch.choices("auto", device, torch.float32, 300, 32)
+
+
+def test_a_run_that_goes_on_keeps_its_kernels():
+    """Until it ends, and no other run."""
+    dispatch.say_no_more(CPU)
+    kernels = Kernels("auto", CPU, HEAD, recorded=BEGUN)
+    assert kernels.families == BEGUN == now() and kernels.reason == ""
+    kernels.release()
+    assert now() == NOW and dispatch._pinned == []
+    kernels = Kernels("auto", CPU, HEAD, recorded=NOW | {"A": "cuda_fused"})
+    assert kernels.families == NOW
+    assert "computed by A cuda_fused, B torch" in kernels.reason and "cuda_fused cannot run here" in kernels.reason
+    assert Kernels("torch", CPU, HEAD, recorded=BEGUN).families == NOW  # what was told goes before what was recorded
+
+
+def test_what_hung_here_is_not_kept_either():
+    verdicts.write(Verdict(verdicts.key_of(CPU), refused=[Refusal("cpu", None, "hung", "path A", "it did")]))
+    kernels = Kernels("auto", CPU, HEAD, recorded=BEGUN)
+    assert kernels.families == NOW and "since here cpu hung at path A: it did" in kernels.reason
+
+
+def test_a_pin_is_for_one_type_of_device(monkeypatch):
+    """A run on a GPU says nothing of a CPU in the same process."""
+    monkeypatch.setattr(dispatch, "CHOICES", (dispatch.Choice("cpu", "cpu", "this test"),))
+    row = dispatch.pin(BEGUN | {"A": "cuda"}, "cuda", torch.float32, 300, 32)
+    assert picked("A") == "cpu"
+    dispatch.unpin(row)
+
+
+def test_compiled_code_notices_a_pin(monkeypatch):
+    from dpo_kernels.impl import torch as plain
+
+    taken = []
+    for module, name in ((native, "cpu"), (plain, "torch")):
+        fold_ = module.fold_
+        monkeypatch.setattr(module, "fold_", lambda *a, of=fold_, name=name, **k: taken.append(name) or of(*a, **k))
+    compiled = torch.compile(linear_sequence_logps, fullgraph=True, backend="eager")
+    inputs = head_inputs()
+    dispatch.say_no_more(CPU)
+    with torch.no_grad():
+        compiled(*inputs[:3])
+        with dispatch.taking("cpu"):
+            compiled(*inputs[:3])
+        compiled(*inputs[:3])
+    assert list(dict.fromkeys(taken)) == ["torch", "cpu"] and taken[-1] == "torch"
 
 
 def test_progress_is_counted(within, capsys):
     heard = []
     within(step=heard.append)
-    assert len(heard) == steps(CPU, [HEAD]) and heard[0].startswith("cpu: path A, bfloat16, N=1, H=40, V=123, bias")
+    assert len(heard) == steps(CPU, [HEAD]) and heard[0].startswith("cpu: path A, float32, N=1, H=40, V=123, bias")
     assert sum("N=64" in what for what in heard) == 5
     verdicts.forget(verdicts.key_of(CPU))
     with_bar(CPU, [HEAD], True)
     assert "step" in capsys.readouterr().err
+    verdict = with_bar(CPU, [HEAD], False, again=True, tokens=(8,))
+    assert verdict.times[0].tokens == (8,) and len(within.started) == 3
+
+
+@pytest.mark.parametrize("home", ["nowhere", "an Apple GPU"])
+def test_where_there_is_no_place_or_no_name_for_a_verdict(monkeypatch, home):
+    """Calls go on without."""
+    if home == "nowhere":
+        monkeypatch.delenv("DPO_KERNELS_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+
+        def nobody():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", nobody)
+        with pytest.raises(OSError, match="Could not determine home directory. DPO_KERNELS_CACHE names a folder"):
+            tune(CPU, [HEAD])
+    else:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("mps"))
+        assert verdicts.key_of(torch.device("mps")) is None
+        assert dispatch.choose("auto", torch.device("mps"), "A", torch.float32, 300, 32) == "torch"
+    dispatch.say_no_more(CPU)
+    linear_sequence_logps(*head_inputs()[:3])
+    assert "auto picks" in env.report()
+
+
+def test_a_system_without_locks(monkeypatch, caplog):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    assert set(Kernels("auto", CPU, HEAD, bar=False).families.values()) == {"torch"}
+    assert "could not be tried" in caplog.text and "no locks" in caplog.text
