@@ -231,8 +231,7 @@ def _changed() -> None:
 
 
 def _rows_of_verdict(device: torch.device) -> tuple[Row, ...]:
-    able = families(device)
-    key = verdicts.key_of(device) if able != ["torch"] else None
+    key = verdicts.key_of(device)
     if key is None:
         return ()
     verdict = verdicts.read(key)
@@ -247,6 +246,7 @@ def _rows_of_verdict(device: torch.device) -> tuple[Row, ...]:
                 stacklevel=2,
             )
         return ()
+    able = families(device)
     return tuple(
         Row(
             device.type,

@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib.machinery
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -183,9 +183,10 @@ def version(package: str) -> str | None:
 @functools.cache
 def _digest_of_kernels() -> str:
     """Of all that computes: the compiled modules, and the Python around the kernels."""
-    specs = (importlib.util.find_spec(f"dpo_kernels.{name}") for name in ("_native", "_cuda"))
-    files = [Path(spec.origin) for spec in specs if spec is not None and spec.origin]
-    files += sorted((Path(__file__).parent / "impl").glob("*.py"))
+    here = Path(__file__).parent
+    suffixes = importlib.machinery.EXTENSION_SUFFIXES
+    found = (here / f"{name}{suffix}" for name in ("_native", "_cuda") for suffix in suffixes)
+    files = [file for file in found if file.exists()] + sorted((here / "impl").glob("*.py"))
     digest = hashlib.sha256()
     for file in files:
         digest.update(file.name.encode() + b"\0" + hashlib.sha256(file.read_bytes()).digest())
