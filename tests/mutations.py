@@ -108,6 +108,10 @@ TWO = "training/test_golden.py training/test_loop.py -k 'two'"
 DPO, OTHERS, AGAIN, FAITHFUL = (f"trl/test_{name}.py" for name in ("dpo", "others", "again", "faithful"))
 LIGER_TESTS = "compat/test_liger.py"
 OPTIONS, MODULES, STEP = (f"dpo_kernels/{name}.py" for name in ("options", "modules", "planning/step"))
+VERDICTS, TRL_KERNELS = "dpo_kernels/verdicts.py", "dpo_kernels/trl/_kernels.py"
+TRIAL, WORKER, PROCESS, TIMED_HEADS, COMMAND = (
+    f"dpo_kernels/tuning/{name}.py" for name in ("trial", "worker", "process", "heads", "command")
+)
 OPTION_TESTS = "test_losses.py -k 'unknown or passed_on or module or value or transformed'"
 MODULE_TESTS = "test_losses.py -k 'module'"
 ARGUMENTS = "test_logps.py test_linear_dpo.py -k 'torch and (errors or switch or checked or transforms or finite)'"
@@ -117,6 +121,10 @@ INPUTS = "models/test_head.py -k 'hugging_face or refused_and'"
 ASKED = "models/test_fused_forward.py -k 'preference or reference'"
 PLANS = "planning/test_planning.py -k 'earlier or sharding or state_follows or adapters or no_step'"
 WRONG_CALLS = "test_wrong_calls.py -k 'kto or simpo or orpo or Preference or Reference'"
+TUNE_TESTS = "tuning/test_tune.py -k 'not along and not at_once and not with_different and not timed_and_kept'"
+RANKS_TESTS = "tuning/test_tune.py -k 'with_different'"
+WORKER_TESTS = "tuning/test_worker.py -k 'not kernels_pass'"
+TRAINER_TESTS = "tuning/test_trainers.py -k 'not bench'"
 
 
 MUTATIONS = {
@@ -1416,6 +1424,244 @@ MUTATIONS = {
         Mutation(STEP, 'if step.train != "lora" and sharded else 0', "if sharded else 0", PLANS),
         Mutation(STEP, "(dhead if shape.tied or sharded else 0)", "(dhead if shape.tied else 0)", PLANS),
         Mutation(STEP, "    if earlier or sharded:\n", "    if earlier:\n", PLANS),
+    ],
+    "tuning and the choice of kernels": [
+        # a head that is too far, or of another dtype
+        Mutation(DISPATCH, "if v <= verdicts.NEAR and h <= verdicts.NEAR and", "if h <= verdicts.NEAR and", TUNE_TESTS),
+        Mutation(DISPATCH, "if row.dtype is None or row.dtype == dtype:", "if True:", TUNE_TESTS),
+        # the last of equally near ones: the verdict goes before a pin
+        Mutation(DISPATCH, "and v * h < least:", "and v * h <= least:", TUNE_TESTS),
+        Mutation(
+            DISPATCH,
+            "return (*(row for row in _pinned if row.device in (None, device.type)), *_known[device])",
+            "return _known[device]",
+            TUNE_TESTS,
+        ),
+        Mutation(
+            DISPATCH,
+            "row for row in _pinned if row.device in (None, device.type)",
+            "row for row in _pinned",
+            TUNE_TESTS,
+        ),
+        Mutation(DISPATCH, "_pinned.insert(0, row)", "_pinned.append(row)", TUNE_TESTS),
+        # compiled code keeps what it was compiled with
+        Mutation(DISPATCH, "_pinned.insert(0, row)\n    _changed()\n", "_pinned.insert(0, row)\n", TUNE_TESTS),
+        # an explicit implementation asks the verdict
+        Mutation(DISPATCH, '    if name != "auto":\n', '    if name == "torch":\n', TUNE_TESTS),
+        # kernels that can run here no more, and those that never could
+        Mutation(DISPATCH, '(path, found if found in able else "torch")', "(path, found)", TUNE_TESTS),
+        Mutation(
+            DISPATCH,
+            "return not is_fused(family) or cast(Any, load(family)).has_fused_forward(device)",
+            "return True",
+            WORKER_TESTS,
+        ),
+        # fused kernels that nothing takes while they are tried
+        Mutation(
+            DISPATCH,
+            "{path: family if path in FORWARDS else impl_of(family) for",
+            "{path: impl_of(family) for",
+            WORKER_TESTS,
+        ),
+        # a family that was tried is taken from then on
+        Mutation(DISPATCH, "    finally:\n        unpin(row)", "    finally:\n        pass", TUNE_TESTS),
+        # it is said where nothing can be done, and again and again
+        Mutation(
+            DISPATCH,
+            'return default(device) == "torch" and families(device) != ["torch"]',
+            'return families(device) != ["torch"]',
+            TUNE_TESTS,
+        ),
+        Mutation(
+            DISPATCH,
+            "if needs_tuning(device) and device.type not in _told and",
+            "if needs_tuning(device) and",
+            TUNE_TESTS,
+        ),
+        # as fast is fast enough; for some number of rows, or for the few
+        Mutation(VERDICTS, "and all(taken * FASTER <= own", "and all(taken <= own", TUNE_TESTS),
+        Mutation(VERDICTS, "and all(taken * FASTER <= own", "and any(taken * FASTER <= own", TUNE_TESTS),
+        Mutation(
+            VERDICTS,
+            "<= own for taken, own in zip(found, base, strict=True))\n        }",
+            "<= own for taken, own in zip(found[:1], base[:1], strict=True))\n        }",
+            TUNE_TESTS,
+        ),
+        # refused, not verified, or refused in another dtype; or what a fused one goes back to is
+        Mutation(VERDICTS, "in self.verified and not self.refuses(family, dtype)", "in self.verified", TUNE_TESTS),
+        Mutation(VERDICTS, "return (family, dtype) in self.verified and not", "return not", TUNE_TESTS),
+        Mutation(VERDICTS, "and each.dtype in (None, dtype)), None)", "), None)", TUNE_TESTS),
+        Mutation(VERDICTS, '{family, family.removesuffix("_fused")}', "{family}", TUNE_TESTS),
+        # what there is no memory for is tried in every run
+        Mutation(VERDICTS, "not (whole and path in times.untimed)", "path not in times.untimed", TUNE_TESTS),
+        # another driver, other kernels, another format
+        Mutation(VERDICTS, '**found, "driver": driver(device)})', '**found, "driver": None})', TUNE_TESTS),
+        Mutation(VERDICTS, 'if file.exists()] + sorted((here / "impl").glob("*.py"))', "if file.exists()]", TUNE_TESTS),
+        Mutation(VERDICTS, 'if found["format"] != FORMAT or found["key"]', 'if found["key"]', TUNE_TESTS),
+        # half a file
+        Mutation(
+            VERDICTS, 'temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")', "temporary = file", TUNE_TESTS
+        ),
+        # those of other devices
+        Mutation(VERDICTS, "if pattern.fullmatch(file.name))", "if pattern)", TUNE_TESTS),
+        # both at once
+        Mutation(
+            VERDICTS,
+            "fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+            "fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)",
+            "tuning/test_tune.py -k 'at_once'",
+        ),
+        # what hung or crashed is tried again
+        Mutation(TRIAL, '[each for each in verdict.refused if each.kind != "wrong"]', "[]", TUNE_TESTS),
+        Mutation(
+            TRIAL,
+            "not in verdict.verified and not verdict.refuses(family, dtype)",
+            "not in verdict.verified",
+            TUNE_TESTS,
+        ),
+        Mutation(
+            TRIAL,
+            "[family for family in families if not verdict.refuses(family, head.dtype)] for head",
+            "list(families) for head",
+            TUNE_TESTS,
+        ),
+        Mutation(
+            TRIAL,
+            'it is not tried again")\n            verdicts.write(verdict)',
+            'it is not tried again")',
+            TUNE_TESTS,
+        ),
+        # what was found is lost with the process, or found of another device
+        Mutation(TRIAL, 'if "ready" not in message:', 'if "finished" in message:', TUNE_TESTS),
+        Mutation(TRIAL, 'if "ready" in message and message["ready"] != str(verdict.key):', "if False:", TUNE_TESTS),
+        # again: heads that were not asked for, kernels that were, and those of another softcap
+        Mutation(TRIAL, "[times for times in verdict.times if times.head[:3] not in asked]", "[]", TUNE_TESTS),
+        Mutation(TRIAL, "if times.head[:3] not in asked]", "if times.head not in heads]", TUNE_TESTS),
+        Mutation(TRIAL, "            verdict.verified = []\n", "", TUNE_TESTS),
+        # fused kernels in fp32, which they do not take
+        Mutation(TRIAL, 'if not dispatch.is_fused(family) or dtype in ("bfloat16", "float16")]', "]", TUNE_TESTS),
+        # calls go on with what was known before
+        Mutation(TRIAL, "    dispatch.forget()\n    return verdict", "    return verdict", TUNE_TESTS),
+        # on the first machine alone, in every process, and whatever was asked for
+        Mutation(TRIAL, 'os.environ.get("LOCAL_RANK", "0")', 'os.environ.get("RANK", "0")', TUNE_TESTS),
+        Mutation(
+            TRIAL,
+            "dispatch.needs_tuning(device) and is_first_of_machine() and",
+            "dispatch.needs_tuning(device) and",
+            TUNE_TESTS,
+        ),
+        Mutation(TRIAL, '    if impl != "auto":\n        return\n', "", TUNE_TESTS),
+        Mutation(TRIAL, "    except Exception as error:\n", "    except Untuned as error:\n", TUNE_TESTS),
+        # ranks that differ
+        Mutation(TRIAL, 'else "torch" for path in first}', "else first[path] for path in first}", TUNE_TESTS),
+        Mutation(TRIAL, "everyone = _from_all(now, together)", "everyone = [now]", RANKS_TESTS),
+        Mutation(
+            TRIAL,
+            "in _from_all(self._hindrance(recorded), together) if",
+            "in [self._hindrance(recorded)] if",
+            RANKS_TESTS,
+        ),
+        # kept, and not taken; or kept although it hung here, and beyond the run
+        Mutation(
+            TRIAL,
+            "self._row = dispatch.pin(self.families, self.device.type, dtype, self.head.vocab, self.head.hidden)",
+            "pass",
+            TUNE_TESTS,
+        ),
+        Mutation(TRIAL, "            if refusal is not None:\n", "            if False:\n", TUNE_TESTS),
+        Mutation(TRIAL, "            dispatch.unpin(self._row)\n", "", TUNE_TESTS),
+        # no patience, too little of it at the start, and what hangs is left there
+        Mutation(PROCESS, "                wait = patience\n", "", TUNE_TESTS),
+        Mutation(PROCESS, "wait = max(patience, STARTED)", "wait = patience", TUNE_TESTS),
+        Mutation(PROCESS, "            process.kill()\n", "            pass\n", TUNE_TESTS),
+        # what ended is done, what was killed by the system is wrong, and what is printed is a message
+        Mutation(PROCESS, "raise _end(process, errors)", "return", TUNE_TESTS),
+        Mutation(PROCESS, '"SIGTERM", "SIGINT", "SIGHUP", "SIGKILL")', '"SIGTERM", "SIGINT", "SIGHUP")', TUNE_TESTS),
+        Mutation(PROCESS, "return found if isinstance(found, dict) else None", "return found", TUNE_TESTS),
+        # right once is right; or on the whole, by and large, or on small inputs
+        Mutation(WORKER, "if not torch.equal(found[name], again[name]):", "if False:", TUNE_TESTS),
+        Mutation(
+            WORKER,
+            "if reason := _far(found[name], reference[name], oracle[name], name):",
+            'if reason := "":',
+            WORKER_TESTS,
+        ),
+        Mutation(WORKER, 'if case.confident and path == "A":', "if False:", WORKER_TESTS),
+        Mutation(WORKER, "if not abs(found[name] - theirs) <= limit:", "if False:", WORKER_TESTS),
+        # fused kernels that are held against nothing, that took nothing, and are timed where they are not taken
+        Mutation(
+            WORKER,
+            "return dispatch.FORWARDS if dispatch.is_fused(family)",
+            "return () if dispatch.is_fused(family)",
+            WORKER_TESTS,
+        ),
+        Mutation(WORKER, "took = took or any(taken)", "took = True", WORKER_TESTS),
+        Mutation(WORKER, "if path in dispatch.FORWARDS or not dispatch.is_fused(name)]", "]", WORKER_TESTS),
+        # a family that failed goes on, as does one that is wrong
+        Mutation(WORKER, "                refused.add(family)\n", "", TUNE_TESTS),
+        Mutation(
+            WORKER,
+            "                refused.add((family, dtype))\n                return False\n",
+            "                refused.add((family, dtype))\n",
+            TUNE_TESTS,
+        ),
+        # memory that others have is held against the kernels
+        Mutation(WORKER, "            except NO_MEMORY:\n                raise\n", "", TUNE_TESTS),
+        Mutation(WORKER, "    except NO_MEMORY:\n        return True  # as is seen when it is timed\n", "", TUNE_TESTS),
+        Mutation(
+            WORKER,
+            '            except NO_MEMORY as error:\n                short = short or f"{family}: '
+            '{measure.described(error)}"\n                raise\n',
+            "",
+            TUNE_TESTS,
+        ),
+        # with other threads and another precision than calls have, and the luckiest time
+        Mutation(WORKER, '        torch.set_num_threads(task["threads"])\n', "        pass\n", WORKER_TESTS),
+        Mutation(WORKER, '    torch.set_float32_matmul_precision(task["precision"])\n', "", WORKER_TESTS),
+        Mutation(WORKER, "family: sorted(sample)[len(sample) // 2]", "family: min(sample)", WORKER_TESTS),
+        # a head in its own dtype, without its softcap, and of the shape of a shard or of packed weights
+        Mutation(TIMED_HEADS, "dtype = AUTOCAST.get(mixed_precision, own)", "dtype = own", TRAINER_TESTS),
+        Mutation(TIMED_HEADS, "shape[1], shape[0], head.softcap)", "shape[1], shape[0])", TRAINER_TESTS),
+        Mutation(TIMED_HEADS, "if len(shape) != 2 or shape[1] != config.hidden_size:", "if False:", TRAINER_TESTS),
+        Mutation(
+            TIMED_HEADS,
+            "own = weight.dtype if weight.dtype.is_floating_point else head.model.dtype",
+            "own = weight.dtype",
+            TRAINER_TESTS,
+        ),
+        # options of the command that are not given on
+        Mutation(COMMAND, "again=options.again,", "again=False,", TRAINER_TESTS),
+        Mutation(COMMAND, ", patience=options.patience)", ")", TRAINER_TESTS),
+        Mutation(
+            TRIAL, "shown.write(text, file=sys.stderr), **options)", "shown.write(text, file=sys.stderr))", TUNE_TESTS
+        ),
+        Mutation(COMMAND, "if options.model and (options.hidden or options.vocab):", "if False:", TRAINER_TESTS),
+        # TRL's trainers: in another dtype, twice, and what they go on with is not taken, not recorded, or kept for ever
+        Mutation(TRL_KERNELS, "head_of(model, precision)", "head_of(model)", TRAINER_TESTS),
+        Mutation(
+            TRL_KERNELS,
+            "    if not any(isinstance(each, DPOKernelsCallback)",
+            "    if not all(isinstance(each, DPOKernelsCallback)",
+            TRAINER_TESTS,
+        ),
+        Mutation(TRL_KERNELS, "self._kernels.take(recorded)", "pass", TRAINER_TESTS),
+        Mutation(TRL_KERNELS, "        self.families = self._kernels.families\n", "", TRAINER_TESTS),
+        Mutation(TRL_KERNELS, "        state.stateful_callbacks[name] = self.state()\n", "", TRAINER_TESTS),
+        Mutation(TRL_KERNELS, "            self._kernels.release()\n", "            pass\n", TRAINER_TESTS),
+        # the loop: whatever was asked for, and what it goes on with
+        Mutation(SETUP, "        wanted=config.tune,\n", "", TRAINER_TESTS),
+        Mutation(
+            SETUP,
+            'recorded=read_progress(checkpoint).get("kernels") if checkpoint else None,',
+            "recorded=None,",
+            TRAINER_TESTS,
+        ),
+        Mutation(
+            SETUP, 'read_progress(checkpoint).get("kernels")', 'read_progress(checkpoint)["kernels"]', TRAINER_TESTS
+        ),
+        Mutation(SETUP, "        self.kernels.release()\n", "", TRAINER_TESTS),
+        # the reference of other kernels
+        Mutation(REFERENCE, '        "kernels": kernels,\n', "", TRAINER_TESTS),
     ],
 }
 

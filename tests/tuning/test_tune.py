@@ -731,7 +731,8 @@ def test_trainers_tune_first_where_nothing_speaks(monkeypatch, within, caplog):
 
 @pytest.mark.parametrize("why", ["wanted", "environment", "explicit", "table", "rank"])
 def test_when_trainers_do_not(monkeypatch, cache, why):
-    monkeypatch.setattr(trial, "with_bar", None)
+    tried = []
+    monkeypatch.setattr(trial, "with_bar", lambda *arguments, **options: tried.append(arguments))
     if why == "environment":
         monkeypatch.setenv("DPO_KERNELS_TUNE", "0")
     if why == "table":
@@ -740,6 +741,7 @@ def test_when_trainers_do_not(monkeypatch, cache, why):
         monkeypatch.setenv("LOCAL_RANK", "1")
     dispatch.say_no_more(CPU)
     found = Kernels("cpu" if why == "explicit" else "auto", CPU, HEAD, wanted=why != "wanted").families
+    assert tried == []
     assert set(found.values()) == ({"cpu"} if why in ("explicit", "table") else {"torch"}) and not cache.exists()
 
 
