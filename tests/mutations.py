@@ -850,8 +850,8 @@ MUTATIONS = {
         # pair by pair
         Mutation(
             BATCHING,
-            "for key in _REF_LOGPS\n                for n, example in enumerate(examples)",
-            "for n, example in enumerate(examples)\n                for key in _REF_LOGPS",
+            "for key in _REF_LOGPS\n            for n, example in enumerate(examples)",
+            "for n, example in enumerate(examples)\n            for key in _REF_LOGPS",
             BATCH_TESTS,
         ),
     ],
@@ -957,8 +957,8 @@ MUTATIONS = {
         # metrics
         Mutation(
             PAIRS,
-            "2 * prompts + responses[0] + responses[1]",
-            "prompts + responses[0] + responses[1]",
+            "(1 if shared_prefix else 2) * prompts + responses[0]",
+            "prompts + responses[0]",
             "training/test_state.py",
         ),
         Mutation(
