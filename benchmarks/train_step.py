@@ -36,9 +36,11 @@ from dpo_kernels.bench.cases import Result
 from dpo_kernels.bench.report import PACKAGES, aligned, save
 from dpo_kernels.data.batching import PairCollator
 from dpo_kernels.data.demo import demo_model
+from dpo_kernels.data.packing import PackedCollator
 from dpo_kernels.dispatch import check_runs, default
 from dpo_kernels.impl.reference import eager_token_logps
 from dpo_kernels.models.head import LMHead
+from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.pairs import check_fits, load_data
 from dpo_kernels.training.policy import PolicyLoss, load_model
@@ -49,7 +51,7 @@ Pair = dict[str, Any]  # token ids, as `tokenize_preferences` makes them, and th
 
 TOLERANCE = 1e-3  # relative, of a loss in fp32: contenders sum in different orders, and AdamW passes that on
 REFERENCES = ("precompute", "copy")
-OURS, FLOOR = "dpo_kernels", "no head"
+OURS, PACKED, FLOOR = "dpo_kernels", "dpo_kernels, each prompt once", "no head"
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,12 @@ class Ours(OwnStep):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
+        self.ready()
         self.policy = self.accelerator.prepare(PolicyLoss(self.model, self.config))
         self.scorer = Reference(LMHead.from_model(self.reference), self.config) if self.reference is not None else None
+
+    def ready(self) -> None:
+        """What comes before the head is looked at."""
 
     def gradients(self, pairs: list[Pair]) -> Tensor:
         with deterministic_algorithms(self.config.deterministic):
@@ -147,6 +153,16 @@ class Ours(OwnStep):
         chosen = batch["labels"].chunk(2)[0]
         loss, _ = self.policy(batch, batch["num_labelled"] / len(chosen))
         return loss
+
+
+class Packed(Ours):
+    """The same with each prompt once, and without padding."""
+
+    def ready(self) -> None:
+        self.collate = PackedCollator(self.collate.pad_token_id)
+        for model in (self.model, self.reference):
+            if model is not None:
+                use_layouts(model)
 
 
 class Eager(OwnStep):
@@ -249,6 +265,7 @@ CONTENDERS: dict[str, Callable[[Setup], Contender]] = {
     "TRL": partial(OfTrainer, module="trl"),
     "TRL, our head": partial(OfTrainer, module="dpo_kernels.trl"),
     OURS: Ours,
+    PACKED: Packed,
 }
 
 
@@ -360,7 +377,7 @@ def measured(recorded: dict[str, Recorded], warmup: int) -> dict[str, dict[str, 
             row["over_ours"] = float(np.median(step / steps[OURS]))
         if name != FLOOR:
             row |= {"losses": each.losses, "loss_deviation": max(deviations[name]), "loss_deviations": deviations[name]}
-        if FLOOR in recorded and name != FLOOR:
+        if FLOOR in recorded and name not in (FLOOR, PACKED):  # which has a floor of its own
             head = gradient - np.array(recorded[FLOOR].gradient_seconds[warmup:])
             row["head_ms"], row["head_share"] = 1e3 * float(np.median(head)), float(np.median(head / step))
         row["samples_ms"] = (1e3 * step).tolist()
@@ -383,7 +400,7 @@ def problems(tables: Sequence[dict[str, Any]], config: TrainConfig) -> list[str]
     for each in tables:
         for row in each["rows"]:
             where = f"{each['title']}: {row['name']}"
-            if "reason" in row and row["name"] == OURS:
+            if "reason" in row and row["name"] in (OURS, PACKED):
                 found.append(f"{where}: {row['reason']}")
             # NaN is another loss too
             off = [step for step, value in enumerate(row.get("loss_deviations", ())) if not value <= TOLERANCE]
