@@ -110,7 +110,7 @@ def _in_blocks(
     Nothing is computed of what no slot sees, and slices are taken by `split`, whose gradient is one pass."""
     known = _known(layout)
     rows = []
-    for row, segments in enumerate(known.rows):
+    for row, segments in enumerate(known.rows(layout)):
         sizes = [segment.end - segment.begin for segment in segments]
         parts = zip(*(t[row : row + 1].split(sizes, dim=2) for t in (query, key, value)), strict=True)
         prompts: dict[int, tuple[Tensor, Tensor]] = {}
@@ -170,9 +170,15 @@ class _Known:
 
     def __init__(self, layout: Tensor) -> None:
         self.device = layout.device
-        self.rows = [list(_segments(row, fields)) for row, fields in enumerate(layout[:, 0].tolist())]
         self.flex: dict[int | None, Any] = {}
+        self._rows: list[list[Segment]] = []
         self._masks: dict[tuple[Segment, int | None, torch.dtype], Tensor] = {}
+
+    def rows(self, layout: Tensor) -> list[list[Segment]]:
+        """Read on the host, which waits for the device: where blocks are computed one by one alone."""
+        if not self._rows:
+            self._rows = [list(_segments(row, fields)) for row, fields in enumerate(layout[:, 0].tolist())]
+        return self._rows
 
     def mask(self, segment: Segment, window: int | None, dtype: torch.dtype, always: bool = False) -> Tensor | None:
         """[n, keys] what is added to the scores of a segment's n slots, keys of its prompt first; None where plain

@@ -317,7 +317,7 @@ def timed_call(path: str, given: Inputs, softcap: float | None) -> Callable[[], 
 
 
 def time_head(
-    head: verdicts.Head, families: list[str], task: dict[str, Any], device: torch.device, tell: Tell
+    head: verdicts.Head, families: list[str], refused: set[Any], task: dict[str, Any], device: torch.device, tell: Tell
 ) -> Iterator[tuple[str, dict[str, list[float]], str]]:
     """(path, milliseconds of each family for each number of rows, why one is missing) for each path."""
     dtype = getattr(torch, head.dtype)
@@ -325,7 +325,8 @@ def time_head(
     weight = torch.randn(head.vocab, head.hidden, generator=generator, device=device, dtype=dtype)
     weight *= 2 / head.hidden**0.5
     for path in verdicts.PATHS:
-        names = [name for name in families if path in dispatch.FORWARDS or not dispatch.is_fused(name)]
+        names = [name for name in families if not refused.intersection([name, (name, head.dtype)])]
+        names = [name for name in names if path in dispatch.FORWARDS or not dispatch.is_fused(name)]
         ms: dict[str, list[float]] = {name: [] for name in names}
         why = ""
         for tokens in task["tokens"]:
@@ -336,10 +337,14 @@ def time_head(
                 labels = torch.randint(head.vocab, shape, generator=generator, device=device)
                 refs = torch.zeros(SEQUENCES, device=device)
                 call = timed_call(path, Inputs(hidden, weight, None, labels, refs), head.softcap)
+                tell(at="torch", what=what)
+                right = _sizes("torch", call, device)
             except NO_MEMORY as error:
                 why = measure.described(error)
                 break
-            names = [name for name in names if name == "torch" or _agrees(name, call, head.dtype, what, device, tell)]
+            names = [
+                name for name in names if name == "torch" or _agrees(name, right, call, head.dtype, what, device, tell)
+            ]
             found, missing = _by_turns(call, names, what, task, device, tell)
             for name, seconds in found.items():
                 ms[name].append(1e3 * seconds)
@@ -351,15 +356,19 @@ def time_head(
         yield path, {name: times for name, times in ms.items() if times}, why
 
 
-def _agrees(family: Any, call: Callable[[], Out], dtype: str, what: str, device: torch.device, tell: Tell) -> bool:
-    """Whether, at this size, the family finds what plain PyTorch does: which no fp64 has room for."""
+def _agrees(
+    family: str,
+    right: dict[str, float],
+    call: Callable[[], Out],
+    dtype: str,
+    what: str,
+    device: torch.device,
+    tell: Tell,
+) -> bool:
+    """Whether, at this size, the family finds what is `right` for plain PyTorch: fp64 has no room here."""
     tell(at=family, what=what)
     try:
-        with dispatch.taking("torch"):
-            right = _sizes(call())
-        with dispatch.taking(family):
-            found = _sizes(call())
-        measure.synchronize(device)
+        found = _sizes(family, call, device)
     except NO_MEMORY:
         return True  # as is seen when it is timed
     except Exception as error:  # a kernel may fail in any way
@@ -375,8 +384,13 @@ def _agrees(family: Any, call: Callable[[], Out], dtype: str, what: str, device:
     return True
 
 
-def _sizes(out: Out) -> dict[str, float]:
-    return {f"the size of {name}": t.detach().double().norm().item() for name, t in out.items()}
+def _sizes(family: Any, call: Callable[[], Out], device: torch.device) -> dict[str, float]:
+    """Norms of what comes out, which take no memory of its size."""
+    with dispatch.taking(family):
+        out = call()
+    found = {name: torch.linalg.vector_norm(t.detach(), dtype=torch.float32).item() for name, t in out.items()}
+    measure.synchronize(device)
+    return {f"the size of {name}": size for name, size in found.items()}
 
 
 def _by_turns(
@@ -429,19 +443,27 @@ def work(task: dict[str, Any], tell: Tell) -> None:
     torch.ones(1, device=device).sum().item()  # where another process may not use it, here is the end
     tell(ready=str(verdicts.key_of(device)))
     refused: set[Any] = set()
+
+    def heard(**message: Any) -> None:
+        """What failed or is wrong is not tried again, nor is it in what comes later."""
+        if "failed" in message:
+            refused.add(message["failed"])
+        if "wrong" in message:
+            refused.add((message["wrong"], message["dtype"]))
+        tell(**message)
+
     for family, dtype in task["verify"]:
-        if family not in refused and verify(family, dtype, refused, device, tell):
+        if family not in refused and verify(family, dtype, device, heard):
             tell(verified=family, dtype=dtype)
     for *given, families in task["heads"]:
         head = verdicts.Head(*given)
-        able = [name for name in families if name not in refused and (name, head.dtype) not in refused]
-        for path, ms, why in time_head(head, ["torch", *able], task, device, tell):
+        for path, ms, why in time_head(head, ["torch", *families], refused, task, device, heard):
             tell(timed=given, path=path, ms=ms, why=why)
         tell(finished=given)
 
 
-def verify(family: str, dtype: str, refused: set[Any], device: torch.device, tell: Tell) -> bool:
-    """Whether a family is right in a dtype, in all cases; otherwise it is told why not, and `refused` has it."""
+def verify(family: str, dtype: str, device: torch.device, tell: Tell) -> bool:
+    """Whether a family is right in a dtype, in all cases; otherwise it is told why not."""
     took = not dispatch.is_fused(family)
     for case in cases_of(family, getattr(torch, dtype)):
         for path in paths_of(family):
@@ -455,17 +477,14 @@ def verify(family: str, dtype: str, refused: set[Any], device: torch.device, tel
                 raise
             except Exception as error:  # a kernel may fail in any way
                 tell(failed=family, what=what, reason=measure.described(error))
-                refused.add(family)
                 measure.recover(device)  # ends here where the device is of no more use
                 return False
             took = took or any(taken)
             if reason:
                 tell(wrong=family, dtype=dtype, what=what, reason=reason)
-                refused.add((family, dtype))
                 return False
     if not took:
         tell(wrong=family, dtype=dtype, what="all cases", reason="its fused forward took none of them")
-        refused.add((family, dtype))
     return took
 
 

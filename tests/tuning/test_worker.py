@@ -197,7 +197,9 @@ def test_a_kernel_that_is_wrong_at_the_size_of_the_head_alone(monkeypatch):
 
     monkeypatch.setattr(native, "dlogits", dlogits)
     head, task = worker.verdicts.Head("float32", 16, 64), {"tokens": [32], "rounds": 1, "seconds": 1.0}
-    timed = worker.time_head(head, ["torch", "cpu"], task, torch.device("cpu"), lambda **message: told.append(message))
+    timed = worker.time_head(
+        head, ["torch", "cpu"], set(), task, torch.device("cpu"), lambda **message: told.append(message)
+    )
     assert {path: set(ms) for path, ms, _ in timed}["D"] == {"torch"}
     (first, *_) = [message for message in told if "wrong" in message]
     assert first["wrong"] == "cpu" and "plain PyTorch's" in first["reason"] and first["what"].startswith("path C")
@@ -214,7 +216,7 @@ def test_fused_kernels_are_timed_where_they_are_taken(monkeypatch):
     monkeypatch.setattr(worker, "_agrees", lambda *arguments: True)
     head = worker.verdicts.Head("bfloat16", 16, 64)
     families = ["torch", "triton", "triton_fused"]
-    list(worker.time_head(head, families, {"tokens": [16]}, torch.device("cpu"), lambda **message: None))
+    list(worker.time_head(head, families, set(), {"tokens": [16]}, torch.device("cpu"), lambda **message: None))
     assert timed == {f"path {path}": families if path in "AD" else families[:2] for path in "ABCDE"}
 
 
@@ -253,7 +255,9 @@ def test_families_take_turns_and_are_named_before_they_begin(monkeypatch):
     task = {"tokens": [16, 32], "rounds": 1, "seconds": 10.0}
     monkeypatch.setattr(dispatch, "families", lambda device: ["torch", "cpu"])
     timed = list(
-        worker.time_head(head, ["torch", "cpu"], task, torch.device("cpu"), lambda **message: told.append(message))
+        worker.time_head(
+            head, ["torch", "cpu"], set(), task, torch.device("cpu"), lambda **message: told.append(message)
+        )
     )
     assert [path for path, _, _ in timed] == list("ABCDE")
     for _, ms, why in timed:
