@@ -1598,13 +1598,8 @@ MUTATIONS = {
         Mutation(WORKER, "took = took or any(taken)", "took = True", WORKER_TESTS),
         Mutation(WORKER, "if path in dispatch.FORWARDS or not dispatch.is_fused(name)]", "]", WORKER_TESTS),
         # a family that failed goes on, as does one that is wrong
-        Mutation(WORKER, "                refused.add(family)\n", "", TUNE_TESTS),
-        Mutation(
-            WORKER,
-            "                refused.add((family, dtype))\n                return False\n",
-            "                refused.add((family, dtype))\n",
-            TUNE_TESTS,
-        ),
+        Mutation(WORKER, 'refused.add(message["failed"])', "pass", TUNE_TESTS),
+        Mutation(WORKER, 'refused.add((message["wrong"], message["dtype"]))', "pass", TUNE_TESTS),
         # memory that others have is held against the kernels
         Mutation(WORKER, "            except NO_MEMORY:\n                raise\n", "", TUNE_TESTS),
         Mutation(WORKER, "    except NO_MEMORY:\n        return True  # as is seen when it is timed\n", "", TUNE_TESTS),
