@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -102,7 +103,28 @@ def _does(hook: Any) -> tuple[Any, ...]:
     given += [*(getattr(function, "__defaults__", None) or ()), getattr(function, "__self__", None)]
     if not hasattr(function, "__code__"):
         given.append(function)
-    return code, tuple(each if isinstance(each, str | float | int | None) else id(each) for each in given)
+    return code, tuple(each if isinstance(each, str | float | int | None) else _One(each) for each in given)
+
+
+class _One:
+    """A thing, equal to itself alone: also after it is gone, when another may have its address."""
+
+    def __init__(self, thing: Any) -> None:
+        self._address = id(thing)
+        try:
+            self._get: Callable[[], Any] = weakref.ref(thing)
+        except TypeError:  # lists and the like, which are kept
+            self._get = lambda: thing
+
+    def __eq__(self, other: object) -> bool:
+        mine = self._get()
+        return isinstance(other, _One) and mine is not None and mine is other._get()
+
+    def __hash__(self) -> int:
+        return self._address
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _One:
+        return self  # of what belongs to the copied model
 
 
 def _is_filled(cell: Any) -> bool:

@@ -18,7 +18,7 @@ import transformers
 from heads import ADAPTERS, VOCAB, adapt, assert_same_logps, batch, build, by_forward, by_head
 from transformers.modeling_outputs import CausalLMOutput
 
-from dpo_kernels.models.check import CheckFailed, NotFinite
+from dpo_kernels.models.check import CheckFailed, NotFinite, what_is_done_by
 from dpo_kernels.models.fused_forward import add_fused_lm_head
 from dpo_kernels.models.head import LMHead
 
@@ -337,6 +337,16 @@ def test_hooks_that_come_after_the_check_are_seen(make):
     for use in (lambda: head.sequence_logps(hidden, inputs["input_ids"]), fused):
         with pytest.raises(CheckFailed, match="a factor on all entries|at all entries"):
             use()
+
+
+@pytest.mark.parametrize("make", [scaling, Scaling, lambda factor: functools.partial(scaling, [factor])])
+def test_a_hook_at_the_address_of_one_that_is_gone_is_another(make):
+    gone = make(1.0)
+    before = what_is_done_by(gone)
+    assert before == what_is_done_by(gone)
+    del gone
+    others = [make(1.5) for _ in range(1000)]
+    assert before not in map(what_is_done_by, others)
 
 
 @torch.no_grad()
