@@ -1,6 +1,7 @@
 """DPO log-probabilities and losses straight from hidden states: the vocabulary-sized logits never exist."""
 
 from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
+from dpo_kernels.listwise import RankingLoss, plackett_luce_loss
 from dpo_kernels.logps import SequenceLogps, linear_sequence_logps, sequence_logps
 from dpo_kernels.losses import (
     KTOLoss,
@@ -24,6 +25,7 @@ __all__ = [
     "LinearDPOLoss",
     "LinearDPOOutput",
     "PreferenceLoss",
+    "RankingLoss",
     "SequenceLogps",
     "cpo_loss",
     "dpo_loss",
@@ -32,6 +34,7 @@ __all__ = [
     "linear_dpo_loss",
     "linear_sequence_logps",
     "orpo_loss",
+    "plackett_luce_loss",
     "sequence_logps",
     "simpo_loss",
 ]

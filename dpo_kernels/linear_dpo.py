@@ -8,9 +8,11 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from dpo_kernels.comparisons import Comparisons, Groups, comparisons_of
 from dpo_kernels.dispatch import check_impl, check_runs, choose, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
+from dpo_kernels.listwise import listwise_losses
 from dpo_kernels.logps import (
     check_head_is_finite,
     check_linear_inputs,
@@ -28,6 +30,7 @@ from dpo_kernels.logps import (
 )
 from dpo_kernels.losses import (
     BATCH_LOSSES,
+    LISTWISE_LOSSES,
     PreferenceLoss,
     check_finite_logps,
     length_desensitized_weights,
@@ -47,7 +50,7 @@ from dpo_kernels.options import (
     explain_unknown,
     is_at_hand,
 )
-from dpo_kernels.pair_groups import Group, pair_major, plan_groups
+from dpo_kernels.pair_groups import Group, group_major, plan_groups
 from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows
 
 DEFAULT_CHUNK_BYTES = 2**30
@@ -55,14 +58,14 @@ DIFFERENTIABLE = frozenset(get_args(Differentiable))
 
 
 class LinearDPOOutput(NamedTuple):
-    """The loss of B pairs, S = 2B sequences, in fp32 (fp64 for fp64 inputs). A gradient through `losses` and `logps` is
+    """The loss of B pairs among S sequences, in fp32 (fp64 for fp64 inputs). A gradient through `losses` and `logps` is
     right if it was asked for by `differentiable`, and where the path that is taken has it; else it is an error in the
     backward. None goes through the rest."""
 
     loss: Tensor
-    """[] mean of `losses`, over which each pair counts as much as its weight says."""
+    """[] mean of `losses`, in which each counts as much as its weight says."""
     losses: Tensor
-    """[B], unweighted."""
+    """[B], unweighted; of "plackett_luce" [G], of each group."""
     logps: Tensor
     """[S] log-probability of each response in nats, its tokens weighted by `token_weights` and `ld_alpha`."""
     num_tokens: Tensor
@@ -126,6 +129,7 @@ def linear_dpo_loss(
     ld_alpha: float | None = None,
     use_weighting: bool = False,
     mean_chosen_length: Tensor | float | None = None,
+    pairs: Sequence[tuple[int, int]] | Tensor | None = None,
     token_weights: Tensor | None = None,
     pair_weights: Tensor | None = None,
     lengths: Tensor | None = None,
@@ -144,16 +148,17 @@ def linear_dpo_loss(
 
     - nothing requires a gradient: 1;
     - the head (`weight`, `bias`) is frozen: 2;
-    - the head is trained: 3. Whole pairs are taken in groups whose logits fit in `chunk_bytes`, and all gradients are
-      formed in the forward and kept until the backward multiplies them by the incoming one: a second backward is an
-      error, and bf16 gradients round a second time unless that factor is a power of two. Several groups make a CUDA
-      device wait for their sizes;
+    - the head is trained: 3. Whole pairs, or groups, are taken in parts whose logits fit in `chunk_bytes`, and all
+      gradients are formed in the forward and kept until the backward multiplies them by the incoming one: a second
+      backward is an error, and bf16 gradients round a second time unless that factor is a power of two. Several parts
+      make a CUDA device wait for their sizes;
     - the head is trained and the loss is not a mean over pairs ("aot", "aot_unpaired"), or a single pair exceeds
       `chunk_bytes`, or the products are in fp16 (whose gradients must be formed after the loss scale), or the call is
       being compiled, or something beside the loss is `differentiable`: 4, within a few tiles of memory.
 
     Args:
-        hidden: [S, T, H] floating point; rows 0..B-1 chosen, B..2B-1 rejected. hidden[s, t] predicts labels[s, t].
+        hidden: [S, T, H] floating point; rows 0..B-1 chosen, B..2B-1 rejected, unless `pairs` says otherwise.
+            hidden[s, t] predicts labels[s, t].
         weight: [V, H], same dtype as `hidden` (any under autocast).
         labels: [S, T] integers in [0, V), or `ignore_index` on prompt and padding.
         ref_logps: [S] log-probabilities of the same responses under the reference model, in nats; with `ld_alpha` or
@@ -166,6 +171,9 @@ def linear_dpo_loss(
         use_weighting: weigh each pair by how likely the policy makes it (WPO, arXiv 2406.11827, Eq. 2).
         mean_chosen_length: for "sft" on a part of a larger batch: the mean number of chosen tokens in all of it. These
             pairs' own if None. Pairs count as in the loss, by their weights.
+        pairs: B times (chosen, rejected), numbers of sequences: then S is any number, and a sequence, which is
+            computed once, may be in several pairs, as the answers of a ranking are. Sequences that pairs connect are a
+            group, G of them in the order of their first sequences. On the host; a tensor on a device is waited for.
         token_weights: [S, T], aligned with `labels`, finite and at least 0: weight of each position's log-probability
             in that of the response. What "ipo", "sigmoid_norm" and "sft" divide by, and what `ld_alpha` and WPO count,
             are labelled positions, whatever they weigh. Positions without a label may hold anything.
@@ -173,7 +181,8 @@ def linear_dpo_loss(
             token of a sequence has no position that predicts it, and so does not count unless it is counted here.
         pair_weights: [B], finite and at least 0: the loss is sum_b w_b losses_b / sum_b w_b, or 0 if all are 0. Weight
             0 is as good as no such pair (if its hidden states are finite), weight 2 as good as the pair twice. Not for
-            "aot" and "aot_unpaired". Through neither kind of weights does a gradient go.
+            "aot" and "aot_unpaired"; for "plackett_luce" [G], one a group. Through neither kind of weights does a
+            gradient go.
         differentiable: "logps", "losses" or both, if a gradient is to go through these too, such as that of a term of
             one's own. (The negative log-likelihood of chosen responses costs no product more as `rpo_alpha` or "sft".)
         chunk_bytes: what the logits of one group, and a dW accumulator in fp32 where the head is of lower precision and
@@ -192,9 +201,10 @@ def linear_dpo_loss(
     check_stats(stats)
     check_differentiable(differentiable)
     check_switches(ignore_index, shift=shift, use_weighting=use_weighting, check_hidden=check_hidden)
-    _check_pairs(hidden, ref_logps, chunk_bytes)
+    comparisons = comparisons_of(pairs, hidden.shape[0], hidden.device)
+    _check_reference(hidden, ref_logps)
+    check_chunk_bytes(chunk_bytes)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
-    check_weights("pair_weights", pair_weights, hidden, (hidden.shape[0] // 2,))
     check_weights("lengths", lengths, hidden, (hidden.shape[0],))
     options = _LossOptions(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha, ld_alpha,
@@ -203,6 +213,10 @@ def linear_dpo_loss(
     checked = options._asdict()
     del checked["mean_chosen_length"], checked["ignore_index"], checked["wanted_stats"]
     validate_dpo_options(**checked)
+    _check_comparisons(comparisons, options)
+    listwise = not LISTWISE_LOSSES.isdisjoint(options.names)
+    losses = comparisons.groups if listwise else comparisons.pairs
+    check_weights("pair_weights", pair_weights, hidden, (losses,))
     if pair_weights is not None and BATCH_LOSSES.intersection(options.names):
         raise ValueError(
             f"pair_weights: expected None for loss_type {loss_type!r}, which sorts the batch, so that its losses are "
@@ -219,10 +233,11 @@ def linear_dpo_loss(
     if pair_weights is not None:
         _check_weight_values("pair_weights", pair_weights, waits)
         shares = _shares(pair_weights).to(dtype)
+    given = _Given(labels, ref_logps.detach().to(dtype), token_weights, lengths, shares, comparisons, listwise, losses)
     if check_hidden and is_at_hand(ref_logps):
-        absent = None if shares is None else (shares == 0).repeat(2)  # whose numbers are nobody's
-        check_finite_logps("ref_logps", ref_logps if absent is None else ref_logps.masked_fill(absent, 0), "sequence")
-    given = _Given(labels, ref_logps.detach().to(dtype), token_weights, lengths, shares, labels.shape[0] // 2)
+        present = given.present()  # the numbers of others are nobody's
+        numbers = ref_logps if present is None else ref_logps.masked_fill(~present, 0)
+        check_finite_logps("ref_logps", numbers, "sequence")
     if mean_chosen_length is None:
         options = options._replace(mean_chosen_length=given.mean_chosen_length(ignore_index))
     cap = None if softcap is None else float(softcap)
@@ -234,9 +249,9 @@ def linear_dpo_loss(
         rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         family = choose(impl, hidden.device, "C", compute_dtype, *weight.shape)
-        groups = plan_groups(rows, given.pairs, weight, dtype, budget, family, dweight=weight.requires_grad)
+        groups = plan_groups(rows, comparisons, weight, dtype, budget, family, dweight=weight.requires_grad)
         if groups is not None:
-            rows = pair_major(rows, given.pairs)
+            rows = group_major(rows, comparisons)
             x = GatherRows.apply(hidden, *rows)
             if check_hidden:
                 check_finite(x.detach(), rows, waits)
@@ -292,12 +307,6 @@ def transform_options(transform: LogitTransform) -> dict[str, Any]:
     return {"logit_scale": transform.scale, "softcap": transform.softcap, "temperature": transform.temperature}
 
 
-def check_paired(hidden: Tensor) -> None:
-    sequences = hidden.shape[0]
-    if sequences == 0 or sequences % 2:
-        raise ValueError(f"hidden: expected an even number of sequences, chosen then rejected, got {sequences}")
-
-
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises `ValueError` for options of `linear_dpo_loss`, those that can be judged without a tensor."""
     validate_dpo_options(**{name: value for name, value in options.items() if name in LossOptions.__annotations__})
@@ -325,8 +334,22 @@ def check_chunk_bytes(chunk_bytes: object) -> None:
         raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes!r}")
 
 
-def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> None:
-    check_paired(hidden)
+def _check_comparisons(comparisons: Comparisons, options: _LossOptions) -> None:
+    """Raises `ValueError` for what is not defined where a response is in several pairs, or in none of its own."""
+    listwise = LISTWISE_LOSSES.intersection(options.names)
+    if listwise and (len(options.names) > 1 or options.use_weighting or options.rpo_alpha is not None):
+        raise ValueError(
+            f"loss_type: expected {min(listwise)!r} alone, without use_weighting and rpo_alpha, since it is no mean "
+            f"over pairs, got {options.loss_type!r}"
+        )
+    if isinstance(comparisons, Groups) and options.ld_alpha is not None:
+        raise ValueError(
+            "ld_alpha: expected None with pairs, in each of which a response would have another log-probability, got "
+            f"{options.ld_alpha!r}"
+        )
+
+
+def _check_reference(hidden: Tensor, ref_logps: Tensor) -> None:
     sequences = hidden.shape[0]
     if not isinstance(ref_logps, Tensor):
         hint = "; without a reference, zeros" if ref_logps is None else ""
@@ -337,7 +360,6 @@ def _check_pairs(hidden: Tensor, ref_logps: Tensor, chunk_bytes: int | None) -> 
         raise ValueError(f"ref_logps: expected a floating point dtype, got {ref_logps.dtype}")
     if ref_logps.device != hidden.device:
         raise ValueError(f"ref_logps: expected device {hidden.device}, that of hidden, got {ref_logps.device}")
-    check_chunk_bytes(chunk_bytes)
 
 
 def check_weights(name: str, weights: Tensor | None, hidden: Tensor, shape: tuple[int, ...]) -> None:
@@ -373,7 +395,7 @@ _PLACES = {"token_weights": ("sequence", "position"), "pair_weights": ("pair",),
 
 
 def _shares(pair_weights: Tensor) -> Tensor:
-    """[B] what part of the mean each pair is: they sum to 1, or to 0 if all weights are 0."""
+    """[B] what part of the mean each pair, or group, is: they sum to 1, or to 0 if all weights are 0."""
     weights = pair_weights.to(torch.float32 if pair_weights.device.type == "mps" else torch.float64)
     largest = weights.max()
     weights = weights / torch.where(largest > 0, largest, 1)  # whose sum is finite
@@ -387,31 +409,51 @@ class _Given(NamedTuple):
     ref_logps: Tensor  # [S]
     token_weights: Tensor | None  # [S, T], 0 where there is no label
     lengths: Tensor | None  # [S]; None: labelled positions
-    shares: Tensor | None  # [B] of `_shares`; None: each is 1 / pairs
-    pairs: int  # in all, where these are a part
+    shares: Tensor | None  # of `_shares`, one a loss; None: all alike
+    comparisons: Comparisons
+    listwise: bool  # one loss a group, else one a pair
+    losses: int  # in all, where these are a part
+
+    def losses_of(self, of: slice) -> slice | Tensor:
+        """What to index losses by, to have those of some groups."""
+        return of if self.listwise else self.comparisons.pairs_of(of)
 
     def part(self, of: slice) -> _Given:
-        """The same of some pairs, chosen first."""
-        both = [of, slice(of.start + self.pairs, of.stop + self.pairs)]
+        """The same of some groups."""
+        weights, lengths = (
+            None if t is None else self.comparisons.take(t, of) for t in (self.token_weights, self.lengths)
+        )
+        return _Given(
+            self.comparisons.take(self.labels, of),
+            self.comparisons.take(self.ref_logps, of),
+            weights,
+            lengths,
+            None if self.shares is None else self.shares[self.losses_of(of)],
+            self.comparisons.part(of),
+            self.listwise,
+            self.losses,
+        )
 
-        def cut(t: Tensor) -> Tensor:
-            return torch.cat([t[s] for s in both])
-
-        weights, lengths = (None if t is None else cut(t) for t in (self.token_weights, self.lengths))
-        shares = None if self.shares is None else self.shares[of]
-        return _Given(cut(self.labels), cut(self.ref_logps), weights, lengths, shares, self.pairs)
+    def present(self) -> Tensor | None:
+        """[S] bool: which sequences are in the mean; None: all of them."""
+        if self.shares is None:
+            return None
+        if self.listwise:
+            sequences = torch.arange(self.labels.shape[0], device=self.labels.device)
+            return self.shares[self.comparisons.group_of(sequences)] > 0
+        return self.comparisons.spread(self.shares) > 0
 
     def mean(self, losses: Tensor) -> Tensor:
-        """[] what these losses [b] are of the mean over all pairs. Of a pair without weight nothing is in it, nor in
-        the gradients of log-probabilities, finite or not."""
+        """[] what these losses are of the mean over all. Of one without weight nothing is in it, nor in the gradients
+        of log-probabilities, finite or not."""
         if self.shares is None:
-            return losses.sum() / self.pairs
+            return losses.sum() / self.losses
         return torch.where(self.shares > 0, losses * self.shares, 0).sum()
 
     def mean_chosen_length(self, ignore_index: int) -> Tensor:
         """[] number of labelled positions."""
-        lengths = (self.labels != ignore_index).sum(1).chunk(2)[0].to(self.ref_logps.dtype)
-        if self.shares is None:
+        lengths, _ = self.comparisons.split((self.labels != ignore_index).sum(1).to(self.ref_logps.dtype))
+        if self.shares is None or self.listwise:
             return lengths.mean()
         return torch.where(self.shares.any(), (lengths * self.shares).sum(), lengths.mean())
 
@@ -432,19 +474,27 @@ def response_logps(
 def _pair_losses(
     token_logps: Tensor, log_sum_sq_probs: Tensor | None, given: _Given, options: _LossOptions
 ) -> tuple[PreferenceLoss, Tensor]:
-    """Losses of b pairs from [2b, T] token log-probabilities, chosen first; and the log-probabilities [2b] they use."""
-    labels = given.labels
+    """Losses from [S, T] token log-probabilities; and the log-probabilities [S] that they use."""
+    labels, split = given.labels, given.comparisons.split
     plain, logps = response_logps(token_logps, labels, given.token_weights, options.ld_alpha, options.ignore_index)
-    if given.shares is not None:  # the slope of a loss may be infinite where its weight is 0
-        present = (given.shares > 0).repeat(2)
+    if (present := given.present()) is not None:  # the slope of a loss may be infinite where its weight is 0
         plain, logps = (torch.where(present, t, t.detach()) for t in (plain, logps))
+    chosen_ref_logps, rejected_ref_logps = split(given.ref_logps)
+    if given.listwise:
+        divergence: Any = {"f_divergence": options.f_divergence, "f_alpha": options.f_alpha}
+        losses = listwise_losses(logps, given.ref_logps, given.comparisons.stages, beta=options.beta, **divergence)
+        rewards = options.beta * (logps.detach() - given.ref_logps)
+        return PreferenceLoss(losses, *split(rewards)), logps
     wpo = None
     if log_sum_sq_probs is not None:
-        wpo = wpo_weights(token_logps, log_sum_sq_probs, labels, ignore_index=options.ignore_index)
+        tokens = (torch.cat(split(t)) for t in (token_logps, log_sum_sq_probs, labels))
+        wpo = wpo_weights(*tokens, ignore_index=options.ignore_index)
     lengths = (labels != options.ignore_index).sum(1) if given.lengths is None else given.lengths
+    chosen_lengths, rejected_lengths = split(lengths)
     loss = losses_of_pairs(
-        *logps.chunk(2),
-        *given.ref_logps.chunk(2),
+        *split(logps),
+        chosen_ref_logps,
+        rejected_ref_logps,
         beta=options.beta,
         loss_type=options.loss_type,
         loss_weights=options.loss_weights,
@@ -453,10 +503,10 @@ def _pair_losses(
         f_alpha=options.f_alpha,
         discopop_tau=options.discopop_tau,
         rpo_alpha=options.rpo_alpha,
-        chosen_lengths=lengths.chunk(2)[0],
-        rejected_lengths=lengths.chunk(2)[1],
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
         mean_chosen_length=options.mean_chosen_length,
-        sft_chosen_logps=plain.chunk(2)[0],
+        sft_chosen_logps=split(plain)[0],
         pair_weights=wpo,
     )
     return loss, logps
@@ -475,18 +525,19 @@ class _Grouped(NamedTuple):
 
 
 class _GroupedLoss(torch.autograd.Function):
-    """Path C. The loss is a mean over pairs, so what each row weighs in it is known as soon as its pair's logits are,
+    """Path C. The loss is a mean over groups, so what each row weighs in it is known as soon as its group's logits are,
     and the gradients are formed while these are at hand."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: _Grouped) -> tuple[Tensor, ...]:
         labels, ref_logps = g.given.labels, g.given.ref_logps
         sequences, length = labels.shape
-        pairs, options = g.given.pairs, g.options
+        comparisons, options = g.given.comparisons, g.options
         y = labels[g.rows.sequence, g.rows.position]
         num_tokens = (labels != options.ignore_index).sum(1)
-        # A pair without labelled tokens is in no group's rows, but in a group's pairs: groups cover all pairs.
-        losses, chosen_rewards, rejected_rewards = x.new_empty(3, pairs, dtype=ref_logps.dtype)
+        # A pair without labelled tokens is in no part's rows, but in a part: parts cover all pairs.
+        losses = ref_logps.new_empty(g.given.losses)
+        chosen_rewards, rejected_rewards = ref_logps.new_empty(2, comparisons.pairs)
         logps = losses.new_empty(sequences)
         table = x.new_zeros(len(options.wanted_stats), sequences, length, dtype=ref_logps.dtype)
 
@@ -494,11 +545,11 @@ class _GroupedLoss(torch.autograd.Function):
 
         def coefficients(i: int, row_logps: Tensor, stats: Tensor) -> Tensor:
             rows, of = g.groups[i]
-            part, size = g.given.part(of), of.stop - of.start
+            part = g.given.part(of)
             sequence, position = g.rows.sequence[rows], g.rows.position[rows]
             table[:, sequence, position] = stats[: len(table)].to(table.dtype)
-            local = sequence % pairs - of.start + sequence // pairs * size
-            shape = torch.Size((2 * size, length))
+            local = comparisons.local(sequence, of)
+            shape = part.labels.shape
             # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
                 leaf = row_logps.detach().requires_grad_()
@@ -509,8 +560,10 @@ class _GroupedLoss(torch.autograd.Function):
                     options,
                 )
                 (dlogp,) = torch.autograd.grad(part.mean(loss.losses), leaf)
-            losses[of], chosen_rewards[of], rejected_rewards[of] = (t.detach() for t in loss)
-            logps.view(2, pairs)[:, of] = group_logps.detach().view(2, size)
+            losses[g.given.losses_of(of)] = loss.losses.detach()
+            of_pairs = comparisons.pairs_of(of)
+            chosen_rewards[of_pairs], rejected_rewards[of_pairs] = loss.chosen_rewards, loss.rejected_rewards
+            comparisons.put(logps, of, group_logps.detach())
             return dlogp
 
         with torch.autocast(x.device.type, enabled=False):

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpo_kernels.comparisons import comparisons_of
 from dpo_kernels.dispatch import check_runs, choose, is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
 from dpo_kernels.linear_dpo import (
     DEFAULT_CHUNK_BYTES,
-    check_paired,
     check_weights,
     labels_and_weights,
     response_logps,
@@ -21,7 +21,7 @@ from dpo_kernels.linear_dpo import (
 from dpo_kernels.logps import SequenceLogps, check_linear_inputs, check_num_labelled, linear_compute_dtype
 from dpo_kernels.losses import loss_names
 from dpo_kernels.options import Impl, LossType
-from dpo_kernels.pair_groups import pair_major, plan_groups
+from dpo_kernels.pair_groups import group_major, plan_groups
 from dpo_kernels.rows import check_finite, labelled_rows
 
 GRADIENTS = ("hidden", "weight", "bias")
@@ -41,6 +41,7 @@ def linear_reference_logps(
     ignore_index: int = -100,
     shift: bool = False,
     loss_type: LossType | Sequence[LossType] = "sigmoid",
+    pairs: Sequence[tuple[int, int]] | Tensor | None = None,
     ld_alpha: float | None = None,
     token_weights: Tensor | None = None,
     num_labelled: int | None = None,
@@ -48,7 +49,7 @@ def linear_reference_logps(
     check_hidden: bool = True,
     impl: Impl = "auto",
 ) -> SequenceLogps:
-    """Log-probabilities of S = 2B responses under a reference that is scored in the same step as the policy, without a
+    """Log-probabilities of S responses under a reference that is scored in the same step as the policy, without a
     gradient.
 
     A sum of floating-point numbers depends on its order, and each path of `linear_dpo_loss` has one that suits it:
@@ -61,7 +62,7 @@ def linear_reference_logps(
         hidden, weight, labels: as in `linear_dpo_loss`, of the reference.
         gradients: of which of "hidden", "weight", "bias" the policy's call forms a gradient; none where that is
             evaluated only. Where no gradient of the head is, sequences need not be pairs.
-        ld_alpha, token_weights, loss_type, chunk_bytes: what the policy's call is given.
+        ld_alpha, token_weights, loss_type, pairs, chunk_bytes: what the policy's call is given.
         bias, logit_scale, softcap, temperature, ignore_index, shift, num_labelled, check_hidden, impl: as in
             `linear_sequence_logps`.
 
@@ -82,18 +83,20 @@ def linear_reference_logps(
     names = loss_names(loss_type)
 
     rows, groups = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled), None
-    pairs, of_head, dweight = labels.shape[0] // 2, {"weight", "bias"}.intersection(gradients), "weight" in gradients
-    if of_head or ld_alpha is not None:
-        check_paired(hidden)
+    of_head, dweight = {"weight", "bias"}.intersection(gradients), "weight" in gradients
+    comparisons = None
+    if of_head or ld_alpha is not None or pairs is not None:
+        comparisons = comparisons_of(pairs, hidden.shape[0], hidden.device)
     in_b = bool(gradients) and not of_head
     family = choose(impl, hidden.device, "D" if of_head else "B" if in_b else "A", compute_dtype, *weight.shape)
-    if of_head and takes_groups(names, (compute_dtype, weight.dtype, hidden.dtype)):
+    if comparisons and of_head and takes_groups(names, (compute_dtype, weight.dtype, hidden.dtype)):
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         in_groups = choose(impl, hidden.device, "C", compute_dtype, *weight.shape)
-        groups = plan_groups(rows, pairs, weight, dtype, budget, in_groups, dweight=dweight)
+        groups = plan_groups(rows, comparisons, weight, dtype, budget, in_groups, dweight=dweight)
         family = family if groups is None else in_groups
     if groups is not None:
-        rows = pair_major(rows, pairs)
+        assert comparisons is not None
+        rows = group_major(rows, comparisons)
     x, y = hidden[rows.sequence, rows.position], labels[rows.sequence, rows.position]
     if check_hidden:
         check_finite(x, rows, waits)

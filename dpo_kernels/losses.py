@@ -31,10 +31,12 @@ F_DIVERGENCES: tuple[FDivergence, ...] = get_args(FDivergence)
 
 # The f-DPO reparameterization leaves a term in log Z(x) that cancels only in the difference of the two scores.
 F_DIVERGENCE_LOSSES = frozenset(
-    {"sigmoid", "cdpo", "robust", "hinge", "ipo", "exo_pair", "discopop", "sft", "sigmoid_norm"}
+    {"sigmoid", "cdpo", "robust", "hinge", "ipo", "exo_pair", "discopop", "sft", "sigmoid_norm", "plackett_luce"}
 )
 SMOOTHED_LOSSES = frozenset({"cdpo", "robust", "exo_pair", "aot", "aot_unpaired"})
 LENGTH_NORMALIZED_LOSSES = frozenset({"ipo", "sigmoid_norm"})
+# Of rankings, one loss a group: in `linear_dpo_loss` with `pairs`, and `dpo_kernels.listwise`.
+LISTWISE_LOSSES = frozenset({"plackett_luce"})
 # These sort across the batch, so they are no mean over pairs; every other loss is.
 BATCH_LOSSES = frozenset({"aot", "aot_unpaired"})
 
@@ -299,6 +301,12 @@ def sigmoid_norm_loss(p: Pairs) -> Tensor:
     return logistic_loss(p.beta * _per_token_margins(p))
 
 
+def plackett_luce_of_pair(p: Pairs) -> Tensor:
+    """Plackett-Luce DPO of two answers, which is DPO: L(h). arXiv 2305.18290, Appendix A.3; of more answers it is
+    `plackett_luce_loss`."""
+    return logistic_loss(p.margins)
+
+
 def rpo_term(p: Pairs) -> Tensor:
     """rpo_alpha times the negative log-likelihood of the chosen response's tokens, -log pi(y_w) / |y_w|, which RPO adds
     to the loss. arXiv 2404.19733, Eq. 1."""
@@ -323,6 +331,7 @@ LOSSES: dict[LossType, Callable[[Pairs], Tensor]] = {
     "discopop": discopop_loss,
     "sft": sft_loss,
     "sigmoid_norm": sigmoid_norm_loss,
+    "plackett_luce": plackett_luce_of_pair,
 }
 
 

@@ -16,7 +16,7 @@ Reduction = Literal["sum", "mean"]
 Stat = Literal["entropy", "is_top1", "mean_logit", "log_sum_sq_probs"]
 LossType = Literal[
     "sigmoid", "cdpo", "robust", "hinge", "ipo", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm", "plackett_luce",
 ]  # fmt: skip
 FDivergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 Differentiable = Literal["logps", "losses"]
@@ -60,6 +60,7 @@ class PreferenceOptions(LossOptions, total=False):
 
     temperature: float
     mean_chosen_length: Tensor | float | None
+    pairs: Sequence[tuple[int, int]] | Tensor | None
     token_weights: Tensor | None
     pair_weights: Tensor | None
     lengths: Tensor | None

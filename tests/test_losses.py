@@ -86,6 +86,7 @@ def pair_loss(name, logps, lengths, divergence, tau):
         "discopop": lambda: -log_sigma(h) * sigma(-h / tau) + exp(-h) * sigma(h / tau),
         "sft": lambda: -chosen * len(CHOSEN_LENGTHS) / sum(CHOSEN_LENGTHS),
         "sigmoid_norm": lambda: -log_sigma(beta * (s_w / len_w - s_l / len_l)),
+        "plackett_luce": lambda: -log(exp(beta * s_w) / (exp(beta * s_w) + exp(beta * s_l))),
     }[name]()
 
 
@@ -213,6 +214,7 @@ def extreme_slope(name, h):
     return {
         "sigmoid": -below,
         "sigmoid_norm": -below,
+        "plackett_luce": -below,
         "cdpo": -(1 - EPS) * below + EPS * above,
         "robust": (-(1 - EPS) * below - EPS * above) / (1 - 2 * EPS),
         "hinge": 0.0 if h > 0 else -1.0,

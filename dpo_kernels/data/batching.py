@@ -1,4 +1,4 @@
-"""Batches of tokenized preference pairs: chosen and rejected sequences concatenated along the first dimension."""
+"""Batches of tokenized preference pairs and rankings: their sequences concatenated along the first dimension."""
 
 from __future__ import annotations
 
@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dpo_kernels.comparisons import Groups, Pair, checked_pairs
+
 _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 _RESPONSES = ("chosen", "rejected")
+_GROUP = ("prompt_ids", "response_ids", "pairs")
 
 
 def whole_number(argument: str, value: Any, expected: str, *, least: float = -math.inf, most: float = math.inf) -> int:
@@ -36,6 +39,12 @@ class PairCollator:
     `tokenize_preferences` makes them, and optionally `index`, the pair `ref_chosen_logps`, `ref_rejected_logps`, a
     `weight`, and `chosen_token_weights`, `rejected_token_weights`: numbers >= 0, one a token of the response; None: 1.
 
+    A ranking, as `group_rankings` makes them, is a mapping with `prompt_ids`, `response_ids` (lists of token ids, one a
+    response) and `pairs` (chosen, rejected), numbers of responses, which connect them all; and optionally `index`,
+    `weight` (of each of its pairs), `ref_logps` (numbers, one a response) and `response_token_weights`, a list of
+    numbers or None for each response. A batch with a ranking has S sequences, those of one example after the other, and
+    pairs in it are rankings of two.
+
     Args:
         pad_token_id: fills `input_ids` past a sequence's end. Any id of the vocabulary will do: padding is masked.
         pad_to_multiple_of: rounds the padded length T up to a multiple of this.
@@ -52,10 +61,14 @@ class PairCollator:
         `ref_logps` `[2B]` float32, where the examples carry reference log-probabilities;
         `index` `[B]` int64, where the examples carry their index.
 
+    A batch of G examples with a ranking among them has S rows in the place of 2B, and in addition
+        `pairs`: P times (chosen, rejected), numbers of rows, on the host, as `linear_dpo_loss` takes them;
+        `pair_weights` `[P]` and `group_weights` `[G]` float32, where the examples carry a weight.
+
     Raises `ValueError` for options out of range, for no examples, for an example without tokens or without one of the
-    three keys, for what is no token id, number or index where one belongs, for weights that are negative, not finite,
-    or not as many as the tokens of their response, and where only some examples carry reference log-probabilities, an
-    index or a weight.
+    three keys, for what is no token id, number, pair or index where one belongs, for pairs that leave a response alone
+    or do not connect them, for weights that are negative, not finite, or not as many as the tokens of their response,
+    and where only some examples carry reference log-probabilities, an index or a weight.
     """
 
     pad_token_id: int
@@ -72,13 +85,13 @@ class PairCollator:
         self.ignore_index = whole_number("ignore_index", self.ignore_index, expected, most=-1)
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return self.assemble(checked(examples)) | carried(examples)
+        tokens = checked(examples)
+        return self.assemble(tokens) | carried(examples, tokens)
 
-    def assemble(self, pairs: TokenizedPairs) -> dict[str, Any]:
+    def assemble(self, tokens: Tokenized) -> dict[str, Any]:
         """What of a batch follows from the tokens."""
-        prompts, responses, weights = pairs
-        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts * 2, responses, strict=True)]
-        length = max(lengths)
+        responses, prompts = tokens.responses, [tokens.prompts[n] for n in tokens.prompt_of]
+        length = max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True))
         if self.pad_to_multiple_of is not None:
             length = -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
@@ -87,7 +100,7 @@ class PairCollator:
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, self.ignore_index, dtype=torch.int64)
         token_weights = torch.zeros(shape, dtype=torch.float32)
-        for row, (prompt, response, given) in enumerate(zip(prompts * 2, responses, weights, strict=True)):
+        for row, (prompt, response, given) in enumerate(zip(prompts, responses, tokens.weights, strict=True)):
             start, end = len(prompt), len(prompt) + len(response)
             input_ids[row, :start] = prompt
             input_ids[row, start:end] = response
@@ -107,15 +120,17 @@ class PairCollator:
         return batch
 
 
-class TokenizedPairs(NamedTuple):
-    """Of B pairs, as tensors."""
+class Tokenized(NamedTuple):
+    """Of G examples with S responses, as tensors."""
 
-    prompts: list[Tensor]  # B
-    responses: list[Tensor]  # 2B, chosen then rejected
+    prompts: list[Tensor]  # G
+    responses: list[Tensor]  # S: all chosen ones, then all rejected ones; with a ranking, example by example
     weights: list[Tensor | None]  # of their tokens
+    prompt_of: list[int]  # S, numbers of prompts
+    pairs: list[list[Pair]] | None  # of each example, numbers of responses; None: halves
 
 
-def checked(examples: Any) -> TokenizedPairs:
+def checked(examples: Any) -> Tokenized:
     """The tokens of examples. Raises `ValueError` as `PairCollator` does."""
     if examples is not None and (isinstance(examples, Mapping) or not hasattr(examples, "__len__")):
         raise ValueError(f"examples: expected a list of pairs, got {type(examples).__name__}")
@@ -127,39 +142,99 @@ def checked(examples: Any) -> TokenizedPairs:
                 f"examples[{number}]: expected a pair, a mapping with the keys {', '.join(_TOKENS)}, "
                 f"got {example!r:.80}"
             )
-        missing = [key for key in _TOKENS if key not in example]
-        if missing:
+        keys = _GROUP if is_ranking(example) else _TOKENS
+        if missing := [key for key in keys if key not in example]:
             raise ValueError(
-                f"examples[{number}]: expected the keys {', '.join(_TOKENS)}, missing {', '.join(missing)} "
+                f"examples[{number}]: expected the keys {', '.join(keys)}, missing {', '.join(missing)} "
                 f"(keys: {', '.join(example)}); tokenize_preferences makes them"
             )
+    if any(map(is_ranking, examples)):
+        return _checked_groups(examples)
 
-    prompts, *of_all = ([_token_ids(example, n, key) for n, example in enumerate(examples)] for key in _TOKENS)
-    responses = [response for of_one in of_all for response in of_one]
-    for number, (prompt, response) in enumerate(zip(prompts * 2, responses, strict=True)):
-        example = number % len(examples)
-        if len(prompt) + len(response) == 0:
-            raise ValueError(f"examples[{example}]: expected token ids, got an empty sequence")
-    for key, of_one in zip(_TOKENS, [prompts, *of_all], strict=True):
-        ids = torch.cat(of_one)
-        if len(ids) and int(ids.min()) < 0:
-            number = next(n for n, each in enumerate(of_one) if len(each) and int(each.min()) < 0)
-            raise _no_token_ids(examples[number], number, key)
-    weights = [
-        _token_weights(example, number, key, len(ids))
-        for key, of_one in zip(_RESPONSES, of_all, strict=True)
-        for number, (example, ids) in enumerate(zip(examples, of_one, strict=True))
-    ]
-    return TokenizedPairs(prompts, responses, weights)
+    count = len(examples)
+    ids = _token_ids([(each[key], f"examples[{n}]: {key}") for key in _TOKENS for n, each in enumerate(examples)])
+    names = [f"{response}_token_weights" for response in _RESPONSES]
+    given = [(each.get(name), f"examples[{n}]: {name}") for name in names for n, each in enumerate(examples)]
+    weights = [_token_weights(*one, len(response)) for one, response in zip(given, ids[count:], strict=True)]
+    return _not_empty(Tokenized(ids[:count], ids[count:], weights, [*range(count)] * 2, None))
 
 
-def carried(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What examples carry beside tokens."""
+def is_ranking(example: Mapping[str, Any]) -> bool:
+    return "response_ids" in example
+
+
+def _checked_groups(examples: Sequence[Mapping[str, Any]]) -> Tokenized:
+    """Of rankings, and of pairs, which are rankings of two."""
+    given: list[tuple[Any, str]] = []
+    of_tokens: list[tuple[Any, str]] = []
+    prompt_of: list[int] = []
+    pairs: list[list[Pair]] = []
+    for number, example in enumerate(examples):
+        name, first = f"examples[{number}]", len(given)
+        if is_ranking(example):
+            responses = _one_each(example["response_ids"], None, f"{name}: response_ids")
+            own = _pairs_of(example["pairs"], len(responses), name)
+            weights = example.get("response_token_weights")
+            weights = [None] * len(responses) if weights is None else weights
+            weights = _one_each(weights, len(responses), f"{name}: response_token_weights")
+        else:
+            responses, own = [example[key] for key in _TOKENS[1:]], [(0, 1)]
+            weights = [example.get(f"{response}_token_weights") for response in _RESPONSES]
+        given += [(ids, f"{name}: response {n}") for n, ids in enumerate(responses)]
+        of_tokens += [(one, f"{name}: token weights of response {n}") for n, one in enumerate(weights)]
+        prompt_of += [number] * len(responses)
+        pairs.append([(first + chosen, first + rejected) for chosen, rejected in own])
+    prompts = _token_ids([(each["prompt_ids"], f"examples[{n}]: prompt_ids") for n, each in enumerate(examples)])
+    ids = _token_ids(given)
+    found = [_token_weights(*one, len(response)) for one, response in zip(of_tokens, ids, strict=True)]
+    return _not_empty(Tokenized(prompts, ids, found, prompt_of, pairs))
+
+
+def _one_each(given: Any, count: int | None, name: str) -> Sequence[Any]:
+    """A list with something for each response, of which there are two at least."""
+    if (
+        not isinstance(given, Sequence)
+        or isinstance(given, str)
+        or len(given) < 2
+        or len(given) != (count or len(given))
+    ):
+        what = "two or more" if count is None else count
+        raise ValueError(f"{name}: expected a list, one entry for each of {what} responses, got {given!r:.80}")
+    return given
+
+
+def _pairs_of(given: Any, responses: int, name: str) -> list[Pair]:
+    try:
+        pairs = checked_pairs(given, responses)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).replace('sequence', 'response')}") from None
+    if Groups(pairs, responses, torch.device("cpu")).groups > 1:
+        raise ValueError(f"{name}: pairs: expected pairs that connect all {responses} responses, got {given!r:.80}")
+    return pairs
+
+
+def _not_empty(tokens: Tokenized) -> Tokenized:
+    for number, response in zip(tokens.prompt_of, tokens.responses, strict=True):
+        if len(tokens.prompts[number]) + len(response) == 0:
+            raise ValueError(f"examples[{number}]: expected token ids, got an empty sequence")
+    return tokens
+
+
+def carried(examples: Sequence[Mapping[str, Any]], tokens: Tokenized) -> dict[str, Any]:
+    """What examples carry beside tokens, and their pairs."""
     batch: dict[str, Any] = {}
+    counts = None if tokens.pairs is None else torch.tensor([len(pairs) for pairs in tokens.pairs])
+    if tokens.pairs is not None:
+        batch["pairs"] = [pair for pairs in tokens.pairs for pair in pairs]
     if _carried(examples, ("weight",)):
-        pair_weights = [_weight(example["weight"], f"examples[{n}]: weight") for n, example in enumerate(examples)]
-        batch["pair_weights"] = torch.tensor(pair_weights, dtype=torch.float32)
-    if _carried(examples, _REF_LOGPS):
+        given = [_weight(example["weight"], f"examples[{n}]: weight") for n, example in enumerate(examples)]
+        weights = torch.tensor(given, dtype=torch.float32)
+        batch["pair_weights"] = weights if counts is None else weights.repeat_interleave(counts)
+        if counts is not None:
+            batch["group_weights"] = weights
+    if counts is not None:
+        batch |= _reference_of_groups(examples, tokens)
+    elif _carried(examples, _REF_LOGPS):
         ref_logps = [
             _number(example[key], f"examples[{n}]: {key}", "a number")
             for key in _REF_LOGPS
@@ -175,26 +250,49 @@ def carried(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-def _token_ids(example: Mapping[str, Any], number: int, key: str) -> Tensor:
-    """[n] integers; that they are not negative is looked at in the batch, for all at once."""
-    try:
-        ids = torch.as_tensor(example[key])
-    except (TypeError, ValueError, RuntimeError):
-        raise _no_token_ids(example, number, key) from None
-    if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
-        raise _no_token_ids(example, number, key)
-    return ids.to(torch.int64)
+def _reference_of_groups(examples: Sequence[Mapping[str, Any]], tokens: Tokenized) -> dict[str, Any]:
+    """`ref_logps` [S], of rankings under this name, of pairs among them under their own two."""
+    found: list[float] = []
+    for number, example in enumerate(examples):
+        name, responses = f"examples[{number}]", tokens.prompt_of.count(number)
+        if not is_ranking(example):
+            example = {"ref_logps": [example[key] for key in _REF_LOGPS]} if _carried([example], _REF_LOGPS) else {}
+        if "ref_logps" not in example:
+            continue
+        given = example["ref_logps"]
+        given = _one_each(example["ref_logps"], responses, f"{name}: ref_logps")
+        found += [_number(value, f"{name}: ref_logps", "a number") for value in given]
+    if found and len(found) != len(tokens.responses):
+        raise ValueError(
+            f"examples: expected ref_logps of every response or of none, got {len(found)} of {len(tokens.responses)}"
+        )
+    return {"ref_logps": torch.tensor(found, dtype=torch.float32)} if found else {}
 
 
-def _no_token_ids(example: Mapping[str, Any], number: int, key: str) -> ValueError:
-    return ValueError(
-        f"examples[{number}]: {key}: expected a list of token ids, whole numbers of at least 0, "
-        f"got {example[key]!r:.80}"
-    )
+def _token_ids(given: Sequence[tuple[Any, str]]) -> list[Tensor]:
+    """[n] each, of values and their names; that none is negative is looked at for all at once."""
+    found = []
+    for value, name in given:
+        try:
+            ids = torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise _no_token_ids(value, name) from None
+        if ids.ndim != 1 or (len(ids) and (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)):
+            raise _no_token_ids(value, name)
+        found.append(ids.to(torch.int64))
+    together = torch.cat(found)
+    if len(together) and int(together.min()) < 0:
+        raise _no_token_ids(
+            *next(one for one, ids in zip(given, found, strict=True) if len(ids) and int(ids.min()) < 0)
+        )
+    return found
 
 
-def _token_weights(example: Mapping[str, Any], number: int, response: str, length: int) -> Tensor | None:
-    given, name = example.get(f"{response}_token_weights"), f"examples[{number}]: {response}_token_weights"
+def _no_token_ids(value: Any, name: str) -> ValueError:
+    return ValueError(f"{name}: expected a list of token ids, whole numbers of at least 0, got {value!r:.80}")
+
+
+def _token_weights(given: Any, name: str, length: int) -> Tensor | None:
     if given is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Batches without padding, and in which a pair's prompt is there once: `[prompt | chosen | rejected]`.
+"""Batches without padding, and in which a prompt is there once: `[prompt | response 1 | ... | response K]`.
 
 What sees what is a layout, as `dpo_kernels.models.segments` reads it.
 """
@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.data.batching import PairCollator, TokenizedPairs
+from dpo_kernels.data.batching import PairCollator, Tokenized
 
 
 class _Segment(NamedTuple):
@@ -26,7 +26,7 @@ class _Segment(NamedTuple):
 
 @dataclass
 class PackedCollator(PairCollator):
-    """Collates B pairs so that no slot of a row is wasted, nor a prompt computed twice.
+    """Collates B pairs, or rankings, so that no slot of a row is wasted, nor a prompt computed twice.
 
     Takes the examples of `PairCollator`, and its options.
 
@@ -34,16 +34,17 @@ class PackedCollator(PairCollator):
         packed: all pairs in one row, without padding (but for `pad_to_multiple_of`); False: one pair a row.
         shared_prefix: a pair is `[prompt | chosen | rejected]`; False: `[prompt, chosen] [prompt, rejected]`.
 
-    Returns a dict with
+    Returns a dict with, for S sequences, which are 2B, chosen first, or those of rankings, one after the other,
         `input_ids` `[R, T]` int64: one pair after the other, then padding; R is 1 or B;
-        `position_ids` `[R, T]` int64: those of either response go on from the prompt's end;
+        `position_ids` `[R, T]` int64: those of each response go on from the prompt's end;
         `attention_mask` `[R, T]` int64: 0 on padding;
         `layout` `[R, 1, T, 4]` int32: what each slot sees;
-        `predictors` `[2B, L]` int64: for each token of each response, chosen first, the slot of the flat `[R T]` whose
-            hidden state predicts it: both first tokens are predicted by the last slot of their prompt;
-        `labels` `[2B, L]` int64: these tokens, aligned with `predictors`, not shifted; `ignore_index` where a response
+        `predictors` `[S, L]` int64: for each token of each response the slot of the flat `[R T]` whose hidden state
+            predicts it: all first tokens are predicted by the last slot of their prompt;
+        `labels` `[S, L]` int64: these tokens, aligned with `predictors`, not shifted; `ignore_index` where a response
             has ended, where a token's weight is 0, and where nothing comes before the token;
-        `token_weights` `[2B, L]`, `pair_weights`, `ref_logps`, `index`: as of `PairCollator`, aligned alike;
+        `token_weights` `[S, L]`, `pairs`, `pair_weights`, `group_weights`, `ref_logps`, `index`: as of `PairCollator`,
+            aligned alike;
         `num_labelled` int: of labels.
 
     Raises `ValueError` as `PairCollator` does.
@@ -58,9 +59,9 @@ class PackedCollator(PairCollator):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name}: expected True or False, got {getattr(self, name)!r}")
 
-    def assemble(self, pairs: TokenizedPairs) -> dict[str, Any]:
-        count = len(pairs.prompts)
-        groups = [list(self._segments(pairs, n)) for n in range(count)]
+    def assemble(self, tokens: Tokenized) -> dict[str, Any]:
+        sequences = len(tokens.responses)
+        groups = self._segments(tokens)
         rows = [[segment for group in groups for segment in group]] if self.packed else groups
         slots = max(sum(len(segment.ids) for segment in row) for row in rows)
         if self.pad_to_multiple_of is not None:
@@ -72,10 +73,10 @@ class PackedCollator(PairCollator):
         layout = torch.stack([slot, slot, slot, torch.zeros_like(slot)], dim=-1).repeat(
             len(rows), 1, 1, 1
         )  # of padding
-        longest = max(1, *map(len, pairs.responses))
-        predictors = torch.zeros(2 * count, longest, dtype=torch.int64)
-        labels = torch.full((2 * count, longest), self.ignore_index, dtype=torch.int64)
-        token_weights = torch.zeros(2 * count, longest, dtype=torch.float32)
+        longest = max(1, *map(len, tokens.responses))
+        predictors = torch.zeros(sequences, longest, dtype=torch.int64)
+        labels = torch.full((sequences, longest), self.ignore_index, dtype=torch.int64)
+        token_weights = torch.zeros(sequences, longest, dtype=torch.float32)
         for row, segments in enumerate(rows):
             begin = prompt_end = 0
             for ids, position, prompt, sequence, response in segments:
@@ -92,7 +93,7 @@ class PackedCollator(PairCollator):
                     before = torch.arange(end - response - 1, end - 1)
                     if response == len(ids):  # the first is predicted by what is not before it
                         before[0] = seen[1] - 1 if prompt else begin
-                    given = pairs.weights[sequence]
+                    given = tokens.weights[sequence]
                     weights = torch.ones(response) if given is None else given.clone()
                     if position + len(ids) == response:  # nothing predicts the first of all
                         weights[0] = 0
@@ -115,10 +116,13 @@ class PackedCollator(PairCollator):
             batch["token_weights"] = token_weights
         return batch
 
-    def _segments(self, pairs: TokenizedPairs, n: int) -> list[_Segment]:
-        prompt, count = pairs.prompts[n], len(pairs.prompts)
-        responses = [(sequence, pairs.responses[sequence]) for sequence in (n, count + n)]
-        if self.shared_prefix:
-            own = [_Segment(ids, len(prompt), len(prompt), sequence, len(ids)) for sequence, ids in responses]
-            return [_Segment(prompt, 0, 0), *own]
-        return [_Segment(torch.cat([prompt, ids]), 0, 0, sequence, len(ids)) for sequence, ids in responses]
+    def _segments(self, tokens: Tokenized) -> list[list[_Segment]]:
+        """Of each example."""
+        groups = [[_Segment(prompt, 0, 0)] if self.shared_prefix else [] for prompt in tokens.prompts]
+        for sequence, (number, ids) in enumerate(zip(tokens.prompt_of, tokens.responses, strict=True)):
+            prompt = tokens.prompts[number]
+            if self.shared_prefix:
+                groups[number].append(_Segment(ids, len(prompt), len(prompt), sequence, len(ids)))
+            else:
+                groups[number].append(_Segment(torch.cat([prompt, ids]), 0, 0, sequence, len(ids)))
+        return groups

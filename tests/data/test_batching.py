@@ -212,3 +212,58 @@ def test_errors_name_the_example_and_the_key(examples, message):
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         PairCollator(**options)
+
+
+RANKING = {"prompt_ids": [1, 2], "response_ids": [[3], [4, 5], [6]], "pairs": [[0, 1], [0, 2]]}
+PLAIN = {"prompt_ids": [7], "chosen_ids": [8, 9], "rejected_ids": [10]}
+
+
+def test_rankings_lie_one_after_the_other_and_pairs_among_them():
+    batch = PairCollator(0)([RANKING, PLAIN])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 0], [1, 2, 4, 5], [1, 2, 6, 0], [7, 8, 9, 0], [7, 10, 0, 0]]
+    assert batch["labels"][1].tolist() == [-100, -100, 4, 5]
+    assert batch["pairs"] == [(0, 1), (0, 2), (3, 4)]
+    assert batch["num_labelled"] == 7 and not {"pair_weights", "ref_logps"} & batch.keys()
+
+
+def test_what_rankings_carry():
+    ranking = RANKING | {"weight": 0.5, "ref_logps": [-1, -2, -3], "index": 4}
+    ranking |= {"response_token_weights": [None, [0, 0.5], [1.0]]}
+    plain = PLAIN | {"weight": 2.0, "ref_chosen_logps": -4, "ref_rejected_logps": -5, "index": 9}
+    batch = PairCollator(0)([ranking, plain])
+    assert batch["pair_weights"].tolist() == [0.5, 0.5, 2.0] and batch["group_weights"].tolist() == [0.5, 2.0]
+    assert batch["ref_logps"].tolist() == [-1, -2, -3, -4, -5] and batch["index"].tolist() == [4, 9]
+    assert batch["token_weights"][:3].tolist() == [[0, 0, 1, 0], [0, 0, 0, 0.5], [0, 0, 1, 0]]
+    assert batch["labels"][1].tolist() == [-100, -100, -100, 5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"response_ids": [[1]]}, r"response_ids: expected a list, one entry for each of two or more responses"),
+        ({"response_ids": "ab"}, "response_ids: expected a list"),
+        ({"response_ids": [[1], [2], [-3]]}, r"response 2: expected a list of token ids.*\[-3\]"),
+        ({"response_ids": [[1], [2], 3]}, "response 2: expected a list of token ids"),
+        ({"pairs": [[0, 1]]}, r"pairs: expected every response in some pair, got none with response 2"),
+        ({"pairs": [[0, 3]]}, r"pairs: expected pairs \(chosen, rejected\) of responses 0 to 2"),
+        ({"pairs": []}, "pairs: expected pairs"),
+        ({"response_ids": [[1], [2], [3], [4]], "pairs": [[0, 1], [2, 3]]}, "that connect all 4 responses"),
+        ({"response_token_weights": [None]}, "response_token_weights: expected a list, one entry for each of 3"),
+        ({"response_token_weights": [None, [1.0], None]}, "token weights of response 1: expected a number for each of"),
+        ({"ref_logps": [1.0]}, "ref_logps: expected a list, one entry for each of 3 responses"),
+        ({"ref_logps": [1.0, "x", 2.0]}, "ref_logps: expected a number, got 'x'"),
+        ({"prompt_ids": [], "response_ids": [[1], [], [2]]}, "expected token ids, got an empty sequence"),
+    ],
+)
+def test_bad_rankings_are_named(change, message):
+    with pytest.raises(ValueError, match=rf"examples\[1\]: {message}"):
+        PairCollator(0)([PLAIN, RANKING | change])
+
+
+def test_a_ranking_without_pairs_is_named():
+    with pytest.raises(
+        ValueError, match=r"examples\[0\]: expected the keys prompt_ids, response_ids, pairs, missing pairs"
+    ):
+        PairCollator(0)([{"prompt_ids": [1], "response_ids": [[1], [2]]}])
+    with pytest.raises(ValueError, match="expected ref_logps of every response or of none, got 2 of 5"):
+        PairCollator(0)([RANKING, PLAIN | {"ref_chosen_logps": -4, "ref_rejected_logps": -5}])

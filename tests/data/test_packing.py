@@ -72,3 +72,28 @@ NEGATIVE = {"prompt_ids": [-1], "chosen_ids": [1], "rejected_ids": [1]}
 def test_bad_examples_are_named(example, message):
     with pytest.raises(ValueError, match=rf"examples\[0\].*{message}"):
         PackedCollator(0)([example])
+
+
+RANKING = {"prompt_ids": [1, 2], "response_ids": [[3], [4, 5], [6]], "pairs": [[0, 1], [0, 2], [1, 2]]}
+
+
+def test_a_ranking_is_one_group():
+    batch = PackedCollator(0)([RANKING, PAIRS[1]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6, 9, 10, 11, 12, 13]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 2, 3, 2, 0, 1, 2, 3, 1]]
+    prompt_begin, prompt_end, begin, _ = batch["layout"][0, 0].T.tolist()
+    assert prompt_begin == [0] * 6 + [6] * 5
+    assert prompt_end == [0, 0] + [2] * 4 + [6] + [7] * 4
+    assert begin == [0, 0, 2, 3, 3, 5, 6, 7, 7, 7, 10]
+    assert batch["labels"].tolist() == [[3, -100, -100], [4, 5, -100], [6, -100, -100], [10, 11, 12], [13, -100, -100]]
+    assert batch["predictors"].tolist() == [[1, 0, 0], [1, 3, 0], [1, 0, 0], [6, 7, 8], [6, 0, 0]]
+    assert batch["pairs"] == [(0, 1), (0, 2), (1, 2), (3, 4)]
+    assert batch["num_labelled"] == 8
+
+
+def test_a_ranking_a_row_and_with_its_prompt_each_time():
+    rows = PackedCollator(0, packed=False)([RANKING, PAIRS[1]])
+    assert rows["input_ids"].tolist() == [[1, 2, 3, 4, 5, 6], [9, 10, 11, 12, 13, 0]]
+    whole = PackedCollator(0, shared_prefix=False)([RANKING])
+    assert whole["input_ids"].tolist() == [[1, 2, 3, 1, 2, 4, 5, 1, 2, 6]]
+    assert whole["predictors"].tolist() == [[1, 0], [4, 5], [8, 0]]
