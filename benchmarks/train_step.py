@@ -42,10 +42,11 @@ from dpo_kernels.impl.reference import eager_token_logps
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.pairs import check_fits, load_data
+from dpo_kernels.training.pairs import load_data
 from dpo_kernels.training.policy import PolicyLoss, load_model
 from dpo_kernels.training.reference_model import LOGP_COLUMNS, Reference, frozen_copy
 from dpo_kernels.training.setup import deterministic_algorithms, make_optimizer
+from dpo_kernels.training.sizes import check_fits
 
 Pair = dict[str, Any]  # token ids, as `tokenize_preferences` makes them, and the reference's log-probabilities
 
@@ -92,6 +93,9 @@ class Setup:
 class Contender(Protocol):
     """An optimizer step in two halves."""
 
+    collate: Callable[[list[Pair]], dict[str, Any]]
+    """Makes the batch; its `attention_mask` has a number for each position that is computed, 0 on padding."""
+
     def gradients(self, pairs: list[Pair]) -> Tensor:
         """The loss [], without a gradient; the weights have theirs."""
 
@@ -106,7 +110,8 @@ class OwnStep:
         self.config = setup.config
         self.device = torch.device(setup.device)
         self.accelerator = setup.accelerator()
-        self.collate = PairCollator(setup.pad_token_id)
+        self.collate: Callable[[list[Pair]], dict[str, Any]] = PairCollator(setup.pad_token_id)
+        self.pad_token_id = setup.pad_token_id
         self.model = setup.new_model().train()
         self.reference = None if setup.precomputed else frozen_copy(self.model)
         self.trainable = [weight for weight in self.model.parameters() if weight.requires_grad]
@@ -159,7 +164,7 @@ class Packed(Ours):
     """The same with each prompt once, and without padding."""
 
     def ready(self) -> None:
-        self.collate = PackedCollator(self.collate.pad_token_id)
+        self.collate = PackedCollator(self.pad_token_id)
         for model in (self.model, self.reference):
             if model is not None:
                 use_layouts(model)
@@ -245,11 +250,12 @@ class OfTrainer:
         )
         self.trainer.create_optimizer_and_scheduler(len(setup.batches))
         self.trainer.current_gradient_accumulation_steps = 1
+        self.collate = self.trainer.data_collator
         accelerator = self.trainer.accelerator
         self.model, self.optimizer = accelerator.prepare(self.trainer.model, self.trainer.optimizer)
 
     def gradients(self, pairs: list[Pair]) -> Tensor:
-        return self.trainer.training_step(self.model, self.trainer.data_collator(pairs))
+        return self.trainer.training_step(self.model, self.collate(pairs))
 
     def update(self) -> None:
         self.trainer.accelerator.clip_grad_norm_(self.model.parameters(), self.trainer.args.max_grad_norm)
@@ -372,6 +378,7 @@ def measured(recorded: dict[str, Recorded], warmup: int) -> dict[str, dict[str, 
         row: dict[str, Any] = measure.spread(step.tolist())
         row["gradients_ms"] = 1e3 * statistics.median(gradient)
         row["update_ms"] = 1e3 * statistics.median(each.update_seconds[warmup:])
+        row["positions"], row["padding"] = computed(each.contender, each.setup.batches[warmup:])
         row["tokens_per_second"] = sum(map(tokens, each.setup.batches[warmup:])) / step.sum()
         if OURS in recorded:
             row["over_ours"] = float(np.median(step / steps[OURS]))
@@ -413,6 +420,13 @@ def problems(tables: Sequence[dict[str, Any]], config: TrainConfig) -> list[str]
 # Data and output
 
 
+def computed(contender: Contender, batches: list[list[Pair]]) -> tuple[float, float]:
+    """Positions that go through the model in a step, on average, and the share of them that is padding."""
+    masks = [contender.collate(pairs)["attention_mask"] for pairs in batches]
+    positions, real = sum(mask.numel() for mask in masks), sum(int(mask.sum()) for mask in masks)
+    return positions / len(batches), 1 - real / positions
+
+
 def positions(pairs: list[Pair]) -> int:
     longest = max(len(p["prompt_ids"]) + max(len(p["chosen_ids"]), len(p["rejected_ids"])) for p in pairs)
     return 2 * len(pairs) * longest
@@ -420,6 +434,11 @@ def positions(pairs: list[Pair]) -> int:
 
 def tokens(pairs: list[Pair]) -> int:
     return sum(2 * len(p["prompt_ids"]) + labelled([p]) for p in pairs)
+
+
+def once(pairs: list[Pair]) -> int:
+    """Tokens, those of each prompt counted once."""
+    return sum(len(p["prompt_ids"]) + labelled([p]) for p in pairs)
 
 
 def labelled(pairs: list[Pair]) -> int:
@@ -479,6 +498,8 @@ COLUMNS = {
     "update_ms": ("update", "{:.1f}"),
     "head_ms": ("head, loss", "{:.1f}"),
     "head_share": ("of step", "{:.0%}"),
+    "positions": ("positions", "{:.0f}"),
+    "padding": ("padding", "{:.0%}"),
     "tokens_per_second": ("tokens/s", "{:.0f}"),
     "over_ours": ("x ours", "{:.2f}"),
     "peak_mib": ("peak MiB", "{:.0f}"),
@@ -571,7 +592,10 @@ def main() -> None:
         "arguments": {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         | {"dataset": Path(args.dataset).name},
         "impl": impl,
-        "batches": [{"positions": positions(b), "tokens": tokens(b), "labelled": labelled(b)} for b in made[0].batches],
+        "batches": [
+            {"positions": positions(b), "tokens": tokens(b), "labelled": labelled(b), "once": once(b)}
+            for b in made[0].batches
+        ],
         "tables": [],
     }
     print(heading(report), flush=True)

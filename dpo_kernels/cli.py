@@ -51,6 +51,7 @@ def plan_settings(path: Path) -> dict[str, Any]:
         "reference": {None: "none", "precompute": "precomputed"}.get(resolve(config), "model"),
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_accumulation": config.gradient_accumulation_steps,
+        "batching": config.batching,
         "chunk_bytes": config.chunk_bytes,
         "impl": config.impl,
     }
@@ -161,7 +162,8 @@ def _main(arguments: Sequence[str] | None) -> int:
 def show_preview(config: TrainConfig, wanted: int) -> None:
     """Prints what became of the rows, the lengths of the pairs that are left, and `wanted` of those to train on."""
     from dpo_kernels.data.preview import histogram, pair_text, some_rows
-    from dpo_kernels.training.pairs import decoder, load_parts, pair_lengths
+    from dpo_kernels.training.pairs import decoder, load_parts
+    from dpo_kernels.training.sizes import pair_lengths
 
     tokenizer, parts = load_parts(config)
     for part in parts:

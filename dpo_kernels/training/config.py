@@ -103,7 +103,9 @@ class TrainConfig:
         None, """what the chat template is given beside the conversation, such as {"enable_thinking": false}"""
     )
     ranked_pairs: str = option(
-        "best_vs_worst", "how ranked answers become pairs", choices=("best_vs_worst", "best_vs_each")
+        "best_vs_worst",
+        "how ranked answers become pairs; with several of a ranking each answer is computed once",
+        choices=("best_vs_worst", "best_vs_each", "all_pairs"),
     )
     empty_response: str = option("error", "what becomes of rows with an empty response", choices=("error", "drop"))
     max_rows: int | None = option(None, "take only the first rows of the dataset", minimum=1)
@@ -155,11 +157,17 @@ class TrainConfig:
     max_grad_norm: float = option(1.0, "clip the accumulated gradient to this norm; 0: no clipping", minimum=0)
     epochs: float = option(1.0, "passes over the data; 1 to 3 are usual", above=0)
     max_steps: int | None = option(None, "optimizer steps, instead of epochs", minimum=1)
-    per_device_batch_size: int = option(4, "pairs in one forward pass on each device", minimum=1)
+    per_device_batch_size: int = option(4, "pairs, or rankings, in one forward pass on each device", minimum=1)
+    max_tokens_per_batch: int | None = option(
+        None,
+        "as many pairs in one forward pass on each device as fit into so many tokens, padding included, instead of "
+        "per_device_batch_size; a longer one is alone",
+        minimum=2,
+    )
     per_device_eval_batch_size: int | None = option(None, "the same for evaluation; default: equal", minimum=1)
     gradient_accumulation_steps: int = option(1, "forward passes on each device in one optimizer step", minimum=1)
     batching: str = option(
-        "concatenated",
+        "auto",
         "how pairs go through the model: concatenated, chosen and rejected padded to one length; padding_free, all in "
         "one row; shared_prefix, each prompt once and a pair a row; packed_shared_prefix, both; auto: the last where "
         "the model allows it, else the first",
@@ -226,6 +234,13 @@ class TrainConfig:
         return self.loss_type[0] in REFERENCE_FREE
 
     @property
+    def listwise(self) -> bool:
+        """Whether a ranking has one loss, and not one a pair."""
+        from dpo_kernels.losses import LISTWISE_LOSSES
+
+        return not LISTWISE_LOSSES.isdisjoint(self.loss_type)
+
+    @property
     def random_weights(self) -> bool:
         return self.model == "demo" or self.model.startswith("config:")
 
@@ -264,6 +279,8 @@ def load_config(
             values["chat_template"] = str(folder / file)
     else:
         values = {} if "model" in overrides or "dataset" in overrides else dict(DEMO)
+        if "max_tokens_per_batch" in overrides:
+            values.pop("per_device_batch_size", None)
     from_file = {key for key in values if key not in overrides}
     values.update(overrides)
     for key in required:
@@ -319,7 +336,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def _check_losses(config: TrainConfig) -> None:
     """The names here, so that those of the losses without a reference are known too; the rest as `dpo_loss` does."""
-    from dpo_kernels.losses import LOSSES, validate_dpo_options
+    from dpo_kernels.losses import LISTWISE_LOSSES, LOSSES, validate_dpo_options
 
     known = (*LOSSES, *REFERENCE_FREE)
     if not config.loss_type:
@@ -327,10 +344,14 @@ def _check_losses(config: TrainConfig) -> None:
     for name in config.loss_type:
         if name not in known:
             raise ValueError(f"loss_type: unknown loss {name!r}{nearest(name, known)}")
-    if len(config.loss_type) > 1 and set(config.loss_type) & set(REFERENCE_FREE):
-        raise ValueError(f"loss_type: {', '.join(REFERENCE_FREE)} stand alone, got {','.join(config.loss_type)}")
+    alone = {*REFERENCE_FREE, *LISTWISE_LOSSES}.intersection(config.loss_type)
+    if len(config.loss_type) > 1 and alone:
+        raise ValueError(f"loss_type: {min(alone)} stands alone, got {','.join(config.loss_type)}")
     if not config.reference_free:
         validate_dpo_options(**dpo_options(config))
+        for name, default in {"rpo_alpha": None, "use_weighting": False}.items():
+            if config.listwise and getattr(config, name) != default:
+                raise ValueError(f"{name}: loss_type {config.loss_type[0]!r} has none, got {getattr(config, name)!r}")
         return
     unused: dict[str, Any] = {
         "loss_weights": None,
@@ -362,6 +383,9 @@ def _check_unused(config: TrainConfig) -> None:
     for name, (used, what) in belongs.items():
         if not used and getattr(config, name) != defaults[name]:
             raise ValueError(f"{name}: has an effect only with {what}, got {getattr(config, name)!r} without it")
+    size, budget = config.per_device_batch_size, config.max_tokens_per_batch
+    if budget is not None and size != defaults["per_device_batch_size"]:
+        raise ValueError(f"per_device_batch_size: has no effect beside max_tokens_per_batch {budget}, got {size}")
 
 
 def _check_datasets(config: TrainConfig) -> None:

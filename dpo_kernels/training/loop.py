@@ -9,12 +9,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from dpo_kernels.training.config import TrainConfig, require_packages
-from dpo_kernels.training.pairs import Sizes
 from dpo_kernels.training.plots import plot_training_curves
 from dpo_kernels.training.policy import save_model
+from dpo_kernels.training.schedule import in_order
 from dpo_kernels.training.setup import Run, deterministic_algorithms, set_up
 from dpo_kernels.training.state import RunState, Window, metric_means
 
@@ -110,9 +111,10 @@ def _train(config: TrainConfig) -> TrainResult:
             state.evaluated(evaluate(run))
         while not state.finished:
             started = time.perf_counter()
-            rows = schedule.rows(state.step)
+            step = schedule.step(state.step)
+            rows = np.concatenate([micro for of_one in step for micro in of_one])
             mean_chosen_length = run.sizes.mean_chosen_length(rows)
-            for micro, share, is_last in run.micro_batches(rows):
+            for micro, share, is_last in run.micro_batches(step):
                 batch = pairs.batch(pairs.train, micro)
                 batch |= run.reference_logps(batch)
                 with nullcontext() if is_last else accelerator.no_sync(run.policy):
@@ -145,19 +147,18 @@ def _train(config: TrainConfig) -> TrainResult:
 def evaluate(run: Run) -> dict[str, float]:
     """The metrics of the policy over all held-out pairs, which the processes share out."""
     config, accelerator, held_out = run.config, run.accelerator, run.pairs.held_out
-    assert held_out is not None
-    sizes = Sizes.of(held_out)
-    size = config.per_device_eval_batch_size or config.per_device_batch_size
-    mine = range(accelerator.process_index, len(held_out), accelerator.num_processes)
+    sizes = run.held_out_sizes
+    assert held_out is not None and sizes is not None
+    mean_chosen_length = sizes.mean_chosen_length()
     sums = Window.empty(run.device).sums
     run.policy_loss.eval()
-    for first in range(0, len(mine), size):
-        batch = run.pairs.batch(held_out, mine[first : first + size])
+    for rows in in_order(config, sizes, accelerator.num_processes)[accelerator.process_index]:
+        batch = run.pairs.batch(held_out, rows)
         batch |= run.reference_logps(batch)
-        sums += run.policy_loss(batch, sizes.mean_chosen_length())[1]
+        sums += run.policy_loss(batch, mean_chosen_length)[1]
     run.policy_loss.train()
     totals = accelerator.reduce(sums, "sum").tolist()
-    means = metric_means(totals, len(held_out), float(sizes.weight.sum()))
+    means = metric_means(totals, int(sizes.pairs.sum()), float(sizes.weight.sum()))
     return {f"eval/{name}": mean for name, mean in means.items()}
 
 

@@ -1,14 +1,12 @@
-"""Tokenized preference pairs: where they come from, which are held out, and in what order they are taken."""
+"""Tokenized preference pairs: where they come from, which are held out, and how they become batches."""
 
 from __future__ import annotations
 
 import functools
-import hashlib
 import logging
-import math
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -20,20 +18,18 @@ from dpo_kernels.data.batching import PairCollator
 from dpo_kernels.data.packing import PackedCollator
 from dpo_kernels.data.preview import pair_text, some_rows
 from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.sizes import Sizes, rankings
 from dpo_kernels.training.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
-    from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from dpo_kernels.data.tokenization import DataReport
 
 logger = logging.getLogger(__name__)
 
-TOKEN_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
-TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
 DEMO_ROWS = 600
 EXAMPLE_CHARACTERS = 1000
 WEIGHTLESS = "weight 0"
@@ -184,7 +180,7 @@ def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
 
 @dataclass(frozen=True)
 class Pairs:
-    """Token ids of all pairs, and how some of them become a batch."""
+    """Token ids of all pairs, or rankings, and how some of them become a batch."""
 
     tokenizer: PreTrainedTokenizerBase
     train: Dataset
@@ -195,16 +191,25 @@ class Pairs:
     @classmethod
     def load(cls, config: TrainConfig, accelerator: Accelerator) -> Pairs:
         with accelerator.main_process_first():  # the others then find the tokenized data in the cache
-            return cls(*load_data(config), accelerator.device)
+            tokenizer, *loaded = load_data(config)
+            train, held_out = (_in_groups(config, pairs) for pairs in loaded)
+            assert train is not None
+            return cls(tokenizer, train, held_out, accelerator.device)
 
     def example(self, seed: int) -> str:
         """One of the pairs to train on as text, cut in the middle where it is long."""
-        (row,) = some_rows(len(self.train), 1, seed)
+        (number,) = some_rows(len(self.train), 1, seed)
+        row = self.train[number]
+        if rankings(self.train):
+            row = first_pair(row)
         encoding = sys.stdout.encoding or "ascii"
-        return pair_text(self.train[row], decoder(self.tokenizer), encoding=encoding, longest=EXAMPLE_CHARACTERS)
+        return pair_text(row, decoder(self.tokenizer), encoding=encoding, longest=EXAMPLE_CHARACTERS)
 
     def sets(self) -> list[Dataset]:
         return [self.train, self.held_out] if self.held_out else [self.train]
+
+    def sizes(self, examples: Dataset, listwise: bool = False) -> Sizes:
+        return Sizes.of(examples, self.batching, listwise)
 
     def map(self, function: Callable[[Dataset], Dataset]) -> Pairs:
         held_out = self.held_out
@@ -230,97 +235,27 @@ class Pairs:
         return {name: move(value) for name, value in self.collator([pairs[int(row)] for row in rows]).items()}
 
 
-def pairs_of_step(step: int, pairs: int, pairs_per_step: int, seed: int) -> np.ndarray:
-    """The rows of an optimizer step, a function of nothing but its number: every epoch is a permutation of its own,
-    whose last step takes what is left."""
-    epoch, position = divmod(step, math.ceil(pairs / pairs_per_step))
-    return _permutation(pairs, seed, epoch)[position * pairs_per_step : (position + 1) * pairs_per_step]
+def _in_groups(config: TrainConfig, pairs: Dataset | None) -> Dataset | None:
+    """Pairs of one ranking together, so that each of its answers is computed once."""
+    from dpo_kernels.data.rankings import group_rankings
 
-
-@functools.lru_cache(maxsize=2)
-def _permutation(pairs: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(pairs)
-
-
-def data_fingerprint(pairs: Dataset, weighted: bool = True) -> str:
-    """Identifies the token ids of all pairs, in their order, and their weights; without `weighted`, those of tokens
-    alone, which log-probabilities depend on."""
-    hasher = hashlib.sha256(np.stack([*pair_lengths(pairs).values()]).tobytes())
-    for _, tokens in _columns(pairs):
-        hasher.update(tokens.astype(np.int64).data)
-    for column in (*TOKEN_WEIGHTS, *["weight"] * weighted):
-        if column in pairs.column_names:
-            values = np.asarray(pairs["weight"][:]) if column == "weight" else _flat(pairs, column)
-            hasher.update(column.encode() + values.astype(np.float64).tobytes())
-    return hasher.hexdigest()
-
-
-def pair_lengths(pairs: Dataset) -> dict[str, np.ndarray]:
-    """How many tokens each pair has in each of `TOKEN_COLUMNS`."""
-    lengths = [length for length, _ in _columns(pairs)]
-    return {column: np.concatenate(lengths[i :: len(TOKEN_COLUMNS)]) for i, column in enumerate(TOKEN_COLUMNS)}
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What each pair of a set counts for, [pairs] each."""
-
-    tokens: np.ndarray  # that go through the model
-    chosen: np.ndarray  # labelled tokens
-    rejected: np.ndarray
-    weight: np.ndarray  # in the mean over the pairs
-
-    @classmethod
-    def of(cls, pairs: Dataset, shared_prefix: bool = False) -> Sizes:
-        """`shared_prefix`: prompts go through the model once a pair."""
-        prompts, *responses = pair_lengths(pairs).values()
-        tokens, labelled = (1 if shared_prefix else 2) * prompts + responses[0] + responses[1], list(responses)
-        for i, column in enumerate(TOKEN_WEIGHTS):
-            if column in pairs.column_names:
-                of_pair = np.repeat(np.arange(len(pairs)), responses[i])
-                counts = _flat(pairs, column).astype(np.float32) != 0  # as batches have them
-                labelled[i] = np.bincount(of_pair[counts], minlength=len(pairs))
-        weight = np.asarray(pairs["weight"][:]) if "weight" in pairs.column_names else np.ones(len(pairs))
-        return cls(tokens, labelled[0], labelled[1], weight)
-
-    def mean_chosen_length(self, rows: np.ndarray | slice = slice(None)) -> float:
-        """Labelled tokens of the chosen responses, those of each pair as often as its weight says."""
-        return float(np.average(self.chosen[rows], weights=self.weight[rows]))
-
-
-def check_fits(pairs: Dataset, model: nn.Module, name: str) -> None:
-    """Raises `ValueError` where a token id has no row in the model's embeddings, or a pair more tokens than the model
-    has positions."""
-    lengths = pair_lengths(pairs)
-    longest = int((lengths["prompt_ids"] + np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])).max())
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr,operator]
-    if positions is not None and longest > positions:
+    if pairs is None or "group" not in pairs.column_names:
+        return pairs
+    if config.ld_alpha is not None:
         raise ValueError(
-            f"max_length: a pair has {longest} tokens, but the model {name!r} has {positions} positions: expected at "
-            f"most {positions}"
+            f"ld_alpha: expected none beside ranked_pairs {config.ranked_pairs!r}, since an answer has as many "
+            f"log-probabilities as pairs with it, got {config.ld_alpha!r}"
         )
-    entries = model.get_input_embeddings().weight.shape[0]  # type: ignore[operator]
-    for _, tokens in _columns(pairs):
-        if len(tokens) and tokens.max() >= entries:
-            raise ValueError(
-                f"tokenizer: token id {tokens.max()} is outside the vocabulary of the model {name!r}, which has "
-                f"{entries} entries: take the model's own tokenizer"
-            )
+    return group_rankings(pairs)
 
 
-def _columns(pairs: Dataset) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Lengths and token ids, a thousand pairs at a time and one of `TOKEN_COLUMNS` after the other."""
-    import pyarrow.compute
-
-    for table in pairs.select_columns(list(TOKEN_COLUMNS)).with_format("arrow").iter(batch_size=1000):
-        for column in TOKEN_COLUMNS:
-            lengths = pyarrow.compute.list_value_length(table[column])
-            yield lengths.to_numpy().astype(np.int64), pyarrow.compute.list_flatten(table[column]).to_numpy()
-
-
-def _flat(pairs: Dataset, column: str) -> np.ndarray:
-    """All numbers of a column of lists, one after the other."""
-    import pyarrow.compute
-
-    tables = pairs.select_columns([column]).with_format("arrow").iter(batch_size=1000)
-    return np.concatenate([pyarrow.compute.list_flatten(table[column]).to_numpy() for table in tables])
+def first_pair(ranking: Mapping[str, Any]) -> dict[str, Any]:
+    """The first of a ranking's pairs, as an example of its own."""
+    places = zip(("chosen", "rejected"), ranking["pairs"][0], strict=True)
+    pair = {"prompt_ids": ranking["prompt_ids"]}
+    weights = ranking.get("response_token_weights")
+    for response, place in places:
+        pair[f"{response}_ids"] = ranking["response_ids"][place]
+        if weights is not None:
+            pair[f"{response}_token_weights"] = weights[place]
+    return pair

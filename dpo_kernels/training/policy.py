@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from dpo_kernels.comparisons import Comparisons, comparisons_of
 from dpo_kernels.logps import DTYPES
 from dpo_kernels.losses import PreferenceLoss, cpo_loss, orpo_loss, simpo_loss
 from dpo_kernels.models.head import LMHead
@@ -186,8 +187,8 @@ def add_lora(model: PreTrainedModel, config: TrainConfig, accelerator: Accelerat
 
 
 def hidden_of(head: LMHead, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The hidden states [2B, T, H] of a batch of pairs, of whichever collator, and what `LMHead.hidden_states` gives
-    beside them."""
+    """The hidden states [S, T, H] of a batch of pairs or rankings, of whichever collator, and what
+    `LMHead.hidden_states` gives beside them."""
     layout = batch.get("layout")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     with laid_out(layout):
@@ -209,22 +210,27 @@ class PolicyLoss(nn.Module):
         self.gradients = ("hidden", *["weight"] * bool(trained - {"bias"}), *["bias"] * ("bias" in trained))
 
     def forward(self, batch: dict[str, Any], mean_chosen_length: float) -> tuple[Tensor, Tensor]:
-        """The loss [] of B pairs, and the sums [len(METRICS)] over them.
+        """The loss [] of pairs or rankings, and the sums [len(METRICS)] over their pairs.
 
         `batch` is from `PairCollator`; `mean_chosen_length` is that of the effective batch, in tokens, which the pairs
         are a part of, and over which the losses that divide by it average.
         """
         hidden, aux_loss = hidden_of(self.head, batch)
+        comparisons = comparisons_of(batch.get("pairs"), hidden.shape[0], hidden.device)
         with overflow_named(hidden, "policy", self.model):
-            loss, logps, rewards = self._scored(hidden, batch, mean_chosen_length)
+            loss, logps, rewards = self._scored(hidden, batch, comparisons, mean_chosen_length)
         if aux_loss is not None:
             loss = loss + self.head.aux_loss_coef * aux_loss
-        return loss, _sums(loss, logps, *rewards, batch.get("pair_weights"))
+        weights = batch.get("pair_weights")
+        if self.config.listwise and comparisons.pairs > comparisons.groups:  # one loss a group, and one mean a pair
+            total = comparisons.groups if weights is None else batch["group_weights"].sum()
+            weights = torch.ones_like(rewards[0]) * total / comparisons.pairs
+        return loss, _sums(loss, *comparisons.split(logps.detach()), *rewards, weights)
 
     def _scored(
-        self, hidden: Tensor, batch: dict[str, Any], mean_chosen_length: float
+        self, hidden: Tensor, batch: dict[str, Any], comparisons: Comparisons, mean_chosen_length: float
     ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """Loss [], log-probabilities [2B], and the rewards [B] of chosen and rejected."""
+        """Loss [], log-probabilities [S], and the rewards [P] of chosen and rejected."""
         config = self.config
         options: dict[str, Any] = {
             "shift": "layout" not in batch,  # whose labels are aligned
@@ -236,29 +242,29 @@ class PolicyLoss(nn.Module):
         pair_weights = batch.get("pair_weights")
         if config.reference_free:
             scored = self.head.sequence_logps(hidden, batch["labels"], **options)
-            result = self._reference_free_loss(scored.logps, scored.num_tokens, mean_chosen_length)
+            logps, lengths = comparisons.split(scored.logps), comparisons.split(scored.num_tokens)
+            result = self._reference_free_loss(logps, lengths, mean_chosen_length)
             loss = _weighted_mean(result.losses, pair_weights)
             return loss, scored.logps, (result.chosen_rewards, result.rejected_rewards)
         options |= {"chunk_bytes": config.chunk_bytes, "mean_chosen_length": mean_chosen_length} | dpo_options(config)
-        options["pair_weights"] = pair_weights
+        if config.listwise:
+            pair_weights = batch.get("group_weights", pair_weights)
+        options |= {"pair_weights": pair_weights, "pairs": batch.get("pairs")}
         output = self.head.dpo_loss(hidden, batch["labels"], batch["ref_logps"], **options)
         return output.loss, output.logps, (output.chosen_rewards, output.rejected_rewards)
 
-    def _reference_free_loss(self, logps: Tensor, num_tokens: Tensor, mean_chosen_length: float) -> PreferenceLoss:
+    def _reference_free_loss(
+        self, logps: tuple[Tensor, Tensor], lengths: tuple[Tensor, Tensor], mean_chosen_length: float
+    ) -> PreferenceLoss:
         config = self.config
-        chosen_lengths, rejected_lengths = num_tokens.chunk(2)
-        options: dict[str, Any] = {
-            "beta": config.beta,
-            "chosen_lengths": chosen_lengths,
-            "rejected_lengths": rejected_lengths,
-        }
+        options: dict[str, Any] = {"beta": config.beta, "chosen_lengths": lengths[0], "rejected_lengths": lengths[1]}
         if config.loss_type == ["orpo"]:
-            return orpo_loss(*logps.chunk(2), **options)
+            return orpo_loss(*logps, **options)
         options["label_smoothing"] = config.label_smoothing
         if config.loss_type == ["simpo"]:
-            return simpo_loss(*logps.chunk(2), gamma=config.simpo_gamma, **options)
+            return simpo_loss(*logps, gamma=config.simpo_gamma, **options)
         options["mean_chosen_length"] = mean_chosen_length
-        return cpo_loss(*logps.chunk(2), cpo_alpha=config.cpo_alpha, **options)
+        return cpo_loss(*logps, cpo_alpha=config.cpo_alpha, **options)
 
 
 def _weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
@@ -267,10 +273,14 @@ def _weighted_mean(losses: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def _sums(
-    loss: Tensor, logps: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor, weights: Tensor | None
+    loss: Tensor,
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    chosen_rewards: Tensor,
+    rejected_rewards: Tensor,
+    weights: Tensor | None,
 ) -> Tensor:
     """The sums over pairs that `METRICS` names, on the device and without a gradient."""
-    chosen_logps, rejected_logps = logps.detach().chunk(2)
     accurate = (chosen_rewards > rejected_rewards).to(chosen_rewards.dtype)
     columns = [
         loss.detach().expand_as(chosen_rewards) if weights is None else loss.detach() * weights,

@@ -26,12 +26,15 @@ from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.training.checkpoint import atomic_file
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.pairs import data_fingerprint, pair_lengths
 from dpo_kernels.training.policy import hidden_of, overflow_named
+from dpo_kernels.training.schedule import filled
+from dpo_kernels.training.sizes import Lengths, data_fingerprint, rankings
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
     from datasets import Dataset
+
+    from dpo_kernels.training.pairs import Pairs
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +55,7 @@ class Reference:
 
     @torch.no_grad()
     def logps(self, batch: dict[str, Any], gradients: Sequence[str] = ()) -> Tensor:
-        """Log-probabilities [2B] fp32 of a batch of `PairCollator`, weighted by token as it and `ld_alpha` have it, and
+        """Log-probabilities [S] fp32 of a batch of `PairCollator`, weighted by token as it and `ld_alpha` have it, and
         summed as the policy's are that takes these gradients of its head's operands."""
         config = self.config
         with _without(self.adapter):
@@ -70,6 +73,7 @@ class Reference:
                     softcap=self.head.softcap,
                     temperature=config.temperature,
                     shift="layout" not in batch,  # whose labels are aligned
+                    pairs=batch.get("pairs"),
                     ld_alpha=config.ld_alpha,
                     token_weights=batch.get("token_weights"),
                     num_labelled=batch["num_labelled"],
@@ -150,12 +154,13 @@ def check_same_checkpoint(config: TrainConfig, policy: dict[str, str], reference
 def cached_logps(
     reference: Reference,
     dataset: Dataset,
-    collate: Any,
+    pairs: Pairs,
     fingerprint: str,
     accelerator: Accelerator,
     kernels: str,
 ) -> Dataset:
-    """The dataset with the columns `ref_chosen_logps` and `ref_rejected_logps`, read from the cache or computed once.
+    """The dataset with the columns `ref_chosen_logps` and `ref_rejected_logps`, or for rankings `ref_logps`, read from
+    the cache or computed once.
 
     The cache is keyed by the token ids, by the model (`fingerprint`, see `model_fingerprint`), and by everything else
     that the values depend on but the order of floating-point sums: dtypes, attention, token weights, temperature,
@@ -184,12 +189,15 @@ def cached_logps(
         logger.info("reference log-probabilities of %d pairs: read from %s", len(dataset), path)
     else:
         logger.info("reference log-probabilities of %d pairs: computing them once for %s", len(dataset), path)
-        logps = _score(reference, dataset, collate, accelerator)
+        logps = _score(reference, dataset, pairs, accelerator)
         if accelerator.is_local_main_process:
             with atomic_file(path) as temporary:
                 metadata = {"key": json.dumps(key, default=str), "sha256": _checksum(logps)}
                 save_file({"logps": logps}, temporary, metadata=metadata)
-    for column, values in zip(LOGP_COLUMNS, logps, strict=True):
+    if rankings(dataset):
+        ends = np.cumsum(Lengths.of(dataset).counts)
+        return dataset.add_column("ref_logps", [each.tolist() for each in np.split(logps.numpy(), ends[:-1])])
+    for column, values in zip(LOGP_COLUMNS, logps.view(-1, 2).T, strict=True):
         dataset = dataset.add_column(column, values.numpy())
     return dataset
 
@@ -217,20 +225,26 @@ def _checksum(logps: Tensor) -> str:
     return hashlib.sha256(logps.contiguous().numpy().tobytes()).hexdigest()
 
 
-def _score(reference: Reference, dataset: Dataset, collate: Any, accelerator: Accelerator) -> Tensor:
-    """Log-probabilities [2, pairs], similar lengths together, the pairs shared out among the processes."""
+def _score(reference: Reference, dataset: Dataset, pairs: Pairs, accelerator: Accelerator) -> Tensor:
+    """Log-probabilities [S] of all responses, those of one example after the other. Similar lengths together, and
+    shared out among the processes."""
     from tqdm import tqdm
 
-    order = np.argsort(sum(pair_lengths(dataset).values()), kind="stable")
-    size = reference.config.per_device_eval_batch_size or reference.config.per_device_batch_size
+    config, lengths, sizes = reference.config, Lengths.of(dataset), pairs.sizes(dataset)
+    order = np.argsort(sizes.tokens, kind="stable")
+    size = config.per_device_eval_batch_size or config.per_device_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
-    logps = torch.zeros(2, len(dataset), device=accelerator.device)
+    if config.max_tokens_per_batch is not None and config.per_device_eval_batch_size is None:
+        batches = filled(order, sizes, config.max_tokens_per_batch)
+    logps = torch.zeros(len(lengths.responses), device=accelerator.device)
     mine = batches[accelerator.process_index :: accelerator.num_processes]
-    show = reference.config.progress_bar and accelerator.is_main_process
+    show = config.progress_bar and accelerator.is_main_process
     for rows in tqdm(mine, desc="reference", unit="batch", disable=not show):
         with accelerator.autocast():
-            values = reference.logps(collate(dataset, rows))
-        logps[:, torch.as_tensor(rows, device=logps.device)] = values.view(2, -1)
+            values = reference.logps(pairs.batch(dataset, rows))
+        if not rankings(dataset):  # chosen ones first
+            values = values.view(2, -1).T.flatten()
+        logps[torch.as_tensor(lengths.numbers(rows), device=logps.device)] = values
     return accelerator.reduce(logps, "sum").cpu()
 
 

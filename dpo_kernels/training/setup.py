@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import warnings
 from collections.abc import Iterator
@@ -22,8 +21,10 @@ from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.training import reference_model as references
 from dpo_kernels.training.checkpoint import find_checkpoint, read_progress, remove_leftovers
 from dpo_kernels.training.config import TrainConfig, practice_warnings, trajectory_settings
-from dpo_kernels.training.pairs import Pairs, Sizes, check_fits, data_fingerprint, pairs_of_step
+from dpo_kernels.training.pairs import Pairs
 from dpo_kernels.training.policy import PolicyLoss, add_lora, disable_dropout, load_model
+from dpo_kernels.training.schedule import Schedule, Step, shares
+from dpo_kernels.training.sizes import Sizes, check_fits, data_fingerprint
 from dpo_kernels.tuning.heads import head_of
 from dpo_kernels.tuning.trial import Kernels
 
@@ -42,6 +43,7 @@ class Run:
     checkpoint: Path | None  # what to go on from
     pairs: Pairs
     sizes: Sizes  # of the training pairs
+    held_out_sizes: Sizes | None
     model: Any  # the policy, with its adapters if it has any
     policy_loss: PolicyLoss  # the policy and the loss
     policy: Any  # policy_loss inside what accelerate puts around it
@@ -71,60 +73,15 @@ class Run:
         with self.accelerator.autocast():
             return {"ref_logps": self.reference.logps(batch, gradients)}
 
-    def micro_batches(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, float, bool]]:
-        """The part of this process in a step's pairs: the rows of each micro-batch, the factor of its mean loss with
-        which the gradients of all processes come to those of the mean over all pairs, and whether it is the last. Pairs
-        count in all these means by their weights."""
-        rank, processes, weight = self.accelerator.process_index, self.accelerator.num_processes, self.sizes.weight
-        mine, share = rows[rank::processes], processes / weight[rows].sum()  # DDP takes the mean over the processes
-        if len(mine) == 0:  # a last step of few pairs: this process is waited for, but counts for nothing
-            mine, share = rows[:1], 0.0
-        for first in range(0, len(mine), self.config.per_device_batch_size):
-            micro = mine[first : first + self.config.per_device_batch_size]
-            yield micro, float(share * weight[micro].sum()), first + len(micro) == len(mine)
+    def micro_batches(self, step: Step) -> Iterator[tuple[np.ndarray, float, bool]]:
+        """The part of this process in a step, as `shares` gives it."""
+        return shares(step, self.accelerator.process_index, self.sizes.weight)
 
     def close(self) -> None:
         self.kernels.release()
         del self.policy  # DDP first: were it the last to hold the process group, gloo could wait for itself for ever
         self.accelerator.free_memory()
         self.accelerator.end_training()
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """How many steps there are, and which pairs each of them takes."""
-
-    pairs: int
-    pairs_per_step: int
-    steps: int  # in all
-    warmup_steps: int
-    seed: int
-
-    @classmethod
-    def of(cls, config: TrainConfig, pairs: int, processes: int) -> Schedule:
-        pairs_per_step = config.per_device_batch_size * config.gradient_accumulation_steps * processes
-        steps = config.max_steps or math.ceil(config.epochs * math.ceil(pairs / pairs_per_step))
-        warmup_steps = math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps
-        return cls(pairs, pairs_per_step, steps, warmup_steps, config.seed)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        return math.ceil(self.pairs / self.pairs_per_step)
-
-    def rows(self, step: int) -> np.ndarray:
-        return pairs_of_step(step, self.pairs, self.pairs_per_step, self.seed)
-
-    def rate(self, decay: str, step: int) -> float:
-        """What the learning rate is of its peak in a step. It is the peak after `warmup_steps`, and above 0 from the
-        first of them on: a step at rate 0 would learn nothing."""
-        if step < self.warmup_steps:
-            return (step + 1) / (self.warmup_steps + 1)
-        decaying = max(1, self.steps - self.warmup_steps)
-        if decay == "linear":
-            return max(0.0, (self.steps - step) / decaying)
-        if decay == "cosine":
-            return max(0.0, 0.5 * (1 + math.cos(math.pi * (step - self.warmup_steps) / decaying)))
-        return 1.0
 
 
 def set_up(config: TrainConfig) -> Run:
@@ -160,9 +117,10 @@ def set_up(config: TrainConfig) -> Run:
         "the starting weights": fingerprint,
         "the number of processes": accelerator.num_processes,
     }
-    batching = resolve_batching(config, model)
+    batching = resolve_batching(config, model.to(accelerator.device))
     pairs = replace(pairs, batching=batching)
-    sizes = Sizes.of(pairs.train, shared_prefix="shared_prefix" in batching)
+    sizes, held_out_sizes = (each and pairs.sizes(each, config.listwise) for each in (pairs.train, pairs.held_out))
+    assert sizes is not None
     if config.disable_dropout:
         disable_dropout(model)
 
@@ -180,18 +138,19 @@ def set_up(config: TrainConfig) -> Run:
     # The reference comes before the policy changes
     kind, reference = references.resolve(config), None
     if kind == "precompute":
-        scorer = references.Reference(LMHead.from_model(model.to(accelerator.device).eval()), config)
+        scorer = references.Reference(LMHead.from_model(model.eval()), config)
         given = fingerprint, accelerator, kernels.families["A"]
-        pairs = pairs.map(lambda each: references.cached_logps(scorer, each, pairs.batch, *given))
+        pairs = pairs.map(lambda each: references.cached_logps(scorer, each, pairs, *given))
     elif kind == "copy":
-        frozen = references.frozen_copy(model).to(accelerator.device)
+        frozen = references.frozen_copy(model)
         reference = references.Reference(LMHead.from_model(frozen), config)
     elif kind == "other":
         other = load_model(config, config.reference, pairs.tokenizer).eval().requires_grad_(False)
+        references.check_same_checkpoint(config, digests, references.parameter_digests(other))
+        other.to(accelerator.device)
         if batching != "concatenated":
             use_layouts(other)
-        references.check_same_checkpoint(config, digests, references.parameter_digests(other))
-        reference = references.Reference(LMHead.from_model(other.to(accelerator.device)), config)
+        reference = references.Reference(LMHead.from_model(other), config)
 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -203,14 +162,16 @@ def set_up(config: TrainConfig) -> Run:
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = make_optimizer(list(weights.values()), config, accelerator.device)
     policy, stepper = accelerator.prepare(policy_loss, optimizer)  # same modules and weights, wrapped
-    schedule = Schedule.of(config, len(pairs.train), accelerator.num_processes)
+    schedule = Schedule.of(config, sizes, accelerator.num_processes)
     logger.info(
-        "%d trainable of %d weights; %d pairs in %d steps an epoch; %d steps in all; reference: %s",
+        "%d trainable of %d weights; %d pairs%s in %d steps an epoch; %d steps in all; batching: %s; reference: %s",
         sum(weight.numel() for weight in weights.values()),
         sum(weight.numel() for weight in model.parameters()),
-        schedule.pairs,
-        schedule.steps_per_epoch,
+        sizes.pairs.sum(),
+        f" of {len(sizes.pairs)} prompts" if sizes.pairs.max() > 1 else "",
+        schedule.order.steps(0),
         schedule.steps,
+        batching,
         "none" if kind is None else kind if kind != "other" else config.reference,
     )
     set_seed(config.seed, device_specific=True)  # dropout differs between processes
@@ -220,6 +181,7 @@ def set_up(config: TrainConfig) -> Run:
         checkpoint=checkpoint,
         pairs=pairs,
         sizes=sizes,
+        held_out_sizes=held_out_sizes,
         model=model,
         policy_loss=policy_loss,
         policy=policy,
@@ -240,6 +202,10 @@ def resolve_batching(config: TrainConfig, model: Any) -> str:
     if config.batching == "concatenated":
         return config.batching
     try:
+        if config.batching == "auto" and has_router_loss(model):
+            raise ValueError(
+                f"{type(model).__name__} has a loss of its router, which counts every token that is computed"
+            )
         if config.attn_implementation:
             raise ValueError(
                 f"attn_implementation: expected none beside batching {config.batching!r}, which brings its own, got "
@@ -252,6 +218,10 @@ def resolve_batching(config: TrainConfig, model: Any) -> str:
         logger.info("batching: concatenated, since %s", error)
         return "concatenated"
     return "packed_shared_prefix" if config.batching == "auto" else config.batching
+
+
+def has_router_loss(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

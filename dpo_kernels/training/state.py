@@ -23,9 +23,9 @@ from dpo_kernels.training.checkpoint import (
     set_random_state,
 )
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.pairs import Sizes
 from dpo_kernels.training.policy import METRICS, damaged_weights, save_model, state_of_weights
 from dpo_kernels.training.setup import Run
+from dpo_kernels.training.sizes import Sizes
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -58,10 +58,10 @@ class Window:
         to a step that is skipped, and does not enter the mean."""
         counts = torch.isfinite(grad_norm) if scaled else torch.ones_like(grad_norm)
         self.grad_norms += torch.stack([torch.where(counts > 0, grad_norm, 0), counts.to(grad_norm.dtype)])
-        self.pairs += len(rows)
+        self.pairs += int(sizes.pairs[rows].sum())
         self.weight += float(sizes.weight[rows].sum())
         self.tokens += int(sizes.tokens[rows].sum())
-        self.labelled_tokens += int((sizes.chosen[rows] + sizes.rejected[rows]).sum())
+        self.labelled_tokens += int(sizes.labelled[rows].sum())
 
     def means(self, accelerator: Accelerator) -> dict[str, Any]:
         """The metrics of all processes: the one transfer to the host."""
@@ -117,8 +117,9 @@ class RunState:
         return self.step >= self.run.schedule.steps
 
     def is_due(self, every: int | None) -> bool:
-        """Whether the step just done is one of every so many, or the last."""
-        return self.step % (every or self.run.schedule.steps_per_epoch) == 0 or self.finished
+        """Whether the step just done is one of every so many, by default one that ends an epoch, or the last."""
+        due = self.step % every == 0 if every else self.run.schedule.ends_epoch(self.step)
+        return due or self.finished
 
     def log(self, lr: float, started: float) -> dict[str, Any]:
         """Ends the window: its metrics as a row, for a step that `started` then (`time.perf_counter`)."""
@@ -141,7 +142,7 @@ class RunState:
             save_model(run.output_dir / "best", run.model, run.pairs.tokenizer, run.accelerator)
 
     def _record(self, values: dict[str, Any]) -> None:
-        row = {"step": self.step, "epoch": self.step / self.run.schedule.steps_per_epoch} | values
+        row = {"step": self.step, "epoch": self.run.schedule.epoch(self.step)} | values
         for name, value in row.items():
             if value is not None and not math.isfinite(value):
                 raise FloatingPointError(f"{name} is {value}")

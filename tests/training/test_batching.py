@@ -16,7 +16,8 @@ WAYS = ["padding_free", "shared_prefix", "packed_shared_prefix", "auto"]
 
 @pytest.fixture(scope="module")
 def concatenated(tmp_path_factory):
-    return run(tmp_path_factory.mktemp("concatenated"), max_steps=6, gradient_accumulation_steps=2)[1]
+    directory = tmp_path_factory.mktemp("concatenated")
+    return run(directory, max_steps=6, gradient_accumulation_steps=2, batching="concatenated")[1]
 
 
 def assert_same_curve(rows, expected, tolerance=1e-4):

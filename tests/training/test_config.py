@@ -54,7 +54,7 @@ def test_yaml_values_take_the_type_of_their_field(tmp_path):
         ("schedule: cosin", r"schedule: expected one of linear, cosine, constant, got 'cosin'; did you mean 'cosine'"),
         ("lora_dropout: 2", r"lora_dropout: expected at most 0.99, got 2"),
         ("loss_type: sigmod", r"loss_type: unknown loss 'sigmod'; did you mean 'sigmoid'\?"),
-        ("loss_type: [sigmoid, simpo]", r"loss_type: simpo, orpo, cpo stand alone"),
+        ("loss_type: [sigmoid, simpo]", r"loss_type: simpo stands alone, got sigmoid,simpo"),
         ("loss_type: []", r"loss_type: expected at least one loss"),
         ("loss_weights: [1, 2]", r"loss_weights must have one weight for each"),
         ("label_smoothing: 0.1", r"label_smoothing must be 0 for loss_type \['sigmoid'\].*'cdpo'"),

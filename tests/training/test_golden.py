@@ -48,7 +48,8 @@ COMMON = {
 HALVED = {"per_device_batch_size": 2, "gradient_accumulation_steps": 2}
 RUNS = {
     "full": HALVED,
-    "lora": {"lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2},
+    # dropout draws by the shape of a batch
+    "lora": {"lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2, "batching": "concatenated"},
     "precompute": {"reference": "precompute", "loss_type": "sigmoid,sft", "ld_alpha": 0.5} | HALVED,
     "simpo": {"loss_type": "simpo", "beta": 2.0, "schedule": "cosine"},
     # 30 pairs: in the eighth step there are two, one for each process; evaluation shares out 3 pairs unevenly.

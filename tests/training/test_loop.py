@@ -30,8 +30,10 @@ from dpo_kernels.testing import Record
 from dpo_kernels.training.checkpoint import MetricsLog, list_checkpoints, read_metrics
 from dpo_kernels.training.config import TrainConfig, load_config
 from dpo_kernels.training.loop import train
-from dpo_kernels.training.pairs import check_fits, load_data, pairs_of_step
+from dpo_kernels.training.pairs import load_data
 from dpo_kernels.training.policy import load_model, save_model
+from dpo_kernels.training.schedule import ByExamples
+from dpo_kernels.training.sizes import check_fits
 from dpo_kernels.training.state import WALL_CLOCK
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -160,7 +162,8 @@ def test_steps_equal_those_of_an_eager_loop(tmp_path, loss):
     reference = load_model(config, "demo", tokenizer).eval()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     for step, row in enumerate(rows):
-        batch = [pairs[int(i)] for i in pairs_of_step(step, len(pairs), 4, config.seed)]
+        ((rows_of_step,),) = ByExamples(len(pairs), 4, 1, 1, config.seed).step(0, step)
+        batch = [pairs[int(i)] for i in rows_of_step]
         value, rewards, chosen, rejected = eager_step(
             model, reference, batch, loss["loss_type"], config.beta, config.rpo_alpha
         )
@@ -480,10 +483,12 @@ def pairs_with(prompts):
 
 
 def test_every_epoch_takes_every_pair_once_in_an_order_of_its_own():
-    epochs = [np.concatenate([pairs_of_step(step, 10, 4, 5) for step in range(3 * e, 3 * e + 3)]) for e in range(3)]
-    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert len(pairs_of_step(2, 10, 4, 5)) == 2
+    order = ByExamples(10, size=4, accumulation=1, processes=1, seed=5)
+    epochs = [[order.step(epoch, position) for position in range(order.steps(epoch))] for epoch in range(3)]
+    assert [[len(rows) for ((rows,),) in epoch] for epoch in epochs] == [[4, 4, 2]] * 3
+    flat = [np.concatenate([rows for ((rows,),) in epoch]).tolist() for epoch in epochs]
+    assert all(sorted(epoch) == list(range(10)) for epoch in flat)
+    assert len({tuple(epoch) for epoch in flat}) == 3
 
 
 def test_token_ids_outside_the_vocabulary_are_named():

@@ -9,7 +9,8 @@ from short_runs import TINY, write_rows
 
 from dpo_kernels.data.demo import CHAT_TEMPLATE
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.pairs import data_fingerprint, decoder, load_data, load_parts
+from dpo_kernels.training.pairs import decoder, load_data, load_parts
+from dpo_kernels.training.sizes import data_fingerprint
 from dpo_kernels.training.tokenizer import read_chat_template
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -1,5 +1,7 @@
 """What a run is set up with, and what it leaves of the process it ran in."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -11,9 +13,10 @@ from datasets import Dataset
 from dpo_kernels.data.demo import demo_model
 from dpo_kernels.losses import validate_dpo_options
 from dpo_kernels.training.config import TrainConfig, dpo_options
-from dpo_kernels.training.pairs import check_fits
 from dpo_kernels.training.reference_model import frozen_copy
-from dpo_kernels.training.setup import Schedule, deterministic_algorithms, make_optimizer
+from dpo_kernels.training.schedule import Schedule
+from dpo_kernels.training.setup import deterministic_algorithms, make_optimizer
+from dpo_kernels.training.sizes import check_fits
 
 
 @pytest.mark.parametrize(("enabled", "warn_only"), [(False, False), (True, False), (True, True)])
@@ -76,7 +79,7 @@ def test_biases_and_norms_do_not_decay(tmp_path):
 def test_steps_of_the_warm_up(tmp_path, changes, expected):
     """A number of steps comes before a share of them, also where it is 0."""
     config = settings(tmp_path, max_steps=10, **changes)
-    assert Schedule.of(config, pairs=64, processes=1).warmup_steps == expected
+    assert Schedule.of(config, SimpleNamespace(tokens=[9] * 64), processes=1).warmup_steps == expected
 
 
 @pytest.mark.parametrize("longest", ["chosen_ids", "rejected_ids"])

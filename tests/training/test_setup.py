@@ -16,7 +16,7 @@ from dpo_kernels import dispatch
 from dpo_kernels.data.demo import demo_model, demo_tokenizer
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import damaged_weights, disable_dropout, load_model
-from dpo_kernels.training.setup import Schedule
+from dpo_kernels.training.schedule import ByExamples, Schedule
 from dpo_kernels.training.state import RunState
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -128,7 +128,7 @@ def test_what_is_a_rate_of_dropout():
 @pytest.mark.parametrize("decay", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 1), (10, 1), (10, 3), (10, 10), (10, 0), (5, 50)])
 def test_every_step_learns(decay, steps, warmup):
-    schedule = Schedule(pairs=1, pairs_per_step=1, steps=steps, warmup_steps=warmup, seed=0)
+    schedule = Schedule(ByExamples(1, 1, 1, 1, seed=0), steps, warmup)
     rates = [schedule.rate(decay, step) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
     assert rates[:warmup] == [(step + 1) / (warmup + 1) for step in range(min(steps, warmup))]

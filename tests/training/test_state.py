@@ -14,7 +14,7 @@ from dpo_kernels.training import loop, plots, setup, state
 from dpo_kernels.training.checkpoint import MetricsLog, read_metrics
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.loop import train
-from dpo_kernels.training.pairs import data_fingerprint
+from dpo_kernels.training.sizes import data_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

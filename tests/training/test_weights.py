@@ -1,7 +1,6 @@
 """Pairs and tokens that count more than others, through the loop."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +14,9 @@ from two_processes import run_in_two
 from dpo_kernels.data.demo import demo_model, demo_tokenizer
 from dpo_kernels.data.tokenization import Rows
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.pairs import WEIGHTLESS, Sizes, data_fingerprint, load_data, load_parts
-from dpo_kernels.training.setup import Run
+from dpo_kernels.training.pairs import WEIGHTLESS, load_data, load_parts
+from dpo_kernels.training.schedule import divided, shares
+from dpo_kernels.training.sizes import Sizes, data_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -125,13 +125,7 @@ def test_the_shares_of_all_processes_make_the_weighted_mean(processes, size):
     for rows in (np.array([4, 0, 3, 1]), np.array([2])):
         gradient = 0.0
         for rank in range(processes):
-            accelerator = SimpleNamespace(process_index=rank, num_processes=processes)
-            parts = SimpleNamespace(
-                accelerator=accelerator,
-                sizes=SimpleNamespace(weight=weight),
-                config=SimpleNamespace(per_device_batch_size=size),
-            )
-            micro_batches = list(Run.micro_batches(parts, rows))
+            micro_batches = list(shares(divided(rows, size, processes), rank, weight))
             assert [is_last for _, _, is_last in micro_batches] == [False] * (len(micro_batches) - 1) + [True]
             mine = sum(np.average(losses[micro], weights=weight[micro]) * share for micro, share, _ in micro_batches)
             gradient += mine / processes  # as DDP has it
@@ -233,11 +227,14 @@ def test_losses_that_sort_the_batch_take_no_weights(tmp_path, tokenizer, loss):
 def test_tokens_without_weight_are_no_labels(tmp_path, tokenizer):
     rows = weighted_rows(tokenizer, 3)
     _, pairs, _ = load_data(config(write_rows(tmp_path / "pairs.jsonl", rows), tokenizer, eval_fraction=0))
-    sizes = Sizes.of(pairs)
-    for number, example in enumerate(pairs):
+    sizes, labelled = Sizes.of(pairs), {"chosen": [], "rejected": []}
+    for example in pairs:
         for key in ("chosen", "rejected"):
             weights = torch.tensor(example[f"{key}_token_weights"])
-            assert getattr(sizes, key)[number] == (weights != 0).sum() and len(weights) == len(example[f"{key}_ids"])
+            labelled[key].append(int((weights != 0).sum()))
+            assert len(weights) == len(example[f"{key}_ids"])
+    assert sizes.chosen.tolist() == labelled["chosen"]
+    assert sizes.labelled.tolist() == [a + b for a, b in zip(*labelled.values(), strict=True)]
     assert sizes.chosen[0] == len(pairs[0]["chosen_ids"]) - 1 and sizes.chosen[1] == len(pairs[1]["chosen_ids"])
     assert sizes.mean_chosen_length() == pytest.approx(np.average(sizes.chosen, weights=[0.5, 3, 1]))
     assert sizes.mean_chosen_length(np.array([1])) == sizes.chosen[1]

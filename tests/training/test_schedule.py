@@ -1,0 +1,134 @@
+"""Which examples a step takes: batches of so many, or of so many tokens."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+pytest.importorskip("datasets")
+from datasets import Dataset
+
+from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.schedule import ByTokens, Schedule, filled, in_order
+from dpo_kernels.training.sizes import Lengths, Sizes
+
+BUDGET = 500
+WAYS = ["concatenated", "padding_free", "shared_prefix", "packed_shared_prefix"]
+
+
+def examples(count=400, seed=0):
+    draw = np.random.default_rng(seed)
+    rows = [
+        {name: [1] * int(draw.geometric(0.02) % 120 + 1) for name in ("prompt_ids", "chosen_ids", "rejected_ids")}
+        for _ in range(count)
+    ]
+    rows[7]["chosen_ids"] = [1] * (BUDGET + 1)
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return examples()
+
+
+def slots(rows, sizes):
+    """As the collators lay them out."""
+    if sizes.padded:
+        return sizes.longest[rows].max() * sizes.rows[rows].sum()
+    return sizes.tokens[rows].sum()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_sizes_are_those_of_batches(pairs, way):
+    from dpo_kernels.data import PackedCollator, PairCollator
+
+    packed, shared = way in ("padding_free", "packed_shared_prefix"), "shared" in way
+    collator = PairCollator(0) if way == "concatenated" else PackedCollator(0, packed=packed, shared_prefix=shared)
+    sizes, rows = Sizes.of(pairs, way), np.arange(3, 20)
+    batch = collator([pairs[int(row)] for row in rows])
+    assert batch["input_ids"].numel() == slots(rows, sizes)
+    assert batch["attention_mask"].sum() == sizes.tokens[rows].sum()
+    assert batch["num_labelled"] == sizes.labelled[rows].sum()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_an_epoch_takes_every_example_once_within_the_budget(pairs, way):
+    sizes = Sizes.of(pairs, way)
+    order = ByTokens(sizes, BUDGET, accumulation=2, processes=2, seed=3)
+    epochs = []
+    for epoch in range(2):
+        steps = [order.step(epoch, position) for position in range(order.steps(epoch))]
+        batches = [rows for step in steps for of_one in step for rows in of_one]
+        assert sorted(np.concatenate(batches)) == list(range(len(pairs)))
+        assert all(slots(rows, sizes) <= BUDGET or len(rows) == 1 for rows in batches)
+        assert all(len(of_one) == 2 for step in steps[:-1] for of_one in step)
+        assert [len(rows) for rows in batches if 7 in rows] == [1]
+        epochs.append([sorted(rows) for rows in batches])
+    assert epochs[0] != epochs[1]
+    again = ByTokens(sizes, BUDGET, accumulation=2, processes=2, seed=3)
+    assert str(again.step(1, 4)) == str(order.step(1, 4))  # of nothing but its number
+    other = ByTokens(sizes, BUDGET, accumulation=2, processes=2, seed=4)
+    assert str(other.step(1, 4)) != str(order.step(1, 4))
+
+
+def test_packed_batches_are_full(pairs):
+    """Of ten times the longest usual example, under 3 % are left, but for the last batch of a window."""
+    sizes, budget = Sizes.of(pairs, "packed_shared_prefix"), 3000
+    batches = filled(np.arange(len(pairs)), sizes, budget)
+    assert sum(budget - slots(rows, sizes) for rows in batches[:-1]) < 0.03 * budget * len(batches[:-1])
+
+
+def test_windows_are_a_part_of_the_order():
+    """What is far apart in the permutation comes in other batches, so that training goes through all the data."""
+    pairs = examples(3000, seed=1)
+    sizes = Sizes.of(pairs, "packed_shared_prefix")
+    order = ByTokens(sizes, BUDGET, accumulation=1, processes=1, seed=0)
+    place = np.empty(len(pairs))
+    place[np.random.default_rng([0, 0]).permutation(len(pairs))] = np.arange(len(pairs))
+    spans = [np.ptp(place[rows]) for rows in order._batches(0)]
+    assert max(spans) < 0.5 * len(pairs) and len(spans) > 500
+
+
+def test_steps_of_epochs_of_different_lengths():
+    counts = [3, 5, 2, 4]
+    order = SimpleNamespace(steps=counts.__getitem__, step=lambda epoch, position: (epoch, position))
+    schedule = Schedule(order, steps=14, warmup_steps=0)
+    found = [schedule.step(number) for number in range(14)]
+    assert found == [(epoch, position) for epoch, count in enumerate(counts) for position in range(count)]
+    assert [number for number in range(1, 14) if schedule.ends_epoch(number)] == [3, 8, 10]
+    assert [schedule.epoch(number) for number in (0, 3, 4, 8, 9)] == [0, 1, 1.2, 2, 2.5]
+
+
+def test_how_many_steps_there_are(pairs):
+    sizes = Sizes.of(pairs, "packed_shared_prefix")
+    config = TrainConfig(max_tokens_per_batch=BUDGET, gradient_accumulation_steps=3, epochs=2.5)
+    schedule = Schedule.of(config, sizes, processes=2)
+    counts = [schedule.order.steps(epoch) for epoch in range(3)]
+    assert schedule.steps == counts[0] + counts[1] + -(-counts[2] // 2)
+    assert Schedule.of(TrainConfig(max_tokens_per_batch=BUDGET, max_steps=7), sizes, processes=1).steps == 7
+
+
+@pytest.mark.parametrize("settings", [{"max_tokens_per_batch": BUDGET}, {}, {"per_device_eval_batch_size": 7}], ids=str)
+def test_an_evaluation_takes_every_example_once(pairs, settings):
+    sizes = Sizes.of(pairs, "packed_shared_prefix")
+    found = in_order(TrainConfig(**settings), sizes, processes=3)
+    assert sorted(np.concatenate([rows for of_one in found for rows in of_one])) == list(range(len(pairs)))
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_sizes_of_rankings():
+    rows = [
+        {"prompt_ids": [1, 2], "response_ids": [[3], [4, 5, 6], [7]], "pairs": [[0, 1], [0, 2], [1, 2]], "weight": 2.0},
+        {"prompt_ids": [9], "response_ids": [[8, 8], [8]], "pairs": [[1, 0]], "weight": 0.5},
+    ]
+    rankings = Dataset.from_list(rows)
+    lengths = Lengths.of(rankings)
+    assert lengths.pairs.tolist() == [[0, 1], [0, 2], [1, 2], [4, 3]]
+    assert lengths.numbers(np.array([1, 0])).tolist() == [3, 4, 0, 1, 2]
+    sizes = Sizes.of(rankings, "packed_shared_prefix")
+    assert sizes.tokens.tolist() == [7, 4] and sizes.labelled.tolist() == [5, 3] and sizes.pairs.tolist() == [3, 1]
+    assert sizes.chosen.tolist() == [pytest.approx(5 / 3), 1] and sizes.weight.tolist() == [6, 0.5]
+    assert sizes.mean_chosen_length() == pytest.approx((2 * 1 + 2 * 1 + 2 * 3 + 0.5 * 1) / 6.5)
+    assert Sizes.of(rankings, listwise=True).weight.tolist() == [2, 0.5]
+    padded = Sizes.of(rankings)
+    assert padded.tokens.tolist() == [11, 5] and padded.longest.tolist() == [5, 3] and padded.rows.tolist() == [3, 2]
