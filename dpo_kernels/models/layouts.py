@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from dpo_kernels.models.segments import ATTENTION, laid_out, register, windows_s
 
 # Two groups of a prompt and two responses each, in tokens.
 GROUPS = ((11, 7, 4), (5, 6, 9))
-# The largest difference of hidden states, as a part of their own size.
+# The largest difference of hidden states, and of gradients, as a part of their own size.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 KINDS = {"full_attention", "sliding_attention"}
 
@@ -23,8 +23,10 @@ KINDS = {"full_attention", "sliding_attention"}
 def use_layouts(model: Any) -> None:
     """Gives a model the attention that reads layouts, from now on.
 
-    Raises `ValueError`, with the model as it was, where hidden states come out differently from those of a padded
-    batch: of recurrent and convolutional layers, ALiBi, positions of its own, experts with a capacity.
+    It is asked once, forward and backward on a few tokens, on the device that the model is on.
+
+    Raises `ValueError`, with the model as it was, where hidden states or gradients come out differently from those of
+    a padded batch: of recurrent and convolutional layers, ALiBi, positions of its own, experts with a capacity.
     """
     own = unwrap(model)
     before = getattr(own.config, "_attn_implementation", None)
@@ -33,13 +35,17 @@ def use_layouts(model: Any) -> None:
         raise ValueError(
             f"{name_of(own)} has layers of {', '.join(sorted(kinds))}, which go through a row from slot to slot"
         )
-    expected = _hidden(model)
+    expected = _computed(model)
     register()
     try:
         own.set_attn_implementation(ATTENTION)
         with windows_seen() as windows:
-            found = _hidden(model, laid=True)
-        reason = _difference(own, found, expected) or _windows_missing(own, windows)
+            found = _computed(model, laid=True)
+        reason = (
+            _difference(own, "hidden states", found.hidden, expected.hidden)
+            or _difference(own, "gradients", found.gradients, expected.gradients)
+            or _windows_missing(own, windows)
+        )
     except Exception as error:  # of a model that takes no such input
         reason = f"{name_of(own)} raised {type(error).__name__}: {str(error).strip().partition(chr(10))[0][:200]}"
     if reason:
@@ -48,7 +54,7 @@ def use_layouts(model: Any) -> None:
         raise ValueError(reason)
 
 
-def _difference(model: Any, found: list[Tensor], expected: list[Tensor]) -> str:
+def _difference(model: Any, what: str, found: list[Tensor], expected: list[Tensor]) -> str:
     size = torch.cat([t.float().flatten() for t in expected]).abs().max().clamp(min=1e-30)
     worst = max(
         ((a.double() - b.double()).abs().max() / size.double()).item() for a, b in zip(found, expected, strict=True)
@@ -56,7 +62,7 @@ def _difference(model: Any, found: list[Tensor], expected: list[Tensor]) -> str:
     if worst <= TOLERANCES.get(expected[0].dtype, 0.1):
         return ""
     return (
-        f"{name_of(model)} computes other hidden states where responses share a prompt in one row: they differ by "
+        f"{name_of(model)} computes other {what} where responses share a prompt in one row: they differ by "
         f"{worst:.2g} of their size. It has something else than attention by positions: recurrent or convolutional "
         "layers, ALiBi, or positions of its own"
     )
@@ -76,23 +82,50 @@ def _windows_missing(model: Any, windows: list[int | None]) -> str:
     return f"{name_of(model)} has {expected} layers with a window of {window}, and says so to the attention of {seen}"
 
 
-@torch.no_grad()
-def _hidden(model: Any, laid: bool = False) -> list[Tensor]:
-    """Of each response of the groups, of the token before it on: from one row, or from padded rows of their own."""
+class _Computed(NamedTuple):
+    hidden: list[Tensor]  # of each response of the groups, from the token before it on
+    gradients: list[Tensor]  # of the embeddings of each prompt and each response
+
+
+@torch.enable_grad()
+def _computed(model: Any, laid: bool = False) -> _Computed:
+    """From one row, or from padded rows of their own."""
     own = unwrap(model)
     device = own.get_input_embeddings().weight.device
     entries = min(own.get_input_embeddings().weight.shape[0], own.config.get_text_config(decoder=True).vocab_size)
     draw = torch.Generator().manual_seed(0)
     groups = [[torch.randint(entries, (size,), generator=draw) for size in sizes] for sizes in GROUPS]
-    head = LMHead(model)
-    with _evaluated(model):
+    head, embedded = LMHead(model), []
+
+    def leaf(module: Any, args: Any, output: Tensor) -> Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    def gradient(hidden: list[Tensor]) -> Tensor:
+        direction = torch.linspace(-1, 1, hidden[0].shape[-1], dtype=hidden[0].dtype, device=device)
+        (found,) = torch.autograd.grad(torch.cat([each @ direction for each in hidden]).sum(), embedded[:1])
+        return found
+
+    with ExitStack() as stack:
+        stack.enter_context(_evaluated(model))
+        stack.callback(own.get_input_embeddings().register_forward_hook(leaf).remove)
         if not laid:
             rows = [torch.cat([prompt, response]) for prompt, *responses in groups for response in responses]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
             mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
             hidden, _ = head.hidden_states(input_ids=ids, attention_mask=mask)
             prompts = [len(prompt) for prompt, *responses in groups for _ in responses]
-            return [hidden[n, before - 1 : len(row)] for n, (row, before) in enumerate(zip(rows, prompts, strict=True))]
+            found = [hidden[n, p - 1 : len(row)] for n, (row, p) in enumerate(zip(rows, prompts, strict=True))]
+            of_rows = iter(gradient(found))
+            gradients = []
+            for prompt, *responses in groups:
+                own_rows = [next(of_rows) for _ in responses]
+                gradients.append(torch.stack([row[: len(prompt)] for row in own_rows]).sum(0))
+                gradients += [
+                    row[len(prompt) : len(prompt) + len(response)]
+                    for row, response in zip(own_rows, responses, strict=True)
+                ]
+            return _Computed([each.detach() for each in found], gradients)
         ids = torch.cat([segment for group in groups for segment in group])[None].to(device)
         layout: list[tuple[int, int, int, int]] = []
         places, begin = [], 0
@@ -109,7 +142,9 @@ def _hidden(model: Any, laid: bool = False) -> list[Tensor]:
         fields = torch.tensor(layout, dtype=torch.int32, device=device)[None, None]
         with laid_out(fields):
             hidden, _ = head.hidden_states(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions)
-        return [hidden[0, place] for place in places]
+        found = [hidden[0, place] for place in places]
+        of_segments = gradient(found)[0].split([len(segment) for group in groups for segment in group])
+        return _Computed([each.detach() for each in found], list(of_segments))
 
 
 @contextmanager

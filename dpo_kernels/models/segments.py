@@ -120,7 +120,7 @@ def _in_blocks(
                 prompts[segment.begin] = k, v
             else:
                 k_prompt, v_prompt = prompts[segment.prompt[0]]
-                k, v = torch.cat([k_prompt, k], dim=2), torch.cat([v_prompt, v], dim=2)
+                k, v = _joined(k_prompt, k), _joined(v_prompt, v)
             fused = softcap is None and s_aux is None
             mask = known.mask(segment, window, q.dtype, always=not fused)
             if mask is None:
@@ -131,6 +131,10 @@ def _in_blocks(
                 found.append(_attend(q, k, v, mask, scale, dropout, softcap, s_aux))
         rows.append(torch.cat(found, dim=2))
     return torch.cat(rows).transpose(1, 2).contiguous()
+
+
+def _joined(prompt: Tensor, own: Tensor) -> Tensor:
+    return torch.cat([prompt, own], dim=2)
 
 
 def _additive(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor:

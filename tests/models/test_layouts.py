@@ -12,7 +12,7 @@ import transformers
 from heads import VOCAB, build
 
 from dpo_kernels.data import PackedCollator, PairCollator
-from dpo_kernels.models import LMHead
+from dpo_kernels.models import LMHead, segments
 from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.models.segments import ATTENTION, attention_forward, block_mask, hidden_of_responses, laid_out, sees
 from dpo_kernels.training.policy import disable_dropout
@@ -89,7 +89,9 @@ def loss_and_gradients(model, batch, **options):
         hidden = hidden_of_responses(hidden, batch["predictors"])
     ref_logps = torch.linspace(-40, -20, len(batch["labels"]))
     options |= {"shift": "layout" not in batch, "num_labelled": batch["num_labelled"]}
-    options |= {name: batch[name] for name in ("token_weights", "pair_weights") if name in batch}
+    options |= {name: batch[name] for name in ("token_weights", "pair_weights", "pairs") if name in batch}
+    if options.get("loss_type") == "plackett_luce":
+        options["pair_weights"] = batch["group_weights"]
     out = head.dpo_loss(hidden, batch["labels"], ref_logps, **options)
     out.loss.backward()
     return out, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -116,6 +118,24 @@ def test_loss_and_gradients_are_those_of_the_padded_batch(name, way):
     expected = loss_and_gradients(model, PairCollator(0)(examples))
     use_layouts(model)
     assert_equal(loss_and_gradients(model, PackedCollator(0, **WAYS[way])(examples)), expected)
+
+
+@pytest.mark.parametrize("loss_type", ["sigmoid", "plackett_luce"])
+@pytest.mark.parametrize("seed", range(6))
+def test_of_rankings_of_any_lengths(seed, loss_type):
+    """From 2 to 7 responses of a prompt, all their pairs or the best against each."""
+    draw = random.Random(200 + seed)
+    model = model_of(draw.choice(["mistral", "gemma3", "qwen2"]))
+    examples = []
+    for number, count in enumerate([2 + seed, draw.randint(2, 7), 7 - seed]):
+        tokens = [[draw.randrange(1, 97) for _ in range(draw.randint(n > 0, 14))] for n in range(count + 1)]
+        best = range(count) if draw.random() < 0.5 else range(1)
+        found = [[i, j] for i in best for j in range(i + 1, count)]
+        examples.append({"prompt_ids": tokens[0], "response_ids": tokens[1:], "pairs": found, "weight": 1.0 + number})
+    expected = loss_and_gradients(model, PairCollator(0)(examples), loss_type=loss_type)
+    use_layouts(model)
+    for way in WAYS.values():
+        assert_equal(loss_and_gradients(model, PackedCollator(0, **way)(examples), loss_type=loss_type), expected)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -215,6 +235,14 @@ def test_a_window_that_the_attention_is_not_told_of_is_refused():
     model.config.sliding_window = 4096
     with pytest.raises(ValueError, match="has 2 layers with a window of 4096, and says so to the attention of 0"):
         use_layouts(model)
+
+
+def test_other_gradients_are_noticed(monkeypatch):
+    """Of a prompt that responses see and do not teach."""
+    joined = segments._joined
+    monkeypatch.setattr(segments, "_joined", lambda prompt, own: joined(prompt.detach(), own))
+    with pytest.raises(ValueError, match="computes other gradients"):
+        use_layouts(model_of("llama"))
 
 
 def test_positions_of_its_own_are_noticed(monkeypatch):
