@@ -164,7 +164,7 @@ def comparisons_of(pairs: object, sequences: int, device: torch.device, argument
 
 def checked_pairs(pairs: object, sequences: int) -> list[Pair]:
     """`pairs` as numbers, which name every one of so many sequences. Raises `ValueError`."""
-    expected = f"pairs: expected pairs (chosen, rejected) of sequences 0 to {sequences - 1}"
+    expected = f"pairs: expected pairs (chosen, rejected) of two different sequences from 0 to {sequences - 1}"
     given = pairs.tolist() if isinstance(pairs, Tensor) and not pairs.is_floating_point() else pairs
     found: list[Pair] = []
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
@@ -175,7 +175,7 @@ def checked_pairs(pairs: object, sequences: int) -> list[Pair]:
         except (TypeError, ValueError):
             raise ValueError(f"{expected}, got {pair!r:.80} as pair {n}") from None
         if chosen == rejected or not (0 <= chosen < sequences and 0 <= rejected < sequences):
-            raise ValueError(f"{expected}, which differ, got {(chosen, rejected)} as pair {n}")
+            raise ValueError(f"{expected}, got {(chosen, rejected)} as pair {n}")
         found.append((chosen, rejected))
     if missing := set(range(sequences)).difference(*found):
         raise ValueError(f"pairs: expected every sequence in some pair, got none with sequence {min(missing)}")

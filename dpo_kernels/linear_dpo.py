@@ -18,6 +18,7 @@ from dpo_kernels.logps import (
     check_linear_inputs,
     check_num_labelled,
     check_numbers,
+    check_predictors,
     check_stats,
     check_switches,
     check_transform,
@@ -51,7 +52,7 @@ from dpo_kernels.options import (
     is_at_hand,
 )
 from dpo_kernels.pair_groups import Group, group_major, plan_groups
-from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows
+from dpo_kernels.rows import ScatterRows, check_finite, labelled_rows, rows_of
 
 DEFAULT_CHUNK_BYTES = 2**30
 DIFFERENTIABLE = frozenset(get_args(Differentiable))
@@ -138,6 +139,7 @@ def linear_dpo_loss(
     num_labelled: int | None = None,
     chunk_bytes: int | None = None,
     check_hidden: bool = True,
+    predictors: Tensor | None = None,
     impl: Impl = "auto",
 ) -> LinearDPOOutput:
     """DPO loss of hidden states and the labels that they predict: aligned, not shifted, unless `shift` says so.
@@ -158,13 +160,13 @@ def linear_dpo_loss(
 
     Args:
         hidden: [S, T, H] floating point; rows 0..B-1 chosen, B..2B-1 rejected, unless `pairs` says otherwise.
-            hidden[s, t] predicts labels[s, t].
+            hidden[s, t] predicts labels[s, t], or what lies where `predictors` say.
         weight: [V, H], same dtype as `hidden` (any under autocast).
         labels: [S, T] integers in [0, V), or `ignore_index` on prompt and padding.
         ref_logps: [S] log-probabilities of the same responses under the reference model, in nats; with `ld_alpha` or
             `token_weights`, weighted alike. For no reference, zeros.
-        bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, check_hidden, impl: as
-            in `linear_sequence_logps`.
+        bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, check_hidden, predictors,
+            impl: as in `linear_sequence_logps`.
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha: as in
             `dpo_loss`.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).
@@ -196,16 +198,17 @@ def linear_dpo_loss(
         RuntimeError: a transform of `torch.func`; in the backward, a gradient that this call does not have.
     """
     refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
-    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors)
     check_num_labelled(num_labelled)
     check_stats(stats)
     check_differentiable(differentiable)
     check_switches(ignore_index, shift=shift, use_weighting=use_weighting, check_hidden=check_hidden)
-    comparisons = comparisons_of(pairs, hidden.shape[0], hidden.device)
-    _check_reference(hidden, ref_logps)
+    check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
+    comparisons = comparisons_of(pairs, labels.shape[0], hidden.device)
+    _check_reference(labels, ref_logps)
     check_chunk_bytes(chunk_bytes)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
-    check_weights("lengths", lengths, hidden, (hidden.shape[0],))
+    check_weights("lengths", lengths, hidden, (labels.shape[0],))
     options = _LossOptions(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha, ld_alpha,
         use_weighting, mean_chosen_length, ignore_index, tuple(stats),
@@ -252,7 +255,7 @@ def linear_dpo_loss(
         groups = plan_groups(rows, comparisons, weight, dtype, budget, family, dweight=weight.requires_grad)
         if groups is not None:
             rows = group_major(rows, comparisons)
-            x = GatherRows.apply(hidden, *rows)
+            x = rows_of(hidden, rows, predictors)
             if check_hidden:
                 check_finite(x.detach(), rows, waits)
             grouped = _Grouped(rows, given, groups, transform, compute_dtype, options, family)
@@ -271,6 +274,7 @@ def linear_dpo_loss(
         stats=options.stats,
         num_labelled=num_labelled,
         check_hidden=check_hidden,
+        predictors=predictors,
         impl=impl,
     )
     for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
@@ -349,8 +353,8 @@ def _check_comparisons(comparisons: Comparisons, options: _LossOptions) -> None:
         )
 
 
-def _check_reference(hidden: Tensor, ref_logps: Tensor) -> None:
-    sequences = hidden.shape[0]
+def _check_reference(labels: Tensor, ref_logps: Tensor) -> None:
+    sequences = labels.shape[0]
     if not isinstance(ref_logps, Tensor):
         hint = "; without a reference, zeros" if ref_logps is None else ""
         raise ValueError(f"ref_logps: expected a tensor [{sequences}], got {type(ref_logps).__name__}{hint}")
@@ -358,8 +362,8 @@ def _check_reference(hidden: Tensor, ref_logps: Tensor) -> None:
         raise ValueError(f"ref_logps: expected shape [{sequences}], got {tuple(ref_logps.shape)}")
     if not ref_logps.is_floating_point():
         raise ValueError(f"ref_logps: expected a floating point dtype, got {ref_logps.dtype}")
-    if ref_logps.device != hidden.device:
-        raise ValueError(f"ref_logps: expected device {hidden.device}, that of hidden, got {ref_logps.device}")
+    if ref_logps.device != labels.device:
+        raise ValueError(f"ref_logps: expected device {labels.device}, that of hidden, got {ref_logps.device}")
 
 
 def check_weights(name: str, weights: Tensor | None, hidden: Tensor, shape: tuple[int, ...]) -> None:

@@ -18,11 +18,17 @@ from dpo_kernels.linear_dpo import (
     response_logps,
     takes_groups,
 )
-from dpo_kernels.logps import SequenceLogps, check_linear_inputs, check_num_labelled, linear_compute_dtype
+from dpo_kernels.logps import (
+    SequenceLogps,
+    check_linear_inputs,
+    check_num_labelled,
+    check_predictors,
+    linear_compute_dtype,
+)
 from dpo_kernels.losses import loss_names
 from dpo_kernels.options import Impl, LossType
 from dpo_kernels.pair_groups import group_major, plan_groups
-from dpo_kernels.rows import check_finite, labelled_rows
+from dpo_kernels.rows import check_finite, labelled_rows, rows_of
 
 GRADIENTS = ("hidden", "weight", "bias")
 
@@ -47,6 +53,7 @@ def linear_reference_logps(
     num_labelled: int | None = None,
     chunk_bytes: int | None = None,
     check_hidden: bool = True,
+    predictors: Tensor | None = None,
     impl: Impl = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of S responses under a reference that is scored in the same step as the policy, without a
@@ -63,13 +70,14 @@ def linear_reference_logps(
         gradients: of which of "hidden", "weight", "bias" the policy's call forms a gradient; none where that is
             evaluated only. Where no gradient of the head is, sequences need not be pairs.
         ld_alpha, token_weights, loss_type, pairs, chunk_bytes: what the policy's call is given.
-        bias, logit_scale, softcap, temperature, ignore_index, shift, num_labelled, check_hidden, impl: as in
-            `linear_sequence_logps`.
+        bias, logit_scale, softcap, temperature, ignore_index, shift, num_labelled, check_hidden, predictors, impl: as
+            in `linear_sequence_logps`.
 
     Raises:
         ValueError: as in `linear_sequence_logps`, or an unknown name in `gradients`.
     """
-    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors)
+    check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
     check_num_labelled(num_labelled)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
     if isinstance(gradients, str) or not set(gradients) <= set(GRADIENTS):
@@ -86,7 +94,7 @@ def linear_reference_logps(
     of_head, dweight = {"weight", "bias"}.intersection(gradients), "weight" in gradients
     comparisons = None
     if of_head or ld_alpha is not None or pairs is not None:
-        comparisons = comparisons_of(pairs, hidden.shape[0], hidden.device)
+        comparisons = comparisons_of(pairs, labels.shape[0], hidden.device)
     in_b = bool(gradients) and not of_head
     family = choose(impl, hidden.device, "D" if of_head else "B" if in_b else "A", compute_dtype, *weight.shape)
     if comparisons and of_head and takes_groups(names, (compute_dtype, weight.dtype, hidden.dtype)):
@@ -97,7 +105,7 @@ def linear_reference_logps(
     if groups is not None:
         assert comparisons is not None
         rows = group_major(rows, comparisons)
-    x, y = hidden[rows.sequence, rows.position], labels[rows.sequence, rows.position]
+    x, y = rows_of(hidden, rows, predictors), labels[rows.sequence, rows.position]
     if check_hidden:
         check_finite(x, rows, waits)
     operands = load(family), x, weight, bias, y, transform

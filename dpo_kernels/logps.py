@@ -13,7 +13,7 @@ from dpo_kernels import ops
 from dpo_kernels.dispatch import check_runs, choose
 from dpo_kernels.impl.interface import STATS
 from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
-from dpo_kernels.rows import GatherRows, ScatterRows, check_finite, labelled_rows, shift_labels
+from dpo_kernels.rows import ScatterRows, check_finite, labelled_rows, rows_of, shift_labels
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NUMBERS = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -51,6 +51,7 @@ def linear_sequence_logps(
     stats: Sequence[Stat] = (),
     num_labelled: int | None = None,
     check_hidden: bool = True,
+    predictors: Tensor | None = None,
     impl: Impl = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of hidden states' labels, aligned with what predicts them, not shifted, unless `shift` says so.
@@ -90,6 +91,9 @@ def linear_sequence_logps(
             log-probabilities that are not.
         check_hidden: False: hidden states or a head that are not finite give log-probabilities that are not, and no
             error.
+        predictors: [S, T] int64, where hidden states [R, U, H] do not lie as labels do, such as in packed rows: the
+            place in their flat [R U] of what predicts labels[s, t]. Several labels may have the same one, of which no
+            copy is made but that of labelled rows. Without `shift`; anything where there is no label.
         impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.
 
     Raises:
@@ -99,8 +103,9 @@ def linear_sequence_logps(
         RuntimeError: a transform of `torch.func`.
     """
     refuse_transforms(hidden, weight, bias, labels, token_weights)
-    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature)
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
+    check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
     check_runs(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
@@ -113,13 +118,15 @@ def linear_sequence_logps(
 
     if torch.compiler.is_compiling():
         known = ops.UNKNOWN if num_labelled is None else num_labelled
+        if predictors is not None:
+            hidden = hidden.flatten(0, 1)[predictors.masked_fill(labels == ignore_index, 0)]
         token_logps, _, values, _ = ops.linear_token_logps(
             hidden, weight, labels, *options, known, compute_dtype, list(stats), with_dhidden, family
         )
     else:
         # Rows are compacted out here where their number may decide shapes: only [N, H] is saved for the backward.
         rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
-        x, y = GatherRows.apply(hidden, *rows), labels[rows.sequence, rows.position]
+        x, y = rows_of(hidden, rows, predictors), labels[rows.sequence, rows.position]
         if check_hidden:
             check_finite(x.detach(), rows, waits=num_labelled is None)
         row_logps, _, row_values, _ = ops.linear_token_logps(
@@ -251,15 +258,19 @@ def linear_compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def check_labels(scores: Tensor, labels: Tensor, name: str, shape: str) -> None:
-    """`scores` (hidden states or logits) and `labels` fit each other."""
+def check_labels(scores: Tensor, labels: Tensor, name: str, shape: str, predictors: Tensor | None = None) -> None:
+    """`scores` (hidden states or logits) and `labels` fit each other, or the latter fit `predictors`."""
     _check_tensor(name, scores)
     _check_tensor("labels", labels)
     if scores.dim() != 3:
         raise ValueError(f"{name}: expected shape {shape}, got {tuple(scores.shape)}")
     if scores.dtype not in DTYPES:
         raise ValueError(f"{name}: expected float64, float32, bfloat16 or float16, got {scores.dtype}")
-    if labels.shape != scores.shape[:2]:
+    if predictors is not None:
+        if labels.dim() != 2:
+            raise ValueError(f"labels: expected shape [S, T], got {tuple(labels.shape)}")
+        check_numbers("predictors", predictors, scores, tuple(labels.shape))
+    elif labels.shape != scores.shape[:2]:
         raise ValueError(f"labels: expected shape {tuple(scores.shape[:2])} to fit {name}, got {tuple(labels.shape)}")
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise ValueError(f"labels: expected an integer dtype, got {labels.dtype}")
@@ -275,9 +286,10 @@ def check_linear_inputs(
     logit_scale: float,
     softcap: float | None,
     temperature: float,
+    predictors: Tensor | None = None,
 ) -> None:
     """The arguments that every function over hidden states and a head has in common."""
-    check_labels(hidden, labels, "hidden", "[S, T, H]")
+    check_labels(hidden, labels, "hidden", "[S, T, H]", predictors)
     _check_tensor("weight", weight)
     if weight.dim() == 2 and weight.shape[1] != hidden.shape[2] == weight.shape[0]:
         raise ValueError(
@@ -302,6 +314,28 @@ def check_linear_inputs(
     if hidden.shape[2] == 0:
         raise ValueError("hidden: expected a hidden size of at least 1, got 0")
     check_transform(logit_scale, softcap, temperature)
+
+
+def check_predictors(
+    hidden: Tensor, labels: Tensor, predictors: Tensor | None, ignore_index: int, shift: bool, waits: bool
+) -> None:
+    """Whether they are places of hidden states; on a CUDA device that is not to be waited for, by an assertion."""
+    if predictors is None:
+        return
+    if shift:
+        raise ValueError("shift: expected False beside predictors, which say what predicts each label, got True")
+    if predictors.dtype != torch.int64:
+        raise ValueError(f"predictors: expected int64, got {predictors.dtype}")
+    places = hidden.shape[0] * hidden.shape[1]
+    outside = ((predictors < 0) | (predictors >= places)) & (labels != ignore_index)
+    if torch.compiler.is_compiling() or (predictors.device.type == "cuda" and not waits):
+        torch._assert_async(~outside.any(), "predictors: a place outside the hidden states")
+    elif outside.any():
+        s, t = torch.nonzero(outside)[0].tolist()
+        raise ValueError(
+            f"predictors: expected places of hidden states, 0 to {places - 1}, got {predictors[s, t].item()} for "
+            f"sequence {s}, position {t}"
+        )
 
 
 def check_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:

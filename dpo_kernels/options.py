@@ -32,6 +32,7 @@ class LogpsOptions(TypedDict, total=False):
     stats: Sequence[Stat]
     num_labelled: int | None
     check_hidden: bool
+    predictors: Tensor | None
     impl: Impl
 
 
@@ -76,6 +77,7 @@ class LinearDPOOptions(PreferenceOptions, total=False):
     ignore_index: int
     stats: Sequence[Stat]
     check_hidden: bool
+    predictors: Tensor | None
 
 
 Parameters = ParamSpec("Parameters")

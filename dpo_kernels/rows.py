@@ -92,6 +92,35 @@ class GatherRows(torch.autograd.Function):
         return dhidden, None, None
 
 
+class GatherSlots(torch.autograd.Function):
+    """hidden [R, T, H] to the rows [N, H] in slots [N] of its flat [R T]. A slot may be taken several times, as that of
+    a prompt's end by all responses to it: the backward adds, in a fixed order."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, slots: Tensor) -> Tensor:
+        ctx.save_for_backward(slots)
+        ctx.shape = hidden.shape
+        return hidden.reshape(-1, hidden.shape[-1])[slots]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (slots,) = ctx.saved_tensors
+        dhidden = grads[0].new_zeros(ctx.shape)
+        flat = dhidden.view(-1, ctx.shape[-1])
+        if flat.device.type == "cpu":  # index_put_ takes one number after the other there
+            flat.index_add_(0, slots, grads[0])
+        else:  # index_add_ adds in any order elsewhere
+            flat.index_put_((slots,), grads[0], accumulate=True)
+        return dhidden, None
+
+
+def rows_of(hidden: Tensor, rows: Rows, predictors: Tensor | None) -> Tensor:
+    """[N, H] what predicts the labels at `rows`: hidden states [S, T, H] there, or what lies where `predictors` say."""
+    if predictors is None:
+        return GatherRows.apply(hidden, *rows)
+    return GatherSlots.apply(hidden, predictors[rows.sequence, rows.position])
+
+
 class ScatterRows(torch.autograd.Function):
     """One value a labelled row [N] to [S, T], 0 elsewhere."""
 

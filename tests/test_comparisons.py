@@ -219,7 +219,7 @@ def test_a_sequence_costs_its_rows_once(monkeypatch):
 @pytest.mark.parametrize(
     "pairs, message",
     [
-        ([], r"pairs: expected pairs \(chosen, rejected\) of sequences 0 to 8, got \[\]"),
+        ([], r"pairs: expected pairs \(chosen, rejected\) of two different sequences from 0 to 8, got \[\]"),
         ("0 1", "pairs: expected pairs"),
         (3, "pairs: expected pairs"),
         (torch.ones(3, 2), "pairs: expected pairs"),
@@ -228,7 +228,7 @@ def test_a_sequence_costs_its_rows_once(monkeypatch):
         ([(0, 1.5)], r"got \(0, 1.5\) as pair 0"),
         ([(0, 1), (1, 9)], r"got \(1, 9\) as pair 1"),
         ([(-1, 1)], r"got \(-1, 1\) as pair 0"),
-        ([(2, 2)], "which differ"),
+        ([(2, 2)], r"of two different sequences from 0 to 8, got \(2, 2\) as pair 0"),
         (PAIRS[:-1], "expected every sequence in some pair, got none with sequence 7"),
     ],
 )
