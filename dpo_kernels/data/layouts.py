@@ -8,6 +8,8 @@ A converted row has the keys
     weight                     how much the pair counts, at least 0, or None
     chosen_token_weights, rejected_token_weights   a number of at least 0 for each token of a response, or None
     altered                    reasons for which the row was changed or looks odd
+    group, members             the name of the ranking that the pair is of, and its places [chosen, rejected] among the
+                               ranking's answers from best to worst; None where a ranking is one pair, or there is none
 """
 
 from __future__ import annotations
@@ -15,27 +17,30 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
+from dpo_kernels.data import ranked
 from dpo_kernels.data.messages import (
     LOOKS_LIKE_MESSAGES,
-    Message,
     Messages,
-    canonical_role,
+    field,
     is_blank,
-    is_null,
     is_transcript,
+    located,
     number,
     parse_text_or_messages,
     records,
     says_nothing,
+    several_responses,
     text,
     tools,
     transcript,
     weight,
 )
+from dpo_kernels.data.ranked import RANKED_PAIRS as RANKED_PAIRS
+from dpo_kernels.data.ranked import Row
 from dpo_kernels.data.shared_text import split_shared_text
 from dpo_kernels.data.structured_text import from_json
 from dpo_kernels.data.turns import (
@@ -48,9 +53,6 @@ from dpo_kernels.data.turns import (
     without_repeated_text,
 )
 
-Row = dict[str, Any]
-
-RANKED_PAIRS = ("best_vs_worst", "best_vs_each")
 EMPTY_RESPONSE = ("error", "drop")
 
 OTHER_TOOLS = "lists of tools that differ were given: the first kept"  # noticed about a row
@@ -60,13 +62,16 @@ KNOWN_LAYOUTS = """\
                                                  UltraFeedback binarized
   chosen, rejected                               prompt implicit: shared first turns, HH-RLHF transcripts, or text
   prompt, answers                                Nectar: answers is a list of {answer, rank}
+  instruction, completions                       UltraFeedback as published: completions is a list of {response,
+                                                 fine-grained_score or overall_score}; the higher, the better
   message_id, parent_id, text, role, rank        OpenAssistant: a tree of messages with ranked replies
   input, preferred_output, non_preferred_output  OpenAI and Azure: input is {messages, tools}
   conversations, chosen, rejected                LLaMA-Factory sharegpt ranking: messages are {from, value}
   instruction, [input], chosen, rejected         LLaMA-Factory alpaca ranking, [history]; question may stand for
                                                  instruction
-Messages, tools and tool calls may be JSON text. In each but OpenAssistant: [system], [tools], [weight],
-[chosen_token_weights], [rejected_token_weights]"""
+The column rejected may hold a list of several responses, each text or messages.
+Messages, tools and tool calls may be JSON text. In each but OpenAssistant: [system], [tools], [weight]; in those
+without ranks also [chosen_token_weights], [rejected_token_weights]"""
 
 # Columns by which layouts are told apart; the first that has its columns is taken
 _REQUIRED = (
@@ -76,13 +81,17 @@ _REQUIRED = (
     ("alpaca", ("instruction", "chosen", "rejected")),
     ("alpaca", ("question", "chosen", "rejected")),
     ("nectar", ("prompt", "answers")),
+    ("ultrafeedback", ("instruction", "completions")),
     ("openassistant", ("message_id", "parent_id", "text", "role", "rank")),
     ("implicit", ("chosen", "rejected")),
 )
 _TOKEN_WEIGHTS = ("chosen_token_weights", "rejected_token_weights")
+_WHERE_GIVEN = ("tools", "weight", *_TOKEN_WEIGHTS, "members")
 _OPTIONAL = {"alpaca": ("input", "history"), "openassistant": ("deleted",)}
 _OPTIONAL_IN_MOST = ("system", "tools", "weight", *_TOKEN_WEIGHTS)
-_NOT_IN = {"openassistant": _OPTIONAL_IN_MOST, "nectar": _TOKEN_WEIGHTS}
+_NOT_IN = {"openassistant": _OPTIONAL_IN_MOST, "nectar": _TOKEN_WEIGHTS, "ultrafeedback": _TOKEN_WEIGHTS}
+_WITH_REJECTED = {layout for layout, required in _REQUIRED if "rejected" in required}
+_SCORES = ("fine-grained_score", "overall_score")
 
 # Columns that would hold the prompt of a layout that is not known. With one of these beside chosen and rejected,
 # taking the prompt from what the two share would lose it without a word.
@@ -99,8 +108,9 @@ _TELLING = {
 
 
 def recognize(columns: Collection[str]) -> str:
-    """Name of the layout that has these columns: `"explicit"`, `"implicit"`, `"nectar"`, `"openassistant"`, `"openai"`,
-    `"sharegpt"` or `"alpaca"`. Further columns, such as scores, are not used: `unused` names them.
+    """Name of the layout that has these columns: `"explicit"`, `"implicit"`, `"nectar"`, `"ultrafeedback"`,
+    `"openassistant"`, `"openai"`, `"sharegpt"` or `"alpaca"`. Further columns, such as scores, are not used: `unused`
+    names them.
 
     Raises `ValueError` for unpaired data (KTO) and for anything else that is not known, showing the columns found, and
     those that would be a layout if they were written as it has them.
@@ -186,17 +196,22 @@ def convert(
     ranked_pairs: str = "best_vs_worst",
     empty_response: str = "error",
     conversational: bool = False,
+    tied: list[str] | None = None,
 ) -> Iterator[Row]:
     """Converts `(source, row)` pairs of a layout that `recognize` named, one at a time (OpenAssistant: all at once,
     since a reply may come before its prompt).
 
     Args:
-        ranked_pairs: for Nectar and OpenAssistant, `"best_vs_worst"` gives one pair a prompt, `"best_vs_each"` pairs
-            the best answer with every answer that is ranked below it.
+        ranked_pairs: for answers with ranks or scores, `"best_vs_worst"` gives one pair a prompt, `"best_vs_each"`
+            pairs the best answer with every answer that is ranked below it, `"all_pairs"` every answer with each that
+            is ranked below it. Of several rejected responses none is better than another: the first takes the last
+            one listed, the others take all.
         empty_response: `"error"`, or `"drop"` to let rows with an empty response through, for the tokenization to
             drop and count.
         conversational: make conversations of rows of plain text, too: for datasets with a system turn in some row
             (`has_system`).
+        tied: gets the sources of UltraFeedback's and OpenAssistant's rankings that give no pair, since all of their
+            answers have the same rank.
 
     Raises `ValueError` that begins with the row's source: a field that is missing, of another type than its layout
     has, or empty; a row of text among conversations, or a row without a weight among rows that have one, and the
@@ -206,31 +221,69 @@ def convert(
         raise ValueError(f"ranked_pairs: expected one of {RANKED_PAIRS}, got {ranked_pairs!r}")
     if empty_response not in EMPTY_RESPONSE:
         raise ValueError(f"empty_response: expected one of {EMPTY_RESPONSE}, got {empty_response!r}")
+    tied = [] if tied is None else tied
     if layout == "openassistant":
-        converted = _from_message_tree(rows, ranked_pairs)
+        converted = ranked.from_message_tree(rows, ranked_pairs, tied)
     else:
         converters: dict[str, Callable[[_Fields], list[Row]]] = {
             "explicit": _explicit,
             "implicit": _implicit,
             "nectar": partial(_nectar, ranked_pairs=ranked_pairs),
+            "ultrafeedback": partial(_ultrafeedback, ranked_pairs=ranked_pairs),
             "openai": _openai,
             "sharegpt": _sharegpt,
             "alpaca": _alpaca,
         }
-        converted = (
-            (source, pair)
-            for source, row in rows
-            for pair in _located(source, _pairs_of, row, converters[layout], conversational)
-        )
+        per_response = ranked_pairs if layout in _WITH_REJECTED else None
+        converted = _from_rows(rows, converters[layout], conversational, per_response, tied)
     first: Row = {}
     for source, pair in converted:
-        pair = {"source": source, "tools": None, "weight": None, **dict.fromkeys(_TOKEN_WEIGHTS), "altered": [], **pair}
+        group = source if "members" in pair else None
+        pair = {"source": source, **dict.fromkeys(_WHERE_GIVEN), "altered": [], "group": group, **pair}
         first = first or pair
         _check_alike(pair, first)
-        for field in ("chosen", "rejected"):
-            if empty_response == "error" and is_empty(pair[field]):
-                raise ValueError(f"{source}: the {field} response is empty")
+        for side in ("chosen", "rejected"):
+            if empty_response == "error" and is_empty(pair[side]):
+                raise ValueError(f"{source}: the {side} response is empty")
         yield pair
+
+
+def _from_rows(
+    rows: Iterable[tuple[str, Mapping[str, Any]]],
+    converter: Callable[[_Fields], list[Row]],
+    conversational: bool,
+    per_response: str | None,
+    tied: list[str],
+) -> Iterator[tuple[str, Row]]:
+    for source, row in rows:
+        parts = located(source, _one_rejected_each, row, per_response) if per_response else [(row, {})]
+        found = [
+            {**pair, **members}
+            for part, members in parts
+            for pair in located(source, _pairs_of, part, converter, conversational)
+        ]
+        if not found:
+            tied.append(source)
+        yield from ((source, pair) for pair in found)
+
+
+def _one_rejected_each(row: Mapping[str, Any], ranked_pairs: str) -> list[tuple[Mapping[str, Any], Row]]:
+    """A row for each of several rejected responses that make a pair, and the pair's members."""
+    responses = several_responses(row.get("rejected"))
+    if responses is None:
+        return [(row, {})]
+    weights = row.get("rejected_token_weights")
+    weights = [None] * len(responses) if is_blank(weights) else from_json(weights, "rejected_token_weights")
+    if not isinstance(weights, list | tuple) or len(weights) != len(responses):
+        raise ValueError(
+            "the field 'rejected_token_weights': expected a list for each of the rejected responses, "
+            f"{len(responses)}, got {weights!r:.80}"
+        )
+    places = ranked.pairs([(0, 0), *((1, place) for place in range(1, len(responses) + 1))], ranked_pairs)
+    return [
+        ({**row, "rejected": responses[place - 1], "rejected_token_weights": weights[place - 1]}, members)
+        for _, place, members in places
+    ]
 
 
 def _check_alike(pair: Row, first: Row) -> None:
@@ -253,20 +306,7 @@ def is_empty(response: str | Messages) -> bool:
     return all(map(says_nothing, turns))
 
 
-def _located(source: str, converter: Callable[..., Any], *args: Any) -> Any:
-    try:
-        return converter(*args)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-
-
 # Fields
-
-
-def _field(row: Mapping[str, Any], name: str) -> Any:
-    if is_null(row.get(name)):
-        raise ValueError(f"the field {name!r} is {'null' if name in row else 'missing'}")
-    return row[name]
 
 
 class _Fields:
@@ -284,7 +324,7 @@ class _Fields:
 
     def read(self, name: str) -> str | Messages:
         """Text or messages of a field that has to be there."""
-        return self.parsed(_field(self.row, name), name)
+        return self.parsed(field(self.row, name), name)
 
     def parsed(self, value: Any, name: str) -> str | Messages:
         parsed = parse_text_or_messages(value, name)
@@ -389,25 +429,45 @@ def _implicit(fields: _Fields) -> list[Row]:
 
 
 def _nectar(fields: _Fields, ranked_pairs: str) -> list[Row]:
-    prompt, answers = fields.read("prompt"), records(from_json(_field(fields.row, "answers"), "answers"))
-    answers = [from_json(answer, "answers") for answer in answers] if isinstance(answers, list | tuple) else answers
-    if not isinstance(answers, list) or not all(isinstance(answer, Mapping) for answer in answers):
-        raise ValueError(f"the field 'answers': expected a list of objects with answer and rank, got {answers!r:.80}")
-    ranked = [
-        (number(_field(answer, "rank"), "rank"), fields.parsed(_field(answer, "answer"), "answer"))
-        for answer in answers
+    prompt, answers = fields.read("prompt"), _objects(fields.row, "answers", "answer and rank")
+    by_rank = [
+        (number(field(answer, "rank"), "rank"), fields.parsed(field(answer, "answer"), "answer")) for answer in answers
     ]
-    if len({rank for rank, _ in ranked}) < 2:
-        raise ValueError(f"the field 'answers': expected two differently ranked answers or more, got {len(ranked)}")
-    return [_conversation(fields, prompt, best, worse) for best, worse in _pairs(ranked, ranked_pairs)]
+    if len({rank for rank, _ in by_rank}) < 2:
+        raise ValueError(f"the field 'answers': expected two differently ranked answers or more, got {len(by_rank)}")
+    return _ranked(fields, prompt, by_rank, ranked_pairs)
 
 
-def _pairs(ranked: list[tuple[float, Any]], ranked_pairs: str) -> list[tuple[Any, Any]]:
-    """(better, worse) of things with ranks, of which the smallest is the best; equal ranks make no pair."""
-    ranked = sorted(ranked, key=lambda item: item[0])
-    best_rank, best = ranked[0]
-    worse = [item for rank, item in ranked if rank > best_rank]
-    return [(best, item) for item in (worse if ranked_pairs == "best_vs_each" else worse[-1:])]
+def _ultrafeedback(fields: _Fields, ranked_pairs: str) -> list[Row]:
+    """The mean of the fine-grained scores decides, where all completions have it: the published overall score is 10 for
+    some that were found to deserve 1."""
+    instruction, completions = fields.read("instruction"), _objects(fields.row, "completions", "response and a score")
+    scored = [name for name in _SCORES if all(not is_blank(one.get(name)) for one in completions)]
+    if not scored:
+        raise ValueError(f"the field 'completions': expected one of {_SCORES} that each of them has, got none")
+    by_score = [
+        (-number(completion[scored[0]], scored[0]), fields.parsed(field(completion, "response"), "response"))
+        for completion in completions
+    ]
+    return _ranked(fields, instruction, by_score, ranked_pairs)
+
+
+def _objects(row: Mapping[str, Any], name: str, expected: str) -> list[Mapping[str, Any]]:
+    """The answers of a ranking."""
+    given = records(from_json(field(row, name), name))
+    found = [from_json(item, name) for item in given] if isinstance(given, list | tuple) else given
+    if not isinstance(found, list) or not all(isinstance(item, Mapping) for item in found):
+        raise ValueError(f"the field {name!r}: expected a list of objects with {expected}, got {found!r:.80}")
+    return found
+
+
+def _ranked(
+    fields: _Fields, prompt: str | Messages, answers: list[tuple[float, str | Messages]], ranked_pairs: str
+) -> list[Row]:
+    return [
+        {**_conversation(fields, prompt, better, worse), **members}
+        for better, worse, members in ranked.pairs(answers, ranked_pairs)
+    ]
 
 
 def _openai(fields: _Fields) -> list[Row]:
@@ -446,50 +506,3 @@ def _history(value: Any) -> Messages:
             {"role": "assistant", "content": text(exchange[1], "history")},
         ]
     return prompt
-
-
-def _from_message_tree(rows: Iterable[tuple[str, Mapping[str, Any]]], ranked_pairs: str) -> Iterator[tuple[str, Row]]:
-    """Pairs among an OpenAssistant message's ranked assistant replies; the prompt is the chain of its ancestors.
-
-    Deleted replies, and replies without a rank, are in no pair: they are not preferences. A pair's source is that of
-    the better reply.
-    """
-    messages: dict[Hashable, tuple[Message, Hashable]] = {}
-    replies: dict[Hashable, list[tuple[float, tuple[str, Message]]]] = {}
-    for source, row in rows:
-        name, parent, message, rank = _located(source, _tree_message, row)
-        if name in messages:
-            raise ValueError(f"{source}: the message_id {name!r} has been there before: expected each once")
-        messages[name] = (message, parent)
-        if message["role"] == "assistant" and parent is not None and rank is not None:
-            replies.setdefault(parent, []).append((rank, (source, message)))
-
-    for parent, ranked in replies.items():
-        for (source, better), (_, worse) in _pairs(ranked, ranked_pairs):
-            prompt: Messages = []
-            seen: set[Hashable] = set()
-            ancestor: Hashable = parent
-            while ancestor is not None:
-                if ancestor not in messages:
-                    raise ValueError(f"{source}: the message {ancestor!r}, which it answers, is not in the data")
-                if ancestor in seen:
-                    raise ValueError(f"{source}: the message {ancestor!r} is among its own ancestors (parent_id)")
-                seen.add(ancestor)
-                message, ancestor = messages[ancestor]
-                prompt.insert(0, message)
-            yield source, {"prompt": prompt, "chosen": [better], "rejected": [worse]}
-
-
-def _tree_message(row: Mapping[str, Any]) -> tuple[Hashable, Hashable, Message, float | None]:
-    """Id, parent's id, message, and the rank of one that is ranked and not deleted."""
-    for name in ("message_id", "parent_id"):
-        if not isinstance(row.get(name), Hashable):
-            raise ValueError(f"the field {name!r}: expected text or a number, got {row[name]!r:.80}")
-    parent = None if is_blank(row.get("parent_id")) else row["parent_id"]
-    role = canonical_role(text(_field(row, "role"), "role"))
-    message = {"role": role, "content": text(_field(row, "text"), "text")}
-    rank = None if is_blank(row.get("rank")) else number(row["rank"], "rank")
-    deleted = row.get("deleted")
-    if isinstance(deleted, str):
-        deleted = deleted.strip().lower() not in ("", "0", "false", "no")
-    return _field(row, "message_id"), parent, message, None if deleted and not is_null(deleted) else rank

@@ -10,16 +10,17 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, groupby, islice
-from numbers import Real
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import datasets
 import numpy as np
+import pyarrow as pa
 from datasets import Dataset, Features, Json, List, Value
 
 from dpo_kernels.data import files, formats, layouts, mixtures
 from dpo_kernels.data.batching import whole_number
+from dpo_kernels.data.splitting import split_train_eval as split_train_eval
 
 _ROWS_TO_RECOGNIZE = 100  # the first rows of a JSON file may lack optional fields
 _MARK = "Preference pairs in the form of dpo_kernels.data.load_preferences"  # a dataset's description
@@ -30,9 +31,13 @@ _WHERE_THERE_ARE_ANY = {
     "chosen_token_weights": List(Value("float64")),
     "rejected_token_weights": List(Value("float64")),
     "altered": List(Value("string")),
+    "group": Value("string"),
+    "members": List(Value("int64")),
 }
-_A_SEED = "a whole number of at least 0"
-_LATE = "late"  # unused columns that no row before has, while a dataset is made
+# Noticed while a dataset is made, and then taken out of it: unused columns that no row before has, rankings without a
+# pair. The last row has what comes after it, too.
+_LATE, _TIED = "late", "tied"
+_EXAMPLES = 5  # rankings without a pair that a warning names
 
 Name: TypeAlias = "str | os.PathLike[str] | Dataset"
 
@@ -66,18 +71,22 @@ def load_preferences(
             of them, 1.5 all of them and a random half once more, 0 none.
         seed: with the dataset's place in the list, what that random part follows from.
         max_rows: keep the first `max_rows` pairs, of each dataset.
-        ranked_pairs: how ranked answers become pairs, `"best_vs_worst"` or `"best_vs_each"`.
+        ranked_pairs: how ranked answers become pairs: `"best_vs_worst"`, `"best_vs_each"`, or `"all_pairs"`, each
+            answer with every one that is ranked below it. Of a list of rejected responses, which are all of one rank,
+            the first takes the last one, the others take all.
         empty_response: `"error"`, or `"drop"`, which leaves rows with an empty response to `tokenize_preferences` to
             drop and count.
         cache_dir: where `datasets` keeps the converted rows; default: its own cache directory.
 
     Returns a `Dataset` with the columns `prompt`, `chosen`, `rejected`, either all text or all lists of messages
     `{"role", "content", ...}`; `source`, which names file and row; and, where some row has them, `tools`, `weight` (of
-    the pair), `chosen_token_weights`, `rejected_token_weights` (lists of numbers) and `altered` (reasons for which a
-    row is not what the file has). Rows are converted once, then served from the cache while contents, path and options
-    stay the same; the fingerprint is the same in every process.
+    the pair), `chosen_token_weights`, `rejected_token_weights` (lists of numbers), `altered` (reasons for which a row
+    is not what the file has), and of pairs that share a ranking `group`, its name, and `members`, the places of chosen
+    and rejected among the ranking's answers from best to worst. Rows are converted once, then served from the cache
+    while contents, path and options stay the same; the fingerprint is the same in every process.
 
-    Warns of files in a directory that are left out, and of columns that are not used: one warning each.
+    Warns of files in a directory that are left out, of columns that are not used, and of rankings that give no pair:
+    one warning each.
 
     Raises `ValueError`: for columns of no known layout, or unpaired ones; naming file and row (counted from 1: the
     line of a JSON Lines file, the element of a JSON array, the record of a CSV file) for a broken line, a field
@@ -97,7 +106,7 @@ def load_preferences(
         except TypeError:
             raise ValueError(f"weights: expected a list, with a number for each dataset, got {weights!r:.80}") from None
     shares = mixtures.shares(weights, len(names))
-    seed = whole_number("seed", seed, _A_SEED, least=0)
+    seed = whole_number("seed", seed, "a whole number of at least 0", least=0)
     options = _Options(max_rows, ranked_pairs, empty_response, cache_dir)
     notes = _Notes()
     loaded: list[_Loaded | None] = []
@@ -162,9 +171,10 @@ class _Notes:
 
     files: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
+    tied: list[str] = field(default_factory=list)
 
     def warn(self) -> None:
-        for sentences in (self.files, self.unused):
+        for sentences in (self.files, self.unused, self.tied):
             if sentences:
                 warnings.warn("\n".join(sentences), stacklevel=3)
 
@@ -257,7 +267,19 @@ def _joined(loaded: Sequence[_Loaded | None], shares: Sequence[float], seed: int
     sizes = [(one.origin, len(one.dataset)) if one else ("", 0) for one in loaded]
     rows = mixtures.rows(sizes, shares, seed)
     fingerprint = digest_of([one.dataset._fingerprint for one in there], shares, seed)
-    return datasets.concatenate_datasets([one.dataset for one in there]).select(rows, new_fingerprint=fingerprint)
+    joined = _with_groups_apart([one.dataset for one in there])
+    return joined.select(rows, new_fingerprint=fingerprint)
+
+
+def _with_groups_apart(parts: Sequence[Dataset]) -> Dataset:
+    """Datasets one after the other; where several have rankings, the dataset's place is part of a ranking's name."""
+    joined = datasets.concatenate_datasets(list(parts))
+    if sum("group" in part.column_names for part in parts) < 2:
+        return joined
+    places = np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
+    groups = joined["group"][:]
+    named = [group and f"{place}: {group}" for place, group in zip(places, groups, strict=True)]
+    return joined.remove_columns("group").add_column("group", pa.array(named, pa.string()))
 
 
 # Conversion
@@ -315,13 +337,13 @@ def _converted(sources: Sequence[_Source], origin: str, options: _Options, notes
     said = [layouts.unused_note(layout, list(dict.fromkeys(columns))) for layout, columns in unused.items()]
     notes.unused.extend(f"{origin}: {note}" for note in said if note)
 
-    dataset = dataset.remove_columns(
-        [
-            name
-            for name in [*_WHERE_THERE_ARE_ANY, _LATE]
-            if name == _LATE or dataset.data.column(name).null_count == len(dataset)
-        ]
-    )
+    tied = list(chain.from_iterable(dataset.data.column(_TIED).drop_null().to_pylist()))
+    if tied:
+        some = ", ".join(map(repr, tied[:_EXAMPLES])) + ", ..." * (len(tied) > _EXAMPLES)
+        notes.tied.append(f"{origin}: {len(tied)} rankings have no two answers of different rank, and no pair ({some})")
+
+    without = [name for name in _WHERE_THERE_ARE_ANY if dataset.data.column(name).null_count == len(dataset)]
+    dataset = dataset.remove_columns([*without, _LATE, _TIED])
     dataset.info.description = _MARK
     return dataset
 
@@ -329,7 +351,7 @@ def _converted(sources: Sequence[_Source], origin: str, options: _Options, notes
 def _generated(
     sources: Sequence[_Source], origin: str, options: _Options, digest: str, conversational: bool
 ) -> Dataset:
-    rows = functools.partial(_normalized_rows, sources, options, conversational)
+    rows = functools.partial(_noted_rows, sources, options, conversational)
     first = next(rows(), None)
     if first is None:
         names = ", ".join(dict.fromkeys(repr(source.layout) for source in sources))
@@ -339,8 +361,8 @@ def _generated(
     features = {"source": Value("string"), **dict.fromkeys(_PARTS, part), **_WHERE_THERE_ARE_ANY}
     try:
         return Dataset.from_generator(
-            lambda: map(_as_json_text, islice(rows(), options.max_rows)),
-            features=Features({**features, _LATE: List(Value("string"))}),
+            lambda: map(_as_json_text, rows()),
+            features=Features({**features, _LATE: List(Value("string")), _TIED: List(Value("string"))}),
             cache_dir=options.cache_dir,
             fingerprint=digest_of(digest, conversational),
         )
@@ -352,10 +374,25 @@ def _generated(
         raise
 
 
-def _normalized_rows(sources: Sequence[_Source], options: _Options, conversational: bool) -> Iterator[layouts.Row]:
+def _noted_rows(sources: Sequence[_Source], options: _Options, conversational: bool) -> Iterator[layouts.Row]:
+    """The rows to keep, each with what was noticed on the way to it; the last with what was noticed after it, too."""
+    noted: dict[str, list[str]] = {_LATE: [], _TIED: []}
+    held: layouts.Row = {}
+    for row in islice(_normalized_rows(sources, options, conversational, **noted), options.max_rows):
+        if held:
+            yield held
+        held = {**row, **{name: found[:] for name, found in noted.items()}}
+        for found in noted.values():
+            found.clear()
+    if held:
+        yield {**held, **{name: held[name] + found for name, found in noted.items()}}
+
+
+def _normalized_rows(
+    sources: Sequence[_Source], options: _Options, conversational: bool, late: list[str], tied: list[str]
+) -> Iterator[layouts.Row]:
     """The rows of all sources, of one kind: plain text or conversations."""
     is_text: bool | None = None
-    late: list[str] = []
     # OpenAssistant's replies may have their prompt in another file; the rows of other layouts are complete in theirs.
     for _, group in groupby(sources, key=lambda source: source.layout == "openassistant" or source.origin):
         together = list(group)
@@ -365,6 +402,7 @@ def _normalized_rows(sources: Sequence[_Source], options: _Options, conversation
             ranked_pairs=options.ranked_pairs,
             empty_response=options.empty_response,
             conversational=conversational,
+            tied=tied,
         )
         for row in pairs:
             if is_text is None:
@@ -374,8 +412,7 @@ def _normalized_rows(sources: Sequence[_Source], options: _Options, conversation
                 raise ValueError(
                     f"{row['source']}: this row is {kinds[0]}, the rows of other files before it are {kinds[1]}"
                 )
-            yield {**row, _LATE: late[:]}
-            late.clear()
+            yield row
 
 
 def _watched(source: _Source, conversational: bool, late: list[str]) -> formats.RawRows:
@@ -419,7 +456,7 @@ def _as_json_text(row: layouts.Row) -> layouts.Row:
         return encoded
 
     stored = {**row, "tools": text(row["tools"]) if row["tools"] else None}
-    stored |= {name: row[name] or None for name in ("altered", _LATE)}
+    stored |= {name: row[name] or None for name in ("altered", _LATE, _TIED)}
     if isinstance(row["prompt"], list):
         stored |= {name: [text(message) for message in row[name]] for name in _PARTS}
     return stored
@@ -467,53 +504,3 @@ def digest_of(*parts: Any) -> str:
     """Fingerprint of what cached rows depend on: the same in every process, unlike a pickle's."""
     text = json.dumps([_code_digest(), *parts], sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-# Splitting
-
-
-def split_train_eval(
-    dataset: Dataset, *, eval_fraction: float | None = None, eval_rows: int | None = None, seed: int = 0
-) -> tuple[Dataset, Dataset]:
-    """Splits off held-out pairs: `(train, eval)`, the same for the same data and seed.
-
-    Pairs that share a prompt stay together, or the held-out accuracy would be measured on prompts that were trained
-    on. So `eval` has at least the wanted number of rows, and a few more where its last prompt has several pairs.
-
-    Args:
-        dataset: of `load_preferences` or of `tokenize_preferences`.
-        eval_fraction: share of the rows to hold out, above 0 and below 1; or
-        eval_rows: their number.
-
-    Raises `ValueError` unless exactly one of the two is given, and where nothing would be left to train on.
-    """
-    if not isinstance(dataset, Dataset):
-        raise ValueError(f"dataset: expected one split, a datasets.Dataset, got {type(dataset).__name__}")
-    if (eval_fraction is None) == (eval_rows is None):
-        raise ValueError(f"expected eval_fraction or eval_rows, got {eval_fraction=} and {eval_rows=}")
-    if eval_fraction is not None and not (isinstance(eval_fraction, Real) and 0 < eval_fraction < 1):
-        raise ValueError(f"eval_fraction: expected a number above 0 and below 1, got {eval_fraction!r}")
-    if eval_rows is not None:
-        expected = f"1 to {len(dataset) - 1} of {len(dataset)} rows"
-        eval_rows = whole_number("eval_rows", eval_rows, expected, least=1, most=len(dataset) - 1)
-    seed = whole_number("seed", seed, _A_SEED, least=0)
-    wanted = eval_rows if eval_rows is not None else max(1, round(len(dataset) * (eval_fraction or 0)))
-    column = "prompt_ids" if "prompt_ids" in dataset.column_names else "prompt"
-    same_prompt: dict[bytes, list[int]] = {}
-    for number, row in enumerate(dataset.select_columns(column)):
-        key = hashlib.blake2b(json.dumps(row[column]).encode(), digest_size=16).digest()
-        same_prompt.setdefault(key, []).append(number)
-    prompts = list(same_prompt.values())
-    held_out: list[int] = []
-    for place in np.random.default_rng(seed).permutation(len(prompts)):
-        if len(held_out) >= wanted:
-            break
-        held_out += prompts[place]
-    rest = sorted(set(range(len(dataset))) - set(held_out))
-    if not rest:
-        raise ValueError(
-            f"dataset: {len(dataset)} rows with {len(prompts)} different prompts leave nothing to train on "
-            "beside held-out pairs: give those as a dataset of their own (eval_dataset), or train without evaluation "
-            "(eval_fraction: 0)"
-        )
-    return dataset.select(rest), dataset.select(sorted(held_out))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -82,6 +82,20 @@ def is_blank(value: Any) -> bool:
     return is_null(value) or (isinstance(value, str) and not value.strip(BLANK))
 
 
+def field(row: Mapping[str, Any], name: str) -> Any:
+    if is_null(row.get(name)):
+        raise ValueError(f"the field {name!r} is {'null' if name in row else 'missing'}")
+    return row[name]
+
+
+def located(source: str, converter: Callable[..., Any], *args: Any) -> Any:
+    """What `converter` gives; its errors begin with the source."""
+    try:
+        return converter(*args)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
 def text(value: Any, name: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"the field {name!r}: expected text, got {type(value).__name__}")
@@ -149,6 +163,19 @@ def parse_text_or_messages(value: Any, name: str) -> Parsed:
     if not messages:
         raise ValueError(f"the field {name!r}: expected text or a list of messages, got {value!r:.80}")
     return Parsed(messages, given_tools, altered)
+
+
+def several_responses(value: Any) -> list[Any] | None:
+    """The responses in a list of several, each text or messages; None for a single response.
+
+    A list of messages is one response, also where each of them is JSON text, or an object that holds it alone. A list
+    is several where none of its items is a message: texts, lists of messages, objects that hold such lists.
+    """
+    if not isinstance(value, list | tuple) or not value:
+        return None
+    if any(isinstance(item, Mapping) and _holder(item) is None for item in value):
+        return None
+    return None if _are_messages(value) else list(value)
 
 
 def _messages_of_text(given: str) -> tuple[Any, list[str]]:

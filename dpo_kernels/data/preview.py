@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 # What stands around labelled text where colours do not: the first that the output can write and the text does not have.
 MARKS = (("\u27e6", "\u27e7"), ("\u27ea", "\u27eb"), ("[[", "]]"), ("<<", ">>"), ("{{", "}}"))
-COLOURS = {"chosen": "\x1b[32m", "rejected": "\x1b[31m"}  # green, red
+COLOURS = {"chosen": "\x1b[32m", "rejected": "\x1b[31m", "both": "\x1b[33m"}  # green, red, yellow
 NO_COLOUR = "\x1b[0m"
 BINS, BAR = 10, 40
 # Joiners, which are parts of words in Persian and of emoji, are the only invisible characters that are shown as such.
@@ -44,6 +45,17 @@ def _round_widths() -> Iterator[int]:
         power *= 10
 
 
+def rankings(groups: Iterable[str | None]) -> str:
+    """How many rankings the column `group` of tokenized pairs has, and how many pairs are from them, as a line."""
+    counts = Counter(groups)
+    alone = counts.pop(None, 0)
+    if not counts:
+        return "rankings of more than one pair: none"
+    least, most = min(counts.values()), max(counts.values())
+    each = f"{least}" if least == most else f"{least} to {most}"
+    return f"rankings: {len(counts)} of {each} pairs each, {sum(counts.values())} in all; other pairs: {alone}"
+
+
 def some_rows(count: int, wanted: int, seed: int) -> list[int]:
     """So many of `count` rows, or all of them, in their order: the same for the same seed."""
     if wanted < 0:
@@ -59,33 +71,58 @@ def pair_text(
     encoding: str = "utf-8",
     longest: int | None = None,
 ) -> str:
-    """A pair of `tokenize_preferences` as text, with what is labelled in it shown apart.
+    """A pair of `tokenize_preferences`, or a row of `group_rankings`, as text, with what is labelled in it shown apart.
 
     Args:
         pair: `prompt_ids`, `chosen_ids`, `rejected_ids`, and `chosen_token_weights`, `rejected_token_weights` where it
-            has them: what weighs 0 is not labelled.
+            has them: what weighs 0 is not labelled. Of a ranking `prompt_ids`, `response_ids`, `pairs`, and
+            `response_token_weights` where it has them.
         decode: token ids to text, special tokens as what they are.
-        colour: labelled text in colours of the terminal, and not between marks.
+        colour: labelled text in colours of the terminal, and not between marks: what is chosen in one pair and rejected
+            in another is yellow.
         encoding: of the output, which decides on the marks.
         longest: characters of each part that are shown; None: all. The middle is left out.
     """
-    parts = {"prompt": [(_printable(decode(list(pair["prompt_ids"]))), False)]}
-    for key in ("chosen", "rejected"):
-        parts[key] = _segments(pair[f"{key}_ids"], pair.get(f"{key}_token_weights"), decode)
-    whole = "".join(text for segments in parts.values() for text, _ in segments)
-    marks = _marks(whole, encoding)
+    prompt = pair["prompt_ids"]
+    parts = [(f"prompt ({len(prompt)} tokens):", "prompt", [(_printable(decode(list(prompt))), False)])]
+    for name, kind, ids, weights in _responses(pair):
+        heading = f"{name} ({len(ids)} tokens, {_labelled(ids, weights)}):"
+        parts.append((heading, kind, _segments(ids, weights, decode)))
+    marks = _marks("".join(text for *_, segments in parts for text, _ in segments), encoding)
     lines = []
-    for key, segments in parts.items():
-        start, end = (COLOURS[key], NO_COLOUR) if colour and key in COLOURS else marks
+    for heading, kind, segments in parts:
+        start, end = (COLOURS[kind], NO_COLOUR) if colour and kind in COLOURS else marks
         text = "".join(f"{start}{text}{end}" if labelled else text for text, labelled in _cut(segments, longest))
-        labelled = "" if key == "prompt" else f", {_labelled(pair, key)}"
-        lines += [f"{key} ({len(pair[f'{key}_ids'])} tokens{labelled}):", text]
+        lines += [heading, text]
     legend = "labelled text is in colour" if colour else f"labelled text is between {marks[0]} and {marks[1]}"
     return "\n".join([*lines, f"({legend})"])
 
 
-def _labelled(pair: Mapping[str, Any], key: str) -> str:
-    weights = [weight for weight in pair.get(f"{key}_token_weights") or [1] * len(pair[f"{key}_ids"]) if weight]
+class _Response(NamedTuple):
+    name: str
+    kind: str  # a key of COLOURS
+    ids: Sequence[int]
+    weights: Sequence[float] | None
+
+
+def _responses(pair: Mapping[str, Any]) -> list[_Response]:
+    if "response_ids" not in pair:
+        return [
+            _Response(key, key, pair[f"{key}_ids"], pair.get(f"{key}_token_weights")) for key in ("chosen", "rejected")
+        ]
+    responses = []
+    weights = pair.get("response_token_weights") or [None] * len(pair["response_ids"])
+    for place, (ids, its_weights) in enumerate(zip(pair["response_ids"], weights, strict=True)):
+        worse = [str(rejected + 1) for chosen, rejected in pair["pairs"] if chosen == place]
+        is_rejected = any(rejected == place for _, rejected in pair["pairs"])
+        name = f"response {place + 1}" + (f", chosen over {', '.join(worse)}" if worse else "")
+        kind = "both" if worse and is_rejected else "chosen" if worse else "rejected"
+        responses.append(_Response(name, kind, ids, its_weights))
+    return responses
+
+
+def _labelled(ids: Sequence[int], weights: Sequence[float] | None) -> str:
+    weights = [weight for weight in weights or [1] * len(ids) if weight]
     range_ = f", with weights from {min(weights):g} to {max(weights):g}" if set(weights) - {1} else ""
     return f"{len(weights)} of them labelled{range_}"
 

@@ -43,6 +43,7 @@ RESPONSE_CUT = "end of a response cut to fit max_length"
 UNKNOWN = "text that the tokenizer does not know became its token for the unknown"
 
 _WEIGHTS = ("weight", "chosen_token_weights", "rejected_token_weights")
+_RANKING = ("group", "members")
 _TOKENIZED = Features(
     {
         "index": Value("int64"),
@@ -52,6 +53,8 @@ _TOKENIZED = Features(
         "weight": Value("float64"),
         "chosen_token_weights": List(Value("float64")),
         "rejected_token_weights": List(Value("float64")),
+        "group": Value("string"),
+        "members": List(Value("int64")),
         "dropped": Value("string"),
         "altered": List(Value("string")),
     }
@@ -148,7 +151,8 @@ def tokenize_preferences(
         num_proc: processes; by default one, in which fast tokenizers use all cores.
 
     Returns the dataset with `prompt_ids`, `chosen_ids`, `rejected_ids` (lists of int) and `index`, the pair's number
-    in `dataset`; where pairs have weights, `weight` (float); where tokens of a response have weights other than 1,
+    in `dataset`; where pairs share a ranking, `group` and `members`, as `load_preferences` gives them, for
+    `group_rankings`; where pairs have weights, `weight` (float); where tokens of a response have weights other than 1,
     `chosen_token_weights` and `rejected_token_weights` (lists of float as long as the ids; 0: no label); and the
     `DataReport`. Results are cached on disk by the dataset's fingerprint, the tokenizer's
     contents, its template and the options. Warns with the report's summary where pairs are dropped.
@@ -247,13 +251,13 @@ def _template_kwargs(given: Mapping[str, Any] | None) -> dict[str, Any]:
 
 
 def _with_weights(tokenized: Dataset, kept: list[int]) -> Dataset:
-    """The rows that are kept: without the columns of weights that none of them has, and with weights of 1 where only
-    some have them."""
-    given = {name: int(tokenized.data.column(name).is_valid().to_numpy()[kept].sum()) for name in _WEIGHTS}
+    """The rows that are kept: without the columns of weights and rankings that none of them has, and with weights of 1
+    where only some have them."""
+    given = {name: int(tokenized.data.column(name).is_valid().to_numpy()[kept].sum()) for name in _WEIGHTS + _RANKING}
     tokenized = tokenized.remove_columns([name for name, count in given.items() if not count])
     if len(kept) < len(tokenized):
         tokenized = tokenized.select(kept)
-    if any(0 < count < len(kept) for count in given.values()):
+    if any(0 < given[name] < len(kept) for name in _WEIGHTS):
         fingerprint = digest_of(tokenized._fingerprint, "weights of 1")
         tokenized = tokenized.map(_fill_weights, new_fingerprint=fingerprint, desc="Filling in weights of 1")
     return tokenized
@@ -343,7 +347,8 @@ def _tokenize_batch(
                     weights = (None, None)
                 unknown = [UNKNOWN] if _has_unknown(tokenizer, text, ids) else []
                 altered = list(dict.fromkeys([*altered, *text.altered, *cuts, *unknown]))
-        values = (number, *ids, row.get("weight"), *weights, dropped, altered)
+        ranking = (row.get(name) for name in _RANKING)
+        values = (number, *ids, row.get("weight"), *weights, *ranking, dropped, altered)
         for name, value in zip(columns, values, strict=True):
             columns[name].append(value)
     return columns

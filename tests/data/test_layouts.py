@@ -7,6 +7,7 @@ import pytest
 from dpo_kernels.data.layouts import (
     KNOWN_LAYOUTS,
     OTHER_TOOLS,
+    RANKED_PAIRS,
     convert,
     has_system,
     is_empty,
@@ -60,6 +61,8 @@ def test_explicit_text_is_kept_as_it_is():
             "chosen_token_weights": None,
             "rejected_token_weights": None,
             "altered": [],
+            "group": None,
+            "members": None,
         }
     ]
 
@@ -347,6 +350,34 @@ def test_nectar_ties_make_no_pair():
         one({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]})
 
 
+def contents(pairs):
+    return [(pair["chosen"][0]["content"], pair["rejected"][0]["content"]) for pair in pairs]
+
+
+def test_all_pairs_of_a_ranking():
+    pairs = converted(NECTAR, NECTAR, ranked_pairs="all_pairs")
+    assert contents(pairs) == [("best", "middle"), ("best", "worst"), ("middle", "worst")] * 2
+    assert [pair["members"] for pair in pairs] == [[0, 1], [0, 2], [1, 2]] * 2
+    assert [pair["group"] for pair in pairs] == ["file, row 1"] * 3 + ["file, row 2"] * 3
+
+
+def test_all_pairs_with_ties():
+    tied = {"prompt": "q", "answers": [{"answer": t, "rank": r} for t, r in (("c", 2), ("a", 1), ("d", 2), ("b", 1))]}
+    pairs = converted(tied, ranked_pairs="all_pairs")
+    assert contents(pairs) == [("a", "c"), ("a", "d"), ("b", "c"), ("b", "d")]
+    assert [pair["members"] for pair in pairs] == [[0, 2], [0, 3], [1, 2], [1, 3]]
+    assert [pair["members"] for pair in converted(tied, ranked_pairs="best_vs_each")] == [[0, 2], [0, 3]]
+
+
+@pytest.mark.parametrize("ranked_pairs", RANKED_PAIRS)
+def test_a_ranking_of_one_pair_is_a_plain_pair(ranked_pairs):
+    two = {"prompt": "q", "answers": [{"answer": n, "rank": n} for n in "12"]}
+    (pair,) = converted(two, ranked_pairs=ranked_pairs)
+    assert pair["group"] is None and pair["members"] is None
+    (pair,) = converted(NECTAR)
+    assert pair["group"] is None and pair["members"] is None
+
+
 @pytest.mark.parametrize(
     "answers",
     [
@@ -404,6 +435,197 @@ def test_openassistant_ranked_replies():
     assert [pair["source"] for pair in pairs] == ["file, row 3", "file, row 9"]
     each = converted(*rows, ranked_pairs="best_vs_each")
     assert [pair["rejected"][0]["content"] for pair in each] == ["second", "third", "bad"]
+
+
+def test_openassistant_rankings_are_named_by_their_message():
+    rows = [
+        tree("p", None, "prompter", "q"),
+        *(tree(f"a{n}", "p", "assistant", str(n), n) for n in range(3)),
+        tree(7, None, "prompter", "q2"),
+        *(tree(f"b{n}", 7, "assistant", str(n), n // 2) for n in range(3)),
+        tree("s", None, "prompter", "q3"),
+        *(tree(f"c{n}", "s", "assistant", str(n), 1) for n in range(3)),
+        tree("d", None, "prompter", "q4"),
+        tree("d0", "d", "assistant", "alone", 0),
+    ]
+    tied = []
+    pairs = list(
+        convert(
+            ((f"a, b.jsonl, row {n}", row) for n, row in enumerate(rows, start=1)),
+            "openassistant",
+            ranked_pairs="all_pairs",
+            tied=tied,
+        )
+    )
+    assert [(pair["group"], pair["members"]) for pair in pairs] == [
+        *(("a, b.jsonl, message 'p'", members) for members in ([0, 1], [0, 2], [1, 2])),
+        *(("a, b.jsonl, message 7", members) for members in ([0, 2], [1, 2])),
+    ]
+    assert contents(pairs) == [("0", "1"), ("0", "2"), ("1", "2"), ("0", "2"), ("1", "2")]
+    assert tied == ["a, b.jsonl, message 's'"]
+
+
+def ultrafeedback(*scores, key="fine-grained_score", **more):
+    answers = [{"response": f"r{n}", "model": "m", key: score, **more} for n, score in enumerate(scores)]
+    return {"source": "flan", "instruction": "q", "models": ["m"], "completions": answers, "correct_answers": ["None"]}
+
+
+def test_ultrafeedback():
+    assert recognize(list(ultrafeedback(1))) == "ultrafeedback"
+    assert unused("ultrafeedback", list(ultrafeedback(1))) == ["source", "models", "correct_answers"]
+    row = ultrafeedback(3.25, "4.5", 2, 4.5)
+    assert one(row) == ([user("q")], [assistant("r1")], [assistant("r2")], None)
+    pairs = converted(row, ranked_pairs="all_pairs")
+    assert contents(pairs) == [("r1", "r0"), ("r1", "r2"), ("r3", "r0"), ("r3", "r2"), ("r0", "r2")]
+    assert [pair["members"] for pair in pairs] == [[0, 2], [0, 3], [1, 2], [1, 3], [2, 3]]
+    assert {pair["group"] for pair in pairs} == {"file, row 1"}
+    fields = {key: [answer[key] for answer in row["completions"]] for key in ("response", "fine-grained_score")}
+    assert converted({**row, "completions": fields}, ranked_pairs="all_pairs") == pairs
+    assert converted({**row, "completions": json.dumps(row["completions"])}, ranked_pairs="all_pairs") == pairs
+    assert one({**row, "system": "s"})[0] == [system("s"), user("q")]
+
+
+def test_ultrafeedback_goes_by_the_score_that_all_have():
+    row = ultrafeedback(1, 2, overall_score=5)
+    row["completions"][0]["overall_score"] = 10
+    assert one(row)[1] == [assistant("r1")]
+    row["completions"][0]["fine-grained_score"] = None
+    assert one(row)[1] == [assistant("r0")]
+    row["completions"][1]["overall_score"] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"row 1: the field 'completions': expected one of \('fine-grained_score', 'ov"
+    ):
+        one(row)
+
+
+def test_ultrafeedback_rows_without_a_pair_are_noted():
+    tied = []
+    rows = [("1", ultrafeedback(2, 2, 2)), ("2", ultrafeedback(1, 2)), ("3", ultrafeedback(1)), ("4", ultrafeedback())]
+    assert [pair["source"] for pair in convert(rows, "ultrafeedback", tied=tied)] == ["2"]
+    assert tied == ["1", "3", "4"]
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (ultrafeedback(1, "N/A"), "the field 'fine-grained_score': expected a number, got 'N/A'"),
+        (ultrafeedback(1, 2, key="rating"), "the field 'completions': expected one of"),
+        (ultrafeedback(1, 2, response=None), "the field 'response' is null"),
+        ({"instruction": "q", "completions": ["a", "b"]}, "the field 'completions': expected JSON text"),
+        ({"instruction": "q", "completions": 3}, "the field 'completions': expected a list of objects with response"),
+        ({"instruction": "q", "completions": None}, "the field 'completions' is null"),
+    ],
+)
+def test_unsound_ultrafeedback(row, error):
+    with pytest.raises(ValueError, match=f"row 1: {error}"):
+        one(row)
+
+
+# Several rejected responses
+
+
+@pytest.mark.parametrize(
+    ("rejected", "expected"),
+    [
+        (["b", "c"], ["b", "c"]),
+        (("b", "c"), ["b", "c"]),
+        (["b"], ["b"]),
+        (["b", "b", "a"], ["b", "b", "a"]),
+        (["1", '{"x": 1}', "[2]"], ["1", '{"x": 1}', "[2]"]),  # answers that are JSON stay answers
+    ],
+)
+def test_several_rejected_texts(rejected, expected):
+    pairs = converted({"prompt": "Say:", "chosen": "a", "rejected": rejected}, ranked_pairs="all_pairs")
+    assert [(p["prompt"], p["chosen"], p["rejected"]) for p in pairs] == [("Say:", "a", each) for each in expected]
+    several = len(expected) > 1
+    assert [p["members"] for p in pairs] == [[0, n + 1] if several else None for n in range(len(expected))]
+    assert {p["group"] for p in pairs} == {"file, row 1" if several else None}
+
+
+@pytest.mark.parametrize(
+    "rejected",
+    [
+        [[assistant("b")], [assistant("c")]],
+        [[assistant("b")], "c"],
+        ["b", assistant("c")["content"]],
+        [[{"from": "gpt", "value": "b"}], {"messages": [user("q"), assistant("c")]}],
+        [json.dumps([assistant("b")]), [user("q"), assistant("c")]],
+        [[assistant("c")], "b"],
+    ],
+)
+def test_several_rejected_conversations(rejected):
+    row = {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": rejected}
+    pairs = converted(row, ranked_pairs="all_pairs")
+    assert [pair["prompt"] for pair in pairs] == [[user("q")]] * 2
+    assert {chosen for chosen, _ in contents(pairs)} == {"a"}
+    assert sorted(rejected for _, rejected in contents(pairs)) == ["b", "c"]
+    assert [pair["members"] for pair in pairs] == [[0, 1], [0, 2]]
+
+
+@pytest.mark.parametrize(
+    "rejected",
+    [
+        [assistant("b"), user("and?"), assistant("c")],
+        [json.dumps(turn) for turn in (assistant("b"), user("and?"), assistant("c"))],
+        [[assistant("b"), user("and?"), assistant("c")]],
+        [{"message": turn} for turn in (assistant("b"), user("and?"), assistant("c"))],
+        {"role": ["assistant", "user", "assistant"], "content": ["b", "and?", "c"]},
+        [{"messages": [user("q"), assistant("b"), user("and?"), assistant("c")]}],
+    ],
+)
+def test_a_list_of_messages_is_one_response(rejected):
+    (pair,) = converted({"prompt": [user("q")], "chosen": "a", "rejected": rejected}, ranked_pairs="all_pairs")
+    assert pair["rejected"] == [assistant("b"), user("and?"), assistant("c")] and pair["members"] is None
+
+
+def test_several_rejected_by_choice_of_pairs():
+    row = {"prompt": "Say:", "chosen": "a", "rejected": ["b", "c", "d"]}
+    assert converted(row, ranked_pairs="best_vs_each") == converted(row, ranked_pairs="all_pairs")
+    (pair,) = converted(row)
+    assert pair["rejected"] == "d" and pair["group"] is None and pair["members"] is None
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"chosen": [user("q"), assistant("a")], "rejected": [[user("q"), assistant(n)] for n in "bc"]},
+        {"conversations": [{"from": "human", "value": "q"}], "chosen": "a", "rejected": ["b", "c"]},
+        {"instruction": "q", "chosen": "a", "rejected": ["b", "c"]},
+        {"question": "q", "chosen": "a", "rejected": ["b", "c"]},
+    ],
+)
+def test_several_rejected_in_other_layouts(row):
+    pairs = converted(row, ranked_pairs="best_vs_each")
+    assert contents(pairs) == [("a", "b"), ("a", "c")] and [pair["members"] for pair in pairs] == [[0, 1], [0, 2]]
+    assert [pair["prompt"] for pair in pairs] == [[user("q")]] * 2
+
+
+def test_weights_of_several_rejected():
+    row = {"prompt": "Say:", "chosen": "a", "rejected": ["b", "c"], "weight": 2, "chosen_token_weights": [1, 0]}
+    pairs = converted({**row, "rejected_token_weights": [[0.5], [1, 2]]}, ranked_pairs="all_pairs")
+    assert [pair["rejected_token_weights"] for pair in pairs] == [[0.5], [1, 2]]
+    assert [(pair["weight"], pair["chosen_token_weights"]) for pair in pairs] == [(2, [1, 0])] * 2
+    assert [pair["rejected_token_weights"] for pair in converted(row, ranked_pairs="all_pairs")] == [None, None]
+    for given in ([[0.5]], 3, "[1]"):
+        with pytest.raises(ValueError, match="row 1: the field 'rejected_token_weights': expected a list for each of"):
+            converted({**row, "rejected_token_weights": given})
+
+
+@pytest.mark.parametrize(
+    ("rejected", "error"),
+    [
+        ([], "the field 'rejected': expected text or a list of messages, got an empty list"),
+        (["b", None], "the field 'rejected' is null"),
+        (["b", 3], "the field 'rejected': expected text or a list of messages, got int"),
+        (["b", []], "the field 'rejected': expected text or a list of messages, got an empty list"),
+        (["b", assistant("c")], "the field 'rejected': expected messages, objects with role and content, got 'b'"),
+        (["b", " "], "the rejected response is empty"),
+        (["b", [assistant("c")]], "this row is conversational, the rows before it are plain text"),
+    ],
+)
+def test_unsound_rejected_lists(rejected, error):
+    with pytest.raises(ValueError, match=f"row 1: {error}"):
+        converted({"prompt": "Say:", "chosen": "a", "rejected": rejected}, ranked_pairs="all_pairs")
 
 
 @pytest.mark.parametrize(

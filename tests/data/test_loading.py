@@ -243,6 +243,7 @@ def test_weights_and_what_was_altered_are_columns_where_there_are_any(tmp_path):
     assert first == {
         **{"source": f"{plain}, row 1", **text_rows(1)[0]},
         **{"tools": None, "weight": None, "chosen_token_weights": None, "rejected_token_weights": None, "altered": []},
+        **{"group": None, "members": None},
     }
     looks_like = {"prompt": "q", "chosen": '[{"role": "assistant", "content": ', "rejected": "b"}
     loaded = load_preferences(write(tmp_path / "altered.jsonl", [*text_rows(1), looks_like]))
@@ -455,6 +456,55 @@ def test_what_the_options_change_is_not_served_from_the_cache(tmp_path):
         load_preferences(path)
     write(path, text_rows(3))
     assert len(load_preferences(path, empty_response="drop")) == 3
+
+
+def ranking(*ranks, prompt="q"):
+    return {"prompt": prompt, "answers": [{"answer": f"{prompt}{n}", "rank": rank} for n, rank in enumerate(ranks)]}
+
+
+def test_rankings_are_columns_where_there_are_any(tmp_path):
+    path = write(tmp_path / "nectar.jsonl", [ranking(1, 2), ranking(1, 1, 2)])
+    assert load_preferences(path).column_names == ["source", "prompt", "chosen", "rejected"]
+    loaded = load_preferences(path, ranked_pairs="all_pairs")
+    assert loaded.column_names == ["source", "prompt", "chosen", "rejected", "group", "members"]
+    assert loaded["group"][:] == [None, f"{path}, row 2", f"{path}, row 2"]
+    assert loaded["members"][:] == [None, [0, 2], [1, 2]]
+    rows = [from_json_text(row) for row in loaded.with_format("arrow")[:].to_pylist()]
+    assert [row["members"] for row in rows] == [None, [0, 2], [1, 2]]
+    assert rows[1]["prompt"] == [{"role": "user", "content": "q"}]
+    loaded.save_to_disk(str(tmp_path / "saved"))
+    again = load_preferences(tmp_path / "saved")
+    assert is_normalized(again) and again[:] == loaded[:]
+    assert len(load_preferences(path, ranked_pairs="all_pairs", max_rows=2)) == 2
+
+
+def completions(*scores):
+    answers = [{"response": f"r{n}", "overall_score": score} for n, score in enumerate(scores)]
+    return {"instruction": "q", "completions": answers}
+
+
+@pytest.mark.parametrize("rows", [[(1, 1), (1, 2), (), (3, 4)], [(1, 2), (1, 1), (2,)]])
+def test_rankings_without_a_pair_are_named(tmp_path, rows):
+    path = write(tmp_path / "feedback.jsonl", [completions(*scores) for scores in rows])
+    first, last = (n for n, scores in enumerate(rows, 1) if len(set(scores)) < 2)
+    for _ in range(2):  # converted, and from the cache
+        with pytest.warns(UserWarning, match="2 rankings have no two answers of different rank") as caught:
+            loaded = load_preferences(path)
+        assert len(loaded) == len(rows) - 2 and loaded.column_names == ["source", "prompt", "chosen", "rejected"]
+        assert f"('{path}, row {first}', '{path}, row {last}')" in str(caught[0].message)
+    with pytest.raises(ValueError, match="no preference pair among the rows, which have the layout 'ultrafeedback'"):
+        load_preferences(write(tmp_path / "tied.jsonl", [completions(1, 1)]))
+
+
+def test_many_rankings_without_a_pair_are_counted(tmp_path):
+    path = write(tmp_path / "feedback.jsonl", [completions(1, 2), *[completions(1, 1)] * 7])
+    with pytest.warns(UserWarning, match=r"feedback.jsonl: 7 rankings have .* row 6', \.\.\.\)"):
+        load_preferences(path)
+
+
+def test_rows_after_max_rows_are_not_read(tmp_path):
+    path = write(tmp_path / "feedback.jsonl", [completions(1, 2), completions(1, "bad"), completions(1, 1)])
+    assert len(load_preferences(path, max_rows=1)) == 1
 
 
 def test_max_rows(tmp_path):
@@ -1028,6 +1078,18 @@ def test_split_is_deterministic_and_keeps_prompts_together():
     assert split_train_eval(dataset, eval_fraction=0.2, seed=2)[1][:] != held_out[:]
     assert len(split_train_eval(dataset, eval_rows=4)[1]) == 6  # two whole prompts
     assert len(split_train_eval(dataset, eval_fraction=0.001)[1]) == 3  # something at least
+
+
+def test_split_keeps_rankings_together():
+    """Of one prompt, though it was cut to different lengths, and with all that have one of these in turn."""
+    prompts = [[1, 2, 3], [2, 3], [3], [9], [2, 3], [3], [8], [7]]
+    groups = ["a", "a", None, None, None, "b", "b", None]
+    dataset = Dataset.from_dict({"prompt_ids": prompts, "group": groups, "place": range(8)})
+    held_out = [split_train_eval(dataset, eval_rows=1, seed=seed)[1]["place"][:] for seed in range(20)]
+    assert sorted(map(tuple, {tuple(rows) for rows in held_out})) == [(0, 1, 4), (2, 5, 6), (3,), (7,)]
+    dataset = Dataset.from_dict({"prompt_ids": [[1], [2], [2], [1]], "group": [None, None, "a", "a"]})
+    with pytest.raises(ValueError, match="4 rows with 1 different prompts leave nothing to train on"):
+        split_train_eval(dataset, eval_rows=1)
 
 
 def test_split_of_tokenized_pairs(tokenizer):

@@ -158,6 +158,34 @@ def test_columns_that_some_datasets_have(folder):
     ]
 
 
+def ranked(prompt):
+    return {"prompt": prompt, "answers": [{"answer": f"{prompt}{n}", "rank": n} for n in range(3)]}
+
+
+def test_rankings_of_several_datasets_stay_apart(tmp_path):
+    """Also where both call them by the same name."""
+    one, other = (
+        load_preferences(Dataset.from_list([ranked(name)]), ranked_pairs="best_vs_each", cache_dir=str(tmp_path))
+        for name in "xy"
+    )
+    assert one["group"][:] == other["group"][:] == ["dataset, row 1"] * 2
+    mixed = load_preferences([one, other], weights=[1, 2])
+    assert mixed["group"][:] == ["1: dataset, row 1"] * 2 + ["2: dataset, row 1"] * 4
+    assert mixed["members"][:] == [[0, 1], [0, 2]] * 3
+    assert is_normalized(mixed) and mixed._fingerprint == load_preferences([one, other], weights=[1, 2])._fingerprint
+    third = load_preferences(Dataset.from_list([ranked("z")]), ranked_pairs="best_vs_each", cache_dir=str(tmp_path))
+    again = load_preferences([mixed, third])
+    assert sorted(set(again["group"][:])) == ["1: 1: dataset, row 1", "1: 2: dataset, row 1", "2: dataset, row 1"]
+
+
+def test_rankings_beside_plain_pairs(folder):
+    mixed = load_preferences([folder / "chat.jsonl", Dataset.from_list([ranked("q")])], ranked_pairs="all_pairs")
+    assert mixed["group"][:] == [None] * 2 + ["dataset 2, row 1"] * 3
+    assert mixed["members"][:] == [None, None, [0, 1], [0, 2], [1, 2]]
+    rows = [from_json_text(row) for row in mixed.with_format("arrow")[:].to_pylist()]
+    assert [(row["group"], row["members"]) for row in rows][1:3] == [(None, None), ("dataset 2, row 1", [0, 1])]
+
+
 def test_datasets_of_every_origin(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, **_: Dataset.from_list(text_rows(config, 1)))
     load_preferences(folder / "a.jsonl").save_to_disk(str(tmp_path / "saved"))

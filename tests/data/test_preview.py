@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from dpo_kernels.data.preview import BAR, BINS, COLOURS, MARKS, NO_COLOUR, histogram, pair_text, some_rows
+from dpo_kernels.data.preview import BAR, BINS, COLOURS, MARKS, NO_COLOUR, histogram, pair_text, rankings, some_rows
 
 
 def decode(ids):
@@ -141,3 +141,42 @@ def test_the_same_pairs_for_the_same_seed():
     assert some_rows(100, 10, 1) == sorted(set(some_rows(100, 10, 1)))
     with pytest.raises(ValueError, match="pairs: expected a number of at least 0, got -1"):
         some_rows(5, -1, 0)
+
+
+# Rankings
+
+
+def ranking(*responses, pairs, **more):
+    return {"prompt_ids": [63], "response_ids": [list(map(ord, text)) for text in responses], "pairs": pairs} | more
+
+
+def test_a_ranking_shows_each_response_once():
+    row = ranking("blue", "grey", "red", pairs=[[0, 1], [0, 2], [1, 2]])
+    assert pair_text(row, decode).splitlines()[:-1] == [
+        "prompt (1 tokens):",
+        "?",
+        "response 1, chosen over 2, 3 (4 tokens, 4 of them labelled):",
+        "\u27e6blue\u27e7",
+        "response 2, chosen over 3 (4 tokens, 4 of them labelled):",
+        "\u27e6grey\u27e7",
+        "response 3 (3 tokens, 3 of them labelled):",
+        "\u27e6red\u27e7",
+    ]
+    coloured = pair_text(row, decode, colour=True).splitlines()
+    kinds = dict(zip(coloured[3:9:2], ("chosen", "both", "rejected"), strict=True))
+    assert list(kinds) == [
+        f"{COLOURS[kind]}{text}{NO_COLOUR}" for kind, text in zip(kinds.values(), ("blue", "grey", "red"), strict=True)
+    ]
+
+
+def test_token_weights_of_a_ranking():
+    row = ranking("blue", "red", pairs=[[0, 1]], response_token_weights=[[1, 1, 0, 0], [0.5, 1, 2]])
+    lines = pair_text(row, decode).splitlines()
+    assert lines[2:4] == ["response 1, chosen over 2 (4 tokens, 2 of them labelled):", "\u27e6bl\u27e7ue"]
+    assert lines[4] == "response 2 (3 tokens, 3 of them labelled, with weights from 0.5 to 2):"
+
+
+def test_rankings_are_counted():
+    assert rankings(["a", None, "b", "a", "b", "a"]) == "rankings: 2 of 2 to 3 pairs each, 5 in all; other pairs: 1"
+    assert rankings(["a", "a"]) == "rankings: 1 of 2 pairs each, 2 in all; other pairs: 0"
+    assert rankings([None]) == rankings([]) == "rankings of more than one pair: none"

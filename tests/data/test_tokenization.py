@@ -331,3 +331,27 @@ def test_case_of_a_begun_turn():
 def test_case_of_a_plain_response_that_ends_with_a_special_token():
     dataset, _ = tokenize_preferences(case("plain_special_end.jsonl"), families.tokenizer())
     assert families.tokenizer().convert_ids_to_tokens(dataset[0]["chosen_ids"]) == ["<|im_start|>", "<|im_end|>"]
+
+
+# Rankings
+
+
+def test_rankings_are_handed_on(tmp_path):
+    rows = [text(" a", [" b", " c", " d"]), text(" a", [" b"])]
+    tokenizer = families.tokenizer()
+    loaded = load_preferences(Dataset.from_list(rows), ranked_pairs="best_vs_each", cache_dir=str(tmp_path))
+    pairs, _ = tokenize_preferences(loaded, tokenizer)
+    assert pairs["group"][:] == ["dataset, row 1"] * 3 + [None]
+    assert pairs["members"][:] == [[0, 1], [0, 2], [0, 3], None]
+    assert set(pairs.column_names) == {"index", "prompt_ids", "chosen_ids", "rejected_ids", "group", "members"}
+    plain, _ = tokenize_preferences(loaded.select([3]), tokenizer)
+    assert set(plain.column_names) == {"index", "prompt_ids", "chosen_ids", "rejected_ids"}
+
+
+def test_the_chosen_response_among_the_rejected_is_dropped(tmp_path):
+    loaded = load_preferences(
+        Dataset.from_list([text(" a", [" b", " a", " c"])]), ranked_pairs="all_pairs", cache_dir=str(tmp_path)
+    )
+    with pytest.warns(UserWarning, match="dropped 1: chosen and rejected are identical"):
+        pairs, report = tokenize_preferences(loaded, families.tokenizer())
+    assert pairs["members"][:] == [[0, 1], [0, 3]] and report.kept == 2
