@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # Everything a GPU has to say, the most important first, in eight minutes: in one command, or in two so that the first
-# figures are read before the rest runs. Needs PyTorch, Triton, pytest, setuptools and pybind11; fetches nothing.
+# figures are read before the rest runs; and what it says of training, in four more. Needs PyTorch, Triton, pytest,
+# setuptools and pybind11; fetches nothing.
 #
 #     bash benchmarks/gpu_runbook.sh --prepare DIR
-#     bash benchmarks/gpu_runbook.sh [--dry-run] [--first | --rest] [--objects DIR] [--wheels DIR] OUT
+#     bash benchmarks/gpu_runbook.sh [--dry-run] [--first | --rest | --training] [--objects DIR] [--wheels DIR] OUT
 #
 # --prepare, on any machine with nvcc, compiles what no Python is in: a few MB in DIR, and no GPU waits for a compiler.
 # --objects links them, if they are of these sources; without it everything is compiled. --first builds, tries every
-# family of kernels and times the paths, in four minutes; --rest does what is left. --wheels installs what lies in DIR,
+# family of kernels and times the paths, in four minutes; --rest does what is left. --training is a part by itself, of
+# four minutes, which needs transformers, accelerate and datasets: FlexAttention against SDPA, and steps beside TRL's on
+# the preference pairs in the file DPO_KERNELS_PREFERENCES, or on the embedded ones. --wheels installs what lies in DIR,
 # each wheel by itself and without its dependencies: pytest-xdist, the peers. --dry-run does the same on a CPU through
 # Triton's interpreter at tiny sizes: small tests, and nothing of NVIDIA's.
 #
@@ -16,13 +19,14 @@
 # there is no repository; PYTHON is the interpreter.
 set -uo pipefail
 
-usage="usage: gpu_runbook.sh [--dry-run] [--first | --rest] [--objects DIR] [--wheels DIR] OUT, or --prepare DIR"
+usage="usage: gpu_runbook.sh [--dry-run] [--first | --rest | --training] [--objects DIR] [--wheels DIR] OUT"
+usage+=", or --prepare DIR"
 device=cuda kind=cuda part=all objects= wheels= prepare= out=
 while [ $# -gt 0 ]; do
   case $1 in
     -h | --help) echo "$usage"; sed -n '2,/^set/s/^# \{0,1\}//p' "$0"; exit ;;
     --dry-run) device=cpu kind=cpu ;;
-    --first | --rest) part=${1#--} ;;
+    --first | --rest | --training) part=${1#--} ;;
     --objects) objects=$(realpath "${2:?$usage}"); shift ;;
     --wheels) wheels=$(realpath "${2:?$usage}"); shift ;;
     --prepare) prepare=$(realpath -m "${2:?$usage}"); shift ;;
@@ -82,7 +86,7 @@ install() {
 
 build() {
   local why="no objects were given"
-  if [ $part = rest ] || [ $device = cpu ]; then  # the first part has built it, or its user
+  if [ $part = rest ] || [ $part = training ] || [ $device = cpu ]; then  # the first part has built it, or its user
     loads && echo "it is built" && return
   fi
   if [ -n "$objects" ]; then
@@ -145,7 +149,13 @@ launches() {
   echo "${error:-$(($(grep -c '^"' "$out/launches.csv") - 2)) launches}"  # names and units are lines, too
   [ -z "$error" ] && return $status
 }
-export -f sources install build extensions loads link compiler tune timings launches
+training() {  # with the kernels that `tune` has found best
+  DPO_KERNELS_CACHE=$out/verdict $python benchmarks/train_step.py --device $device --mixed-precision bf16 \
+    --dataset "${DPO_KERNELS_PREFERENCES:-demo}" --reference precompute --json "$out/$name.json" $steps \
+    --contenders TRL dpo_kernels "dpo_kernels, each prompt once" > "$out/$name.txt"
+}
+
+export -f sources install build extensions loads link compiler tune timings launches training
 export python device kind part objects wheels scratch out
 
 small="rows_of or fused_forward or in_place"
@@ -154,24 +164,32 @@ grids=$(printf "tests/test_%s.py " logps linear_dpo memory numerics ops)
 pytest="$python -m pytest -v -p no:cacheprovider"  # -v: the last line of what was stopped is where it hung
 if [ $device = cuda ]; then
   export head="--device cuda --hidden 4096 --vocab 128256 --dtype bfloat16 --patience 30" gpu="$python benchmarks/gpu.py"
-  few=() others=() quick=()
+  few=() others=() quick=() small_rows=()
+  export steps="--hidden 2048 --layers 4 --heads 16 --pairs 8 --max-length 1024 --steps 5 --warmup 3"
 else
   export head="--device cpu --hidden 32 --vocab 256 --dtype float32"
-  few=(-k "$small") others=(-q --collect-only) quick=(--impl torch)
+  few=(-k "$small") others=(-q --collect-only) quick=(--impl torch) small_rows=(--pairs 2 --longest 48)
+  export steps="--quick --impl torch --no-memory"
   # of bf16 the interpreter makes something else: corrected in every process that starts
   mkdir "$scratch/site"
   printf 'import interpreter\n\ninterpreter.correct()\n' > "$scratch/site/sitecustomize.py"
-  gpu="env TRITON_INTERPRET=1 PYTHONPATH=$scratch/site:$PWD/tests/helpers:$PYTHONPATH"
+  # what torch.compile makes takes minutes to make, and is not of a GPU
+  gpu="env TRITON_INTERPRET=1 TORCHDYNAMO_DISABLE=1 PYTHONPATH=$scratch/site:$PWD/tests/helpers:$PYTHONPATH"
   export gpu="$gpu $python benchmarks/gpu.py --device cpu --quick --peers eager --impl torch triton"
 fi
 
-[ $part = rest ] || rm -f "$out/summary.txt"
+[ $part = rest ] || [ $part = training ] || rm -f "$out/summary.txt"
 echo "${commit:-unknown commit}, $device, $part" | tee -a "$out/summary.txt"
 
-# The limits add up to 480 seconds, up to the end of the first part to 240.
+# The limits add up to 480 seconds, up to the end of the first part to 240; those of training, by itself, to 240.
 [ -z "$wheels" ] || step wheels 15 install
 step build 60 build
 step environment 15 $python -m dpo_kernels env
+if [ $part = training ]; then
+  step attention 60 $python benchmarks/attention.py --device $device "${small_rows[@]}"
+  step training 90 training
+  exit $failed
+fi
 if [ $part != rest ]; then
   step tune 80 tune
   step paths 70 timings --only paths,E

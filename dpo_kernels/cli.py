@@ -161,7 +161,7 @@ def _main(arguments: Sequence[str] | None) -> int:
 
 def show_preview(config: TrainConfig, wanted: int) -> None:
     """Prints what became of the rows, the lengths of the pairs that are left, and `wanted` of those to train on."""
-    from dpo_kernels.data.preview import histogram, pair_text, some_rows
+    from dpo_kernels.data.preview import histogram, pair_text, rankings, some_rows
     from dpo_kernels.training.pairs import decoder, load_parts
     from dpo_kernels.training.sizes import pair_lengths
 
@@ -170,6 +170,8 @@ def show_preview(config: TrainConfig, wanted: int) -> None:
         print(part.summary())
         for column, lengths in pair_lengths(part.pairs).items():
             print(histogram(f"{column.removesuffix('_ids')} tokens", lengths))
+        if "group" in part.pairs.column_names:
+            print(rankings(part.pairs["group"][:]))
         print()
     train, encoding = parts[0], sys.stdout.encoding or "ascii"
     colour = sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

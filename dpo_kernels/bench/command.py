@@ -44,7 +44,7 @@ given. Every result is checked against fp64 before it is timed, all are run by t
 named.
 """
 MODES = ("forward", "frozen", "train", "logits")
-MASKS = ("all", "real")
+MASKS = {"all": "every position labelled", "real": "real batch", "responses": "responses of a real batch"}
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_SIZE = {"cpu": (512, 512, 32768), "cuda": (8192, 4096, 128256)}  # N, H, V
 LONGEST = 1024  # positions of a sequence where all are labelled
@@ -70,8 +70,7 @@ class Job(NamedTuple):
     def title(self) -> str:
         what = {"forward": "Forward only", "frozen": "Frozen head", "train": "Trained head"}.get(self.mode)
         what = what or f"From logits, forward{' and backward' * self.backward}"
-        mask = "every position labelled" if self.mask == "all" else "real batch"
-        return f"{what}, {mask}: {self.case.name}{f' ({self.model})' * bool(self.model)}"
+        return f"{what}, {MASKS[self.mask]}: {self.case.name}{f' ({self.model})' * bool(self.model)}"
 
     @property
     def labels(self) -> Row:
@@ -103,7 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=MASKS,
         default=["all"],
-        help="every position labelled, or a padded batch with lengths of real preference pairs (default: all)",
+        help="every position labelled; or a padded batch with lengths of real preference pairs; or its responses "
+        "alone, as the head gets them where each prompt is there once (default: all)",
     )
     add("--max-length", type=int, default=1024, help="tokens at which real pairs are cut (default: %(default)s)")
     add("--dtype", nargs="+", choices=DTYPES, help="of the inputs; default: float32 on a CPU, bfloat16 on a GPU")
@@ -235,7 +235,9 @@ def _jobs(options: argparse.Namespace, device: torch.device) -> Iterator[Job]:
         sequences = max(SEQUENCES, 2 * (n // (2 * LONGEST)))
         if mask == "all" and n % sequences:
             raise ValueError(f"--tokens: expected a multiple of {sequences}, the number of sequences, got {n}")
-        lengths = real_lengths(n, options.max_length) if mask == "real" else ()
+        lengths = () if mask == "all" else real_lengths(n, options.max_length)
+        if mask == "responses":  # behind the one hidden state that predicts the first token of either
+            lengths = tuple((1, chosen, rejected) for _, chosen, rejected in lengths)
         of = {"lengths": lengths, "dtype": getattr(torch, dtype), "device": str(device)}
         labelled = sum(chosen + rejected for _, chosen, rejected in lengths) or n
         if mode == "logits":
@@ -260,7 +262,7 @@ def _entries(job: Job, impls: Sequence[Impl], device: torch.device, options: arg
         ours = [contender for key in keys for impl in impls for contender in variants(key, impl, job.case, chunk_bytes)]
         others = [
             replace(peer, products=products, run=peer.run if restrict is None else partial(restrict, peer=peer.run))
-            for name, peer in head_peers(device, padded=job.mask == "real").items()
+            for name, peer in head_peers(device, padded=job.mask != "all").items()
             if name not in _left_out(job.mode, options, device)
         ]
     yield Entry(limit.name, limit, job.case, traffic=traffic)

@@ -13,7 +13,8 @@ import torch
 
 from dpo_kernels.dispatch import IMPLEMENTATIONS
 from dpo_kernels.models.shapes import ModelShape, find_shape
-from dpo_kernels.planning.step import MOST_PAIRS, REFERENCES, SHARDING, TRAIN, WAYS, Step, measured_share, plan
+from dpo_kernels.planning.batches import BATCHING, measured_batching, measured_share
+from dpo_kernels.planning.step import MOST_PAIRS, REFERENCES, SHARDING, TRAIN, WAYS, Step, plan
 
 DTYPES = ("bfloat16", "float16", "float32")
 AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,7 +46,7 @@ def device_memory(device: torch.device) -> int:
     return properties(device).total_memory
 
 
-def text(step: Step, found: dict[str, Any], name: str, share: str) -> str:
+def text(step: Step, found: dict[str, Any], name: str, share: str, auto: bool = False) -> str:
     heads = found["head"]
     ours = heads["dpo_kernels"]
     dtype = str(step.dtype).removeprefix("torch.")
@@ -58,6 +59,7 @@ def text(step: Step, found: dict[str, Any], name: str, share: str) -> str:
         f"{name}: {size}head [{step.vocab}, {step.hidden}]{cap}; weights in {dtype}{computed}",
         f"{step.pairs} pairs, {2 * step.pairs} sequences of {step.seq} tokens: {step.positions} positions, "
         f"{step.tokens} of them labelled ({share})",
+        *_batching(step, auto),
         *_beyond_one_batch(step),
         "",
         *_table(
@@ -98,6 +100,17 @@ LABELS = {
 }
 
 
+def _batching(step: Step, auto: bool) -> list[str]:
+    name = step.batching.name
+    lines = [f"batching auto: {name}, and what the model allows is asked when it is trained"] if auto else []
+    if step.batching.in_blocks:
+        lines += [
+            f"dpo_kernels, {name}: {step.computed} ({step.computed / step.positions:.0%}) of these positions are",
+            "computed, as many as in the largest of real batches; eager and TRL compute all",
+        ]
+    return lines
+
+
 def _beyond_one_batch(step: Step) -> list[str]:
     lines = []
     if step.accumulation > 1:
@@ -125,7 +138,7 @@ def _table(title: str, rows: dict[str, list[str]]) -> list[str]:
 
 def _assumptions(step: Step) -> list[str]:
     lines = [
-        "Counted is what PyTorch allocates on one device, every sequence padded to its length. Without accumulation",
+        "Counted is what PyTorch allocates on one device, the longest sequence as long as may be. Without accumulation",
         "the backward makes gradients while activations go; with it those of earlier micro-batches stay throughout.",
         "eager: logits.float().log_softmax(-1) of every position. TRL: the head of its DPOTrainer since 1.15.",
     ]
@@ -135,12 +148,18 @@ def _assumptions(step: Step) -> list[str]:
         lines += [
             "AdamW keeps two moments in the dtype of what it trains. Activations are an estimate, within a quarter, of",
             f"what layers keep in transformers 5 with {attention}. Not counted: CUDA's context, cuBLAS'",
-            "workspace, memory lost between blocks; leave a GiB or two. The largest batch has this share of labels.",
+            "workspace, memory lost between blocks; leave a GiB or two. The largest batch has these shares.",
         ]
         if step.shape.experts_per_token:
             lines.append("Weights are those of all experts, activations those of the experts that compute for a token.")
         if step.shape.rough:
             lines.append("Layers of this kind were not measured: activations are from half to twice the estimate.")
+        if step.batching.in_blocks:
+            flex = step.device.type == "cuda" and not eager
+            of_ours = (
+                "FlexAttention's, which no GPU has confirmed" if flex else "that of blocks, with copies of prompts"
+            )
+            lines.append(f"The attention of dpo_kernels is {of_ours}.")
         if step.sharding != "none":
             lines += [
                 "FSDP2: weights, gradients, moments and reference are divided evenly, and gradients reduced after each",
@@ -162,6 +181,7 @@ DEFAULTS: dict[str, Any] = {
     "reference": "precomputed",
     "gradient_checkpointing": False,
     "gradient_accumulation": 1,
+    "batching": "concatenated",
     "sharding": "none",
     "processes": 1,
     "chunk_bytes": None,
@@ -203,6 +223,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action=argparse.BooleanOptionalAction,
     )
     add("--gradient-accumulation", "micro-batches in one optimizer step", type=int, metavar="N")
+    add(
+        "--batching",
+        "how pairs go through the model, as dpo-kernels train takes it; auto: packed_shared_prefix, or concatenated "
+        "where layers are of a kind that was not measured",
+        choices=BATCHING,
+    )
     add("--sharding", "fsdp2: weights, gradients and optimizer divided among --processes", choices=SHARDING)
     add("--processes", "that share a sharded model, one a device", type=int, metavar="N")
     add("--chunk-bytes", "as linear_dpo_loss takes it (default: 1 GiB)", type=int)
@@ -255,6 +281,13 @@ def _shape(options: argparse.Namespace) -> ModelShape | None:
         raise ValueError(f"{options.source}: {error}" if options.source else str(error)) from None
 
 
+def _batching_name(options: argparse.Namespace, shape: ModelShape | None) -> str:
+    """Without "auto": whether a model allows it is asked of the model itself, when it trains."""
+    if options.batching != "auto":
+        return options.batching
+    return "concatenated" if shape is not None and shape.rough else "packed_shared_prefix"
+
+
 def _check_sharding(options: argparse.Namespace) -> None:
     n = options.processes
     if options.sharding == "none" and n > 1:
@@ -286,6 +319,7 @@ def run(options: argparse.Namespace, read_training: ReadTraining | None = None) 
     _check_sharding(options)
     shape = _shape(options)
     share = options.labelled or measured_share(options.batch, options.seq)
+    batching = measured_batching(_batching_name(options, shape), options.batch, options.seq)
     step = Step(
         hidden=options.hidden if shape is None else shape.hidden,
         vocab=options.vocab if shape is None else shape.vocab,
@@ -305,11 +339,12 @@ def run(options: argparse.Namespace, read_training: ReadTraining | None = None) 
         chunk_bytes=options.chunk_bytes,
         device=default_device() if options.device is None else _device(options.device),
         impl=options.impl,
+        batching=batching,
     )
     memory = device_memory(step.device) if options.memory is None else int(options.memory * GIB)
     found = plan(step, memory)
     source = "given" if options.labelled else "measured on real pairs cut at this length"
-    print(text(step, found, options.model or "head", f"{share:.0%}, {source}"))
+    print(text(step, found, options.model or "head", f"{share:.0%}, {source}", options.batching == "auto"))
     if options.json:
         options.json.write_text(json.dumps(found, indent=2) + "\n")
     return 0

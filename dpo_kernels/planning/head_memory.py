@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from dpo_kernels import linear_dpo
+from dpo_kernels.comparisons import Halves
 from dpo_kernels.dispatch import check_runs, choose, impl_of, is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import Rows, accumulate_dtype
@@ -215,6 +216,11 @@ class _Tiles:
         return self.tile + max(both * part, self.tile + both * rest)
 
     @property
+    def next_product(self) -> int:
+        """The same beside one that was kept, which a first tile does not have."""
+        return self.product if self.several or not self.kept_product else 0
+
+    @property
     def added(self) -> int:
         """d W, where it is not added at once to what is there."""
         return self.rows * self.h * self.a if self.adds_apart else 0
@@ -258,7 +264,7 @@ def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[int], str]:
         return [], "gradients in fp16 are formed after the loss scale"
     pair = torch.arange(t.n) % pairs
     groups = plan_groups(
-        Rows(pair, pair), pairs, t.weight, t.acc, chunk_bytes, t.family, dweight=t.weight.requires_grad
+        Rows(pair, pair), Halves(pairs), t.weight, t.acc, chunk_bytes, t.family, dweight=t.weight.requires_grad
     )
     if groups is not None:
         which = "all pairs" if len(groups) == 1 else f"the pairs, in {len(groups)} groups,"
@@ -284,7 +290,7 @@ def _swept(t: _Tiles, positions: int, small: int, with_dhidden: bool) -> HeadMem
     moments = {"operands": base + t.operands + exps}
     base += t.x_rows + t.w
     moments |= {
-        "logits": base + t.product + exps * t.several,
+        "logits": base + t.next_product + exps * t.several,
         "exponentials": base + exps * (1 + t.several) + t.slopes * with_dhidden,
     }
     if not with_dhidden:
@@ -308,7 +314,7 @@ def _recomputed(t: _Tiles, positions: int, small: int) -> HeadMemory:
     moments = {"operands": base + t.operands + d}
     base += t.x_rows + t.w
     moments |= {
-        "logits": base + t.product + d * t.several,
+        "logits": base + t.next_product + d * t.several,
         "dlogits": base + d * (1 + t.several) + t.slopes,
         "dX sums": base + d + t.added,
         "dW": base + d + t.x_rows + t.dweight,
@@ -333,7 +339,7 @@ def _grouped(t: _Tiles, sizes: list[int], positions: int, small: int) -> HeadMem
     base = small + x + dx_sum + dw + t.dw_sum(columns if alone else t.v, alone) + logits + scratch + t.w
     moments = {
         "operands": base + t.next_w + d,
-        "logits": base + t.x_rows + t.kept_product + t.product + t.copy_of_kept,
+        "logits": base + t.x_rows + t.kept_product + t.next_product + t.copy_of_kept,
         "dlogits": base + d + t.slopes,
         "dX sums": base + d + t.added,
         "dW": base + d + t.x_rows + t.dweight,

@@ -12,25 +12,26 @@ from typing import Any
 
 import torch
 
-from dpo_kernels.data.lengths import blank_labels, real_lengths
 from dpo_kernels.dispatch import check_impl
 from dpo_kernels.linear_dpo import check_chunk_bytes
 from dpo_kernels.models.shapes import ModelShape
+from dpo_kernels.planning.batches import PADDED, Batching
 from dpo_kernels.planning.head_memory import HeadMemory, eager_bytes, ours_bytes, trl_bytes
 
 WAYS = ("eager", "TRL", "dpo_kernels")
 TRAIN = ("full", "frozen-head", "lora")
 REFERENCES = ("model", "precomputed", "none")
 SHARDING = ("none", "fsdp2")
-# To measure the share of labels: pairs in a batch at most, since larger ones are padded alike; tokens in both responses
-# that are more than most pairs have.
-MEASURED_PAIRS, RESPONSE_TOKENS = 150, 4096
 MOST_PAIRS = 2**16
 
 
 @dataclass(frozen=True)
 class Step:
-    """A step of DPO: `accumulation` micro-batches and an update, on one of `processes`. `shape` None: a head alone."""
+    """A step of DPO: `accumulation` micro-batches and an update, on one of `processes`. `shape` None: a head alone.
+
+    `labelled` is the share of labels in the padded batch, whatever the `batching`, which is that of dpo_kernels alone:
+    eager logits and TRL's head have padded batches.
+    """
 
     hidden: int
     vocab: int
@@ -50,6 +51,7 @@ class Step:
     chunk_bytes: int | None = None
     device: torch.device = torch.device("cpu")
     impl: str = "auto"
+    batching: Batching = PADDED
 
     def __post_init__(self) -> None:
         for name in ("hidden", "vocab", "pairs", "seq", "lora_r", "accumulation", "processes"):
@@ -68,17 +70,37 @@ class Step:
                 raise ValueError(f"{name}: expected a {kind.__name__} of torch, got {getattr(self, name)!r}")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise ValueError(f"autocast: expected a dtype of torch or None, got {self.autocast!r}")
+        if not isinstance(self.batching, Batching):
+            raise ValueError(f"batching: expected a Batching, as measured_batching gives, got {self.batching!r}")
+        if not all(0 <= share <= 1 for share in self.batching[1:]):
+            raise ValueError(f"batching: expected shares in [0, 1], got {self.batching!r}")
+        if self.labelled * (self.seq - 1) > self.batching.computed * self.seq:  # the first position has no label
+            raise ValueError(
+                f"labelled: expected at most {self.batching.computed:.3g}, the share of positions that are computed "
+                f"with {self.batching.name}, got {self.labelled!r}"
+            )
         check_chunk_bytes(self.chunk_bytes)
         check_impl(self.impl)
 
     @property
     def positions(self) -> int:
+        """Of the padded batch."""
         return 2 * self.pairs * self.seq
+
+    @property
+    def computed(self) -> int:
+        """Positions that go through the layers."""
+        return round(self.batching.computed * self.positions)
 
     @property
     def tokens(self) -> int:
         """Labelled ones."""
         return math.ceil(self.labelled * self.positions)
+
+
+def of_way(step: Step, way: str) -> Step:
+    """The step as `way` takes it: all but ours are padded."""
+    return step if way == "dpo_kernels" else replace(step, batching=PADDED)
 
 
 def head_memory(step: Step, way: str) -> HeadMemory:
@@ -87,9 +109,9 @@ def head_memory(step: Step, way: str) -> HeadMemory:
         raise ValueError(f"step: expected a Step, got {type(step).__name__}")
     if way not in WAYS:
         raise ValueError(f"way: expected one of {WAYS}, got {way!r}")
-    train_head = step.train == "full"
+    step, train_head = of_way(step, way), step.train == "full"
     common: dict[str, Any] = {
-        "positions": step.positions,
+        "positions": step.computed,
         "hidden": step.hidden,
         "vocab": step.vocab,
         "dtype": step.dtype,
@@ -140,22 +162,20 @@ def gathered_bytes(step: Step, shape: ModelShape) -> int:
 
 
 def layer_bytes(step: Step, shape: ModelShape) -> int:
-    """Estimate: what one layer saves for the backward, for each position of a padded batch.
+    """Estimate: what one layer saves for the backward.
 
-    H, q, k, i: hidden size, queries, keys, intermediate size; e bytes of the weights, c of what is computed.
+    H, q, k, i: hidden size, queries, keys, intermediate size; e bytes of the weights, c of what is computed. For each
+    position that is computed:
 
     - Norms: their input in fp32 (4H), and where their weight is trained the normalized one (eH, 4H in Gemma).
     - Inputs of matrices that are trained: of queries, keys and values, of gate and up, and of down; that of the output
       matrix is the attention's result. Autocast casts for each matrix, and so do adapters, to fp32.
-    - Attention: queries, keys and values, repeated for all heads since padding needs a mask, and the result (4cq); a
-      log-sum-exp a head; the mask in numbers (c for each position it sees). With a softcap, which the fused attention
-      does not take, scores after tanh and after softmax, a number for each head and position seen; with sinks these.
+    - Attention: `attention_bytes`.
     - MLP: gate, its activation, and up (3ci). In a mixture of experts i is the width of all that a token goes through,
       and each expert of a token has its input and its output apart.
     """
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
-    e, trained = step.dtype.itemsize, step.train != "lora"
-    c = e if step.autocast is None else step.autocast.itemsize
+    e, trained, c = step.dtype.itemsize, step.train != "lora", _computed_bytes(step)
     norms = shape.norms * h * (4 + trained * (4 if shape.wide_norms else e))
     if shape.qk_norm:
         norms += (q + k) * (4 + trained * (4 if shape.wide_norms else c))
@@ -165,16 +185,60 @@ def layer_bytes(step: Step, shape: ModelShape) -> int:
         inputs = e * (2 * h + i)
     else:
         inputs = 4 * (5 * h + q + i)
-    attention = 4 * c * q
-    if shape.eager_attention:
-        attention += shape.heads * step.seq * c
-    elif shape.attention_softcap is None:
-        attention += 4 * shape.heads + c * step.seq
-    else:
-        attention += shape.heads * step.seq * (c + 4 + (c if c < 4 else 0))
     adapters = 0 if trained else 7 * step.lora_r * (4 if step.autocast is None else c)
     experts = 2 * c * h * shape.experts_per_token
-    return norms + inputs + attention + 3 * c * i + adapters + experts
+    return step.computed * (norms + inputs + 3 * c * i + adapters + experts) + attention_bytes(step, shape)
+
+
+def attention_bytes(step: Step, shape: ModelShape) -> int:
+    """Estimate: what the attention of one layer saves for the backward.
+
+    - Padded: queries, keys and values, repeated for all heads since padding needs a mask, and the result (4cq a
+      position); a log-sum-exp a head; the mask in numbers (c for each position it sees). With a softcap, which the
+      fused attention does not take, scores after tanh and after softmax, a number for each head and position seen; with
+      sinks these.
+    - In blocks: the same, but the result is there twice where the output matrix keeps its input, since blocks are put
+      together; responses have copies of the keys and values that they read (2cq each); and the mask is one for all
+      layers (`mask_bytes`). Scores are those of the blocks alone.
+    - By FlexAttention, on a GPU: queries, keys and values as they are, the result, twice as above, a log-sum-exp.
+    """
+    q, c, batching = shape.queries, _computed_bytes(step), step.batching
+    capped, fused = shape.attention_softcap is not None, _fused_attention(shape)
+    after_softmax = 4 + (c if c < 4 else 0)
+    if not batching.in_blocks:
+        if shape.eager_attention:
+            seen = shape.heads * step.seq * c
+        elif not capped:
+            seen = 4 * shape.heads + c * step.seq
+        else:
+            seen = shape.heads * step.seq * (c + after_softmax)
+        return step.positions * (4 * c * q + seen)
+    keeps_input = step.train != "lora" or (step.autocast is None and step.dtype.itemsize == 4)
+    put_together = step.computed * c * q * keeps_input
+    if fused and step.device.type == "cuda":
+        return step.computed * (2 * c * (q + shape.keys) + 4 * shape.heads) + put_together
+    copies = round(2 * c * q * batching.copied * step.positions)
+    if fused:
+        return step.computed * (4 * c * q + 4 * shape.heads) + put_together + copies
+    scores = round(shape.heads * batching.attended * step.positions * step.seq) * (c * capped + after_softmax)
+    return step.computed * 3 * c * q + put_together + copies + scores
+
+
+def mask_bytes(step: Step, shape: ModelShape) -> int:
+    """Masks of blocks, which all layers share: of responses, and where scores are computed apart of all of them."""
+    fused = _fused_attention(shape)
+    if not step.batching.in_blocks or (fused and step.device.type == "cuda"):
+        return 0
+    share = step.batching.masked if fused else step.batching.attended
+    return round(share * step.positions * step.seq) * _computed_bytes(step)
+
+
+def _fused_attention(shape: ModelShape) -> bool:
+    return not shape.eager_attention and shape.attention_softcap is None
+
+
+def _computed_bytes(step: Step) -> int:
+    return (step.dtype if step.autocast is None else step.autocast).itemsize
 
 
 def activation_bytes(step: Step, shape: ModelShape) -> tuple[int, int]:
@@ -184,12 +248,13 @@ def activation_bytes(step: Step, shape: ModelShape) -> tuple[int, int]:
     matrix. Gradient checkpointing keeps the input of each layer instead, and computes one layer again at a time.
     """
     e, h = step.dtype.itemsize, shape.hidden
-    last = h * (4 + e + (step.train != "lora") * (4 if shape.wide_norms else e))
-    layer = layer_bytes(step, shape) * step.positions
+    last = step.computed * h * (4 + (step.train != "lora") * (4 if shape.wide_norms else e) + e)
+    last += mask_bytes(step, shape)
+    layer = layer_bytes(step, shape)
     copies = 0 if step.autocast is None else shape.linear_parameters * step.autocast.itemsize
     if step.checkpointing:
-        return (shape.layers * h * e + last) * step.positions, layer + copies // shape.layers
-    return shape.layers * layer + last * step.positions + copies, 0
+        return shape.layers * h * e * step.computed + last, layer + copies // shape.layers
+    return shape.layers * layer + last + copies, 0
 
 
 def cast_bytes(step: Step, shape: ModelShape) -> int:
@@ -210,7 +275,7 @@ def later_bytes(step: Step, shape: ModelShape, head: HeadMemory) -> dict[str, in
     gradients = state_bytes(step, shape)["gradients"]
     earlier = gradients if step.accumulation > 1 else 0
     kept, again = activation_bytes(step, shape)
-    hidden = step.positions * shape.hidden * step.dtype.itemsize
+    hidden = step.computed * shape.hidden * step.dtype.itemsize
     matrix = shape.head_parameters * step.dtype.itemsize
     with_embedding = step.train == "full" or (step.train == "frozen-head" and not shape.tied)
     dhead = matrix if step.train == "full" else 0
@@ -245,7 +310,7 @@ def footprint(step: Step, way: str) -> dict[str, int]:
 
     Parts add up to the moment of head and loss; "later" is what is alive beyond that at a later one.
     """
-    head = head_memory(step, way)
+    head, step = head_memory(step, way), of_way(step, way)
     if step.shape is None:
         return {"head and loss": head.peak, "total": head.peak}
     state = state_bytes(step, step.shape)
@@ -278,14 +343,6 @@ def largest_batch(step: Step, way: str, memory: int) -> int:
     return low
 
 
-def measured_share(pairs: int, seq: int) -> float:
-    """The share of positions with a label in padded batches of so many real preference pairs, cut at `seq` tokens."""
-    pairs = min(pairs, MEASURED_PAIRS)
-    lengths = real_lengths(min(2 * seq, RESPONSE_TOKENS) * MEASURED_PAIRS, seq)
-    batches = [blank_labels(0, 0, lengths[i : i + pairs]) for i in range(0, len(lengths) - pairs + 1, pairs)]
-    return sum(int((labels == 0).sum()) for labels in batches) / sum(labels.numel() for labels in batches)
-
-
 def plan(step: Step, memory: int) -> dict[str, Any]:
     """Everything that is printed or written, in bytes."""
     _check_memory(memory)
@@ -294,6 +351,7 @@ def plan(step: Step, memory: int) -> dict[str, Any]:
         "step": _plain(step),
         "positions": step.positions,
         "labelled_positions": step.tokens,
+        "computed_positions": {way: of_way(step, way).computed for way in WAYS},
         "device_bytes": memory,
         "head": {way: head._asdict() | {"temporary": head.temporary} for way, head in heads.items()},
     }
@@ -313,6 +371,7 @@ def _check_memory(memory: object) -> None:
 
 def _plain(step: Step) -> dict[str, Any]:
     plain = {**vars(step), "shape": None if step.shape is None else asdict(step.shape)}
+    plain["batching"] = step.batching._asdict()
     return {
         name: str(value).removeprefix("torch.") if isinstance(value, (torch.dtype, torch.device)) else value
         for name, value in plain.items()

@@ -12,6 +12,7 @@ import torch
 
 from dpo_kernels.bench import charts, command
 from dpo_kernels.cli import main
+from dpo_kernels.data.lengths import real_lengths
 
 PNG = b"\x89PNG\r\n"
 
@@ -125,6 +126,29 @@ def test_peers_compute_the_same(with_peers, package, name):
             pytest.skip(f"torch.compile does not work here: {row['reason']}")
         assert "reason" not in row, row
         assert max(row["errors"].values()) < 1e-4, row
+
+
+def test_responses_alone_are_what_the_head_gets_of_packed_batches(bench):
+    """As many labels as in the padded batch, in [2B, L]."""
+    options = (
+        "--mask",
+        "real",
+        "responses",
+        "--max-length",
+        "1024",
+        "--no-memory",
+        "--impl",
+        "torch",
+        "--peers",
+        "eager",
+    )
+    padded, alone = bench(*options, "--tokens", "64")["tables"]
+    assert alone["title"].startswith("Trained head, responses of a real batch: ")
+    assert padded["N"] == alone["N"] and alone["positions"] < padded["positions"]
+    lengths = real_lengths(64, 1024)
+    longest = max(max(chosen, rejected) for _, chosen, rejected in lengths)
+    assert alone["positions"] == 2 * len(lengths) * longest
+    assert all("reason" not in row for row in alone["rows"])
 
 
 def test_modes_have_the_gradients_that_they_say(all_modes):

@@ -224,6 +224,7 @@ def test_gpu_launches_each_kernel_once(gpu, monkeypatch, capsys):
 RUNBOOK = BENCHMARKS / "gpu_runbook.sh"
 FIRST = ["wheels", "build", "environment", "tune", "paths"]
 REST = ["triton", "cuda", "tuning", "grids", "tiles", "launches", "peers", "memcheck", "racecheck"]
+TRAINING = ["attention", "training"]
 STEP = re.compile(r"^ *(?:\[ .* \] \|\| )?step (\S+) (\d+) ", re.MULTILINE)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a script for Linux")
 
@@ -287,12 +288,16 @@ def book(tmp_path):
 
 
 def test_runbook_ends_in_time():
-    """Whatever hangs: the first part in four minutes, all of it in eight."""
+    """Whatever hangs: the first part in four minutes, both in eight; training in four."""
     text = RUNBOOK.read_text()
     text = text.replace("step $tool 20", "step memcheck 20 \nstep racecheck 20")
     seconds = {name: int(limit) for name, limit in STEP.findall(text)}
-    assert list(seconds) == FIRST + REST  # what matters most comes first
-    assert sum(seconds[name] for name in FIRST) <= 240 and sum(seconds.values()) <= 480
+    # what matters most comes first
+    assert [name for name in seconds if name not in TRAINING] == FIRST + REST and {*TRAINING} < {*seconds}
+    first, both, training = (
+        sum(seconds[name] for name in names) for names in (FIRST, FIRST + REST, FIRST[:3] + TRAINING)
+    )
+    assert first <= 240 and both <= 480 and training <= 240
     assert seconds["tune"] > 60, "what it may take for one head"
 
 
@@ -311,7 +316,7 @@ def test_runbook_in_one_call_and_in_two(book, tmp_path):
     assert lines["launches"].endswith(": 2 launches")
     # what steps left is given to later ones, and never twice
     took, given = zip(*(map(int, re.search(r", (\d+) s of (\d+):", line).groups()) for line in whole[1:]), strict=True)
-    limits = [int(limit) for _, limit in STEP.findall(RUNBOOK.read_text())]
+    limits = [int(limit) for name, limit in STEP.findall(RUNBOOK.read_text()) if name not in TRAINING]
     for at in range(1, 1 + FIRST.index("paths")):
         assert limits[at] < given[at] <= sum(limits[: at + 1]) - sum(took[:at])
     assert (book.out / "verdict").is_dir()
@@ -332,6 +337,16 @@ def test_runbook_in_one_call_and_in_two(book, tmp_path):
     again, launches = (next(line for line in both[len(first) :] if line.startswith(name)) for name in ("build", "laun"))
     assert again.endswith(": it is built") and book.calls.read_text().count("setup.py") == 1
     assert launches.startswith("launches: FAILED (1)") and launches.endswith("==ERROR==ERR_NVGPUCTRPERM")
+
+    before = len(both)
+    done, all_of_it = book("--training", book.out, DPO_KERNELS_PREFERENCES="pairs of mine.jsonl")
+    assert all_of_it[:before] == both and all_of_it[before] == "a copy, cuda, training"
+    assert [line.split(":")[0] for line in all_of_it[before + 1 :]] == ["build", "environment", *TRAINING]
+    calls = book.calls.read_text()
+    assert "benchmarks/attention.py --device cuda\n" in calls and calls.count("setup.py") == 1
+    (steps,) = re.findall("benchmarks/train_step.py .*", calls)
+    assert "--device cuda --mixed-precision bf16 --dataset pairs of mine.jsonl " in steps and "--quick" not in steps
+    assert steps.endswith("--contenders TRL dpo_kernels dpo_kernels, each prompt once")
 
 
 def gpu_parts():

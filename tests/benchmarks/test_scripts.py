@@ -381,6 +381,12 @@ def test_training_steps_agree(train_step, monkeypatch, tmp_path, capsys):
         for row in rows.values():
             assert len(row["samples_ms"]) == 3 and row["tokens_per_second"] > 0
             assert row["median_ms"] > row["gradients_ms"] > 0 and row["update_ms"] > 0
+            # each prompt once, and nothing else that could be left out
+            once = sum(batch["once"] for batch in found["batches"][1:]) / 3
+            padded = sum(batch["positions"] for batch in found["batches"][1:]) / 3
+            real = sum(batch["tokens"] for batch in found["batches"][1:]) / 3
+            expected = (once, 0.0) if row["name"] == packed else (padded, 1 - real / padded)
+            assert (row["positions"], row["padding"]) == pytest.approx(expected) and once < real < padded
         assert "losses" not in rows["no head"] and rows["dpo_kernels"]["over_ours"] == 1
         for name in ("eager", "TRL", "TRL, our head", "dpo_kernels", packed):
             assert len(rows[name]["losses"]) == 4 and rows[name]["loss_deviation"] < 1e-4

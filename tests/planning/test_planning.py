@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from places import ROOT
+from small_steps import KINDS, SMALL, adapted, measured_step, model_of
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.bench import peers
@@ -21,6 +22,7 @@ from dpo_kernels.impl import paths
 from dpo_kernels.models.shapes import ModelShape, count_shape, find_shape
 from dpo_kernels.planning import command
 from dpo_kernels.planning import step as planning
+from dpo_kernels.planning.batches import measured_share
 from dpo_kernels.planning.head_memory import eager_bytes, ours_bytes, trl_bytes
 from dpo_kernels.testing import SavedBytes, allocated, head_inputs
 
@@ -28,6 +30,8 @@ WITHIN = 0.1
 # [S, T, H, V] and the labelled share: every label, where tiles and logits lead; and an H above what oneDNN adds up at
 # once, padded, where hidden states and gradients lead, and tiles have fewer rows than there are
 SHAPES = {"wide": (8, 32, 64, 16000, 1.0), "deep": (8, 256, 512, 1500, 0.6)}
+# in one tile
+ONE = {"one": (4, 64, 128, 2000, 1.0)}
 # few rows, where the head is what is large
 FEW = {"few": (2, 32, 256, 40000, 1.0)}
 TILE = 2**21
@@ -35,7 +39,7 @@ HALF = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def inputs_of(shape, dtype):
-    sequences, length, hidden, vocab, labelled = (SHAPES | FEW)[shape]
+    sequences, length, hidden, vocab, labelled = (SHAPES | FEW | ONE)[shape]
     inputs = head_inputs(sequences, length, hidden, vocab, dtype=dtype, labelled=labelled)
     sizes = {"positions": sequences * length, "hidden": hidden, "vocab": vocab, "dtype": dtype}
     return inputs, sizes | {"tokens": int((inputs.labels != -100).sum())}
@@ -111,6 +115,12 @@ def test_the_instrument_sees_every_allocation():
 @pytest.mark.parametrize("path", ["A", "B", "C", "D"])
 def test_ours(path, dtype, shape, small_tiles):
     check_ours(path, shape, dtype, small_tiles)
+
+
+@pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
+@pytest.mark.parametrize("path", ["A", "B", "C", "D"])
+def test_ours_in_one_tile(path, dtype):
+    check_ours(path, "one", dtype, "cpu" if not dispatch.CPU_PROBLEM else "torch")
 
 
 @pytest.mark.parametrize("dtype", HALF.values(), ids=HALF)
@@ -235,48 +245,6 @@ def test_a_device_that_is_not_there():
 # The whole step
 
 
-SMALL = ModelShape(64, 128, 3, 160, 4, 2, 16)
-KINDS = {
-    "llama": ("LlamaConfig", {}, {}),
-    "qwen2": ("Qwen2Config", {}, {"qkv_bias": True}),
-    "qwen3": ("Qwen3Config", {}, {"qk_norm": "head"}),
-    "gemma2": ("Gemma2Config", {}, {"norms": 4, "wide_norms": True, "softcap": 30.0, "attention_softcap": 50.0}),
-    "gemma3": ("Gemma3TextConfig", {}, {"norms": 4, "wide_norms": True, "qk_norm": "head"}),
-    "experts": (
-        "Qwen3MoeConfig",
-        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 80},
-        {"qk_norm": "head", "experts_per_token": 2},
-    ),
-}
-
-
-def model_of(kind, shape, dtype):
-    transformers = pytest.importorskip("transformers")
-    name, options, _ = KINDS[kind]
-    config = getattr(transformers, name)(
-        vocab_size=shape.vocab, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim, tie_word_embeddings=shape.tied, pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        **options,
-    )  # fmt: skip
-    return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).train()
-
-
-def adapted(model, step):
-    """The model as `step` trains it."""
-    if step.train == "frozen-head":
-        model.get_output_embeddings().weight.requires_grad_(False)
-    if step.train == "lora":
-        peft = pytest.importorskip("peft")
-        lora = peft.LoraConfig(r=step.lora_r, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.get_peft_model(model, lora)
-    if step.checkpointing:
-        model.gradient_checkpointing_enable()
-        if step.train == "lora":
-            model.enable_input_require_grads()
-    return model
-
-
 def padded_batch(step):
     ids = torch.randint(3, step.vocab, (2 * step.pairs, step.seq))
     mask = torch.ones_like(ids)
@@ -332,39 +300,6 @@ def test_activations(kind, dtype, mixed, train, checkpointing):
         assert kept + shape.layers * again == pytest.approx(whole, rel=0.25)
 
 
-def measured_step(step, shape):
-    """Bytes at the peak of a whole step, after a first one; and what its last backward and its update allocate."""
-    model = model_of("llama", shape, step.dtype)
-    backbone, head = model.model, model.get_output_embeddings().weight
-    model = adapted(model, step)
-    trained = [weight for weight in model.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained)
-    ids, mask = padded_batch(step)
-
-    def micro_batch():
-        with torch.autocast("cpu", torch.bfloat16, enabled=step.autocast is not None):
-            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            loss = linear_dpo_loss(hidden, head, ids, torch.zeros(2 * step.pairs)).loss
-        del hidden
-        loss.backward()
-
-    def update():
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    micro_batch()
-    update()
-    for _ in range(step.accumulation - 1):
-        micro_batch()
-    moments = [value for state in optimizer.state.values() for value in state.values() if value.dim()]
-    before = sum(t.nbytes for t in (*set(model.parameters()), *moments))
-    earlier = sum(weight.grad.nbytes for weight in trained if weight.grad is not None)
-    backward = allocated(micro_batch).peak
-    gradients = sum(weight.grad.nbytes for weight in trained)
-    updating = allocated(update).peak
-    return before + max(earlier + backward, gradients + updating), backward, updating
-
-
 # where activations and the head lead, and where the parameters do, with a tied matrix and without
 STEPS = {"many tokens": (2, 64, False), "few tokens": (1, 8, False), "few tokens, tied": (1, 16, True)}
 
@@ -394,7 +329,15 @@ def test_a_whole_step(size, dtype, mixed, train, checkpointing, accumulation):
         shape.hidden, shape.vocab, pairs, seq, 1.0, shape, getattr(torch, dtype), command.AUTOCAST[mixed], train,
         lora_r=4, checkpointing=checkpointing, accumulation=accumulation,
     )  # fmt: skip
-    total, backward, updating = measured_step(step, shape)
+    model = model_of("llama", shape, step.dtype)
+    backbone, head = model.model, model.get_output_embeddings().weight
+    ids, mask = padded_batch(step)
+
+    def loss():
+        hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return linear_dpo_loss(hidden, head, ids, torch.zeros(2 * step.pairs)).loss
+
+    total, backward, updating = measured_step(step, adapted(model, step), loss)
     predicted = planning.footprint(step, "dpo_kernels")
     assert predicted["total"] == pytest.approx(total, rel=WITHIN)
     if train == "lora" or dtype != "float32" or mixed != "no":  # where what is small beside the rest counts
@@ -562,9 +505,9 @@ def test_the_share_of_labels_is_that_of_the_measured_pairs():
     lengths = json.loads(LENGTHS.read_text())["lengths"]
     responses = sum(chosen + rejected for _, chosen, rejected in lengths)
     alone = responses / sum(2 * (prompt + max(rest) - 1) for prompt, *rest in lengths)
-    assert planning.measured_share(1, 100_000) == pytest.approx(alone, rel=0.05)
-    assert planning.measured_share(8, 100_000) < 0.8 * alone, "padding"
-    assert planning.measured_share(4, 2) == 1.0
+    assert measured_share(1, 100_000) == pytest.approx(alone, rel=0.05)
+    assert measured_share(8, 100_000) < 0.8 * alone, "padding"
+    assert measured_share(4, 2) == 1.0
 
 
 # The command

@@ -155,13 +155,15 @@ def test_a_kernel_that_is_not_right_is_not_taken(within, fault):
 
 
 @pytest.mark.parametrize("fault", ["hangs", "aborts", pytest.param("leaves", marks=pytest.mark.full)])
-def test_a_kernel_that_takes_its_process_along_is_never_tried_again(monkeypatch, fault):
+def test_a_kernel_that_takes_its_process_along_is_never_tried_again(monkeypatch, within, fault):
     """The process is ended, and another one measures the rest."""
-    verdict, said = harmed(monkeypatch, fault, patience=4.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(trial, "watched", process.watched)
+        verdict, said = harmed(monkeypatch, fault, patience=4.0)
     is_not_taken(verdict, said, *REASONS[fault])
     assert "it is not tried again" in said[0] and started() == 2
-    again, _ = harmed(monkeypatch, fault, again=True)
-    assert again.refused == verdict.refused and started() == 3
+    again, _ = within(fault, again=True)  # which would take this process along
+    assert again.refused == verdict.refused and len(within.started) == 1
     assert set(again.times[0].ms["A"]) == {"torch"}
 
 
@@ -462,20 +464,29 @@ def test_a_file_is_whole_or_not_there(monkeypatch, within):
     monkeypatch.undo()
 
 
-def test_two_at_once(monkeypatch, cache):
+def test_two_at_once(monkeypatch, within):
     """The second one waits, says so, and takes what the first one found."""
-    monkeypatch.setenv("HARM", "none")
-    said, found = [], []
+    said, found, waits, of = [], [], threading.Event(), trial.watched
+
+    def watched(*arguments):
+        assert waits.wait(60)
+        return of(*arguments)
+
+    def say(line):
+        said.append(line)
+        waits.set()
 
     def one():
-        found.append(tune(CPU, [HEAD], command=HARMED, say=said.append))
+        found.append(tune(CPU, [HEAD], say=say))
+
+    monkeypatch.setattr(trial, "watched", watched)
 
     both = [threading.Thread(target=one) for _ in range(2)]
     for thread in both:
         thread.start()
     for thread in both:
         thread.join()
-    assert started() == 1
+    assert len(within.started) == 1
     assert found[0] == found[1] and found[0].knows(HEAD)
     assert said == [f"another process tunes {verdicts.cpu_name()}: waiting for what it finds"]
 
@@ -588,9 +599,10 @@ def test_a_device_that_cannot_be_tried_keeps_pytorch(monkeypatch, caplog, capfd,
 
 
 def test_a_process_that_never_speaks(monkeypatch):
-    monkeypatch.setattr(process, "STARTED", 2.0)
-    with pytest.raises(Untuned, match=r"was lost at the start: nothing came of it for 2 s"):
-        harmed(monkeypatch, "mute", patience=2.0)
+    monkeypatch.setattr(process, "STARTED", 0.5)
+    mute = sys.executable, "-c", "import time; time.sleep(1000)"
+    with pytest.raises(Untuned, match=r"was lost at the start: nothing came of it for 0.5 s"):
+        tune(CPU, [HEAD], command=mute, patience=0.5)
     assert verdicts.read(verdicts.key_of(CPU)) is None
 
 

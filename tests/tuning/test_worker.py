@@ -166,6 +166,13 @@ def test_large_heads_are_tried_in_small(monkeypatch):
     assert {len(found) for found in groups} == {2}
 
 
+@pytest.fixture
+def brief(monkeypatch):
+    """Without what makes times reproducible: more is spent on that than on what is tested."""
+    monkeypatch.setattr(measure, "FLUSH_BYTES", 2**20)
+    monkeypatch.setattr(measure.gc, "collect", lambda *of: 0)
+
+
 @pytest.mark.parametrize("path", ["A", "C", "D"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_one_row_that_is_wrong_is_seen(monkeypatch, path, dtype):
@@ -184,11 +191,10 @@ def test_one_row_that_is_wrong_is_seen(monkeypatch, path, dtype):
         assert "one number is" in worker.wrong(path, case, dtype, torch.device("cpu"))
 
 
-def test_a_kernel_that_is_wrong_at_the_size_of_the_head_alone(monkeypatch):
+def test_a_kernel_that_is_wrong_at_the_size_of_the_head_alone(monkeypatch, brief):
     from dpo_kernels.impl import native
 
     of, told = native.dlogits, []
-    monkeypatch.setattr(measure, "FLUSH_BYTES", 2**20)
 
     def dlogits(a, out, *arguments, **options):
         value = of(a, out, *arguments, **options)
@@ -247,10 +253,9 @@ def test_threads_and_precision_are_those_of_whoever_asks(monkeypatch):
     assert taken == [3, "medium"]
 
 
-def test_families_take_turns_and_are_named_before_they_begin(monkeypatch):
+def test_families_take_turns_and_are_named_before_they_begin(monkeypatch, brief):
     """So that whoever hangs is known by name."""
     told = []
-    monkeypatch.setattr(measure, "FLUSH_BYTES", 2**20)
     head = worker.verdicts.Head("float32", 16, 64)
     task = {"tokens": [16, 32], "rounds": 1, "seconds": 10.0}
     monkeypatch.setattr(dispatch, "families", lambda device: ["torch", "cpu"])
