@@ -6,6 +6,7 @@ parser, and run where that takes no time.
 """
 
 import copy
+import functools
 import re
 import shlex
 import shutil
@@ -106,20 +107,24 @@ def patched(monkeypatch):
     unpatch()
 
 
-def weighted_trainer(monkeypatch):
+def trainer_of_the_demo():
+    """What a script for TRL's trainer has, with a model on disk, where the reference comes from too."""
     trl = pytest.importorskip("trl")
     from dpo_kernels.data.demo import demo_model, demo_preferences, demo_tokenizer
     from dpo_kernels.trl import DPOTrainer
 
     rows = demo_preferences(20)
     tokenizer = demo_tokenizer(str(row) for row in rows)
-    found = NAMES | {
-        "DPOTrainer": DPOTrainer,
-        "DPOConfig": lambda *args, **more: trl.DPOConfig(*args, use_cpu=True, **more),
-    }
-    found |= {"dataset": rows.add_column("weight", [0.5] * 20), "tokenizer": tokenizer}
     demo_model(len(tokenizer), eos_token_id=tokenizer.eos_token_id).save_pretrained("start")
-    found["model"] = transformers.AutoModelForCausalLM.from_pretrained("start")  # the reference comes from there, too
+    model = transformers.AutoModelForCausalLM.from_pretrained("start")
+    config = functools.partial(trl.DPOConfig, use_cpu=True)
+    found = {"DPOTrainer": DPOTrainer, "DPOConfig": config, "dataset": rows, "tokenizer": tokenizer, "model": model}
+    return NAMES | found
+
+
+def weighted_trainer(monkeypatch):
+    found = trainer_of_the_demo()
+    found["dataset"] = found["dataset"].add_column("weight", [0.5] * 20)
     yield found
     assert next(iter(found["trainer"].get_train_dataloader()))["pair_weights"].unique().tolist() == [0.5]
 
@@ -162,13 +167,35 @@ def settings_of_a_run(monkeypatch):
     assert found["result"].dataset == "preferences.jsonl"
 
 
+def each_prompt_once_in_trl(monkeypatch):
+    found = trainer_of_the_demo()
+    yield found
+    batch = next(iter(found["trainer"].get_train_dataloader()))
+    assert batch["input_ids"].shape[0] == 1 and len(batch["shift_labels"]) == 16
+    assert found["trainer"].compute_loss(found["model"], batch).item() == pytest.approx(0.693147, abs=1e-5)
+
+
+def each_prompt_once_in_a_loop(monkeypatch):
+    from dpo_kernels.data import tokenize_preferences
+    from dpo_kernels.data.demo import demo_model, demo_preferences, demo_tokenizer
+
+    rows = demo_preferences(8)
+    tokenizer = demo_tokenizer(str(row) for row in rows)
+    pairs, _ = tokenize_preferences(rows, tokenizer)
+    model = demo_model(len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    found = NAMES | {"model": model, "reference": copy.deepcopy(model), "tokenizer": tokenizer}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    yield found | {"steps": [[pairs[n] for n in range(4)]], "optimizer": optimizer}
+    assert not torch.equal(model.lm_head.weight, found["reference"].lm_head.weight)
+
+
 PRELUDES = {
     "README.md": [eager_and_ours, from_trl, plain_tensors, loop_without_transformers],
     "docs/drop_ins.md": [
         *(from_trl, patched, weighted_trainer, any_other_trainer, lightning_module),
         mean_of_a_token,
     ],
-    "docs/training.md": [settings_of_a_run],
+    "docs/training.md": [settings_of_a_run, each_prompt_once_in_trl, each_prompt_once_in_a_loop],
 }
 
 

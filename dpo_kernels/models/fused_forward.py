@@ -179,6 +179,8 @@ def add_fused_lm_head(model: Any, outputs: Sequence[str] = ("log_probs",), *, ch
 
         labels: [S, T] token ids, -100 where a position's token has no label;
         shift_labels: [S, T] in their place: what each position predicts, -100 where that is nothing;
+        predictors: [S, L] int64 beside shift_labels [S, L], for rows [R, T] within `laid_out`: the position, in the
+            flat [R T], whose hidden state predicts each of them;
         outputs: in place of those above, for this call;
         num_items_in_batch: what `loss` divides by;
         preference: a `Preference`; or reference: a `Reference`;
@@ -238,6 +240,7 @@ class _Fused:
         *args: Any,
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
+        predictors: Tensor | None = None,
         outputs: Sequence[str] | None = None,
         num_items_in_batch: Tensor | int | None = None,
         preference: Preference | None = None,
@@ -257,6 +260,8 @@ class _Fused:
         if not isinstance(given, Tensor) or given.dim() != 2:
             shape = list(given.shape) if isinstance(given, Tensor) else type(given).__name__
             raise ValueError(f"labels, shift_labels: expected a tensor [S, T], got {shape}")
+        if predictors is not None and shift_labels is None:
+            raise ValueError(f"predictors: expected None without shift_labels, got {type(predictors).__name__}")
         self._check_asked(preference, reference, num_items_in_batch, inputs)
         if outputs is not None:
             _check_outputs(outputs)
@@ -266,7 +271,7 @@ class _Fused:
             self._check(inputs)
 
         def scored(operands: HeadOperands) -> dict[str, Any]:
-            found = _scored(self.head, operands, target, names, preference, reference)
+            found = _scored(self.head, operands, target, names, predictors, preference, reference)
             return found | ({"all_mean_logits": mean_logits(self.head, operands)} if all_mean_logits else {})
 
         found, aux_loss = self.head.in_forward(self.own, scored, **inputs)
@@ -337,6 +342,7 @@ def _scored(
     operands: HeadOperands,
     target: _Target,
     names: list[str],
+    predictors: Tensor | None,
     preference: Preference | None,
     reference: Reference | None,
 ) -> dict[str, Any]:
@@ -344,6 +350,7 @@ def _scored(
     labels = target.labels(hidden.device)
     options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
     options["check_hidden"] = False  # what is not finite goes on as NaN, as in the model's own loss
+    options["predictors"] = predictors.to(hidden.device) if isinstance(predictors, Tensor) else predictors
     found: dict[str, Any] = {"label_mask": target.cut(labels) != -100}
     stats: dict[str, Tensor] = {}
     wanted = [STATS[name] for name in names]

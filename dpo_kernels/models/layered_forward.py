@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from dpo_kernels.models.through_wrappers import is_of_a_library
 
-ASKED = ("preference", "reference", "all_mean_logits")  # keywords of fused heads that no model has
+ASKED = ("preference", "reference", "predictors", "all_mean_logits")  # keywords of fused heads that no model has
 Forward = Callable[..., Any]
 
 

@@ -21,12 +21,15 @@ KINDS = {"full_attention", "sliding_attention"}
 
 
 def use_layouts(model: Any) -> None:
-    """Gives a model the attention that reads layouts, from now on.
+    """Gives a model the attention that reads layouts, from now on. Outside `laid_out` it attends as "sdpa" does.
 
-    It is asked once, forward and backward on a few tokens, on the device that the model is on.
+    Args:
+        model: a transformers causal language model, in adapters or without, on its device and not yet sharded. It is
+            asked once, forward and backward on a few tokens.
 
-    Raises `ValueError`, with the model as it was, where hidden states or gradients come out differently from those of
-    a padded batch: of recurrent and convolutional layers, ALiBi, positions of its own, experts with a capacity.
+    Raises:
+        ValueError: hidden states or gradients come out differently from those of a padded batch: of recurrent and
+            convolutional layers, ALiBi, positions of its own, experts with a capacity. The model is as it was.
     """
     own = unwrap(model)
     before = getattr(own.config, "_attn_implementation", None)

@@ -302,8 +302,13 @@ _layout: ContextVar[Tensor | None] = ContextVar("layout", default=None)
 
 @contextmanager
 def laid_out(layout: Tensor | None) -> Iterator[None]:
-    """Within, a model's masks are this layout; None: those of what it is given. Layers get it as an argument, so that
-    checkpointing, which runs them again later, has it too."""
+    """Within, a model that `use_layouts` was called with attends as this layout says. Layers get it as an argument, so
+    that checkpointing, which runs them again later, has it too.
+
+    Args:
+        layout: [R, 1, T, 4] int32 of the inputs [R, T], as `PackedCollator` gives it; None: the model's masks are those
+            of what it is given.
+    """
     token = _layout.set(layout)
     try:
         yield
@@ -312,5 +317,13 @@ def laid_out(layout: Tensor | None) -> Iterator[None]:
 
 
 def hidden_of_responses(hidden: Tensor, predictors: Tensor) -> Tensor:
-    """[S, L, H]: the hidden states that predict the tokens of responses, by their slots [S, L] in the flat [R T]."""
+    """The hidden states that predict the tokens of responses.
+
+    Args:
+        hidden: [R, T, H] of laid-out rows.
+        predictors: [S, L] int64, their slots in the flat [R T], as `PackedCollator` gives them.
+
+    Returns:
+        [S, L, H], whose labels are aligned: not shifted.
+    """
     return hidden.flatten(0, 1)[predictors]

@@ -39,7 +39,7 @@ if not (hasattr(_dpo_trainer, "add_fused_lm_head") and hasattr(_kto_trainer, "ad
         f"dpo_kernels.trl needs TRL 1.15 or newer, whose trainers score in the forward; got {trl.__version__}"
     )
 
-from dpo_kernels.trl import _dpo, _kto, _reference_free
+from dpo_kernels.trl import _batching, _dpo, _kto, _reference_free
 from dpo_kernels.trl._head import of_our_trainers, with_added_head, with_our_head
 from dpo_kernels.trl._metrics import TotalTokens
 from dpo_kernels.trl._verify import verified_loss, verified_metrics, with_our_forward
@@ -59,9 +59,31 @@ EXPERIMENTAL = {"CPOTrainer": "trl.experimental.cpo", "ORPOTrainer": "trl.experi
 
 
 class DPOTrainer(trl.DPOTrainer):
-    """TRL's `DPOTrainer`: same arguments, same `DPOConfig`, same logs."""
+    """TRL's `DPOTrainer`: same `DPOConfig`, same logs, and same arguments, but for one more, by keyword:
 
-    __init__ = with_our_head(_dpo.with_known_losses(trl.DPOTrainer.__init__), _dpo_trainer, _dpo.check_options)
+    Args:
+        batching: how pairs go through the models. "concatenated" is as in TRL: `[prompt, response]` a row, padded.
+            "padding_free" has no padding, "shared_prefix" each prompt once, `[prompt, chosen, rejected]` a row, and
+            "packed_shared_prefix" both. "auto" is the last, or else the first, with a warning that says why not.
+
+    With all but "concatenated", models get an attention that reads such rows, and keep it; it is compared on a few
+    tokens first. The collator is this package's, on TRL's examples, cut and padded as TRL does. With
+    `remove_unused_columns=False` a `weight`, `chosen_token_weights` and `rejected_token_weights` of an example count.
+    Metrics are TRL's; the auxiliary loss of a mixture of experts counts a shared prompt once. `predict` is an error:
+    there are no logits. `trainer.batching` is what came of "auto".
+
+    Raises:
+        ValueError: no such batching, or one that cannot be: beside a `data_collator`, `compute_metrics`, NEFTune or an
+            attention that was asked for, with images, `torch_compile`, DeepSpeed, FSDP or parallelism other than of
+            data, with settings that TRL's own loss alone takes, with a version of TRL that is not tested, and with a
+            model that gives other hidden states.
+    """
+
+    __init__ = _batching.with_batching(
+        with_our_head(
+            _dpo.with_known_losses(trl.DPOTrainer.__init__), _dpo_trainer, _dpo.check_options, _batching.set_up
+        )
+    )
     _compute_loss = of_our_trainers(
         verified_loss(_dpo.compute_loss, trl.DPOTrainer._compute_loss),
         trl.DPOTrainer._compute_loss,
@@ -153,7 +175,8 @@ def _known(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def unpatch() -> None:
-    """Undoes `patch`. Trainers that were made before go on with TRL's loss, on this package's log-probabilities."""
+    """Undoes `patch`. Trainers that were made before go on with TRL's loss, on this package's log-probabilities; those
+    with a `batching` of their own cannot, since TRL's loss does not know such batches."""
     while _originals:
         trls, members = _originals.popitem()
         for member, original in members.items():

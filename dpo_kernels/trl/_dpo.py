@@ -12,11 +12,13 @@ from torch import Tensor
 from dpo_kernels.linear_dpo import LinearDPOOutput
 from dpo_kernels.losses import LOSSES, SMOOTHED_LOSSES, validate_dpo_options
 from dpo_kernels.models.fused_forward import Preference, Reference
+from dpo_kernels.models.segments import laid_out
 from dpo_kernels.trl._head import WEIGHTS, as_reference
 from dpo_kernels.trl._metrics import Metrics, record
 
 F_DIVERGENCES = {"js_divergence": "js", "alpha_divergence": "alpha"}  # the others have the same name
 NOT_INPUTS = frozenset({"completion_mask", "ref_chosen_logps", "ref_rejected_logps", *WEIGHTS})
+OF_LAYOUT = frozenset({"layout", "completion_lengths", "sequence_lengths"})  # no inputs either, where there is one
 STATS = ("entropy", "mean_logits", "is_top1")
 
 
@@ -56,8 +58,12 @@ def dpo_options(trainer: Any) -> dict[str, Any]:
 def _scored(trainer: Any, inputs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a model is called with, and the options of the loss of this batch."""
     taken = {name: value for name, value in inputs.items() if name not in NOT_INPUTS}
-    mask = inputs["completion_mask"]
     weights = {name: inputs[name] for name in WEIGHTS if inputs.get(name) is not None}
+    if "layout" in inputs:
+        taken = {name: value for name, value in taken.items() if name not in OF_LAYOUT}
+        options = dpo_options(trainer) | weights | {"lengths": inputs["completion_lengths"]}
+        return {**taken, "use_cache": False, "fused_lm_head": True}, options
+    mask = inputs["completion_mask"]
     if "token_weights" in weights:
         if weights["token_weights"].shape != mask.shape:
             raise ValueError(
@@ -76,7 +82,7 @@ def compute_ref_log_probs(self: Any, model: Any, inputs: dict[str, Any]) -> tupl
     """TRL's, summed as `linear_dpo_loss` sums the policy's."""
     scored, options = _scored(self, inputs)
     reference = Reference.of(self.model, options)
-    with as_reference(self):
+    with as_reference(self), laid_out(inputs.get("layout")):
         chosen, rejected = model(**scored, reference=reference).logps.chunk(2)
     return chosen, rejected
 
@@ -85,16 +91,22 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: 
     """TRL's `_compute_loss`, with the reference scored first: then the gradients of the head are formed in the forward,
     with three products instead of four. Dropout, which TRL turns off by default, and NEFTune draw other numbers for
     that reason."""
+    if return_outputs and "layout" in inputs:
+        raise ValueError(
+            "batching: expected concatenated for logits, which compute_metrics and predict ask for, got a batch with a "
+            "layout, whose rows are no sequences"
+        )
     scored, options = _scored(self, inputs)
     if self.precompute_ref_logps:
         reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
     else:
         reference = self.compute_ref_log_probs(self.model if self.ref_model is None else self.ref_model, inputs)
     router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-    with self.accelerator.autocast():  # which it puts around a model's forward once, for the first trainer of it
+    # autocast: which it puts around a model's forward once, for the first trainer of it
+    with self.accelerator.autocast(), laid_out(inputs.get("layout")):
         outputs = model(**scored, **router, outputs=STATS, preference=Preference(torch.cat(reference), **options))
     loss = outputs.preference.loss
-    values = _values(outputs, inputs["attention_mask"])
+    values = _values(outputs, inputs["sequence_lengths" if "layout" in inputs else "attention_mask"])
     if self.aux_loss_enabled:
         loss = loss + self.router_aux_loss_coef * outputs.aux_loss
         values["aux_loss"] = outputs.aux_loss
@@ -106,13 +118,13 @@ def compute_loss(self: Any, model: Any, inputs: dict[str, Any], return_outputs: 
         return loss, model(**model_inputs)  # for `compute_metrics`: the only way to logits
 
 
-def _values(outputs: Any, attention_mask: Tensor) -> dict[str, Any]:
-    """What the metrics of tokens are made of, of this process."""
+def _values(outputs: Any, input_tokens: Tensor) -> dict[str, Any]:
+    """What the metrics of tokens are made of, of this process. `input_tokens` sum to those of all sequences."""
     (chosen_logits, rejected_logits), (chosen_top1, _) = outputs.mean_logits.chunk(2), outputs.is_top1.chunk(2)
     chosen_tokens, rejected_tokens = outputs.preference.num_tokens.chunk(2)
     return {
         "processes": 1,
-        "input_tokens": attention_mask,
+        "input_tokens": input_tokens,
         "chosen_tokens": chosen_tokens,
         "rejected_tokens": rejected_tokens,
         "entropy": outputs.entropy,

@@ -43,14 +43,23 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-def with_our_head(init: Method, module: ModuleType, check: Check) -> Method:
-    """The `__init__` of a trainer that adds a fused head to its models, which is ours."""
+def with_our_head(
+    init: Method, module: ModuleType, check: Check, set_up: Callable[[Any], None] = lambda trainer: None
+) -> Method:
+    """The `__init__` of a trainer that adds a fused head to its models, which is ours. `set_up` gets the trainer when
+    it has its models, whole and on their device, and has scored nothing yet."""
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         self._dpo_kernels_head = True
         refusal = {"BaseTunerLayer": _NoLayer} if hasattr(module, "BaseTunerLayer") else {}  # it is PEFT's
-        with replaced(module, add_fused_lm_head=_add_head, **refusal):
+
+        def add_head(model: Any, outputs: Sequence[str] = ()) -> None:
+            if model is unwrap(self.model):  # which comes before its reference
+                set_up(self)
+            _add_head(model, outputs)
+
+        with replaced(module, add_fused_lm_head=add_head, **refusal):
             init(self, *args, **kwargs)
         for mode in self._metrics:
             unread(self._metrics, mode, self)
@@ -94,6 +103,8 @@ def of_our_trainers(ours: Method, trls: Method, check: Check | None = None) -> M
         for batch in args:
             if isinstance(batch, Mapping):
                 refuse_weights(batch, f"TRL's own loss of {type(self).__name__}")
+                if "layout" in batch:
+                    raise ValueError("batching: expected concatenated for TRL's own loss, got a batch with a layout")
         with self.accelerator.autocast():
             return trls(self, *args, **kwargs)
 
