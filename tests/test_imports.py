@@ -15,9 +15,10 @@ from places import ROOT
 LAYERS = (
     ("lazy", "options", "verdicts", "_native", "_cuda"),
     ("impl",),
-    ("dispatch", "rows", "measure"),
+    ("dispatch", "rows", "measure", "comparisons"),
     ("ops",),
     ("logps", "losses", "pair_groups"),
+    ("listwise",),
     ("linear_dpo",),
     ("linear_reference", "modules"),
     ("testing",),

@@ -18,7 +18,7 @@ from dpo_kernels.comparisons import Comparisons, comparisons_of
 from dpo_kernels.logps import DTYPES
 from dpo_kernels.losses import PreferenceLoss, cpo_loss, orpo_loss, simpo_loss
 from dpo_kernels.models.head import LMHead
-from dpo_kernels.models.segments import hidden_of_responses, laid_out
+from dpo_kernels.models.segments import laid_out
 from dpo_kernels.models.shapes import read_config
 from dpo_kernels.training.checkpoint import atomic_directory, damage, write_checksums
 from dpo_kernels.training.config import TrainConfig, dpo_options
@@ -187,13 +187,12 @@ def add_lora(model: PreTrainedModel, config: TrainConfig, accelerator: Accelerat
 
 
 def hidden_of(head: LMHead, batch: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
-    """The hidden states [S, T, H] of a batch of pairs or rankings, of whichever collator, and what
+    """The hidden states [R, T, H] of a batch of pairs or rankings, of whichever collator, and what
     `LMHead.hidden_states` gives beside them."""
     layout = batch.get("layout")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
     with laid_out(layout):
-        hidden, aux_loss = head.hidden_states(**inputs)
-    return hidden if layout is None else hidden_of_responses(hidden, batch["predictors"]), aux_loss
+        return head.hidden_states(**inputs)
 
 
 class PolicyLoss(nn.Module):
@@ -216,7 +215,7 @@ class PolicyLoss(nn.Module):
         are a part of, and over which the losses that divide by it average.
         """
         hidden, aux_loss = hidden_of(self.head, batch)
-        comparisons = comparisons_of(batch.get("pairs"), hidden.shape[0], hidden.device)
+        comparisons = comparisons_of(batch.get("pairs"), len(batch["labels"]), hidden.device)
         with overflow_named(hidden, "policy", self.model):
             loss, logps, rewards = self._scored(hidden, batch, comparisons, mean_chosen_length)
         if aux_loss is not None:
@@ -234,6 +233,7 @@ class PolicyLoss(nn.Module):
         config = self.config
         options: dict[str, Any] = {
             "shift": "layout" not in batch,  # whose labels are aligned
+            "predictors": batch.get("predictors"),
             "num_labelled": batch["num_labelled"],
             "temperature": config.temperature,
             "token_weights": batch.get("token_weights"),

@@ -73,6 +73,7 @@ class Reference:
                     softcap=self.head.softcap,
                     temperature=config.temperature,
                     shift="layout" not in batch,  # whose labels are aligned
+                    predictors=batch.get("predictors"),
                     pairs=batch.get("pairs"),
                     ld_alpha=config.ld_alpha,
                     token_weights=batch.get("token_weights"),

@@ -247,7 +247,10 @@ def test_what_rankings_carry():
         ({"pairs": [[0, 1]]}, r"pairs: expected every response in some pair, got none with response 2"),
         ({"pairs": [[0, 3]]}, r"pairs: expected pairs \(chosen, rejected\) of two different responses from 0 to 2"),
         ({"pairs": []}, "pairs: expected pairs"),
-        ({"response_ids": [[1], [2], [3], [4]], "pairs": [[0, 1], [2, 3]]}, "pairs: expected pairs that connect all 4 responses"),
+        (
+            {"response_ids": [[1], [2], [3], [4]], "pairs": [[0, 1], [2, 3]]},
+            "pairs: expected pairs that connect all 4 responses",
+        ),
         ({"response_token_weights": [None]}, "response_token_weights: expected a list, one entry for each of 3"),
         ({"response_token_weights": [None, [1.0], None]}, "token weights of response 1: expected a number for each of"),
         ({"ref_logps": [1.0]}, "ref_logps: expected a list, one entry for each of 3 responses"),
