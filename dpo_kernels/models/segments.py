@@ -82,8 +82,8 @@ def attention_forward(
         return _attend(query, key, value, mask, scale, p, **more).transpose(1, 2).contiguous(), None
     if query.shape[2] != attention_mask.shape[2] or key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"attention_mask: expected a layout of the {query.shape[2]} slots that are computed, without a cache of "
-            f"earlier ones, got {attention_mask.shape[2]}"
+            f"attention_mask: expected a layout of the {query.shape[2]} slots that are computed, and as many keys, "
+            f"none from a cache or an adapter, got a layout of {attention_mask.shape[2]} and {key.shape[2]} keys"
         )
     window = options.get("sliding_window")
     if (windows := _windows.get()) is not None:
