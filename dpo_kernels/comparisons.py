@@ -192,8 +192,7 @@ def _connected(pairs: Sequence[Pair], sequences: int) -> list[list[int]]:
         return n
 
     for chosen, rejected in pairs:
-        one, other = sorted((find(chosen), find(rejected)))
-        root[other] = one
+        root[find(rejected)] = find(chosen)
     members: dict[int, list[int]] = {}
     for n in range(sequences):
         members.setdefault(find(n), []).append(n)

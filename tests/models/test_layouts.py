@@ -15,7 +15,9 @@ from dpo_kernels.data import PackedCollator, PairCollator
 from dpo_kernels.models import LMHead, segments
 from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.models.segments import ATTENTION, attention_forward, block_mask, hidden_of_responses, laid_out, sees
+from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import disable_dropout
+from dpo_kernels.training.setup import resolve_batching
 
 WINDOW = {"sliding_window": 7}
 BOTH_KINDS = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
@@ -253,8 +255,21 @@ def test_positions_of_its_own_are_noticed(monkeypatch):
         return forward(*args, **inputs)
 
     monkeypatch.setattr(model.model, "forward", counted)
+    before = model.config._attn_implementation
     with pytest.raises(ValueError, match="computes other hidden states"):
         use_layouts(model)
+    assert model.config._attn_implementation == before
+
+
+def test_a_loss_of_a_router_keeps_its_batches_unless_another_is_asked_for():
+    """Since it counts every token that is computed."""
+    model = model_of("mixtral")
+    model.config.output_router_logits = True
+    assert resolve_batching(TrainConfig(batching="auto"), model) == "concatenated"
+    assert model.config._attn_implementation != ATTENTION
+    assert resolve_batching(TrainConfig(batching="padding_free"), model) == "padding_free"
+    model.config.output_router_logits = False
+    assert resolve_batching(TrainConfig(batching="auto"), model) == "packed_shared_prefix"
 
 
 # The attention by itself
