@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,8 +119,9 @@ def test_halves_written_as_pairs():
     expected = linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias)
     out = linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, pairs=[(n, n + 4) for n in range(4)])
     torch.testing.assert_close(out.losses, expected.losses)
-    as_tensor = torch.tensor([[n, n + 4] for n in range(4)], dtype=torch.int32)
-    assert torch.equal(linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, pairs=as_tensor).loss, out.loss)
+    for given in (torch.tensor, np.array):
+        as_array = given([[n, n + 4] for n in range(4)])
+        assert torch.equal(linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, pairs=as_array).loss, out.loss)
 
 
 def ranking_loss(scores, pairs, groups):
@@ -227,6 +229,7 @@ def test_a_sequence_costs_its_rows_once(monkeypatch):
         ([(0, 1, 2)], "as pair 0"),
         ([(0, 1), 2], "got 2 as pair 1"),
         ([(0, 1.5)], r"got \(0, 1.5\) as pair 0"),
+        ([(False, True)], r"got \(False, True\) as pair 0"),
         ([(0, 1), (1, 9)], r"got \(1, 9\) as pair 1"),
         ([(-1, 1)], r"got \(-1, 1\) as pair 0"),
         ([(2, 2)], r"of two different sequences from 0 to 8, got \(2, 2\) as pair 0"),
@@ -251,10 +254,12 @@ def test_what_does_not_go_with_pairs():
         linear_dpo_loss(hidden, weight, labels, ref_logps, pairs=PAIRS, ld_alpha=0.5)
     for more in ({"use_weighting": True}, {"rpo_alpha": 1.0}, {"loss_type": ("plackett_luce", "sft")}):
         with pytest.raises(ValueError, match="expected 'plackett_luce' alone"):
+            dpo_kernels.LinearDPOLoss(**({"loss_type": "plackett_luce"} | more))
+        with pytest.raises(ValueError, match="expected 'plackett_luce' alone"):
             linear_dpo_loss(hidden, weight, labels, ref_logps, pairs=PAIRS, **({"loss_type": "plackett_luce"} | more))
     with pytest.raises(ValueError, match=r"pair_weights: expected shape \[7\]"):
         linear_dpo_loss(hidden, weight, labels, ref_logps, pairs=PAIRS, pair_weights=torch.ones(3))
-    with pytest.raises(ValueError, match=r"pair_weights: expected shape \[3\]"):
+    with pytest.raises(ValueError, match=r"pair_weights: expected shape \[3\], one a group, got \[7\]"):
         linear_dpo_loss(
             hidden, weight, labels, ref_logps, pairs=PAIRS, pair_weights=torch.ones(7), loss_type="plackett_luce"
         )

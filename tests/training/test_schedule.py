@@ -86,6 +86,12 @@ def test_an_example_goes_where_it_fits_best():
     assert [rows.tolist() for rows in filled(np.arange(5), sizes, budget=10)] == [[1, 2], [3, 0, 4]]
 
 
+def test_a_budget_beyond_all_numbers(pairs):
+    sizes = Sizes.of(pairs, "packed_shared_prefix")
+    order = ByTokens(sizes, 10**30, accumulation=1, processes=1, seed=0)
+    assert order.steps(0) == 1 and sorted(order.step(0, 0)[0][0]) == list(range(len(pairs)))
+
+
 def test_windows_are_a_part_of_the_order():
     """What is far apart in the permutation comes in other batches, so that training goes through all the data."""
     pairs = examples(3000, seed=1)
