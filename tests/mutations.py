@@ -642,7 +642,7 @@ MUTATIONS = {
         # a cache that nobody wants
         Mutation(HEAD, 'return {"use_cache": False} if accepted else {}', "return {}", HEAD_TESTS),
         # the router's loss in evaluation
-        Mutation(HEAD, " and self.model.training and self.aux_loss_coef", " and self.aux_loss_coef", HEAD_TESTS),
+        Mutation(HEAD, "if self.has_router_loss and self.model.training:", "if self.has_router_loss:", HEAD_TESTS),
         # padding of the vocabulary
         Mutation(
             HEAD,
@@ -1783,7 +1783,7 @@ MUTATIONS = {
         # where there is most room, so that none of it suffices for long ones
         Mutation(SCHEDULE, "room.pop(place)", "room.pop()", SCHEDULED),
         # an epoch as one window, from the longest to the shortest, and without its rest
-        Mutation(SCHEDULE, "// (WINDOW * self.budget)", "// self.sizes.tokens.sum()", SCHEDULED),
+        Mutation(SCHEDULE, "// min(WINDOW * self.budget, tokens[-1] + 1)", "// (tokens[-1] + 1)", SCHEDULED),
         Mutation(SCHEDULE, "[batches[n] for n in shuffle.permutation(len(batches))]", "batches", SCHEDULED),
         Mutation(
             SCHEDULE,
@@ -1833,7 +1833,7 @@ MUTATIONS = {
             MODEL_LAYOUTS, "            own.set_attn_implementation(before)\n", "            pass\n", ASKED_LAYOUTS
         ),
         # a router that counts fewer tokens
-        Mutation(SETUP, 'if config.batching == "auto" and has_router_loss(model):', "if False:", ASKED_LAYOUTS),
+        Mutation(SETUP, 'if config.batching == "auto" and LMHead(model).has_router_loss:', "if False:", ASKED_LAYOUTS),
     ],
 }
 

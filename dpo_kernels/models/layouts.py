@@ -32,6 +32,8 @@ def use_layouts(model: Any) -> None:
             convolutional layers, ALiBi, positions of its own, experts with a capacity. The model is as it was.
     """
     own = unwrap(model)
+    if not hasattr(own, "set_attn_implementation") or not hasattr(own, "config"):
+        raise ValueError(f"model: expected a model of transformers, got {type(model).__name__}")
     before = getattr(own.config, "_attn_implementation", None)
     kinds = set(getattr(own.config.get_text_config(decoder=True), "layer_types", None) or ()) - KINDS
     if kinds:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
+from dpo_kernels.logps import check_predictors
 from dpo_kernels.options import is_at_hand
 
 ATTENTION = "dpo_kernels"
@@ -326,6 +327,11 @@ def laid_out(layout: Tensor | None, required: bool = True) -> Iterator[None]:
         ValueError: at the end, that none has: `use_layouts` was not called with it, its attention was changed since, or
             it was compiled with another layout.
     """
+    if layout is not None and not is_layout(layout):
+        got = f"{list(layout.shape)} of {layout.dtype}" if isinstance(layout, Tensor) else type(layout).__name__
+        raise ValueError(
+            f"layout: expected None or int32 [R, 1, T, {len(FIELDS)}], as PackedCollator gives it, got {got}"
+        )
     laid = None if layout is None else _Laid(layout)
     token = _laid.set(laid)
     try:
@@ -364,5 +370,15 @@ def hidden_of_responses(hidden: Tensor, predictors: Tensor) -> Tensor:
 
     Returns:
         [S, L, H], whose labels are aligned: not shifted.
+
+    Raises:
+        ValueError: what are no hidden states or slots of them.
     """
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"hidden: expected a tensor [R, T, H], got {shape}")
+    if not isinstance(predictors, Tensor) or predictors.dtype != torch.int64:
+        kind = predictors.dtype if isinstance(predictors, Tensor) else type(predictors).__name__
+        raise ValueError(f"predictors: expected int64 [S, L], got {kind}")
+    check_predictors(hidden, predictors, predictors, -1, False, hidden.device.type == "cpu")
     return hidden.flatten(0, 1)[predictors]
