@@ -33,7 +33,6 @@ from dpo_kernels.data.messages import (
     parse_text_or_messages,
     records,
     says_nothing,
-    several_responses,
     text,
     tools,
     transcript,
@@ -196,7 +195,9 @@ def convert(
     ranked_pairs: str = "best_vs_worst",
     empty_response: str = "error",
     conversational: bool = False,
+    max_rows: int | None = None,
     tied: list[str] | None = None,
+    unpaired: list[str] | None = None,
 ) -> Iterator[Row]:
     """Converts `(source, row)` pairs of a layout that `recognize` named, one at a time (OpenAssistant: all at once,
     since a reply may come before its prompt).
@@ -210,8 +211,11 @@ def convert(
             drop and count.
         conversational: make conversations of rows of plain text, too: for datasets with a system turn in some row
             (`has_system`).
+        max_rows: how many pairs, or more, so that the last one's ranking is whole; what comes after it is not read.
         tied: gets the sources of UltraFeedback's and OpenAssistant's rankings that give no pair, since all of their
             answers have the same rank.
+        unpaired: gets a row's source for each of its rejected responses that is in no pair, since `"best_vs_worst"`
+            takes the last of several.
 
     Raises `ValueError` that begins with the row's source: a field that is missing, of another type than its layout
     has, or empty; a row of text among conversations, or a row without a weight among rows that have one, and the
@@ -221,7 +225,7 @@ def convert(
         raise ValueError(f"ranked_pairs: expected one of {RANKED_PAIRS}, got {ranked_pairs!r}")
     if empty_response not in EMPTY_RESPONSE:
         raise ValueError(f"empty_response: expected one of {EMPTY_RESPONSE}, got {empty_response!r}")
-    tied = [] if tied is None else tied
+    tied, unpaired = ([] if noted is None else noted for noted in (tied, unpaired))
     if layout == "openassistant":
         converted = ranked.from_message_tree(rows, ranked_pairs, tied)
     else:
@@ -235,17 +239,22 @@ def convert(
             "alpaca": _alpaca,
         }
         per_response = ranked_pairs if layout in _WITH_REJECTED else None
-        converted = _from_rows(rows, converters[layout], conversational, per_response, tied)
+        converted = _from_rows(rows, converters[layout], conversational, per_response, tied, unpaired)
     first: Row = {}
-    for source, pair in converted:
-        group = source if "members" in pair else None
-        pair = {"source": source, **dict.fromkeys(_WHERE_GIVEN), "altered": [], "group": group, **pair}
-        first = first or pair
-        _check_alike(pair, first)
-        for side in ("chosen", "rejected"):
-            if empty_response == "error" and is_empty(pair[side]):
-                raise ValueError(f"{source}: the {side} response is empty")
-        yield pair
+    taken = 0
+    for ranking in converted:
+        for source, pair in ranking:
+            group = source if "members" in pair else None
+            pair = {"source": source, **dict.fromkeys(_WHERE_GIVEN), "altered": [], "group": group, **pair}
+            first = first or pair
+            _check_alike(pair, first)
+            for side in ("chosen", "rejected"):
+                if empty_response == "error" and is_empty(pair[side]):
+                    raise ValueError(f"{source}: the {side} response is empty")
+            yield pair
+        taken += len(ranking)
+        if max_rows is not None and taken >= max_rows:
+            return
 
 
 def _from_rows(
@@ -254,36 +263,20 @@ def _from_rows(
     conversational: bool,
     per_response: str | None,
     tied: list[str],
-) -> Iterator[tuple[str, Row]]:
+    unpaired: list[str],
+) -> Iterator[list[tuple[str, Row]]]:
+    """The pairs of each row, with its source."""
     for source, row in rows:
-        parts = located(source, _one_rejected_each, row, per_response) if per_response else [(row, {})]
+        parts, left = located(source, ranked.one_rejected_each, row, per_response) if per_response else ([(row, {})], 0)
+        unpaired += [source] * left
         found = [
-            {**pair, **members}
+            (source, {**pair, **members})
             for part, members in parts
             for pair in located(source, _pairs_of, part, converter, conversational)
         ]
         if not found:
             tied.append(source)
-        yield from ((source, pair) for pair in found)
-
-
-def _one_rejected_each(row: Mapping[str, Any], ranked_pairs: str) -> list[tuple[Mapping[str, Any], Row]]:
-    """A row for each of several rejected responses that make a pair, and the pair's members."""
-    responses = several_responses(row.get("rejected"))
-    if responses is None:
-        return [(row, {})]
-    weights = row.get("rejected_token_weights")
-    weights = [None] * len(responses) if is_blank(weights) else from_json(weights, "rejected_token_weights")
-    if not isinstance(weights, list | tuple) or len(weights) != len(responses):
-        raise ValueError(
-            "the field 'rejected_token_weights': expected a list for each of the rejected responses, "
-            f"{len(responses)}, got {weights!r:.80}"
-        )
-    places = ranked.pairs([(0, 0), *((1, place) for place in range(1, len(responses) + 1))], ranked_pairs)
-    return [
-        ({**row, "rejected": responses[place - 1], "rejected_token_weights": weights[place - 1]}, members)
-        for _, place, members in places
-    ]
+        yield found
 
 
 def _check_alike(pair: Row, first: Row) -> None:
@@ -434,7 +427,10 @@ def _nectar(fields: _Fields, ranked_pairs: str) -> list[Row]:
         (number(field(answer, "rank"), "rank"), fields.parsed(field(answer, "answer"), "answer")) for answer in answers
     ]
     if len({rank for rank, _ in by_rank}) < 2:
-        raise ValueError(f"the field 'answers': expected two differently ranked answers or more, got {len(by_rank)}")
+        same = ", all of the same rank" * (len(by_rank) > 1)
+        raise ValueError(
+            f"the field 'answers': expected two differently ranked answers or more, got {len(by_rank)}{same}"
+        )
     return _ranked(fields, prompt, by_rank, ranked_pairs)
 
 

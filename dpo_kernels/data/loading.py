@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Json, List, Value
 
-from dpo_kernels.data import files, formats, layouts, mixtures
+from dpo_kernels.data import files, formats, layouts, mixtures, ranked
 from dpo_kernels.data.batching import whole_number
 from dpo_kernels.data.splitting import split_train_eval as split_train_eval
 
@@ -35,9 +35,8 @@ _WHERE_THERE_ARE_ANY = {
     "members": List(Value("int64")),
 }
 # Noticed while a dataset is made, and then taken out of it: unused columns that no row before has, rankings without a
-# pair. The last row has what comes after it, too.
-_LATE, _TIED = "late", "tied"
-_EXAMPLES = 5  # rankings without a pair that a warning names
+# pair, rejected responses in no pair. The last row has what comes after it, too.
+_LATE, _TIED, _UNPAIRED = _NOTED = "late", "tied", "unpaired"
 
 Name: TypeAlias = "str | os.PathLike[str] | Dataset"
 
@@ -68,9 +67,10 @@ def load_preferences(
             belong to it; all others are train.
         name: configuration of a hub dataset, or one for each of several datasets.
         weights: how often the pairs of each dataset are taken, once by default: 2 takes each twice, 0.5 a random half
-            of them, 1.5 all of them and a random half once more, 0 none.
+            of them, 1.5 all of them and a random half once more, 0 none. Pairs that share a ranking are taken together:
+            0.5 is half of the rankings.
         seed: with the dataset's place in the list, what that random part follows from.
-        max_rows: keep the first `max_rows` pairs, of each dataset.
+        max_rows: keep the first `max_rows` pairs, of each dataset; a ranking that begins within them is kept whole.
         ranked_pairs: how ranked answers become pairs: `"best_vs_worst"`, `"best_vs_each"`, or `"all_pairs"`, each
             answer with every one that is ranked below it. Of a list of rejected responses, which are all of one rank,
             the first takes the last one, the others take all.
@@ -85,8 +85,8 @@ def load_preferences(
     and rejected among the ranking's answers from best to worst. Rows are converted once, then served from the cache
     while contents, path and options stay the same; the fingerprint is the same in every process.
 
-    Warns of files in a directory that are left out, of columns that are not used, and of rankings that give no pair:
-    one warning each.
+    Warns of files in a directory that are left out, of columns that are not used, of rankings that give no pair, and of
+    rejected responses that are in none: one warning each.
 
     Raises `ValueError`: for columns of no known layout, or unpaired ones; naming file and row (counted from 1: the
     line of a JSON Lines file, the element of a JSON array, the record of a CSV file) for a broken line, a field
@@ -172,9 +172,10 @@ class _Notes:
     files: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)
     tied: list[str] = field(default_factory=list)
+    unpaired: list[str] = field(default_factory=list)
 
     def warn(self) -> None:
-        for sentences in (self.files, self.unused, self.tied):
+        for sentences in (self.files, self.unused, self.tied, self.unpaired):
             if sentences:
                 warnings.warn("\n".join(sentences), stacklevel=3)
 
@@ -243,7 +244,10 @@ def _normalized(dataset: Dataset, origin: str, options: _Options, notes: _Notes)
     if not isinstance(dataset, Dataset):
         raise ValueError(f"dataset: expected one split, a datasets.Dataset, got {type(dataset).__name__}")
     if is_normalized(dataset):
-        return dataset if options.max_rows is None else dataset.select(range(min(options.max_rows, len(dataset))))
+        if options.max_rows is None:
+            return dataset
+        kept = mixtures.first_rows(mixtures.units(dataset), options.max_rows)
+        return dataset.select(kept, new_fingerprint=digest_of(dataset._fingerprint, options.max_rows))
     read = functools.partial(formats.dataset_rows, dataset, origin)
     return _converted([_Source(origin, dataset._fingerprint, read)], origin, options, notes)
 
@@ -264,8 +268,8 @@ def _joined(loaded: Sequence[_Loaded | None], shares: Sequence[float], seed: int
         raise ValueError(
             f"name_or_path: {kinds[True]!r} is plain text, {kinds[False]!r} is conversational: expected one kind"
         )
-    sizes = [(one.origin, len(one.dataset)) if one else ("", 0) for one in loaded]
-    rows = mixtures.rows(sizes, shares, seed)
+    parts = [(one.origin, mixtures.units(one.dataset)) if one else ("", np.arange(0)) for one in loaded]
+    rows = mixtures.rows(parts, shares, seed)
     fingerprint = digest_of([one.dataset._fingerprint for one in there], shares, seed)
     joined = _with_groups_apart([one.dataset for one in there])
     return joined.select(rows, new_fingerprint=fingerprint)
@@ -331,19 +335,19 @@ def _converted(sources: Sequence[_Source], origin: str, options: _Options, notes
     unused: dict[str, list[str]] = {}
     for source in sources:
         unused.setdefault(source.layout, []).extend(source.columns)
-    for entry in dict.fromkeys(chain.from_iterable(dataset.data.column(_LATE).drop_null().to_pylist())):
+    noticed = {name: list(chain(*dataset.data.column(name).drop_null().to_pylist())) for name in _NOTED}
+    for entry in dict.fromkeys(noticed[_LATE]):
         layout, _, column = entry.partition(" ")
         unused[layout].append(column)
     said = [layouts.unused_note(layout, list(dict.fromkeys(columns))) for layout, columns in unused.items()]
     notes.unused.extend(f"{origin}: {note}" for note in said if note)
-
-    tied = list(chain.from_iterable(dataset.data.column(_TIED).drop_null().to_pylist()))
-    if tied:
-        some = ", ".join(map(repr, tied[:_EXAMPLES])) + ", ..." * (len(tied) > _EXAMPLES)
-        notes.tied.append(f"{origin}: {len(tied)} rankings have no two answers of different rank, and no pair ({some})")
+    if tied := ranked.tied_note(noticed[_TIED]):
+        notes.tied.append(f"{origin}: {tied}")
+    if unpaired := ranked.unpaired_note(noticed[_UNPAIRED]):
+        notes.unpaired.append(f"{origin}: {unpaired}")
 
     without = [name for name in _WHERE_THERE_ARE_ANY if dataset.data.column(name).null_count == len(dataset)]
-    dataset = dataset.remove_columns([*without, _LATE, _TIED])
+    dataset = dataset.remove_columns([*without, *_NOTED])
     dataset.info.description = _MARK
     return dataset
 
@@ -362,7 +366,7 @@ def _generated(
     try:
         return Dataset.from_generator(
             lambda: map(_as_json_text, rows()),
-            features=Features({**features, _LATE: List(Value("string")), _TIED: List(Value("string"))}),
+            features=Features({**features, **dict.fromkeys(_NOTED, List(Value("string")))}),
             cache_dir=options.cache_dir,
             fingerprint=digest_of(digest, conversational),
         )
@@ -376,9 +380,9 @@ def _generated(
 
 def _noted_rows(sources: Sequence[_Source], options: _Options, conversational: bool) -> Iterator[layouts.Row]:
     """The rows to keep, each with what was noticed on the way to it; the last with what was noticed after it, too."""
-    noted: dict[str, list[str]] = {_LATE: [], _TIED: []}
+    noted: dict[str, list[str]] = {name: [] for name in _NOTED}
     held: layouts.Row = {}
-    for row in islice(_normalized_rows(sources, options, conversational, **noted), options.max_rows):
+    for row in _normalized_rows(sources, options, conversational, noted):
         if held:
             yield held
         held = {**row, **{name: found[:] for name, found in noted.items()}}
@@ -389,22 +393,26 @@ def _noted_rows(sources: Sequence[_Source], options: _Options, conversational: b
 
 
 def _normalized_rows(
-    sources: Sequence[_Source], options: _Options, conversational: bool, late: list[str], tied: list[str]
+    sources: Sequence[_Source], options: _Options, conversational: bool, noted: Mapping[str, list[str]]
 ) -> Iterator[layouts.Row]:
-    """The rows of all sources, of one kind: plain text or conversations."""
+    """The rows to keep of all sources, of one kind: plain text or conversations."""
     is_text: bool | None = None
+    taken = 0
     # OpenAssistant's replies may have their prompt in another file; the rows of other layouts are complete in theirs.
     for _, group in groupby(sources, key=lambda source: source.layout == "openassistant" or source.origin):
         together = list(group)
         pairs = layouts.convert(
-            chain.from_iterable(_watched(source, conversational, late) for source in together),
+            chain.from_iterable(_watched(source, conversational, noted[_LATE]) for source in together),
             together[0].layout,
             ranked_pairs=options.ranked_pairs,
             empty_response=options.empty_response,
             conversational=conversational,
-            tied=tied,
+            max_rows=None if options.max_rows is None else options.max_rows - taken,
+            tied=noted[_TIED],
+            unpaired=noted[_UNPAIRED],
         )
         for row in pairs:
+            taken += 1
             if is_text is None:
                 is_text = isinstance(row["prompt"], str)
             if isinstance(row["prompt"], str) != is_text:
@@ -413,6 +421,8 @@ def _normalized_rows(
                     f"{row['source']}: this row is {kinds[0]}, the rows of other files before it are {kinds[1]}"
                 )
             yield row
+        if options.max_rows is not None and taken >= options.max_rows:
+            return
 
 
 def _watched(source: _Source, conversational: bool, late: list[str]) -> formats.RawRows:
@@ -456,7 +466,7 @@ def _as_json_text(row: layouts.Row) -> layouts.Row:
         return encoded
 
     stored = {**row, "tools": text(row["tools"]) if row["tools"] else None}
-    stored |= {name: row[name] or None for name in ("altered", _LATE, _TIED)}
+    stored |= {name: row[name] or None for name in ("altered", *_NOTED)}
     if isinstance(row["prompt"], list):
         stored |= {name: [text(message) for message in row[name]] for name in _PARTS}
     return stored

@@ -14,13 +14,17 @@ from dpo_kernels.data.messages import (
     is_null,
     located,
     number,
+    several_responses,
     text,
 )
+from dpo_kernels.data.structured_text import from_json
 
 Row = dict[str, Any]
 Answer = TypeVar("Answer")
 
 RANKED_PAIRS = ("best_vs_worst", "best_vs_each", "all_pairs")
+
+_EXAMPLES = 5  # rankings without a pair that a note names
 
 
 def pairs(ranked: Iterable[tuple[float, Answer]], ranked_pairs: str) -> list[tuple[Answer, Answer, Row]]:
@@ -44,10 +48,44 @@ def _places(ranks: Sequence[float], ranked_pairs: str) -> list[tuple[int, int]]:
     return found[-1:] if ranked_pairs == "best_vs_worst" else found
 
 
+def one_rejected_each(row: Mapping[str, Any], ranked_pairs: str) -> tuple[list[tuple[Mapping[str, Any], Row]], int]:
+    """A row for each of several rejected responses that make a pair, and the pair's members; and how many of the
+    responses make none."""
+    responses = several_responses(row.get("rejected"))
+    if responses is None:
+        return [(row, {})], 0
+    weights = row.get("rejected_token_weights")
+    weights = [None] * len(responses) if is_blank(weights) else from_json(weights, "rejected_token_weights")
+    if not isinstance(weights, list | tuple) or len(weights) != len(responses):
+        raise ValueError(
+            "the field 'rejected_token_weights': expected a list for each of the rejected responses, "
+            f"{len(responses)}, got {weights!r:.80}"
+        )
+    places = pairs([(0, 0), *((1, place) for place in range(1, len(responses) + 1))], ranked_pairs)
+    rows: list[tuple[Mapping[str, Any], Row]] = [
+        ({**row, "rejected": responses[place - 1], "rejected_token_weights": weights[place - 1]}, members)
+        for _, place, members in places
+    ]
+    return rows, len(responses) - len(rows)
+
+
+def tied_note(tied: Sequence[str]) -> str:
+    """A sentence about rankings without a pair, or nothing."""
+    some = ", ".join(map(repr, tied[:_EXAMPLES])) + ", ..." * (len(tied) > _EXAMPLES)
+    return f"{len(tied)} rankings have no two answers of different rank, and no pair ({some})" if tied else ""
+
+
+def unpaired_note(unpaired: Sequence[str]) -> str:
+    """A sentence about rejected responses in no pair, or nothing."""
+    responses = f"{len(unpaired)} rejected " + ("responses are" if len(unpaired) > 1 else "response is")
+    why = "best_vs_worst takes the last of several; best_vs_each takes all"
+    return f"{responses} in no pair: {why}" if unpaired else ""
+
+
 def from_message_tree(
     rows: Iterable[tuple[str, Mapping[str, Any]]], ranked_pairs: str, tied: list[str]
-) -> Iterator[tuple[str, Row]]:
-    """Pairs among an OpenAssistant message's ranked assistant replies; the prompt is the chain of its ancestors.
+) -> Iterator[list[tuple[str, Row]]]:
+    """The pairs among each OpenAssistant message's ranked assistant replies; the prompt is the chain of its ancestors.
 
     Deleted replies, and replies without a rank, are in no pair: they are not preferences. A pair's source is that of
     the better reply. Messages whose replies have all the same rank go into `tied`.
@@ -67,6 +105,7 @@ def from_message_tree(
         found = pairs(ranked, ranked_pairs)
         if len(ranked) > 1 and not found:
             tied.append(_ranking(sources, parent, ranked[0][1][0]))
+        ranking: list[tuple[str, Row]] = []
         for (source, better), (_, worse), members in found:
             prompt: Messages = []
             seen: set[Hashable] = set()
@@ -80,7 +119,8 @@ def from_message_tree(
                 message, ancestor = messages[ancestor]
                 prompt.insert(0, message)
             group = {"group": _ranking(sources, parent, source)} if members else {}
-            yield source, {"prompt": prompt, "chosen": [better], "rejected": [worse], **members, **group}
+            ranking.append((source, {"prompt": prompt, "chosen": [better], "rejected": [worse], **members, **group}))
+        yield ranking
 
 
 def _ranking(sources: Mapping[Hashable, str], parent: Hashable, reply: str) -> str:

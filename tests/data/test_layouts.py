@@ -346,8 +346,18 @@ def test_nectar_ties_make_no_pair():
     tied = {"prompt": "q", "answers": [{"answer": t, "rank": r} for t, r in (("a", 1), ("b", 1), ("c", 2), ("d", 2))]}
     pairs = converted(tied, ranked_pairs="best_vs_each")
     assert [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in pairs] == [("a", "c"), ("a", "d")]
-    with pytest.raises(ValueError, match="row 1: .*'answers': expected two differently ranked answers or more, got 1"):
-        one({"prompt": "q", "answers": [{"answer": "a", "rank": 1}]})
+
+
+@pytest.mark.parametrize(
+    ("ranks", "got"),
+    [([], "0"), ([1], "1"), ([1, 1.0], "2, all of the same rank"), ([2] * 3, "3, all of the same rank")],
+)
+def test_nectar_without_a_pair(ranks, got):
+    row = {"prompt": "q", "answers": [{"answer": f"{n}", "rank": rank} for n, rank in enumerate(ranks)]}
+    with pytest.raises(
+        ValueError, match=f"row 1: .*'answers': expected two differently ranked answers or more, got {got}$"
+    ):
+        one(row)
 
 
 def contents(pairs):
@@ -581,8 +591,10 @@ def test_a_list_of_messages_is_one_response(rejected):
 def test_several_rejected_by_choice_of_pairs():
     row = {"prompt": "Say:", "chosen": "a", "rejected": ["b", "c", "d"]}
     assert converted(row, ranked_pairs="best_vs_each") == converted(row, ranked_pairs="all_pairs")
-    (pair,) = converted(row)
+    unpaired = []
+    (pair,) = converted(row, unpaired=unpaired)
     assert pair["rejected"] == "d" and pair["group"] is None and pair["members"] is None
+    assert unpaired == ["file, row 1"] * 2
 
 
 @pytest.mark.parametrize(

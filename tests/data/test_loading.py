@@ -475,7 +475,6 @@ def test_rankings_are_columns_where_there_are_any(tmp_path):
     loaded.save_to_disk(str(tmp_path / "saved"))
     again = load_preferences(tmp_path / "saved")
     assert is_normalized(again) and again[:] == loaded[:]
-    assert len(load_preferences(path, ranked_pairs="all_pairs", max_rows=2)) == 2
 
 
 def completions(*scores):
@@ -505,6 +504,46 @@ def test_many_rankings_without_a_pair_are_counted(tmp_path):
 def test_rows_after_max_rows_are_not_read(tmp_path):
     path = write(tmp_path / "feedback.jsonl", [completions(1, 2), completions(1, "bad"), completions(1, 1)])
     assert len(load_preferences(path, max_rows=1)) == 1
+    path = write(tmp_path / "ranked.jsonl", [completions(1, 2, 3), completions(1, "bad")])
+    for most in (1, 2, 3):
+        assert len(load_preferences(path, max_rows=most, ranked_pairs="all_pairs")) == 3
+    with pytest.raises(ValueError, match="row 2: the field 'overall_score': expected a number, got 'bad'"):
+        load_preferences(path, max_rows=4, ranked_pairs="all_pairs")
+
+
+def rejected(*responses):
+    return {"prompt": "q", "chosen": "a", "rejected": list(responses)}
+
+
+def test_rejected_responses_in_no_pair_are_counted(tmp_path):
+    path = write(tmp_path / "several.jsonl", [rejected("b", "c", "d"), rejected("b"), rejected("b", "c")])
+    for _ in range(2):  # converted, and from the cache
+        with pytest.warns(UserWarning) as caught:
+            loaded = load_preferences(path)
+        assert [str(warning.message) for warning in caught] == [
+            f"{path}: 3 rejected responses are in no pair: best_vs_worst takes the last of several; best_vs_each takes "
+            "all"
+        ]
+        assert caught[0].filename == __file__
+        assert loaded["rejected"][:] == ["d", "b", "c"]
+        assert loaded.column_names == ["source", "prompt", "chosen", "rejected"]
+    other = write(tmp_path / "other.jsonl", [rejected("b", "c")])
+    with pytest.warns(UserWarning) as caught:
+        load_preferences([path, other])
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.count("\n") == 1 and f"{other}: 1 rejected response is in no pair: " in message
+    with pytest.warns(UserWarning, match="2 rejected responses are in no pair"):
+        load_preferences(path, max_rows=1)
+
+
+def test_what_is_in_a_pair_or_was_ranked_is_not_counted(tmp_path, recwarn):
+    several = write(tmp_path / "several.jsonl", [rejected("b", "c", "d")])
+    for which in ("best_vs_each", "all_pairs"):
+        assert len(load_preferences(several, ranked_pairs=which)) == 3
+    load_preferences(write(tmp_path / "one.jsonl", [rejected("b")]))
+    load_preferences(write(tmp_path / "nectar.jsonl", [ranking(1, 2, 3)]))
+    load_preferences(write(tmp_path / "feedback.jsonl", [completions(1, 2, 3)]))
+    assert not [warning for warning in recwarn if "in no pair" in str(warning.message)]
 
 
 def test_max_rows(tmp_path):
@@ -513,6 +552,49 @@ def test_max_rows(tmp_path):
     assert len(load_preferences(path)) == 3
     with pytest.raises(ValueError, match="max_rows: expected None or a whole number above 0, got 0"):
         load_preferences(path, max_rows=0)
+
+
+@pytest.mark.parametrize(("most", "kept"), [(1, 1), (2, 3), (3, 3), (4, 6), (6, 6), (7, 7), (8, 7)])
+def test_max_rows_keeps_rankings_whole(tmp_path, monkeypatch, most, kept):
+    """A pair, rankings of two and three pairs, and a pair: whatever they are read from."""
+    rows = [ranking(1, 2, prompt="a"), ranking(1, 1, 2), ranking(1, 2, 3), ranking(1, 2, prompt="b")]
+    path = write(tmp_path / "nectar.jsonl", rows)
+    loaded = load_preferences(path, ranked_pairs="all_pairs")
+    assert pairs(load_preferences(path, ranked_pairs="all_pairs", max_rows=most)) == pairs(loaded)[:kept]
+    ready = load_preferences(loaded, max_rows=most)
+    assert ready[:] == loaded[:kept] and is_normalized(ready)
+    assert ready._fingerprint == load_preferences(loaded, max_rows=most)._fingerprint
+    assert ready._fingerprint not in (loaded._fingerprint, load_preferences(loaded, max_rows=9)._fingerprint)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: Dataset.from_list(rows))
+    assert len(load_preferences("someone/ranked", ranked_pairs="all_pairs", max_rows=most)) == kept
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: loaded)
+    assert load_preferences("someone/ready", max_rows=most)[:] == loaded[:kept]
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts/a.jsonl", rows[:2])
+    write(tmp_path / "parts/b.jsonl", rows[2:])
+    parts = load_preferences(tmp_path / "parts", ranked_pairs="all_pairs", max_rows=most)
+    assert pairs(parts) == pairs(loaded)[:kept]
+
+
+def test_max_rows_of_rankings_that_are_not_side_by_side(tmp_path):
+    path = write(tmp_path / "nectar.jsonl", [ranking(1, 2, 3, prompt=prompt) for prompt in "ab"])
+    loaded = load_preferences(path, ranked_pairs="all_pairs")
+    apart = loaded.select([3, 0, 4, 1, 5, 2])
+    assert load_preferences(apart, max_rows=1)[:] == loaded[3:]
+    assert load_preferences(apart, max_rows=2)[:] == apart[:]
+
+
+def test_max_rows_of_openassistant_trees(tmp_path):
+    def message(name, parent, role, rank=None):
+        return {"message_id": name, "parent_id": parent, "role": role, "text": name, "rank": rank}
+
+    rows = [message(prompt, None, "prompter") for prompt in "pq"]
+    rows += [message(f"{prompt}{n}", prompt, "assistant", n) for n in range(3) for prompt in "pq"]
+    path = write(tmp_path / "trees.jsonl", rows)
+    groups = [f"{path}, message 'p'"] * 3 + [f"{path}, message 'q'"] * 3
+    for most, kept in ((1, 3), (3, 3), (4, 6)):
+        loaded = load_preferences(path, ranked_pairs="all_pairs", max_rows=most)
+        assert loaded["group"][:] == groups[:kept]
 
 
 @pytest.mark.parametrize("number", [np.int64(2), np.uint8(2)])

@@ -1,6 +1,8 @@
 """Several datasets at once: what is taken of each, that it is the same everywhere, and what is refused."""
 
 import json
+import logging
+from collections import Counter
 
 import datasets
 import numpy as np
@@ -56,6 +58,10 @@ def prompts(dataset):
 # Which rows
 
 
+def plain(name, count):
+    return name, np.arange(count)
+
+
 @pytest.mark.parametrize(
     ("share", "size", "wanted"),
     [
@@ -71,7 +77,7 @@ def prompts(dataset):
     ],
 )
 def test_every_row_is_there_as_often_as_its_share_says(share, size, wanted):
-    rows = mixtures.rows([("a", size)], [share], seed=0)
+    rows = mixtures.rows([plain("a", size)], [share], seed=0)
     counts = np.bincount(rows, minlength=size)
     assert len(rows) == wanted
     assert set(counts) <= {int(share), int(share) + 1}  # nothing twice before everything is there once
@@ -79,18 +85,51 @@ def test_every_row_is_there_as_often_as_its_share_says(share, size, wanted):
 
 
 def test_the_random_part_follows_from_seed_and_place_alone():
-    first = mixtures.rows([("a", 100), ("b", 7)], [0.5, 1], seed=3)
-    assert np.array_equal(first, mixtures.rows([("another name", 100), ("b", 7)], [0.5, 1], seed=3))
-    assert np.array_equal(first[:50], mixtures.rows([("a", 100), ("c", 3)], [0.5, 2], seed=3)[:50])
-    assert not np.array_equal(first, mixtures.rows([("a", 100), ("b", 7)], [0.5, 1], seed=4))
-    both = mixtures.rows([("a", 100), ("b", 100)], [0.5, 0.5], seed=3)
+    first = mixtures.rows([plain("a", 100), plain("b", 7)], [0.5, 1], seed=3)
+    assert np.array_equal(first, mixtures.rows([plain("another name", 100), plain("b", 7)], [0.5, 1], seed=3))
+    assert np.array_equal(first[:50], mixtures.rows([plain("a", 100), plain("c", 3)], [0.5, 2], seed=3)[:50])
+    assert not np.array_equal(first, mixtures.rows([plain("a", 100), plain("b", 7)], [0.5, 1], seed=4))
+    both = mixtures.rows([plain("a", 100), plain("b", 100)], [0.5, 0.5], seed=3)
     assert not np.array_equal(both[:50], both[50:] - 100)  # places have choices of their own
     assert first[:8].tolist() == [0, 1, 2, 3, 4, 10, 11, 15]  # in this version and the next
 
 
 def test_random_halves_are_halves_of_all_rows():
-    counts = np.bincount(np.concatenate([mixtures.rows([("a", 10)], [0.5], seed) for seed in range(400)]))
+    counts = np.bincount(np.concatenate([mixtures.rows([plain("a", 10)], [0.5], seed) for seed in range(400)]))
     assert np.all(np.abs(counts - 200) < 50)  # five standard deviations
+
+
+def test_rankings_are_taken_whole():
+    units = np.array([0, 0, 0, 1, 2, 2, 3, 1])  # three rankings, one of them apart from itself, and a pair
+    for seed in range(20):
+        rows = mixtures.rows([plain("a", 3), ("b", units)], [1, 0.5], seed)[3:] - 3
+        assert np.all(np.diff(rows) > 0) and len(set(units[rows])) == 2
+        assert np.array_equal(rows, np.flatnonzero(np.isin(units, units[rows])))
+    rows = mixtures.rows([("b", units)], [2.25], seed=0)
+    assert rows[:16].tolist() == [*range(8), *range(8)] and len(set(units[rows[16:]])) == 1
+    (chosen,) = set(units[rows[16:]])
+    assert rows[16:].tolist() == np.flatnonzero(units == chosen).tolist()
+
+
+def test_each_ranking_is_as_likely_as_another():
+    units = np.repeat(np.arange(10), np.arange(1, 11))
+    taken = [np.unique(units[mixtures.rows([("a", units)], [0.5], seed)]) for seed in range(400)]
+    counts = np.bincount(np.concatenate(taken))
+    assert all(len(each) == 5 for each in taken)
+    assert np.all(np.abs(counts - 200) < 50)  # five standard deviations
+
+
+def test_units_are_rankings_and_pairs_without_one():
+    def units(*pairs):
+        return mixtures.units(Dataset.from_list([{"group": group, "members": members} for group, members in pairs]))
+
+    a, b = ("a", [0, 1]), ("a", [0, 2])
+    assert units(a, b, (None, None), ("b", [0, 1]), (None, None)).tolist() == [0, 0, 1, 2, 3]
+    assert units(("b", [0, 1]), a, ("b", [0, 2]), b).tolist() == [0, 1, 0, 1]  # also where they are not side by side
+    assert units(a, b, a, b, b).tolist() == [0, 0, 1, 1, 2]  # the ranking's next copy
+    assert units(a, a, b, b).tolist() == [0, 1, 0, 1]
+    for columns in ({}, {"group": ["a", "a"]}):
+        assert mixtures.units(Dataset.from_dict({"prompt": ["q", "q"], **columns})).tolist() == [0, 1]
 
 
 # Datasets
@@ -176,6 +215,74 @@ def test_rankings_of_several_datasets_stay_apart(tmp_path):
     third = load_preferences(Dataset.from_list([ranked("z")]), ranked_pairs="best_vs_each", cache_dir=str(tmp_path))
     again = load_preferences([mixed, third])
     assert sorted(set(again["group"][:])) == ["1: 1: dataset, row 1", "1: 2: dataset, row 1", "2: dataset, row 1"]
+
+
+def rankings(count, tmp_path, **options):
+    """Each with three pairs."""
+    rows = Dataset.from_list([ranked(f"q{n}") for n in range(count)])
+    return load_preferences(rows, ranked_pairs="all_pairs", cache_dir=str(tmp_path), **options)
+
+
+def ranked_as_they_were(dataset):
+    """How often each ranking is there, of which no pair may be missing."""
+    pairs = Counter(zip(dataset["group"][:], map(tuple, dataset["members"][:]), strict=True))
+    groups = {group: pairs[group, (0, 1)] for group, _ in pairs}
+    assert pairs == {(group, pair): n for group, n in groups.items() for pair in ((0, 1), (0, 2), (1, 2))}
+    return groups
+
+
+@pytest.mark.parametrize("weight", [0.5, 0.25, 1.5, 2])
+def test_a_part_of_rankings_is_rankings(tmp_path, weight):
+    ready = rankings(8, tmp_path)
+    for dataset in (ready, ready.shuffle(seed=1), ready.with_format("numpy")):
+        for seed in range(5):
+            mixed = load_preferences(dataset, weights=[weight], seed=seed)
+            counts = ranked_as_they_were(mixed)
+            assert sum(counts.values()) == 8 * weight and len(mixed) == 3 * 8 * weight
+            assert max(counts.values()) - min(counts.values()) <= (0 if weight % 1 == 0 or weight < 1 else 1)
+
+
+def test_a_part_of_a_mixture_has_whole_rankings(tmp_path, folder):
+    twice = load_preferences([rankings(4, tmp_path)], weights=[2])
+    counts = ranked_as_they_were(load_preferences(twice, weights=[0.5], seed=2))
+    assert sum(counts.values()) == 4 and set(counts.values()) == {1, 2}  # copies are apart, as those of a pair are
+    assert ranked_as_they_were(load_preferences(twice, max_rows=12)) == {f"dataset, row {n}": 1 for n in range(1, 5)}
+    assert sum(ranked_as_they_were(load_preferences(twice, max_rows=13)).values()) == 5
+
+
+def test_a_part_of_an_openassistant_tree(tmp_path):
+    rows = [{"message_id": f"p{n}", "parent_id": None, "role": "prompter", "text": "q", "rank": None} for n in range(6)]
+    rows += [
+        {"message_id": f"a{n}{k}", "parent_id": f"p{n}", "role": "assistant", "text": str(k), "rank": k}
+        for k in range(3)
+        for n in range(6)
+    ]
+    mixed = load_preferences(write(tmp_path / "trees.jsonl", rows), weights=[0.5], ranked_pairs="all_pairs")
+    assert len(ranked_as_they_were(mixed)) == 3 and len(mixed) == 9
+
+
+def test_what_is_said_of_pairs_and_rankings(tmp_path, folder, caplog):
+    caplog.set_level(logging.INFO, logger="dpo_kernels.data.mixtures")
+    ready = rankings(4, tmp_path)
+    both = load_preferences([ready, folder / "chat.jsonl"])
+    load_preferences([ready, folder / "chat.jsonl"], weights=[1.5, 1])
+    load_preferences(both, weights=[2])
+    assert [record.getMessage().replace(str(folder), "folder") for record in caplog.records] == [
+        "12 of 12 pairs of dataset 1, with 4 of 4 rankings",
+        "2 of 2 pairs of folder/chat.jsonl",
+        "18 of 12 pairs of dataset 1, with 6 of 4 rankings",
+        "2 of 2 pairs of folder/chat.jsonl",
+        "28 of 14 pairs of dataset, with 8 of 4 rankings",
+    ]
+    for seed in range(5):
+        groups = Counter(load_preferences(both, weights=[0.5], seed=seed)["group"][:])
+        counts = f"{groups.total()} of 14 pairs of dataset, with {len(groups - Counter({None: 2}))} of 4 rankings"
+        assert caplog.messages[-1] == counts
+    assert {message.partition(",")[0] for message in caplog.messages[-5:]} > {"9 of 14 pairs of dataset"}
+    with pytest.raises(ValueError, match="weights: 0.1 of 'dataset', which has 4 rankings, is not one of them"):
+        load_preferences(ready, weights=[0.1])
+    with pytest.raises(ValueError, match="'dataset', which has 4 rankings and 2 other pairs, is not one of them"):
+        load_preferences(both, weights=[0.05])
 
 
 def test_rankings_beside_plain_pairs(folder):

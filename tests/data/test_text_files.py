@@ -63,12 +63,18 @@ def test_every_option_makes_rows_of_its_own(tmp_path):
     path.write_text(json.dumps({"prompt": "q", "answers": answers}) + "\n")
     assert len(load_preferences(path, ranked_pairs="best_vs_worst")) == 1
     assert len(load_preferences(path, ranked_pairs="best_vs_each")) == 2
-    assert len(load_preferences(path, ranked_pairs="best_vs_each", max_rows=1)) == 1
+    assert len(load_preferences(path, ranked_pairs="all_pairs", max_rows=1)) == 3
     path = tmp_path / "empty.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in (pair(), pair(rejected=""))))
     assert len(load_preferences(path, empty_response="drop")) == 2
     with pytest.raises(ValueError, match="row 2: the rejected response is empty"):
         load_preferences(path, empty_response="error")
+
+
+def test_max_rows_makes_rows_of_its_own(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair(f"How many are {n}?")) + "\n" for n in range(3)))
+    assert [len(load_preferences(path, max_rows=most)) for most in (None, 2, 1)] == [3, 2, 1]
 
 
 def test_another_eos_gives_other_ids(tmp_path):
