@@ -19,6 +19,7 @@ import torch
 
 PREFIX = "checkpoint-"
 WEIGHTS, STATE, PROGRESS = FILES = ("weights.safetensors", "state.pt", "progress.json")
+SHARDS = "shards"  # in the place of WEIGHTS, with the optimizer's state too: a folder of torch.distributed.checkpoint
 CHECKSUMS = "SHA256SUMS"  # of FILES, as sha256sum writes and checks them
 _NAME = re.compile(rf"{PREFIX}[0-9]+")
 _SUM = re.compile("[0-9a-f]{64}")
@@ -32,8 +33,8 @@ def atomic_directory(path: Path) -> Iterator[Path]:
         shutil.rmtree(temporary)
     temporary.mkdir(parents=True)
     yield temporary
-    for file in [entry for entry in temporary.rglob("*") if entry.is_file()]:
-        _sync(file)
+    for entry in list(temporary.rglob("*")):
+        _sync(entry)
     _sync(temporary)
     discard(path)
     temporary.rename(path)
@@ -97,7 +98,8 @@ def damage(path: Path, files: Sequence[str] | None = FILES) -> str:
         sums = {name: checksum for checksum, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError):  # missing, not to be read, or not a checksum and a name a line
         sums = {}
-    names = tuple(sums) if files is None else tuple(files)
+    in_shards = {f"{SHARDS}/.metadata", STATE, PROGRESS} <= sums.keys() and WEIGHTS not in sums
+    names = tuple(sums) if files is None or in_shards else tuple(files)
     complete = bool(sums) and sums.keys() == set(names) and all(map(_SUM.fullmatch, sums.values()))
     problems = [problem for name in (CHECKSUMS, *names) if (problem := _problem(path / name, complete, sums))]
     if problems == [f"{CHECKSUMS} is missing"] and files is not None:
@@ -206,21 +208,29 @@ def save_checkpoint(
     state: dict[str, Any],
     progress: dict[str, Any],
     limit: int | None,
+    shards: Path | None = None,
 ) -> Path:
     """Writes `checkpoint-STEP` with the checksums of its files, and deletes the oldest beyond `limit`. Those of later
     steps, which lie there where this run went on from one before them, do not count.
 
     `weights` are the trainable ones (safetensors), `state` holds tensors and plain values (optimizer, scheduler,
-    scaler, random generators), `progress` (JSON) at least the `step`.
+    scaler, random generators), `progress` (JSON) at least the `step`. `shards`, a folder beside the checkpoint, is
+    moved into it in the place of weights.
     """
     from safetensors.torch import save_file
 
     path = output_dir / f"{PREFIX}{progress['step']}"
     with atomic_directory(path) as directory:
-        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
+        names = list(FILES)
+        if shards is None:
+            save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, directory / WEIGHTS)
+        else:
+            shards.rename(directory / SHARDS)
+            of_shards = sorted(f"{SHARDS}/{file.name}" for file in (directory / SHARDS).iterdir())
+            names = [*of_shards, STATE, PROGRESS]
         torch.save(state, directory / STATE)
         (directory / PROGRESS).write_text(json.dumps(progress, indent=1))
-        write_checksums(directory, FILES)
+        write_checksums(directory, names)
     until_now = [other for other in list_checkpoints(output_dir) if _step(other) <= progress["step"]]
     for old in until_now[: -limit if limit else 0]:
         discard(old)
@@ -242,8 +252,7 @@ def load_checkpoint(
     """
     from safetensors.torch import load_file
 
-    progress = read_progress(path)
-    _check_unchanged(path, progress["identity"], identity)
+    state, progress = load_state(path, identity)
     saved = load_file(path / WEIGHTS)
     if saved.keys() != weights.keys():
         odd = sorted(saved.keys() ^ weights.keys())
@@ -251,8 +260,14 @@ def load_checkpoint(
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(saved[name])
-    state = torch.load(path / STATE, map_location="cpu", weights_only=True)
     return state, progress
+
+
+def load_state(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same without weights, which may be in shards."""
+    progress = read_progress(path)
+    _check_unchanged(path, progress["identity"], identity)
+    return torch.load(path / STATE, map_location="cpu", weights_only=True), progress
 
 
 def _check_unchanged(path: Path, saved: dict[str, Any], current: dict[str, Any]) -> None:

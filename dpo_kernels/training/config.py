@@ -177,6 +177,11 @@ class TrainConfig:
     )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass to save memory")
     mixed_precision: str = option("no", "autocast dtype", choices=("no", "bf16", "fp16"))
+    sharding: str = option(
+        "none",
+        "what the processes of a run hold: all weights each, or their shards of weights, gradients and AdamW's moments",
+        choices=("none", "fsdp2"),
+    )
     impl: str = option("auto", "implementation of the head", choices=("auto", "torch", "cpu", "triton", "cuda"))
     tune: bool = option(
         True, "try the kernels first, once, on a device that nothing has proven them on", trajectory=False
@@ -226,6 +231,8 @@ class TrainConfig:
             raise ValueError(
                 f"mixed_precision 'fp16' scales the gradients of float32 weights, got dtype {self.dtype!r}"
             )
+        if self.mixed_precision == "fp16" and self.sharding != "none":
+            raise ValueError(f"mixed_precision: expected bf16 or no beside sharding {self.sharding!r}, got 'fp16'")
 
     @property
     def evaluates(self) -> bool:

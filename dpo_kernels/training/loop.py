@@ -15,8 +15,9 @@ import torch
 from dpo_kernels.training.config import TrainConfig, require_packages
 from dpo_kernels.training.plots import plot_training_curves
 from dpo_kernels.training.policy import save_model
-from dpo_kernels.training.schedule import in_order
+from dpo_kernels.training.schedule import in_order, of_process
 from dpo_kernels.training.setup import Run, deterministic_algorithms, set_up
+from dpo_kernels.training.sharding import whole
 from dpo_kernels.training.state import RunState, Window, metric_means
 
 logger = logging.getLogger(__name__)
@@ -117,12 +118,12 @@ def _train(config: TrainConfig) -> TrainResult:
             for micro, share, is_last in run.micro_batches(step):
                 batch = pairs.batch(pairs.train, micro)
                 batch |= run.reference_logps(batch)
-                with nullcontext() if is_last else accelerator.no_sync(run.policy):
+                with nullcontext() if is_last or run.sharded else accelerator.no_sync(run.policy):
                     loss, sums = run.policy(batch, mean_chosen_length)
                     accelerator.backward(loss * share)  # in sum: the mean over all pairs of the step
                 if share:
                     state.window.sums += sums
-            norm = accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm or math.inf)
+            norm = whole(accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm or math.inf))
             state.window.add_step(norm, config.mixed_precision == "fp16", rows, run.sizes)
             lr = run.scheduler.get_last_lr()[0]
             run.stepper.step()
@@ -152,11 +153,16 @@ def evaluate(run: Run) -> dict[str, float]:
     mean_chosen_length = sizes.mean_chosen_length()
     sums = Window.empty(run.device).sums
     run.policy_loss.eval()
-    for rows in in_order(config, sizes, accelerator.num_processes)[accelerator.process_index]:
+    step = in_order(config, sizes, accelerator.num_processes)
+    for rows, counts in of_process(step, accelerator.process_index, even=run.sharded is not None):
         batch = run.pairs.batch(held_out, rows)
         batch |= run.reference_logps(batch)
-        sums += run.policy_loss(batch, mean_chosen_length)[1]
+        found = (run.policy if run.sharded else run.policy_loss)(batch, mean_chosen_length)[1]
+        if counts:
+            sums += found
     run.policy_loss.train()
+    if run.sharded:
+        run.sharded.free()
     totals = accelerator.reduce(sums, "sum").tolist()
     means = metric_means(totals, int(sizes.pairs.sum()), float(sizes.weight.sum()))
     return {f"eval/{name}": mean for name, mean in means.items()}
@@ -167,7 +173,7 @@ def finish(run: Run, state: RunState) -> TrainResult:
     final_dir, best_dir, metrics = (run.output_dir / name for name in ("final", "best", "metrics.jsonl"))
     take_best = run.config.load_best_model_at_end and state.best is not None
     copy_of = best_dir if take_best else None
-    save_model(final_dir, run.model, run.pairs.tokenizer, run.accelerator, copy_of=copy_of)
+    save_model(final_dir, run.model, run.pairs.tokenizer, run.accelerator, copy_of, run.sharded)
     curves = run.output_dir / "training_curves.png"
     if state.metrics:
         state.metrics.close()

@@ -22,6 +22,7 @@ from dpo_kernels.models.segments import laid_out
 from dpo_kernels.models.shapes import read_config
 from dpo_kernels.training.checkpoint import atomic_directory, damage, write_checksums
 from dpo_kernels.training.config import TrainConfig, dpo_options
+from dpo_kernels.training.sharding import Sharded, local, whole_state
 from dpo_kernels.training.tokenizer import hub_options
 from dpo_kernels.training.values import in_one_line
 
@@ -110,10 +111,12 @@ def damaged_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _extremes(weight: Tensor) -> tuple[float, float]:
-    """The smallest and the largest number; NaN if there is one. (0, 0) of what is quantized, or empty."""
-    if weight.dtype not in DTYPES or not weight.numel():
+    """The smallest and the largest number, in this process's shard; NaN if there is one. (0, 0) of what is quantized,
+    or empty."""
+    shard = local(weight.detach())
+    if weight.dtype not in DTYPES or not shard.numel():
         return 0.0, 0.0
-    low, high = weight.detach().aminmax()
+    low, high = shard.aminmax()
     return float(low), float(high)
 
 
@@ -295,12 +298,21 @@ def _sums(
 
 
 def save_model(
-    directory: Path, model: Any, tokenizer: Any, accelerator: Accelerator, copy_of: Path | None = None
+    directory: Path,
+    model: Any,
+    tokenizer: Any,
+    accelerator: Accelerator,
+    copy_of: Path | None = None,
+    sharded: Sharded | None = None,
 ) -> None:
-    """What transformers or peft load: weights in safetensors, configuration and tokenizer; with checksums.
+    """What transformers or peft load: weights in safetensors, configuration and tokenizer; with checksums. Of a model
+    in shards the first process gathers the whole weights.
 
     Raises `ValueError` where what it is to be a copy of is no longer what was written.
     """
+    whole = {}
+    if sharded is not None and not copy_of:
+        whole["state_dict"] = whole_state(sharded, keep=accelerator.is_main_process)
     if accelerator.is_main_process:
         if copy_of and (problems := damage(copy_of, None)):
             raise ValueError(
@@ -311,7 +323,7 @@ def save_model(
             if copy_of:
                 shutil.copytree(copy_of, temporary, dirs_exist_ok=True)
             else:
-                model.save_pretrained(temporary)
+                model.save_pretrained(temporary, **whole)
                 tokenizer.save_pretrained(temporary)
                 files = sorted(file for file in temporary.rglob("*") if file.is_file())
                 write_checksums(temporary, [file.relative_to(temporary).as_posix() for file in files])

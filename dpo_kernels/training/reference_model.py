@@ -27,7 +27,8 @@ from dpo_kernels.models.head import LMHead
 from dpo_kernels.training.checkpoint import atomic_file
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import hidden_of, overflow_named
-from dpo_kernels.training.schedule import filled
+from dpo_kernels.training.schedule import filled, of_process
+from dpo_kernels.training.sharding import Sharded
 from dpo_kernels.training.sizes import Lengths, data_fingerprint, rankings
 
 if TYPE_CHECKING:
@@ -47,16 +48,25 @@ class Reference:
     Args:
         head: of the frozen model, or of the policy if `adapter` is given.
         adapter: the PEFT model whose adapters are off while it scores.
+        sharded: what gathers the weights of the frozen model, if they are in shards.
         config: `loss_type`, `ld_alpha`, `temperature`, `chunk_bytes` and `impl` are those of the loss.
     """
 
-    def __init__(self, head: LMHead, config: TrainConfig, adapter: nn.Module | None = None) -> None:
-        self.head, self.config, self.adapter = head, config, adapter
+    def __init__(
+        self, head: LMHead, config: TrainConfig, adapter: nn.Module | None = None, sharded: Sharded | None = None
+    ) -> None:
+        self.head, self.config, self.adapter, self.sharded = head, config, adapter, sharded
 
     @torch.no_grad()
     def logps(self, batch: dict[str, Any], gradients: Sequence[str] = ()) -> Tensor:
         """Log-probabilities [S] fp32 of a batch of `PairCollator`, weighted by token as it and `ld_alpha` have it, and
         summed as the policy's are that takes these gradients of its head's operands."""
+        if self.sharded is not None:
+            logps: Tensor = self.sharded(self._logps, batch, gradients)
+            return logps
+        return self._logps(batch, gradients)
+
+    def _logps(self, batch: dict[str, Any], gradients: Sequence[str]) -> Tensor:
         config = self.config
         with _without(self.adapter):
             hidden, _ = hidden_of(self.head, batch)
@@ -233,16 +243,19 @@ def _score(reference: Reference, dataset: Dataset, pairs: Pairs, accelerator: Ac
 
     config, lengths, sizes = reference.config, Lengths.of(dataset), pairs.sizes(dataset)
     order = np.argsort(sizes.tokens, kind="stable")
+    rank, processes = accelerator.process_index, accelerator.num_processes
     size = config.per_device_eval_batch_size or config.per_device_batch_size
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     if config.max_tokens_per_batch is not None and config.per_device_eval_batch_size is None:
         batches = filled(order, sizes, config.max_tokens_per_batch)
     logps = torch.zeros(len(lengths.responses), device=accelerator.device)
-    mine = batches[accelerator.process_index :: accelerator.num_processes]
+    mine = of_process([batches[first::processes] for first in range(processes)], rank, reference.sharded is not None)
     show = config.progress_bar and accelerator.is_main_process
-    for rows in tqdm(mine, desc="reference", unit="batch", disable=not show):
+    for rows, counts in tqdm(mine, desc="reference", unit="batch", disable=not show):
         with accelerator.autocast():
             values = reference.logps(pairs.batch(dataset, rows))
+        if not counts:
+            continue
         if not rankings(dataset):  # chosen ones first
             values = values.view(2, -1).T.flatten()
         logps[torch.as_tensor(lengths.numbers(rows), device=logps.device)] = values

@@ -129,16 +129,23 @@ def filled(rows: np.ndarray, sizes: Sizes, budget: int) -> list[np.ndarray]:
     return [np.array(batch) for batch in batches]
 
 
-def shares(step: Step, rank: int, weight: np.ndarray) -> Iterator[tuple[np.ndarray, float, bool]]:
+def shares(step: Step, rank: int, weight: np.ndarray, even: bool = False) -> Iterator[tuple[np.ndarray, float, bool]]:
     """The part of a process in a step: the rows of each micro-batch, the factor of its mean loss with which the
     gradients of all processes come to those of the mean over all losses of the step, and whether it is the last.
-    `weight` [n] is what examples count for in these means."""
+    `weight` [n] is what examples count for in these means; `even`: as many micro-batches for each process."""
     total = sum(weight[rows].sum() for of_one in step for rows in of_one)
-    mine, share = step[rank], len(step) / total  # DDP takes the mean over the processes
-    if not mine:  # a last step of few: this process is waited for, but counts for nothing
-        mine, share = [step[0][0][:1]], 0.0
-    for number, rows in enumerate(mine, start=1):
-        yield rows, float(share * weight[rows].sum()), number == len(mine)
+    share = len(step) / total  # DDP and FSDP2 take the mean over the processes
+    mine = of_process(step, rank, even, least=1)  # in a last step of few, a process may be waited for alone
+    for number, (rows, counts) in enumerate(mine, start=1):
+        yield rows, float(share * weight[rows].sum()) if counts else 0.0, number == len(mine)
+
+
+def of_process(step: Step, rank: int, even: bool, least: int = 0) -> list[tuple[np.ndarray, bool]]:
+    """The micro-batches of a process, and whether they count. Those that do not are there for the other processes to
+    meet: where shards of a model are gathered (`even`), as many as any of them has."""
+    mine = [(rows, True) for rows in step[rank]]
+    wanted = max(least, max(map(len, step)) if even else 0)
+    return mine + [(step[0][0][:1], False)] * (wanted - len(mine))
 
 
 @functools.lru_cache(maxsize=2)

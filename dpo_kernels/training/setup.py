@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import warnings
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from dpo_kernels.dispatch import check_runs
+from dpo_kernels.losses import BATCH_LOSSES
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.training import reference_model as references
@@ -24,6 +26,7 @@ from dpo_kernels.training.config import TrainConfig, practice_warnings, trajecto
 from dpo_kernels.training.pairs import Pairs
 from dpo_kernels.training.policy import PolicyLoss, add_lora, disable_dropout, load_model
 from dpo_kernels.training.schedule import Schedule, Step, shares
+from dpo_kernels.training.sharding import Sharded, check_ready, layers_of
 from dpo_kernels.training.sizes import Sizes, check_fits, data_fingerprint
 from dpo_kernels.tuning.heads import head_of
 from dpo_kernels.tuning.trial import Kernels
@@ -46,7 +49,8 @@ class Run:
     held_out_sizes: Sizes | None
     model: Any  # the policy, with its adapters if it has any
     policy_loss: PolicyLoss  # the policy and the loss
-    policy: Any  # policy_loss inside what accelerate puts around it
+    policy: Any  # policy_loss inside what accelerate puts around it, or within what gathers the model's shards
+    sharded: Sharded | None  # the model, where it is in shards
     reference: references.Reference | None  # None where none is needed, and where its values are columns of the pairs
     starts_at_reference: bool
     weights: dict[str, nn.Parameter]  # those that are trained
@@ -75,7 +79,7 @@ class Run:
 
     def micro_batches(self, step: Step) -> Iterator[tuple[np.ndarray, float, bool]]:
         """The part of this process in a step, as `shares` gives it."""
-        return shares(step, self.accelerator.process_index, self.sizes.weight)
+        return shares(step, self.accelerator.process_index, self.sizes.weight, even=self.sharded is not None)
 
     def close(self) -> None:
         self.kernels.release()
@@ -90,6 +94,9 @@ def set_up(config: TrainConfig) -> Run:
 
     accelerator = make_accelerator(config)
     check_runs(config.impl, accelerator.device)  # an error now rather than after the models are loaded
+    in_shards = config.sharding != "none"
+    if in_shards:
+        check_ready(accelerator)
     if not accelerator.is_main_process:  # one voice is enough
         logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", UserWarning)
@@ -117,12 +124,17 @@ def set_up(config: TrainConfig) -> Run:
         "the starting weights": fingerprint,
         "the number of processes": accelerator.num_processes,
     }
+    if in_shards:
+        identity = free_of_processes(identity, config)
+        layers_of(model)  # an error now where it names none
     kind, other = references.resolve(config), None
     if kind == "other":
         other = load_model(config, config.reference, pairs.tokenizer).eval().requires_grad_(False)
         references.check_same_checkpoint(config, digests, references.parameter_digests(other))
-        other.to(accelerator.device)
-    batching = resolve_batching(config, model.to(accelerator.device), other)
+    for each in (model, other):
+        if each is not None and not in_shards:  # shards go there layer by layer, once all is known that takes a whole model
+            each.to(accelerator.device)
+    batching = resolve_batching(config, model, other)
     identity["batching"] = batching
     pairs = replace(pairs, batching=batching)
     sizes, held_out_sizes = (each and pairs.sizes(each, config.listwise) for each in (pairs.train, pairs.held_out))
@@ -141,28 +153,43 @@ def set_up(config: TrainConfig) -> Run:
     if kernels.reason and accelerator.is_main_process:
         warnings.warn(f"{checkpoint} is not gone on from to the bit: {kernels.reason}", stacklevel=4)
 
+    def frozen_shards(frozen: Any) -> Sharded | None:
+        return Sharded(frozen, accelerator, frozen=True) if in_shards else None
+
     # The reference comes before the policy changes
     reference = None
     if kind == "precompute":
-        scorer = references.Reference(LMHead.from_model(model.eval()), config)
+        scored = references.frozen_copy(model) if in_shards else model.eval()
+        scorer = references.Reference(LMHead.from_model(scored), config, sharded=frozen_shards(scored))
         given = fingerprint, accelerator, kernels.families["A"]
         pairs = pairs.map(lambda each: references.cached_logps(scorer, each, pairs, *given))
+        del scored, scorer  # shards of a copy
     elif kind == "copy":
         frozen = references.frozen_copy(model)
-        reference = references.Reference(LMHead.from_model(frozen), config)
+        reference = references.Reference(LMHead.from_model(frozen), config, sharded=frozen_shards(frozen))
     elif other is not None:
-        reference = references.Reference(LMHead.from_model(other), config)
+        reference = references.Reference(LMHead.from_model(other), config, sharded=frozen_shards(other))
 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_r:
         model = add_lora(model, config, accelerator)
     policy_loss = PolicyLoss(model.train(), config)
+    sharded = None
+    if in_shards:
+        policy_loss.eval()
+        policy_loss.head.ensure_checked()  # in both modes, while the model is whole
+        policy_loss.train()
+        sharded = Sharded(model, accelerator)
     if kind == "base":
-        reference = references.Reference(policy_loss.head, config, adapter=model)
+        reference = references.Reference(policy_loss.head, config, adapter=model, sharded=sharded)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = make_optimizer(list(weights.values()), config, accelerator.device)
-    policy, stepper = accelerator.prepare(policy_loss, optimizer)  # same modules and weights, wrapped
+    policy: Any
+    if sharded is not None:
+        policy, stepper = functools.partial(sharded, policy_loss), accelerator.prepare(optimizer)
+    else:
+        policy, stepper = accelerator.prepare(policy_loss, optimizer)  # same modules and weights, wrapped
     schedule = Schedule.of(config, sizes, accelerator.num_processes)
     logger.info(
         "%d trainable of %d weights; %d pairs%s in %d steps an epoch; %d steps in all; batching: %s; reference: %s",
@@ -186,6 +213,7 @@ def set_up(config: TrainConfig) -> Run:
         model=model,
         policy_loss=policy_loss,
         policy=policy,
+        sharded=sharded,
         reference=reference,
         starts_at_reference=kind is not None,
         weights=weights,
@@ -196,6 +224,22 @@ def set_up(config: TrainConfig) -> Run:
         identity=identity,
         kernels=kernels,
     )
+
+
+def free_of_processes(identity: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """What the trajectory of a run in shards follows from: the pairs of a step, in however many processes and
+    micro-batches they are taken. Where random numbers or a loss of whole batches come in, the number of processes too.
+    """
+    has_dropout = config.lora_dropout or not config.disable_dropout
+    if has_dropout or BATCH_LOSSES.intersection(config.loss_type):
+        return identity
+    micro_batches = config.gradient_accumulation_steps * identity["the number of processes"]
+    of_step = {"the micro-batches of a step": micro_batches}
+    left_out = {"gradient_accumulation_steps", "the number of processes"}
+    if config.max_tokens_per_batch is None:
+        of_step = {"the pairs of a step": micro_batches * config.per_device_batch_size}
+        left_out.add("per_device_batch_size")
+    return {name: value for name, value in identity.items() if name not in left_out} | of_step
 
 
 def resolve_batching(config: TrainConfig, model: Any, reference: Any = None) -> str:
@@ -241,7 +285,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
-        raise ValueError(f"accelerate is set up for {kind}: this loop runs on one device or with DDP, on whole weights")
+        raise ValueError(
+            f"accelerate is set up for {kind}: this loop runs on one device, with DDP, or on the shards of its own "
+            "setting `sharding: fsdp2`. Start it with accelerate's settings for several processes without that"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:  # they would all write to the same files
         raise ValueError(

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import logging
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,8 +18,11 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.training.checkpoint import (
+    PREFIX,
+    SHARDS,
     MetricsLog,
     load_checkpoint,
+    load_state,
     random_state,
     save_checkpoint,
     set_random_state,
@@ -25,6 +30,7 @@ from dpo_kernels.training.checkpoint import (
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import METRICS, damaged_weights, save_model, state_of_weights
 from dpo_kernels.training.setup import Run
+from dpo_kernels.training.sharding import from_all, load_shards, save_shards
 from dpo_kernels.training.sizes import Sizes
 
 if TYPE_CHECKING:
@@ -139,7 +145,7 @@ class RunState:
         elif _better(self.run.config.metric_for_best, held_out, self.best or self.before):
             self.best = held_out | {"step": self.step}
             run = self.run
-            save_model(run.output_dir / "best", run.model, run.pairs.tokenizer, run.accelerator)
+            save_model(run.output_dir / "best", run.model, run.pairs.tokenizer, run.accelerator, sharded=run.sharded)
 
     def _record(self, values: dict[str, Any]) -> None:
         row = {"step": self.step, "epoch": self.run.schedule.epoch(self.step)} | values
@@ -152,35 +158,59 @@ class RunState:
         self.run.accelerator.log(shown, step=self.step)
 
     def save(self) -> None:
-        """Writes a checkpoint: with `load`, the run goes on with the same bits."""
+        """Writes a checkpoint: with `load`, the run goes on with the same bits. Of weights in shards each process
+        writes its own, and the optimizer's state with them."""
         from accelerate.utils import gather_object
 
         run, scaler = self.run, self.run.accelerator.scaler
         here = {"random": random_state(run.device), "window": self.window.tensors()}
+        groups = {"param_groups": run.optimizer.state_dict()["param_groups"]} if run.sharded else None
         state = {
-            "optimizer": run.optimizer.state_dict(),
+            "optimizer": groups or run.optimizer.state_dict(),
             "scheduler": run.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "processes": gather_object([here]),
         }
         progress = {name: getattr(self, name) for name in ("step", "before", "latest", "best")}
         progress |= {"window": self.window.counts(), "identity": run.identity, "kernels": run.kernels.families}
-        if damaged := damaged_weights(run.weights.items()):
+        damaged = damaged_weights(run.weights.items())
+        if run.sharded:
+            damaged = next(filter(None, from_all(damaged)), "")
+        if damaged:
             raise FloatingPointError(f"the weights are damaged, and no checkpoint is made of them: {damaged}")
+        shards = self._save_shards() if run.sharded else None
         if self.metrics:
             self.metrics.sync()
-            save_checkpoint(run.output_dir, run.weights, state, progress, run.config.save_total_limit)
+            save_checkpoint(run.output_dir, run.weights, state, progress, run.config.save_total_limit, shards)
         run.accelerator.wait_for_everyone()
+
+    def _save_shards(self) -> Path:
+        """The folder in which all processes have written theirs."""
+        run = self.run
+        folder = run.output_dir / f".{PREFIX}{self.step}.shards.tmp"
+        if run.accelerator.is_main_process:
+            if folder.exists():
+                shutil.rmtree(folder)
+            folder.mkdir()
+        run.accelerator.wait_for_everyone()
+        save_shards(folder, run.weights, run.optimizer)
+        run.accelerator.wait_for_everyone()
+        return folder
 
     def load(self) -> None:
         run, scaler = self.run, self.run.accelerator.scaler
         assert run.checkpoint is not None
-        state, progress = load_checkpoint(run.checkpoint, run.weights, run.identity)
-        run.optimizer.load_state_dict(state["optimizer"])
+        if run.sharded:
+            state, progress = load_state(run.checkpoint, run.identity)
+            groups = state["optimizer"]["param_groups"]
+            load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
+        else:
+            state, progress = load_checkpoint(run.checkpoint, run.weights, run.identity)
+            run.optimizer.load_state_dict(state["optimizer"])
         run.scheduler.load_state_dict(state["scheduler"])
         if scaler is not None:
             scaler.load_state_dict(state["scaler"])
-        here = state["processes"][run.accelerator.process_index]
+        here = _part(state["processes"], run.accelerator.process_index, run.accelerator.num_processes)
         set_random_state(here["random"], run.device)
         for name in ("step", "before", "latest", "best"):
             setattr(self, name, progress[name])
@@ -196,6 +226,16 @@ class RunState:
             said = "weights are" in str(error)
             what = str(error) if said else f"{error}. {state_of_weights('policy', self.run.model)}"
             raise FloatingPointError(_diverged(what, self.step, self.run.config)) from error
+
+
+def _part(saved: list[dict[str, Any]], rank: int, processes: int) -> dict[str, Any]:
+    """What a process has of what so many had: its own, or in another number of them, the first one the whole window."""
+    if len(saved) == processes:
+        return saved[rank]
+    windows = [each["window"] for each in saved]
+    sums = {name: sum(window[name] for window in windows) for name in windows[0]}
+    window = sums if rank == 0 else {name: torch.zeros_like(tensor) for name, tensor in sums.items()}
+    return {"random": saved[rank % len(saved)]["random"], "window": window}
 
 
 def _diverged(what: str, step: int, config: TrainConfig) -> str:

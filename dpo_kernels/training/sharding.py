@@ -1,0 +1,189 @@
+"""Weights in shards: FSDP2, called directly, so that processes on CPUs do what processes on GPUs do.
+
+`torch.distributed.fsdp.fully_shard` gathers the weights of a layer for its forward and again for its backward, reduces
+its gradients to their shards, and leaves every process with its part of weights, gradients and optimizer state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_kernels.models.head import LMHead, unwrap
+from dpo_kernels.models.operands import name_of
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+WEIGHT = "weight"  # beside the names of AdamW's entries
+
+
+class Sharded(nn.Module):
+    """A model in shards, and calls of functions that compute with it: `sharded(function, *arguments)`.
+
+    What belongs to no layer, such as the head and the last norm, is gathered once when a call begins, and is whole in
+    `function` and in the backward of what it returns: a loss in there multiplies by the head's weight as if there were
+    no shards. Then, or where there is no gradient after `free`, the process has its shards alone again. An embedding
+    matrix that is not the head's too is gathered for the look-up alone, a layer for itself.
+
+    Args:
+        model: a transformers causal language model, in adapters or without, the same in all processes.
+        accelerator: of the run; its autocast is around each call.
+        frozen: it has no gradient: what a call gathers is freed at its end.
+
+    Raises:
+        ValueError: the model names no layers, or its weights are not the same in all processes.
+    """
+
+    def __init__(self, model: nn.Module, accelerator: Accelerator, *, frozen: bool = False) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        super().__init__()
+        self.model, self.autocast = model, accelerator.autocast
+        check_same_everywhere(model)
+        mesh = init_device_mesh(accelerator.device.type, (torch.distributed.get_world_size(),))
+        for layer in reversed(layers_of(model)):  # those inside others first
+            fully_shard(layer, mesh=mesh)
+        embedding: Any = unwrap(model).get_input_embeddings()
+        head = LMHead(model, at_output_layer=True).output_layer()
+        if set(embedding.parameters()).isdisjoint(head.parameters()):
+            fully_shard(embedding, mesh=mesh)
+        self._root: Any = fully_shard(self, mesh=mesh, reshard_after_forward=frozen)
+
+    def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        with self.autocast():
+            return function(*arguments)
+
+    def free(self) -> None:
+        """Leaves the shards alone of what calls without a backward have gathered."""
+        self.reshard()  # type: ignore[operator]  # of FSDPModule, which this is by now
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that the model itself names as those that are not to be split, outer ones first."""
+    causal = unwrap(model)
+    names = set(getattr(causal, "_no_split_modules", None) or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise ValueError(
+            f"sharding: fsdp2 gathers a model layer by layer, and {name_of(causal)} names no layers "
+            f"(_no_split_modules is {sorted(names)})"
+        )
+    return found
+
+
+def check_ready(accelerator: Accelerator) -> None:
+    """Raises `ValueError` where weights cannot be sharded. A process alone gets a group of its own: what it has is all,
+    and it can go on from the shards of several."""
+    device = accelerator.device.type
+    if device not in ("cpu", "cuda"):
+        raise ValueError(f"sharding: fsdp2 runs on cuda or cpu, got the device {device}")
+    if not torch.distributed.is_initialized():
+        backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[device]
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
+def check_same_everywhere(model: nn.Module) -> None:
+    """Each process keeps its shard of the weights that it has loaded or drawn: were they others, they would be a
+    mixture."""
+    hasher = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        hasher.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
+        hasher.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if len(set(from_all(hasher.hexdigest()))) > 1:
+        raise ValueError(
+            "sharding: expected the same weights in all processes before they are sharded, got different ones: do all "
+            "read the same files, with the same versions?"
+        )
+
+
+def from_all(mine: Any) -> list[Any]:
+    """What each process of the run has there."""
+    everyone: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(everyone, mine)
+    return everyone
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The shard of this process, or a tensor that is whole as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Gathered, by all processes together."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def whole_state(sharded: Sharded, keep: bool) -> dict[str, Tensor]:
+    """The model's state dictionary on the CPU, one tensor gathered after the other, by all processes together; those
+    that do not `keep` it get an empty one. Of a model in adapters it is what is trained, and no weight beneath it."""
+    sharded.free()
+    model: Any = sharded.model
+    state = model.state_dict(keep_vars=True)
+    if hasattr(model, "get_base_model"):
+        state = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
+    found: dict[str, Tensor] = {}
+    gathered: dict[int, Tensor] = {}
+    for name, tensor in state.items():
+        if id(tensor) not in gathered:  # a tied one once
+            value = whole(tensor.detach())
+            gathered[id(tensor)] = value.cpu() if keep else value.new_empty(0)
+        if keep:
+            found[name] = gathered[id(tensor)]
+    return found
+
+
+def save_shards(directory: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
+    """Each process writes its shards of the weights and of the optimizer's state into a directory that is there."""
+    from torch.distributed import checkpoint
+
+    tensors: dict[str, Any] = {f"{WEIGHT}/{name}": weight.detach() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        tensors |= {f"{entry}/{name}": value for entry, value in optimizer.state[weight].items()}
+    checkpoint.save(tensors, checkpoint_id=directory)
+
+
+def load_shards(
+    directory: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, groups: list[dict[str, Any]]
+) -> None:
+    """Fills weights and optimizer with what `save_shards` wrote, be it in another number of processes. `groups` are
+    the optimizer's `param_groups` as they were saved.
+
+    Raises `ValueError` where other weights are trained than were.
+    """
+    from torch.distributed import checkpoint
+
+    saved = checkpoint.FileSystemReader(directory).read_metadata().state_dict_metadata
+    names = {name.partition("/")[2] for name in saved}
+    if names != weights.keys():
+        odd = sorted(names ^ weights.keys())
+        raise ValueError(
+            f"{directory.parent} holds other trainable weights than this run: they differ in {', '.join(odd[:3])}"
+        )
+    tensors: dict[str, Any] = {}
+    for key in saved:
+        entry, _, name = key.partition("/")
+        weight = weights[name]
+        if entry == WEIGHT:
+            tensors[key] = weight.detach()
+        else:
+            tensors[key] = torch.zeros(()) if entry == "step" else torch.zeros_like(weight.detach())
+    checkpoint.load(tensors, checkpoint_id=directory)
+    numbers = {id(weight): number for number, weight in enumerate(_in_order(optimizer))}
+    state: dict[int, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        entry, _, name = key.partition("/")
+        if entry != WEIGHT:
+            state.setdefault(numbers[id(weights[name])], {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _in_order(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """As `state_dict` numbers them."""
+    return [weight for group in optimizer.param_groups for weight in group["params"]]
