@@ -101,23 +101,24 @@ def damage(path: Path, files: Sequence[str] | None = FILES) -> str:
     in_shards = {f"{SHARDS}/.metadata", STATE, PROGRESS} <= sums.keys() and WEIGHTS not in sums
     names = tuple(sums) if files is None or in_shards else tuple(files)
     complete = bool(sums) and sums.keys() == set(names) and all(map(_SUM.fullmatch, sums.values()))
-    problems = [problem for name in (CHECKSUMS, *names) if (problem := _problem(path / name, complete, sums))]
+    problems = [problem for name in (CHECKSUMS, *names) if (problem := _problem(path, name, complete, sums))]
     if problems == [f"{CHECKSUMS} is missing"] and files is not None:
         return f"{CHECKSUMS} is missing (versions before this one wrote none, and their schedule was another)"
     return ", ".join(problems)
 
 
-def _problem(file: Path, complete: bool, sums: dict[str, str]) -> str:
+def _problem(path: Path, name: str, complete: bool, sums: dict[str, str]) -> str:
     """`complete`: the checksums can be what was written."""
+    file = path / name
     try:
         if not file.exists():
-            return f"{file.name} is missing"
+            return f"{name} is missing"
         if file.stat().st_size == 0:
-            return f"{file.name} is empty"
-        whole = complete if file.name == CHECKSUMS else not complete or _sha256(file) == sums[file.name]
+            return f"{name} is empty"
+        whole = complete if name == CHECKSUMS else not complete or _sha256(file) == sums[name]
     except OSError as error:
-        return f"{file.name} cannot be read ({error.strerror})"
-    return "" if whole else f"{file.name} is damaged"
+        return f"{name} cannot be read ({error.strerror})"
+    return "" if whole else f"{name} is damaged"
 
 
 def _sha256(file: Path) -> str:

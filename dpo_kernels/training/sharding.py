@@ -122,12 +122,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 def whole_state(sharded: Sharded, keep: bool) -> dict[str, Tensor]:
     """The model's state dictionary on the CPU, one tensor gathered after the other, by all processes together; those
-    that do not `keep` it get an empty one. Of a model in adapters it is what is trained, and no weight beneath it."""
+    that do not `keep` it get an empty one. Of a model in adapters it is what PEFT may save: what is trained, and
+    embeddings and head where these have adapters."""
     sharded.free()
     model: Any = sharded.model
     state = model.state_dict(keep_vars=True)
     if hasattr(model, "get_base_model"):
-        state = {name: tensor for name, tensor in state.items() if tensor.requires_grad}
+        causal = unwrap(model)
+        ends = [part for part in (causal.get_input_embeddings(), causal.get_output_embeddings()) if part is not None]
+        of_ends = {id(weight) for part in ends for weight in part.parameters()}
+        if not any(weight.requires_grad for part in ends for weight in part.parameters()):
+            of_ends.clear()
+        state = {name: each for name, each in state.items() if each.requires_grad or id(each) in of_ends}
     found: dict[str, Tensor] = {}
     gathered: dict[int, Tensor] = {}
     for name, tensor in state.items():

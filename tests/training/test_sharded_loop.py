@@ -1,0 +1,286 @@
+"""The loop on weights in shards: two processes, and four, take the steps of one that has all weights."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
+
+from safetensors.torch import load_file
+from short_runs import TINY, assert_same_run, rows_of, run, weights_of
+from transformers import AutoModelForCausalLM
+from two_processes import run_in_two
+
+from dpo_kernels.training.checkpoint import damage, find_checkpoint, list_checkpoints
+from dpo_kernels.training.config import TrainConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+import accelerate
+from dpo_kernels.training import TrainConfig, train
+from dpo_kernels.training import loop
+
+accelerate.Accelerator.end_training = lambda self: None  # the processes go on knowing of each other
+loop.plot_training_curves = lambda metrics, picture: None
+rank = int(os.environ["RANK"])
+for settings in json.loads(Path(sys.argv[1]).read_text()):
+    if before := settings.pop("before", None):  # what the first process copies first
+        if rank == 0:
+            import shutil
+            shutil.copytree(*before)
+            for later in ("final", "checkpoint-6"):
+                shutil.rmtree(Path(before[1]) / later)
+        accelerate.PartialState().wait_for_everyone()
+    train(TrainConfig(**settings))
+"""
+
+# 29 pairs to train on in steps of 4: in the last step of an epoch there is one, so that one process has none.
+UNEVEN = {"max_rows": 32, "max_steps": 9}
+OF_TWO = {"per_device_batch_size": 1, "gradient_accumulation_steps": 2, "sharding": "fsdp2"}
+TIED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+TIED |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
+SHORT = {
+    "full": {"eval_steps": 4, "gradient_checkpointing": True},
+    "adapters": {"lora_r": 2, "loss_type": "sigmoid,sft", "lora_target_modules": "q_proj,down_proj,lm_head"},
+    "tied": {"model": "TIED", "reference": "precompute", "eval_fraction": 0.15},  # 4 held out: 5 batches at most
+}
+LONG = {
+    "tokens": {"max_tokens_per_batch": 700, "gradient_accumulation_steps": 2, "batching": "packed_shared_prefix"},
+    "padded": {"batching": "concatenated", "loss_type": "simpo", "beta": 2.0},
+    "tied adapters": {"model": "TIED", "lora_r": 2, "reference": "copy"},
+    "bf16": {"mixed_precision": "bf16"},
+    "bf16 adapters": {"dtype": "bfloat16", "lora_r": 2, "reference": "precompute"},
+}
+BF16 = {"rel": 0.01, "abs": 0.01}
+
+
+def settings_of(directory, case):
+    settings = UNEVEN | (SHORT | LONG)[case]
+    if settings.get("model") == "TIED":
+        file = directory / "tied.json"
+        file.write_text(json.dumps(TIED))
+        settings["model"] = f"config:{file}"
+    return settings
+
+
+def several(directory, runs, processes=2):
+    """Runs one after the other, in the same processes."""
+    (directory / "script.py").write_text(SCRIPT)
+    (directory / "runs.json").write_text(json.dumps([TINY | settings for settings in runs]))
+    arguments = directory / "script.py", directory / "runs.json"
+    run_in_two(*arguments, processes=processes, ACCELERATE_USE_CPU="true")
+
+
+def compared(directory, cases):
+    """Of each case: the folders of one process and of two."""
+    runs = []
+    for case in cases:
+        settings = settings_of(directory, case)
+        run(directory / case / "one", **settings)
+        settings |= OF_TWO
+        if "max_tokens_per_batch" in settings:  # each of them takes one of the two
+            settings |= {"per_device_batch_size": 4, "gradient_accumulation_steps": 1}
+        place = {"output_dir": str(directory / case / "two"), "cache_dir": str(directory / case / "cache")}
+        runs.append(settings | place)
+    several(directory, runs)
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("sharded")
+    compared(directory, SHORT)
+    return directory
+
+
+def assert_close_runs(one, two, **tolerance):
+    rows, expected = rows_of(two), rows_of(one)
+    assert len(rows) == len(expected) > 9
+    for row, other in zip(rows, expected, strict=True):
+        assert row.keys() == other.keys()
+        for name, value in other.items():
+            assert row[name] == pytest.approx(value, **(tolerance or {"rel": 1e-4, "abs": 1e-5})), (name, row["step"])
+    ours, theirs = weights_of(two), weights_of(one)
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert ours[name].dtype == weight.dtype
+        torch.testing.assert_close(ours[name], weight, atol=tolerance.get("abs", 1e-5), rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_two_processes_take_the_steps_of_one(short, case):
+    assert_close_runs(short / case / "one", short / case / "two")
+    assert not list((short / case / "two").glob(".*"))
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("case", LONG)
+def test_with_everything_else(tmp_path, case):
+    compared(tmp_path, [case])
+    assert_close_runs(tmp_path / case / "one", tmp_path / case / "two", **(BF16 if "bf16" in case else {}))
+
+
+# A window of 3 steps straddles the checkpoints at 2 and 4; the steps of 4 pairs are taken in ones and twos.
+RESUMED = {"max_rows": 32, "max_steps": 6, "save_steps": 2, "logging_steps": 3, "eval_steps": 3, "learning_rate": 5e-4}
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """A run of two processes that was not interrupted, and one that went on from its checkpoint at step 4."""
+    directory = tmp_path_factory.mktemp("resumed")
+    straight, again = str(directory / "straight"), str(directory / "again")
+    runs = [{"output_dir": straight}, {"output_dir": again, "before": [straight, again]}]
+    runs.append({"output_dir": str(directory / "adapters"), "lora_r": 2})
+    runs = [RESUMED | OF_TWO | settings for settings in runs]
+    several(directory, runs)
+    return directory
+
+
+def interrupted(whole, directory):
+    shutil.copytree(whole, directory)
+    for later in ("final", "checkpoint-6"):
+        shutil.rmtree(directory / later)
+    return directory
+
+
+def test_the_same_processes_go_on_with_the_same_bits(resumed):
+    assert_same_run(resumed / "again", resumed / "straight")
+    assert [path.name for path in list_checkpoints(resumed / "again")] == ["checkpoint-4", "checkpoint-6"]
+    for path in list_checkpoints(resumed / "again"):
+        assert damage(path) == "" and len(list((path / "shards").glob("*.distcp"))) == 2
+        assert not (path / "weights.safetensors").exists()
+    assert not list((resumed / "again").glob(".*"))
+
+
+@pytest.mark.parametrize("which", ["straight", "adapters"])
+def test_one_process_goes_on_from_the_shards_of_two(resumed, tmp_path, which):
+    lora = {"lora_r": 2} if which == "adapters" else {}
+    directory = interrupted(resumed / which, tmp_path / "run")
+    settings = RESUMED | lora | {"sharding": "fsdp2", "per_device_batch_size": 2, "gradient_accumulation_steps": 2}
+    run(directory, **settings)
+    assert rows_of(directory)[-1]["step"] == 6
+    assert_close_runs(resumed / which, directory)
+
+
+@pytest.mark.full
+def test_four_processes_go_on_from_the_shards_of_two(resumed, tmp_path):
+    directory = interrupted(resumed / "straight", tmp_path / "run")
+    settings = RESUMED | {"sharding": "fsdp2", "per_device_batch_size": 1, "output_dir": str(directory)}
+    several(tmp_path, [settings], processes=4)
+    assert_close_runs(resumed / "straight", directory)
+
+
+def test_what_does_not_go_on_along_the_trajectory_is_refused(resumed, tmp_path):
+    directory = interrupted(resumed / "straight", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"the pairs of a step \(was 4, is 2\)"):
+        run(directory, **RESUMED | {"sharding": "fsdp2", "per_device_batch_size": 2})
+    with pytest.raises(ValueError, match=r"sharding \(was 'fsdp2', is 'none'\)"):
+        run(directory, **RESUMED)
+    with pytest.raises(ValueError, match=r"learning_rate \(was 0.0005, is 0.001\)"):
+        run(directory, **RESUMED | {"sharding": "fsdp2", "learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize("harmed", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
+def test_the_checkpoint_before_one_with_damaged_shards_is_taken(resumed, tmp_path, harmed):
+    directory = tmp_path / "run"
+    shutil.copytree(resumed / "straight", directory)
+    file = directory / "checkpoint-6" / "shards" / harmed
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.warns(UserWarning, match=f"checkpoint-6 is not whole: shards/{harmed} is damaged"):
+        assert find_checkpoint(directory, "auto") == directory / "checkpoint-4"
+    file.unlink()
+    with pytest.warns(UserWarning, match=f"checkpoint-6 is not whole: shards/{harmed} is missing"):
+        assert find_checkpoint(directory, "auto") == directory / "checkpoint-4"
+
+
+def test_final_and_best_are_whole_models(short, resumed):
+    for path in (short / "full" / "two" / "final", short / "full" / "two" / "best", short / "tied" / "two" / "final"):
+        model = AutoModelForCausalLM.from_pretrained(path)
+        saved = load_file(path / "model.safetensors")
+        assert saved and all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items())
+        assert damage(path, None) == ""
+    assert "lm_head.weight" not in saved  # which is the embedding matrix
+
+    from peft import AutoPeftModelForCausalLM
+
+    path = resumed / "adapters" / "final"
+    loaded = dict(AutoPeftModelForCausalLM.from_pretrained(path).named_parameters())
+    saved = load_file(path / "adapter_model.safetensors")
+    assert saved and any(weight.abs().max() > 0 for name, weight in saved.items() if "lora_B" in name)
+    names = {name.replace(".weight", ".default.weight"): weight for name, weight in saved.items()}
+    assert all(torch.equal(loaded[name], weight) for name, weight in names.items())
+
+
+def test_settings_that_do_not_go_with_it():
+    with pytest.raises(ValueError, match="mixed_precision: expected bf16 or no beside sharding 'fsdp2', got 'fp16'"):
+        TrainConfig(sharding="fsdp2", mixed_precision="fp16")
+    with pytest.raises(ValueError, match="sharding: expected one of .*fsdp2"):
+        TrainConfig(sharding="zero3")
+
+
+def test_a_model_without_layers_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.Qwen2ForCausalLM._no_split_modules", None)
+    with pytest.raises(ValueError, match="sharding: fsdp2 gathers a model layer by layer, and Qwen2ForCausalLM names"):
+        run(tmp_path, sharding="fsdp2", max_steps=1)
+
+
+GATHERED = """
+import json, os, sys
+from pathlib import Path
+import accelerate, torch
+import dpo_kernels.training.loop as loop
+from dpo_kernels.training import TrainConfig, train
+
+sizes, steps, found = [], [], []
+gather = torch.distributed.all_gather_into_tensor
+
+def counted(output, *args, **kwargs):
+    sizes.append(output.numel())
+    return gather(output, *args, **kwargs)
+
+torch.distributed.all_gather_into_tensor = counted
+add_step = loop.Window.add_step
+
+def stop_after(self, *args):  # what a step has gathered, and what it leaves
+    steps.append(list(sizes))
+    sizes.clear()
+    found[:] = [type(weight).__name__ for weight in runs[0].model.parameters()]
+    return add_step(self, *args)
+
+def kept(config):
+    runs.append(set_up(config))
+    return runs[0]
+
+runs, set_up, loop.set_up, loop.Window.add_step = [], loop.set_up, kept, stop_after
+loop.plot_training_curves = lambda metrics, picture: None
+train(TrainConfig(**json.loads(Path(sys.argv[1]).read_text())))
+assert set(found) == {"DTensor"} or set(found) == {"Parameter"}, found
+if os.environ["RANK"] == "0":
+    Path(sys.argv[2]).write_text(json.dumps(steps))
+"""
+
+
+def test_the_head_is_gathered_once_for_forward_and_backward(tmp_path):
+    """Layers and embeddings once for each of both, and everything once for the reference."""
+    settings = TINY | OF_TWO | {"max_steps": 2, "eval_fraction": 0, "gradient_accumulation_steps": 1}
+    settings |= {"output_dir": str(tmp_path / "run"), "batching": "concatenated"}
+    script, file, found = (tmp_path / name for name in ("script.py", "settings.json", "found.json"))
+    script.write_text(GATHERED)
+    file.write_text(json.dumps(settings))
+    run_in_two(script, file, found, ACCELERATE_USE_CPU="true")
+    weights = weights_of(tmp_path / "run")
+    parts = {"layer": 0, "embeddings": weights["model.embed_tokens.weight"].numel(), "root": 0}
+    for name, weight in weights.items():
+        if "layers.0." in name:
+            parts["layer"] += weight.numel()
+        elif "layers" not in name and "embed" not in name:
+            parts["root"] += weight.numel()
+    for step in json.loads(found.read_text()):
+        counts = {name: step.count(size) for name, size in parts.items()}
+        assert counts == {"layer": 2 * 2 + 2, "embeddings": 2 + 1, "root": 1 + 1}, (step, parts)
