@@ -229,12 +229,12 @@ class RunState:
 
 
 def _part(saved: list[dict[str, Any]], rank: int, processes: int) -> dict[str, Any]:
-    """What a process has of what so many had: its own, or in another number of them, the first one the whole window."""
+    """What a process has of what so many had: its own; or, in another number of them, the norms, which are those of
+    all, and the first one the sums of all pairs."""
     if len(saved) == processes:
         return saved[rank]
-    windows = [each["window"] for each in saved]
-    sums = {name: sum(window[name] for window in windows) for name in windows[0]}
-    window = sums if rank == 0 else {name: torch.zeros_like(tensor) for name, tensor in sums.items()}
+    sums = torch.stack([each["window"]["sums"] for each in saved]).sum(0)
+    window = {"sums": sums if rank == 0 else torch.zeros_like(sums), "grad_norms": saved[0]["window"]["grad_norms"]}
     return {"random": saved[rank % len(saved)]["random"], "window": window}
 
 

@@ -101,7 +101,7 @@ def short(tmp_path_factory):
 
 def assert_close_runs(one, two, **tolerance):
     rows, expected = rows_of(two), rows_of(one)
-    assert len(rows) == len(expected) > 9
+    assert len(rows) == len(expected) > 4
     for row, other in zip(rows, expected, strict=True):
         assert row.keys() == other.keys()
         for name, value in other.items():
@@ -225,7 +225,7 @@ def test_settings_that_do_not_go_with_it():
 
 
 def test_a_model_without_layers_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("transformers.Qwen2ForCausalLM._no_split_modules", None)
+    monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.Qwen2PreTrainedModel._no_split_modules", None)
     with pytest.raises(ValueError, match="sharding: fsdp2 gathers a model layer by layer, and Qwen2ForCausalLM names"):
         run(tmp_path, sharding="fsdp2", max_steps=1)
 
@@ -238,13 +238,14 @@ import dpo_kernels.training.loop as loop
 from dpo_kernels.training import TrainConfig, train
 
 sizes, steps, found = [], [], []
-gather = torch.distributed.all_gather_into_tensor
+name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+gather = getattr(torch.distributed, name)
 
 def counted(output, *args, **kwargs):
     sizes.append(output.numel())
     return gather(output, *args, **kwargs)
 
-torch.distributed.all_gather_into_tensor = counted
+setattr(torch.distributed, name, counted)
 add_step = loop.Window.add_step
 
 def stop_after(self, *args):  # what a step has gathered, and what it leaves
