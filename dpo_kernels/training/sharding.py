@@ -7,6 +7,7 @@ its gradients to their shards, and leaves every process with its part of weights
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from dpo_kernels.models.operands import name_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+logger = logging.getLogger(__name__)
 
 WEIGHT = "weight"  # beside the names of AdamW's entries
 
@@ -87,6 +90,8 @@ def check_ready(accelerator: Accelerator) -> None:
     if not torch.distributed.is_initialized():
         backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[device]
         torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if torch.distributed.get_world_size() == 1:
+        logger.warning("sharding: fsdp2 in one process, which holds all shards; start several with torchrun")
 
 
 def check_same_everywhere(model: nn.Module) -> None:

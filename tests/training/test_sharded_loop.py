@@ -199,6 +199,55 @@ def test_the_checkpoint_before_one_with_damaged_shards_is_taken(resumed, tmp_pat
         assert find_checkpoint(directory, "auto") == directory / "checkpoint-4"
 
 
+KILLED = """
+import os, signal
+import dpo_kernels.training.state as state
+save_shards, calls = state.save_shards, []
+
+def killed_in_the_second(folder, *args):
+    calls.append(folder)
+    if len(calls) == 2 and os.environ["RANK"] == "1":
+        (folder / "__1_0.distcp").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_shards(folder, *args)
+
+state.save_shards = killed_in_the_second
+"""
+
+
+def test_a_process_killed_in_a_checkpoint_leaves_the_one_before(resumed, tmp_path, monkeypatch):
+    settings = RESUMED | OF_TWO | {"output_dir": str(tmp_path / "run")}
+    with monkeypatch.context() as patch, pytest.raises(AssertionError, match="exit status"):
+        patch.setitem(globals(), "SCRIPT", KILLED + SCRIPT)
+        several(tmp_path, [settings])
+    assert (tmp_path / "run" / ".checkpoint-4.shards.tmp" / "__1_0.distcp").read_bytes() == b"half"
+    assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
+    several(tmp_path, [settings])
+    assert_same_run(tmp_path / "run", resumed / "straight")
+    assert not list((tmp_path / "run").glob(".*"))
+
+
+DIFFERENT = """
+import os
+from accelerate import Accelerator
+from dpo_kernels.data.demo import demo_model
+from dpo_kernels.training.sharding import Sharded
+
+accelerator = Accelerator()
+try:
+    Sharded(demo_model(300, seed=accelerator.process_index), accelerator)
+except ValueError as error:
+    assert "expected the same weights in all processes" in str(error), error
+else:
+    raise AssertionError("not refused")
+"""
+
+
+def test_weights_that_differ_between_processes_are_refused(tmp_path):
+    (tmp_path / "script.py").write_text(DIFFERENT)
+    run_in_two(tmp_path / "script.py", ACCELERATE_USE_CPU="true")
+
+
 def test_final_and_best_are_whole_models(short, resumed):
     for path in (short / "full" / "two" / "final", short / "full" / "two" / "best", short / "tied" / "two" / "final"):
         model = AutoModelForCausalLM.from_pretrained(path)
@@ -235,9 +284,10 @@ import json, os, sys
 from pathlib import Path
 import accelerate, torch
 import dpo_kernels.training.loop as loop
+from torch.distributed.tensor import DTensor
 from dpo_kernels.training import TrainConfig, train
 
-sizes, steps, found = [], [], []
+sizes, steps = [], []
 name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
 gather = getattr(torch.distributed, name)
 
@@ -251,7 +301,10 @@ add_step = loop.Window.add_step
 def stop_after(self, *args):  # what a step has gathered, and what it leaves
     steps.append(list(sizes))
     sizes.clear()
-    found[:] = [type(weight).__name__ for weight in runs[0].model.parameters()]
+    weights = list(runs[0].model.parameters())
+    assert all(isinstance(weight, DTensor) and isinstance(weight.grad, DTensor) for weight in weights)
+    held = sum(weight.to_local().numel() + weight.grad.to_local().numel() for weight in weights)
+    assert held <= 1.01 * sum(weight.numel() for weight in weights), held
     return add_step(self, *args)
 
 def kept(config):
@@ -261,7 +314,6 @@ def kept(config):
 runs, set_up, loop.set_up, loop.Window.add_step = [], loop.set_up, kept, stop_after
 loop.plot_training_curves = lambda metrics, picture: None
 train(TrainConfig(**json.loads(Path(sys.argv[1]).read_text())))
-assert set(found) == {"DTensor"} or set(found) == {"Parameter"}, found
 if os.environ["RANK"] == "0":
     Path(sys.argv[2]).write_text(json.dumps(steps))
 """
