@@ -76,8 +76,8 @@ LOOP, SETUP, STATE, CHECKPOINT = (f"dpo_kernels/training/{n}.py" for n in ("loop
 PAIRS, POLICY, REFERENCE, CONFIG = (
     f"dpo_kernels/training/{name}.py" for name in ("pairs", "policy", "reference_model", "config")
 )
-TOKENIZER, VALUES, SCHEDULE, SIZES = (
-    f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes")
+TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING = (
+    f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding")
 )
 MODEL_LAYOUTS = "dpo_kernels/models/layouts.py"
 PREVIEW = "dpo_kernels/data/preview.py"
@@ -107,6 +107,7 @@ FILE_TESTS, MIXTURE_TESTS = "data/test_files.py", "data/test_mixtures.py"
 TURN_TESTS, MESSAGE_TESTS = "data/test_turns.py", "data/test_messages.py"
 STEPS = "training/test_loop.py -k 'eager_loop or metrics_curves or accumulated or window or best'"
 RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or found_finished'"
+SHARDED = "training/test_sharded_loop.py -k 'steps_of_one'"
 SHARES = "training/test_weights.py -k 'not two_processes'"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
@@ -956,14 +957,41 @@ MUTATIONS = {
         # 16 before 8
         Mutation(CHECKPOINT, "if _is_ours(path)), key=_step)", "if _is_ours(path)))", CHECKPOINTS),
         # damage
-        Mutation(CHECKPOINT, "_sha256(file) == sums[file.name]", "True", CHECKPOINTS),
+        Mutation(CHECKPOINT, "_sha256(file) == sums[name]", "True", CHECKPOINTS),
         Mutation(CHECKPOINT, "for path in reversed(checkpoints):", "for path in checkpoints[-1:]:", CHECKPOINTS),
         Mutation(CHECKPOINT, 'if _step(other) <= progress["step"]]', "]", CHECKPOINTS),
         Mutation(CHECKPOINT, "if path.is_dir() and _NAME.fullmatch(path.name)]", "if path.is_dir()]", CHECKPOINTS),
-        Mutation(STATE, "if damaged := damaged_weights(run.weights.items()):", "if damaged := '':", PARTS),
+        Mutation(STATE, "damaged = damaged_weights(run.weights.items())", "damaged = ''", PARTS),
         # half a line
         Mutation(CHECKPOINT, 'if line.endswith(b"\\n"):', "if line:", CHECKPOINTS),
         Mutation(POLICY, "if copy_of and (problems", "if not copy_of and (problems", STEPS),
+        # shards: what is computed for the others to meet
+        Mutation(SCHEDULE, "if counts else 0.0", "", SHARDED),
+        Mutation(LOOP, "        if counts:\n            sums += found", "        sums += found", SHARDED),
+        Mutation(REFERENCE, "if not counts:", "if False:", SHARDED),
+        # gathered twice, or never freed
+        Mutation(SHARDING, "after_forward=frozen)", "after_forward=True)", "training/test_sharded_loop.py -k gathered"),
+        Mutation(
+            SHARDING,
+            "mesh=mesh, reshard_after_forward=frozen)",
+            "mesh=mesh)",
+            "training/test_sharded_loop.py -k gathered",
+        ),
+        # the norms of a window, as often as there were processes
+        Mutation(
+            STATE,
+            '"grad_norms": saved[0]["window"]["grad_norms"]',
+            '"grad_norms": sum(each["window"]["grad_norms"] for each in saved)',
+            "training/test_sharded_loop.py -k one_process",
+        ),
+        Mutation(
+            STATE,
+            "for each in saved]).sum(0)",
+            "for each in saved])[0]",
+            "training/test_sharded_loop.py -k one_process",
+        ),
+        # weights of one name mixed with those of another process
+        Mutation(SHARDING, "        check_same_everywhere(model)\n", "", "training/test_sharded_loop.py -k differ"),
         # the best
         Mutation(STATE, "held_out, self.best or self.before)", "held_out, self.before)", STEPS),
         Mutation(
