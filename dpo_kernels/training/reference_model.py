@@ -12,7 +12,6 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.models.head import LMHead
-from dpo_kernels.training.checkpoint import atomic_file
+from dpo_kernels.training.checkpoint import atomic_file, tensor_digests
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import hidden_of, overflow_named
 from dpo_kernels.training.schedule import filled, of_process
@@ -113,15 +112,7 @@ def frozen_copy(model: nn.Module) -> nn.Module:
 
 def parameter_digests(model: nn.Module) -> dict[str, str]:
     """A SHA-256 of every parameter and buffer by name: equal for equal names, dtypes, shapes and bits alone."""
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-
-    def digest(tensor: Tensor) -> str:
-        hasher = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        hasher.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return hasher.hexdigest()
-
-    with ThreadPoolExecutor() as pool:  # hashing releases the interpreter
-        return dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
+    return tensor_digests(dict(model.named_parameters()) | dict(model.named_buffers()))
 
 
 def model_fingerprint(model: nn.Module, digests: dict[str, str]) -> str:

@@ -6,7 +6,6 @@ its gradients to their shards, and leaves every process with its part of weights
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from dpo_kernels.models.head import LMHead, unwrap
 from dpo_kernels.models.operands import name_of
+from dpo_kernels.training.checkpoint import tensor_digests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -97,14 +97,12 @@ def check_ready(accelerator: Accelerator) -> None:
 def check_same_everywhere(model: nn.Module) -> None:
     """Each process keeps its shard of the weights that it has loaded or drawn: were they others, they would be a
     mixture."""
-    hasher = hashlib.sha256()
-    for name, weight in model.named_parameters():
-        hasher.update(f"{name} {weight.dtype} {tuple(weight.shape)} ".encode())
-        hasher.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    if len(set(from_all(hasher.hexdigest()))) > 1:
+    mine = tensor_digests(dict(model.named_parameters()))
+    everyone = from_all(mine)
+    if differing := [name for name, digest in mine.items() if any(each.get(name) != digest for each in everyone)]:
         raise ValueError(
-            "sharding: expected the same weights in all processes before they are sharded, got different ones: do all "
-            "read the same files, with the same versions?"
+            f"sharding: expected the same weights in all processes before they are sharded, got {len(differing)} that "
+            f"differ, the first is {differing[0]}: do all read the same files, with the same versions?"
         )
 
 

@@ -9,7 +9,7 @@ pytest.importorskip("datasets")
 from datasets import Dataset
 
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.schedule import ByTokens, Schedule, filled, in_order
+from dpo_kernels.training.schedule import ByTokens, Schedule, filled, in_order, of_process, shares
 from dpo_kernels.training.sizes import Lengths, Sizes
 
 BUDGET = 500
@@ -134,6 +134,21 @@ def test_an_evaluation_takes_every_example_once(pairs, tokens, size):
         assert all(len(rows) == 7 for of_one in found for rows in of_one[:-1])
     elif tokens:
         assert all(slots(rows, sizes) <= BUDGET or len(rows) == 1 for of_one in found for rows in of_one)
+
+
+def test_where_shards_are_gathered_all_take_as_many_micro_batches():
+    step = [[np.array([0, 1]), np.array([2])], [np.array([3])], []]
+    weight = np.array([1.0, 1.0, 2.0, 4.0])
+    found = [list(shares(step, rank, weight, even=True)) for rank in range(3)]
+    assert [[rows.tolist() for rows, _, _ in mine] for mine in found] == [[[0, 1], [2]], [[3], [0]], [[0], [0]]]
+    assert [[share for _, share, _ in mine] for mine in found] == [
+        [0.75, 0.75],
+        [1.5, 0],
+        [0, 0],
+    ]  # 3 of 8 each, times 3
+    assert [[last for _, _, last in mine] for mine in found] == [[False, True]] * 3
+    assert [len(list(shares(step, rank, weight))) for rank in range(3)] == [2, 1, 1]
+    assert [len(of_process(step, rank, even=False)) for rank in range(3)] == [2, 1, 0]
 
 
 def test_sizes_of_rankings():
