@@ -45,14 +45,17 @@ class Sharded(nn.Module):
 
     def __init__(self, model: nn.Module, accelerator: Accelerator, *, frozen: bool = False) -> None:
         from torch.distributed.device_mesh import init_device_mesh
-        from torch.distributed.fsdp import fully_shard
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
         super().__init__()
         self.model, self.autocast = model, accelerator.autocast
         check_same_everywhere(model)
         mesh = init_device_mesh(accelerator.device.type, (torch.distributed.get_world_size(),))
+        policy = MixedPrecisionPolicy()
+        if takes_bf16(model, accelerator):
+            policy = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layer in reversed(layers_of(model)):  # those inside others first
-            fully_shard(layer, mesh=mesh)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
         embedding: Any = unwrap(model).get_input_embeddings()
         head = LMHead(model, at_output_layer=True).output_layer()
         if set(embedding.parameters()).isdisjoint(head.parameters()):
@@ -79,6 +82,14 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
             f"(_no_split_modules is {sorted(names)})"
         )
     return found
+
+
+def takes_bf16(model: nn.Module, accelerator: Accelerator) -> bool:
+    """Whether layers are gathered in bf16: where autocast has their matrices rounded to it anyway. What goes from layer
+    to layer stays as it is, and on a CPU `layer_norm` takes no weights of another precision than that."""
+    if accelerator.mixed_precision != "bf16":
+        return False
+    return accelerator.device.type == "cuda" or not any(isinstance(part, nn.LayerNorm) for part in model.modules())
 
 
 def check_ready(accelerator: Accelerator) -> None:

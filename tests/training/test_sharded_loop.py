@@ -46,6 +46,8 @@ UNEVEN = {"max_rows": 32, "max_steps": 9}
 OF_TWO = {"per_device_batch_size": 1, "gradient_accumulation_steps": 2, "sharding": "fsdp2"}
 TIED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TIED |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
+GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
+MODELS = {"TIED": TIED, "GPT2": GPT2}
 SHORT = {
     "full": {"eval_steps": 4, "gradient_checkpointing": True},
     "adapters": {"lora_r": 2, "loss_type": "sigmoid,sft", "lora_target_modules": "q_proj,down_proj,lm_head"},
@@ -56,6 +58,7 @@ LONG = {
     "padded": {"batching": "concatenated", "loss_type": "simpo", "beta": 2.0},
     "tied adapters": {"model": "TIED", "lora_r": 2, "reference": "copy"},
     "bf16": {"mixed_precision": "bf16"},
+    "bf16 and LayerNorm": {"mixed_precision": "bf16", "model": "GPT2"},
     "bf16 adapters": {"dtype": "bfloat16", "lora_r": 2, "reference": "precompute"},
 }
 BF16 = {"rel": 0.01, "abs": 0.01}
@@ -63,9 +66,9 @@ BF16 = {"rel": 0.01, "abs": 0.01}
 
 def settings_of(directory, case):
     settings = UNEVEN | (SHORT | LONG)[case]
-    if settings.get("model") == "TIED":
-        file = directory / "tied.json"
-        file.write_text(json.dumps(TIED))
+    if settings.get("model") in MODELS:
+        file = directory / "model.json"
+        file.write_text(json.dumps(MODELS[settings["model"]]))
         settings["model"] = f"config:{file}"
     return settings
 
@@ -295,7 +298,7 @@ name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") el
 gather = getattr(torch.distributed, name)
 
 def counted(output, *args, **kwargs):
-    sizes.append(output.numel())
+    sizes.append(output.numel() * output.element_size())
     return gather(output, *args, **kwargs)
 
 setattr(torch.distributed, name, counted)
@@ -322,22 +325,26 @@ if os.environ["RANK"] == "0":
 """
 
 
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_the_head_is_gathered_once_for_forward_and_backward(tmp_path, checkpointing):
-    """Layers and embeddings once for each of both, and everything once for the reference."""
+@pytest.mark.parametrize(
+    "given", [{}, {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}], ids=["", "checkpointing", "bf16"]
+)
+def test_the_head_is_gathered_once_for_forward_and_backward(tmp_path, given):
+    """Layers and embeddings once for each of both, and everything once for the reference; layers in bf16 where they are
+    computed in that."""
     settings = TINY | OF_TWO | {"max_steps": 2, "eval_fraction": 0, "gradient_accumulation_steps": 1}
-    settings |= {"output_dir": str(tmp_path / "run"), "gradient_checkpointing": checkpointing}
+    settings |= {"output_dir": str(tmp_path / "run"), **given}
     script, file, found = (tmp_path / name for name in ("script.py", "settings.json", "found.json"))
     script.write_text(GATHERED)
     file.write_text(json.dumps(settings))
     run_in_two(script, file, found, ACCELERATE_USE_CPU="true")
     weights = weights_of(tmp_path / "run")
-    parts = {"layer": 0, "embeddings": weights["model.embed_tokens.weight"].numel(), "root": 0}
+    parts = {"layer": 0, "embeddings": 4 * weights["model.embed_tokens.weight"].numel(), "root": 0}  # bytes
+    of_layers = 2 if given.get("mixed_precision") == "bf16" else 4
     for name, weight in weights.items():
         if "layers.0." in name:
-            parts["layer"] += weight.numel()
+            parts["layer"] += of_layers * weight.numel()
         elif "layers" not in name and "embed" not in name:
-            parts["root"] += weight.numel()
+            parts["root"] += 4 * weight.numel()
     for step in json.loads(found.read_text()):
         counts = {name: step.count(size) for name, size in parts.items()}
         assert counts == {"layer": 2 * 2 + 2, "embeddings": 2 + 1, "root": 1 + 1}, (step, parts)
