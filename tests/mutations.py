@@ -886,13 +886,8 @@ MUTATIONS = {
         ),
         # a process without pairs counts one
         Mutation(LOOP, "if share:\n                    state", "if True:\n                    state", TWO),
-        # every process evaluates everything
-        Mutation(
-            LOOP,
-            "in_order(config, sizes, accelerator.num_processes)[accelerator.process_index]",
-            "in_order(config, sizes, 1)[0]",
-            TWO,
-        ),
+        # every process evaluates the first one's
+        Mutation(LOOP, "of_process(step, accelerator.process_index,", "of_process(step, 0,", TWO),
         # modes
         Mutation(LOOP, "    run.policy_loss.train()\n", "", RESUMED),
         Mutation(REFERENCE, "        adapter.train()", "        pass", GOLDEN),
@@ -966,7 +961,6 @@ MUTATIONS = {
         Mutation(CHECKPOINT, 'if line.endswith(b"\\n"):', "if line:", CHECKPOINTS),
         Mutation(POLICY, "if copy_of and (problems", "if not copy_of and (problems", STEPS),
         # shards: what is computed for the others to meet
-        Mutation(SCHEDULE, "if counts else 0.0", "", SHARDED),
         Mutation(LOOP, "        if counts:\n            sums += found", "        sums += found", SHARDED),
         Mutation(REFERENCE, "if not counts:", "if False:", SHARDED),
         # gathered twice, or never freed
@@ -1832,7 +1826,7 @@ MUTATIONS = {
         Mutation(SCHEDULE, "while step >= (steps", "while step > (steps", SCHEDULED),
         Mutation(SCHEDULE, " + math.ceil((epochs - whole) * order.steps(whole))", "", SCHEDULED),
         # a process that is waited for, and counts
-        Mutation(SCHEDULE, "= [step[0][0][:1]], 0.0", "= [step[0][0][:1]], share", SHARES),
+        Mutation(SCHEDULE, "if counts else 0.0", "", SCHEDULED),
         # sizes: pairs of the first ranking, rejected responses, and pairs where rankings count
         Mutation(SIZES, "pairs + first[:, None]", "pairs", SCHEDULED),
         Mutation(SIZES, "found.labelled[found.pairs[:, 0]]", "found.labelled[found.pairs[:, 1]]", SCHEDULED),
