@@ -125,7 +125,7 @@ def set_up(config: TrainConfig) -> Run:
         "the number of processes": accelerator.num_processes,
     }
     if in_shards:
-        identity = free_of_processes(identity, config)
+        identity = free_of_processes(identity, config, model)
         layers_of(model)  # an error now where it names none
     kind, other = references.resolve(config), None
     if kind == "other":
@@ -226,12 +226,12 @@ def set_up(config: TrainConfig) -> Run:
     )
 
 
-def free_of_processes(identity: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+def free_of_processes(identity: dict[str, Any], config: TrainConfig, model: Any) -> dict[str, Any]:
     """What the trajectory of a run in shards follows from: the pairs of a step, in however many processes and
-    micro-batches they are taken. Where random numbers or a loss of whole batches come in, the number of processes too.
-    """
+    micro-batches they are taken. Where random numbers come in, or a loss that is no mean over pairs, these too."""
     has_dropout = config.lora_dropout or not config.disable_dropout
-    if has_dropout or BATCH_LOSSES.intersection(config.loss_type):
+    of_batches = BATCH_LOSSES.intersection(config.loss_type) or LMHead(model).aux_loss_coef
+    if has_dropout or of_batches:
         return identity
     micro_batches = config.gradient_accumulation_steps * identity["the number of processes"]
     of_step = {"the micro-batches of a step": micro_batches}

@@ -60,7 +60,7 @@ class Sharded(nn.Module):
         head = LMHead(model, at_output_layer=True).output_layer()
         if set(embedding.parameters()).isdisjoint(head.parameters()):
             fully_shard(embedding, mesh=mesh)
-        self._root: Any = fully_shard(self, mesh=mesh, reshard_after_forward=frozen)
+        fully_shard(self, mesh=mesh, reshard_after_forward=frozen)
 
     def forward(self, function: Callable[..., Any], *arguments: Any) -> Any:
         with self.autocast():

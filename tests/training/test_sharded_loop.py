@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +16,11 @@ from short_runs import TINY, assert_same_run, rows_of, run, weights_of
 from transformers import AutoModelForCausalLM
 from two_processes import run_in_two
 
+from dpo_kernels.data.demo import demo_model
 from dpo_kernels.training.checkpoint import damage, find_checkpoint, list_checkpoints
 from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.policy import load_model
+from dpo_kernels.training.setup import free_of_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -190,6 +194,33 @@ def test_what_does_not_go_on_along_the_trajectory_is_refused(resumed, tmp_path):
         run(directory, **RESUMED)
     with pytest.raises(ValueError, match=r"learning_rate \(was 0.0005, is 0.001\)"):
         run(directory, **RESUMED | {"sharding": "fsdp2", "learning_rate": 1e-3})
+
+
+@pytest.mark.parametrize(
+    "bound", [{"lora_r": 2, "lora_dropout": 0.1}, {"disable_dropout": False}, {"loss_type": "aot"}]
+)
+def test_what_depends_on_processes_is_bound_to_them(bound):
+    identity = {"per_device_batch_size": 2, "gradient_accumulation_steps": 3, "the number of processes": 4}
+    model = demo_model(300)
+    assert free_of_processes(identity, TrainConfig(**bound), model) == identity
+    assert free_of_processes(identity, TrainConfig(per_device_batch_size=2, gradient_accumulation_steps=3), model) == {
+        "the pairs of a step": 24
+    }
+    by_tokens = TrainConfig(max_tokens_per_batch=512, gradient_accumulation_steps=3)
+    assert free_of_processes(identity, by_tokens, model) == {
+        "per_device_batch_size": 2,
+        "the micro-batches of a step": 12,
+    }
+
+
+def test_the_loss_of_a_router_is_bound_to_its_batches(tmp_path):
+    settings = {"model_type": "mixtral", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    (tmp_path / "model.json").write_text(json.dumps(settings | {"vocab_size": 300, "num_key_value_heads": 2}))
+    model = load_model(
+        TrainConfig(), f"config:{tmp_path / 'model.json'}", SimpleNamespace(eos_token_id=0, bos_token_id=0)
+    )
+    identity = {"the number of processes": 4}
+    assert free_of_processes(identity, TrainConfig(), model) == identity
 
 
 @pytest.mark.parametrize("harmed", ["__0_0.distcp", "__1_0.distcp", ".metadata"])
