@@ -132,7 +132,7 @@ def set_up(config: TrainConfig) -> Run:
         other = load_model(config, config.reference, pairs.tokenizer).eval().requires_grad_(False)
         references.check_same_checkpoint(config, digests, references.parameter_digests(other))
     for each in (model, other):
-        if each is not None and not in_shards:  # shards go there layer by layer, once all is known that takes a whole model
+        if each is not None and not in_shards:  # shards go there layer by layer, later
             each.to(accelerator.device)
     batching = resolve_batching(config, model, other)
     identity["batching"] = batching
@@ -230,7 +230,7 @@ def free_of_processes(identity: dict[str, Any], config: TrainConfig, model: Any)
     """What the trajectory of a run in shards follows from: the pairs of a step, in however many processes and
     micro-batches they are taken. Where random numbers come in, or a loss that is no mean over pairs, these too."""
     has_dropout = config.lora_dropout or not config.disable_dropout
-    of_batches = BATCH_LOSSES.intersection(config.loss_type) or LMHead(model).aux_loss_coef
+    of_batches = BATCH_LOSSES.intersection(config.loss_type) or LMHead(model).has_router_loss
     if has_dropout or of_batches:
         return identity
     micro_batches = config.gradient_accumulation_steps * identity["the number of processes"]
