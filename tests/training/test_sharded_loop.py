@@ -61,6 +61,7 @@ LONG = {
     "tokens": {"max_tokens_per_batch": 700, "gradient_accumulation_steps": 2, "batching": "packed_shared_prefix"},
     "padded": {"batching": "concatenated", "loss_type": "simpo", "beta": 2.0},
     "tied adapters": {"model": "TIED", "lora_r": 2, "reference": "copy"},
+    "loaded reference": {"model": "TIED", "reference": "LOADED"},
     "bf16": {"mixed_precision": "bf16"},
     "bf16 and LayerNorm": {"mixed_precision": "bf16", "model": "GPT2"},
     "bf16 adapters": {"dtype": "bfloat16", "lora_r": 2, "reference": "precompute"},
@@ -74,6 +75,8 @@ def settings_of(directory, case):
         file = directory / "model.json"
         file.write_text(json.dumps(MODELS[settings["model"]]))
         settings["model"] = f"config:{file}"
+        if settings.get("reference") == "LOADED":  # the same weights, by another name
+            settings["reference"] = f"config:{shutil.copy(file, directory / 'same.json')}"
     return settings
 
 
