@@ -206,9 +206,7 @@ def linear_dpo_loss(
     refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
     head = head_here(hidden, weight, labels, bias, group)
     weight, bias = head.weight, head.bias
-    check_linear_inputs(
-        hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.shards is not None
-    )
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_num_labelled(num_labelled)
     check_stats(stats)
     check_differentiable(differentiable)

@@ -100,6 +100,10 @@ class Head(NamedTuple):
     shards: VocabularyShards | None
 
     @property
+    def is_sharded(self) -> bool:
+        return self.shards is not None
+
+    @property
     def vocab(self) -> int:
         return self.weight.shape[0] if self.shards is None else self.shards.vocab
 
