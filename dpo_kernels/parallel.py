@@ -30,6 +30,7 @@ ROW_BYTES = ROW_NUMBERS * 8
 # What ranks agree on before they compute, int64 each; the first two are a rank's own.
 AGREED = (
     "entries",
+    "bias",
     "vocabulary",
     "place",
     "hidden 0",
@@ -200,6 +201,7 @@ def _agreed_sizes(
     flat = labels.reshape(-1).long()
     own = {
         "entries": weight.shape[0] if weight.dim() else 0,
+        "bias": -1 if bias is None else bias.numel(),
         "vocabulary": sharding[0],
         "place": sharding[1],
         **{f"hidden {i}": hidden.shape[i] if i < hidden.dim() else -1 for i in range(3)},
@@ -214,11 +216,13 @@ def _agreed_sizes(
     of_ranks = _gather(mine, group).tolist()
     said = {name: [row[i] for row in of_ranks] for i, name in enumerate(own)}
     for name, values in said.items():
-        if name not in ("entries", "place") and len(set(values)) > 1:
+        if name not in ("entries", "bias", "place") and len(set(values)) > 1:
             raise ValueError(_DISAGREE[name.split()[0]] + f", got others on rank(s) {_others(values)} of the group")
     if said["place"] != list(range(len(of_ranks))):
         raise ValueError("weight: expected a DTensor on a mesh whose ranks are in the order of its group")
     sizes, vocab = said["entries"], said["vocabulary"][0]
+    if bias is not None and said["bias"] != sizes:
+        raise ValueError(f"bias: expected {sizes} entries on the ranks of the group, as of weight, got {said['bias']}")
     if vocab >= 0:
         step = -(-vocab // len(sizes))  # as torch.chunk
         expected = [max(0, min(step, vocab - rank * step)) for rank in range(len(sizes))]
@@ -293,6 +297,9 @@ class _ShardedTokenLogps(torch.autograd.Function):
                 of.shards.start_sum(dx)()
             return dx.to(ctx.dtype), None, None, None, None
         x, weight, bias, y, norm, logps = ctx.saved_tensors
+        if y.shape[0] == 0:
+            given = zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
+            return (*(torch.zeros_like(t) if need else None for t, need in given), None, None)
         with torch.autocast(x.device.type, enabled=False):
             formed = paths.linear_logps_bwd(
                 load(of.family),

@@ -1,5 +1,5 @@
-"""A script in two processes that know of each other, as torchrun starts them. They end together: one that leaves while
-the other still talks to it would take it along."""
+"""A script in two processes or more that know of each other, as torchrun starts them. They end together: one that
+leaves while another still talks to it would take it along."""
 
 import os
 import runpy
@@ -13,20 +13,25 @@ import forks
 
 def run_in_two(script, *args, **environment):
     """Runs the file `script` with those arguments and more of an environment; it may import the helpers."""
+    run_in(2, forks.ready(), script, *args, **environment)
+
+
+def run_in(ranks, ready, script, *args, **environment):
+    """The same in so many processes. `ready`: what they are forked from."""
     import torch
 
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environment |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-    done = forks.ready().run(__file__, script, *args, **environment)
+    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    done = ready.run(__file__, script, *args, **environment)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-8000:]}"
 
 
-def both(command):
-    """Forks both, and waits until both are ready to leave. Where one fails, the other would wait for it."""
+def together(command):
+    """Forks all, and waits until all are ready to leave. Where one fails, the others would wait for it."""
     may_leave, leave = os.pipe()
     running = {}  # what a process writes to when it is ready, and its id
-    for rank in range(2):
+    for rank in range(int(os.environ["WORLD_SIZE"])):
         end, ready = os.pipe()
         if (process := os.fork()) == 0:
             os.close(leave)
@@ -63,4 +68,4 @@ def one(rank, command, ready, may_leave):
 
 
 if __name__ == "__main__":
-    both(sys.argv[1:])
+    together(sys.argv[1:])
