@@ -260,8 +260,7 @@ def linear_dpo_loss(
         rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         family = head.family(impl, "C", compute_dtype)
-        planned = weight if head.shards is None else head.shards.like_largest(weight)
-        groups = plan_groups(rows, comparisons, planned, dtype, budget, family, dweight=weight.requires_grad)
+        groups = plan_groups(rows, comparisons, head.planned, dtype, budget, family, dweight=weight.requires_grad)
         if groups is not None:
             rows = group_major(rows, comparisons)
             x = rows_of(hidden, rows, predictors)

@@ -61,10 +61,6 @@ class VocabularyShards:
         self.first, self.here, self.vocab = sum(sizes[:rank]), sizes[rank], sum(sizes)
         self.largest = max(sizes)
 
-    def like_largest(self, weight: Tensor) -> Tensor:
-        """[largest, H] in one number's memory, for plans that must be the same on all ranks."""
-        return weight.detach().new_empty(()).expand(self.largest, weight.shape[1])
-
     def gather(self, t: Tensor) -> Tensor:
         """[R, *t.shape] what each rank has."""
         return _gather(t, self.group)
@@ -107,6 +103,14 @@ class Head(NamedTuple):
     @property
     def vocab(self) -> int:
         return self.weight.shape[0] if self.shards is None else self.shards.vocab
+
+    @property
+    def planned(self) -> Tensor:
+        """What stands for the weight in plans, which must be the same on all ranks: [V, H], or as many entries as a
+        rank has at most, in one number's memory."""
+        if self.shards is None:
+            return self.weight
+        return self.weight.detach().new_empty(()).expand(self.shards.largest, self.weight.shape[1])
 
     def family(self, impl: str, path: Path, dtype: torch.dtype) -> Family:
         """The kernels that compute `path`, the same on all ranks with the same verdicts."""

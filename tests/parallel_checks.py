@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import native
 from dpo_kernels.impl import torch as plain
+from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.parallel import AGREED_BYTES, ROW_BYTES
 from dpo_kernels.testing import beyond_budget, head_inputs
 
@@ -188,6 +189,30 @@ def check_losses(world):
                             )
                         except AssertionError as error:
                             raise AssertionError(f"{sizes} {parts} {path} {options} {dtype}: {error}") from error
+
+
+def check_reference(world):
+    """Where policy and reference are one model, rewards are 0 to the bit, on every path, in tiles or not."""
+    inputs = head_inputs(4, 24, H, V)
+    for sizes in splits(world.ranks):
+        for path, gradients in (("A", ()), ("B", ("hidden",)), ("D", ("hidden", "weight", "bias"))):
+            for parts in PARTS if path == "D" else ["one"]:
+                given = leaves(inputs, NEEDS[path], torch.float32, world.part(sizes))
+                fixed = {
+                    "chunk_bytes": chunk_bytes_for(parts, inputs.labels, sizes, torch.float32),
+                    "group": world.group,
+                }
+                with small_tiles() if parts == "several" else contextlib.nullcontext():
+                    reference = linear_reference_logps(
+                        given[0].detach(),
+                        given[1].detach(),
+                        inputs.labels,
+                        bias=given[2].detach(),
+                        gradients=gradients,
+                        **fixed,
+                    )
+                    out = linear_dpo_loss(*given[:2], inputs.labels, reference.logps, bias=given[2], **fixed)
+                assert not out.chosen_rewards.any() and not out.rejected_rewards.any(), (sizes, path, parts)
 
 
 @contextlib.contextmanager

@@ -362,6 +362,7 @@ def linear_logps_as_grouped(
     *,
     compute_dtype: torch.dtype,
     dweight: bool,
+    shards: Shards | None = None,
 ) -> Tensor:
     """[N] the log-probabilities of `linear_logps_grouped` (with a gradient of `weight` or not), to the bit, in path A's
     memory: the same products of the same tiles, folded in the same order."""
@@ -371,7 +372,15 @@ def linear_logps_as_grouped(
     logps = x.new_empty(x.shape[0], dtype=acc)
     for group in groups:
         found = linear_logps_fwd(
-            k, x[group], weight, bias, y[group], transform, compute_dtype=compute_dtype, blocks=(rows, columns)
+            k,
+            x[group],
+            weight,
+            bias,
+            y[group],
+            transform,
+            compute_dtype=compute_dtype,
+            blocks=(rows, columns),
+            shards=shards,
         )
         logps[group] = found.logp
     return logps
