@@ -124,6 +124,11 @@ class Head(NamedTuple):
         raise ValueError(f"impl: expected one of ('auto', 'torch', 'cpu') with a sharded weight, got {impl!r}")
 
 
+def computes_shards(impl: object) -> bool:
+    """Whether an implementation that is asked for by its name can."""
+    return impl == "auto" or impl in IMPLEMENTATIONS
+
+
 def is_dtensor(t: object) -> TypeGuard[Any]:
     """Without an import, which takes its time and is no part of every PyTorch."""
     return isinstance(t, Tensor) and hasattr(t, "device_mesh") and hasattr(t, "placements")
