@@ -110,7 +110,7 @@ def linear_sequence_logps(
             copy is made but that of labelled rows. Without `shift`; anything where there is no label.
         group: a process group whose ranks hold consecutive entries of the vocabulary: `weight` and `bias` are then
             plain tensors [V_r, H] and [V_r], of any number of entries on each rank, or none; labels are those of the
-            whole vocabulary. As with a DTensor, `impl` is "auto", "torch" or "cpu".
+            whole vocabulary.
         impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.
 
     Raises:

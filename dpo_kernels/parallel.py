@@ -15,14 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_kernels.dispatch import Family, Path, choose, impl_of, load
+from dpo_kernels.dispatch import Family, Path, choose, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import GradRows, LogitTransform
 from dpo_kernels.ops import refuse_second_derivative
 
-# What `paths` computes without a kernel of its own for labels that lie with another rank.
-IMPLEMENTATIONS = ("torch", "cpu")
 # What a rank says of a row: the seven numbers of `Fold.state` and where the largest logit is, in fp64, so that neither
 # dtypes nor implementations of ranks matter.
 ROW_NUMBERS = 8
@@ -113,20 +111,9 @@ class Head(NamedTuple):
         return self.weight.detach().new_empty(()).expand(self.shards.largest, self.weight.shape[1])
 
     def family(self, impl: str, path: Path, dtype: torch.dtype) -> Family:
-        """The kernels that compute `path`, the same on all ranks with the same verdicts."""
-        if self.shards is None:
-            return choose(impl, self.weight.device, path, dtype, *self.weight.shape)
-        family = choose(impl, self.weight.device, path, dtype, self.shards.largest, self.weight.shape[1])
-        if impl_of(family) in IMPLEMENTATIONS:
-            return family
-        if impl == "auto":
-            return "torch"
-        raise ValueError(f"impl: expected one of ('auto', 'torch', 'cpu') with a sharded weight, got {impl!r}")
-
-
-def computes_shards(impl: object) -> bool:
-    """Whether an implementation that is asked for by its name can."""
-    return impl == "auto" or impl in IMPLEMENTATIONS
+        """The kernels that compute `path`: of the tile kernels of any implementation, labels that lie in no tile are
+        nothing new. None in one kernel that forgets the numbers which ranks exchange."""
+        return choose(impl, self.weight.device, path, dtype, *self.planned.shape)
 
 
 def is_dtensor(t: object) -> TypeGuard[Any]:

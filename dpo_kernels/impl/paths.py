@@ -118,7 +118,7 @@ def linear_logps_fwd(
     (n, h), v = x.shape, weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     rows, columns = blocks or _blocks(n, v, h, acc, k.tile_bytes(x.device))
-    if n and blocks is None and _reads_in_place(weight, compute_dtype):
+    if n and v and blocks is None and _reads_in_place(weight, compute_dtype):
         rows, columns = _traffic_blocks(n, v, acc, k.tile_bytes(x.device))
     fold = k.new_fold(y, acc, stats)
     in_tiles = with_dhidden or as_with_dhidden or blocks is not None or shards is not None

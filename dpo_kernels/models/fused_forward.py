@@ -24,10 +24,10 @@ from dpo_kernels.logps import linear_sequence_logps, sum_over_vocabulary
 from dpo_kernels.models.check import NotFinite
 from dpo_kernels.models.head import HeadOperands, LMHead, unwrap
 from dpo_kernels.models.layered_forward import install, is_outermost, layers_of
-from dpo_kernels.models.operands import name_of, whole_operands
+from dpo_kernels.models.operands import name_of
 from dpo_kernels.models.through_wrappers import is_of_a_library, split
 from dpo_kernels.options import PreferenceOptions, Stat, refuse_unknown
-from dpo_kernels.parallel import computes_shards, is_dtensor
+from dpo_kernels.parallel import is_dtensor
 from dpo_kernels.rows import shift_labels
 
 if TYPE_CHECKING:
@@ -347,9 +347,6 @@ def _scored(
     preference: Preference | None,
     reference: Reference | None,
 ) -> dict[str, Any]:
-    asked = preference or reference
-    if asked is not None and not computes_shards(asked.options.get("impl", "auto")):
-        operands = whole_operands(operands)
     hidden, weight, bias = operands
     labels = target.labels(hidden.device)
     options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}

@@ -20,7 +20,6 @@ from dpo_kernels.models.operands import HeadOperands, as_taken_by, layer_operand
 from dpo_kernels.models.segments import laid_out
 from dpo_kernels.models.through_wrappers import Found, computed_in
 from dpo_kernels.options import LinearDPOOptions, LogpsOptions, is_at_hand, refuse_unknown
-from dpo_kernels.parallel import computes_shards
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -325,7 +324,7 @@ class LMHead:
                 "for dpo_kernels.sequence_logps"
             )
         self._check_again()
-        return self.operands(hidden, in_shards=computes_shards(options.get("impl", "auto")))
+        return self.operands(hidden, in_shards=True)
 
     def __repr__(self) -> str:
         layer = self.output_layer()

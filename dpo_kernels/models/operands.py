@@ -54,11 +54,6 @@ def layer_operands(layer: Any, hidden: Tensor, *, in_shards: bool = False) -> He
     return HeadOperands(hidden.to(weight), weight, None if bias is None else _whole(bias))
 
 
-def whole_operands(found: HeadOperands) -> HeadOperands:
-    """The same where weight and bias are no DTensors."""
-    return found._replace(weight=_whole(found.weight), bias=None if found.bias is None else _whole(found.bias))
-
-
 def _is_vocabulary_parallel(weight: Any, bias: Any) -> bool:
     """Whether each process of a tensor-parallel model has some rows, and computes the same hidden states and labels."""
     return all(
