@@ -117,7 +117,7 @@ def linear_sequence_logps(
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
             state that is not finite, with its sequence and position; on the CPU a head that is not.
         TypeError: an argument that there is not; the message says what to write instead.
-        RuntimeError: a transform of `torch.func`.
+        RuntimeError: a transform of `torch.func`, or a sharded head within a compiled graph.
     """
     refuse_transforms(hidden, weight, bias, labels, token_weights)
     head = head_here(hidden, weight, labels, bias, group)

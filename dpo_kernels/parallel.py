@@ -25,7 +25,7 @@ from dpo_kernels.ops import refuse_second_derivative
 # dtypes nor implementations of ranks matter.
 ROW_NUMBERS = 8
 ROW_BYTES = ROW_NUMBERS * 8
-# What ranks agree on before they compute, int64 each; the first two are a rank's own.
+# What ranks say before they compute, int64 each; all but entries, bias and place must be the same.
 AGREED = (
     "entries",
     "bias",
@@ -67,7 +67,7 @@ class VocabularyShards:
         if fold.y.shape[0] == 0:
             return torch.ones_like(fold.max)
         everywhere = (fold.argmax + self.first)[None].double()
-        # merged in the order of ranks by each of them: an all-reduce may add in any, and the logs of sums would differ
+        # merged in the order of ranks by each of them: an all-reduce may add in any, and ranks would have other bits
         of_ranks = []
         for table in self.gather(torch.cat([fold.state.double(), everywhere])):
             of_ranks.append(Fold(fold.y, torch.float64, fold.names))
