@@ -3,6 +3,7 @@ this project's loop.
 
     python benchmarks/train_step.py --dataset preferences.jsonl --json out.json
     python benchmarks/train_step.py --device cuda --model Qwen/Qwen2.5-0.5B --mixed-precision bf16
+    python benchmarks/train_step.py --responses 4 --pairs 4                  # rankings of four answers
     python benchmarks/train_step.py --quick                                  # does it run?
 
 All start from the same weights and take the same batches, step by step in turns: collate, forward of the policy, the
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import math
 import os
 import statistics
@@ -48,7 +50,8 @@ from dpo_kernels.training.reference_model import LOGP_COLUMNS, Reference, frozen
 from dpo_kernels.training.setup import deterministic_algorithms, make_optimizer
 from dpo_kernels.training.sizes import check_fits
 
-Pair = dict[str, Any]  # token ids, as `tokenize_preferences` makes them, and the reference's log-probabilities
+# Token ids, as `tokenize_preferences` makes them, the reference's log-probabilities, and of a ranking its number
+Pair = dict[str, Any]
 
 TOLERANCE = 1e-3  # relative, of a loss in fp32: contenders sum in different orders, and AdamW passes that on
 REFERENCES = ("precompute", "copy")
@@ -140,12 +143,13 @@ class Ours(OwnStep):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
-        self.ready()
+        collate = self.collator()
+        self.collate = lambda pairs: collate(examples(pairs))
         self.policy = self.accelerator.prepare(PolicyLoss(self.model, self.config))
         self.scorer = Reference(LMHead.from_model(self.reference), self.config) if self.reference is not None else None
 
-    def ready(self) -> None:
-        """What comes before the head is looked at."""
+    def collator(self) -> PairCollator:
+        return PairCollator(self.pad_token_id)
 
     def gradients(self, pairs: list[Pair]) -> Tensor:
         with deterministic_algorithms(self.config.deterministic):
@@ -155,19 +159,18 @@ class Ours(OwnStep):
         if self.scorer is not None:
             with self.accelerator.autocast():
                 batch["ref_logps"] = self.scorer.logps(batch)
-        chosen = batch["labels"].chunk(2)[0]
-        loss, _ = self.policy(batch, batch["num_labelled"] / len(chosen))
+        loss, _ = self.policy(batch, batch["num_labelled"] / len(batch["labels"]))
         return loss
 
 
 class Packed(Ours):
     """The same with each prompt once, and without padding."""
 
-    def ready(self) -> None:
-        self.collate = PackedCollator(self.pad_token_id)
+    def collator(self) -> PairCollator:
         for model in (self.model, self.reference):
             if model is not None:
                 use_layouts(model)
+        return PackedCollator(self.pad_token_id)
 
 
 class Eager(OwnStep):
@@ -438,7 +441,36 @@ def tokens(pairs: list[Pair]) -> int:
 
 def once(pairs: list[Pair]) -> int:
     """Tokens, those of each prompt counted once."""
-    return sum(len(p["prompt_ids"]) + labelled([p]) for p in pairs)
+    return PackedCollator(0)(examples(pairs))["input_ids"].numel()
+
+
+def examples(pairs: list[Pair]) -> list[dict[str, Any]]:
+    """Pairs as they are, but those of one ranking, the best answer against each, together."""
+    found: list[dict[str, Any]] = []
+    for number, of_one in itertools.groupby(pairs, key=lambda pair: pair.get("ranking")):
+        if number is None:
+            found += of_one
+            continue
+        first, *others = of_one
+        responses = [first["chosen_ids"], first["rejected_ids"], *(each["rejected_ids"] for each in others)]
+        ranking = {"prompt_ids": first["prompt_ids"], "response_ids": responses}
+        ranking["pairs"] = [(0, n) for n in range(1, len(responses))]
+        if "ref_chosen_logps" in first:
+            rejected = [each["ref_rejected_logps"] for each in (first, *others)]
+            ranking["ref_logps"] = [first["ref_chosen_logps"], *rejected]
+        found.append(ranking)
+    return found
+
+
+def rankings(pairs: list[Pair], responses: int, max_length: int) -> list[Pair]:
+    """Of each prompt the pairs of its chosen answer with its rejected one, and with answers to the prompts that follow,
+    cut where they are too long for it."""
+    found = []
+    for number, pair in enumerate(pairs):
+        room, others = max_length - len(pair["prompt_ids"]), (pairs[number:] + pairs)[1:]
+        answers = [pair["rejected_ids"], *(each[key] for each in others for key in ("chosen_ids", "rejected_ids"))]
+        found += [pair | {"rejected_ids": answer[:room], "ranking": number} for answer in answers[: responses - 1]]
+    return found
 
 
 def labelled(pairs: list[Pair]) -> int:
@@ -454,7 +486,7 @@ def setups(args: argparse.Namespace) -> list[Setup]:
         max_length=args.max_length,
         max_rows=args.max_rows,
         eval_fraction=0,
-        per_device_batch_size=args.pairs,
+        per_device_batch_size=args.pairs * (args.responses - 1),
         learning_rate=args.learning_rate,
         mixed_precision=args.mixed_precision,
         impl=args.impl,
@@ -465,6 +497,8 @@ def setups(args: argparse.Namespace) -> list[Setup]:
     steps = args.warmup + args.steps
     rows = [order[np.arange(step * args.pairs, (step + 1) * args.pairs) % len(data)] for step in range(steps)]
     batches = [[data[int(row)] for row in of_step] for of_step in rows]
+    if args.responses > 2:
+        batches = [rankings(pairs, args.responses, args.max_length) for pairs in batches]
     shape = {"hidden_size": args.hidden, "layers": args.layers, "heads": args.heads, "tied": args.tied}
     shape |= {"vocab_size": args.vocab, "max_positions": max(2048, args.max_length)}
     setup = Setup(config, shape, tokenizer, batches, args.device)
@@ -513,10 +547,11 @@ def heading(report: dict[str, Any]) -> str:
     model = args["model"] or f"Qwen2, H={args['hidden']}, {args['layers']} layers, V={args['vocab']}"
     share = sum(batch["labelled"] for batch in batches) / sum(batch["positions"] for batch in batches)
     dataset = Path(args["dataset"]).name
+    of_what = "pairs" if args["responses"] == 2 else f"prompts with {args['responses']} responses"
     return (
         f"{model}, {args['device']}, {report['environment']['threads']} threads, mixed precision: "
         f"{args['mixed_precision']}, impl {report['impl']}\n{args['steps']} steps after {args['warmup']}, each on "
-        f"{args['pairs']} pairs of {dataset}, cut at {args['max_length']} tokens: {share:.0%} of the positions "
+        f"{args['pairs']} {of_what} of {dataset}, cut at {args['max_length']} tokens: {share:.0%} of the positions "
         "are labelled"
     )
 
@@ -543,7 +578,8 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     add("--vocab", type=int, default=151936, help="rows of embeddings and head (default: %(default)s)")
     add("--tied", action="store_true", help="embeddings and head are one matrix")
     add("--tokenizer-size", type=int, default=8192, help="of the BPE made from the texts (default: %(default)s)")
-    add("--pairs", type=int, default=4, help="in a step (default: %(default)s)")
+    add("--pairs", type=int, default=4, help="in a step, or prompts with more responses (default: %(default)s)")
+    add("--responses", type=int, default=2, help="to each prompt, the best against each other (default: %(default)s)")
     add("--max-length", type=int, default=512, help="tokens at which pairs are cut (default: %(default)s)")
     add("--steps", type=int, default=10, help="timed steps (default: %(default)s)")
     add("--warmup", type=int, default=2, help="steps before them (default: %(default)s)")
@@ -565,6 +601,8 @@ def arguments() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
         args.hidden, args.layers, args.heads, args.vocab, args.tokenizer_size = 32, 1, 2, 512, 300
         args.max_length, args.max_rows, args.pairs = 64, args.max_rows or 20, 2
         args.steps, args.warmup = min(args.steps, 3), 1
+    if args.responses < 2 or args.responses > 2 * args.pairs:
+        parser.error(f"--responses: expected 2 to {2 * args.pairs}, twice --pairs, got {args.responses}")
     if min(args.steps, args.pairs, args.hidden, args.layers, args.heads) < 1 or args.warmup < 0:
         parser.error("--steps, --pairs, --hidden, --layers, --heads: expected at least 1; --warmup: at least 0")
     return parser, args

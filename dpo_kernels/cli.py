@@ -42,7 +42,8 @@ def plan_settings(path: Path) -> dict[str, Any]:
     config = load_config(path, required=("model",))
     return {
         "model": config.model.removeprefix("config:"),
-        "batch": config.per_device_batch_size,
+        # of so many tokens: it depends on the data
+        "batch": config.per_device_batch_size if config.max_tokens_per_batch is None else None,
         "seq": config.max_length,
         "dtype": config.dtype,
         "mixed_precision": config.mixed_precision,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -157,7 +157,10 @@ def comparisons_of(pairs: object, sequences: int, device: torch.device, argument
     name has no halves."""
     if pairs is None:
         if sequences == 0 or sequences % 2:
-            raise ValueError(f"{argument}: expected an even number of sequences, chosen then rejected, got {sequences}")
+            hint = "" if argument == "hidden" else ", or pairs that say which is preferred to which"
+            raise ValueError(
+                f"{argument}: expected an even number of sequences, chosen then rejected{hint}, got {sequences}"
+            )
         return Halves(sequences // 2)
     return Groups(checked_pairs(pairs, sequences), sequences, device)
 
@@ -165,7 +168,7 @@ def comparisons_of(pairs: object, sequences: int, device: torch.device, argument
 def checked_pairs(pairs: object, sequences: int) -> list[Pair]:
     """`pairs` as numbers, which name every one of so many sequences. Raises `ValueError`."""
     expected = f"pairs: expected pairs (chosen, rejected) of two different sequences from 0 to {sequences - 1}"
-    given = pairs.tolist() if isinstance(pairs, Tensor) and not pairs.is_floating_point() else pairs
+    given: Any = pairs.tolist() if hasattr(pairs, "tolist") else pairs
     found: list[Pair] = []
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
         raise ValueError(f"{expected}, got {pairs!r:.80}")
@@ -174,6 +177,8 @@ def checked_pairs(pairs: object, sequences: int) -> list[Pair]:
             chosen, rejected = map(operator.index, pair)
         except (TypeError, ValueError):
             raise ValueError(f"{expected}, got {pair!r:.80} as pair {n}") from None
+        if any(isinstance(number, bool) for number in pair):
+            raise ValueError(f"{expected}, got {pair!r:.80} as pair {n}")
         if chosen == rejected or not (0 <= chosen < sequences and 0 <= rejected < sequences):
             raise ValueError(f"{expected}, got {(chosen, rejected)} as pair {n}")
         found.append((chosen, rejected))
@@ -192,8 +197,7 @@ def _connected(pairs: Sequence[Pair], sequences: int) -> list[list[int]]:
         return n
 
     for chosen, rejected in pairs:
-        one, other = sorted((find(chosen), find(rejected)))
-        root[other] = one
+        root[find(rejected)] = find(chosen)
     members: dict[int, list[int]] = {}
     for n in range(sequences):
         members.setdefault(find(n), []).append(n)

@@ -224,9 +224,12 @@ def linear_dpo_loss(
     checked = options._asdict()
     del checked["mean_chosen_length"], checked["ignore_index"], checked["wanted_stats"]
     validate_dpo_options(**checked)
+    _check_listwise(options.names, use_weighting, rpo_alpha)
     _check_comparisons(comparisons, options)
     listwise = not LISTWISE_LOSSES.isdisjoint(options.names)
     losses = comparisons.groups if listwise else comparisons.pairs
+    if listwise and isinstance(pair_weights, Tensor) and tuple(pair_weights.shape) != (losses,):
+        raise ValueError(f"pair_weights: expected shape [{losses}], one a group, got {list(pair_weights.shape)}")
     check_weights("pair_weights", pair_weights, hidden, (losses,))
     if pair_weights is not None and BATCH_LOSSES.intersection(options.names):
         raise ValueError(
@@ -323,6 +326,8 @@ def transform_options(transform: LogitTransform) -> dict[str, Any]:
 def check_options(options: Mapping[str, Any]) -> None:
     """Raises `ValueError` for options of `linear_dpo_loss`, those that can be judged without a tensor."""
     validate_dpo_options(**{name: value for name, value in options.items() if name in LossOptions.__annotations__})
+    names = loss_names(options.get("loss_type", "sigmoid"))
+    _check_listwise(names, options.get("use_weighting", False), options.get("rpo_alpha"))
     of_head = {"logit_scale": 1.0, "softcap": None, "temperature": 1.0}
     check_transform(**{name: options.get(name, default) for name, default in of_head.items()})
     switches = {name: options[name] for name in ("shift", "use_weighting", "check_hidden") if name in options}
@@ -348,17 +353,20 @@ def check_chunk_bytes(chunk_bytes: object) -> None:
 
 
 def _check_comparisons(comparisons: Comparisons, options: _LossOptions) -> None:
-    """Raises `ValueError` for what is not defined where a response is in several pairs, or in none of its own."""
-    listwise = LISTWISE_LOSSES.intersection(options.names)
-    if listwise and (len(options.names) > 1 or options.use_weighting or options.rpo_alpha is not None):
-        raise ValueError(
-            f"loss_type: expected {min(listwise)!r} alone, without use_weighting and rpo_alpha, since it is no mean "
-            f"over pairs, got {options.loss_type!r}"
-        )
+    """Raises `ValueError` for what is not defined where a response is in several pairs."""
     if isinstance(comparisons, Groups) and options.ld_alpha is not None:
         raise ValueError(
             "ld_alpha: expected None with pairs, in each of which a response would have another log-probability, got "
             f"{options.ld_alpha!r}"
+        )
+
+
+def _check_listwise(names: Sequence[str], use_weighting: bool, rpo_alpha: float | None) -> None:
+    listwise = LISTWISE_LOSSES.intersection(names)
+    if listwise and (len(names) > 1 or use_weighting or rpo_alpha is not None):
+        raise ValueError(
+            f"loss_type: expected {min(listwise)!r} alone, without use_weighting and rpo_alpha, since it is no mean "
+            f"over pairs, got {list(names)!r}, use_weighting={use_weighting!r}, rpo_alpha={rpo_alpha!r}"
         )
 
 

@@ -58,7 +58,9 @@ TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch"
 DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES, PARALLEL = (
     f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses", "parallel")
 )
-PAIR_GROUPS, LINEAR_REFERENCE = "dpo_kernels/pair_groups.py", "dpo_kernels/linear_reference.py"
+PAIR_GROUPS, LINEAR_REFERENCE, COMPARISONS, LISTWISE = (
+    f"dpo_kernels/{name}.py" for name in ("pair_groups", "linear_reference", "comparisons", "listwise")
+)
 HEAD, FUSED_FORWARD, WRAPPERS = (f"dpo_kernels/models/{n}.py" for n in ("head", "fused_forward", "through_wrappers"))
 LAYERED, OPERANDS, CHECK = (f"dpo_kernels/models/{name}.py" for name in ("layered_forward", "operands", "check"))
 LAYOUTS, LOADING, TOKENS, BATCHING, TURNS, MESSAGES = (
@@ -66,12 +68,18 @@ LAYOUTS, LOADING, TOKENS, BATCHING, TURNS, MESSAGES = (
 )
 SHARED_TEXT, SHARED_TEXT_TESTS = "dpo_kernels/data/shared_text.py", "data/test_shared_text.py"
 RENDERING, MARKS = (f"dpo_kernels/data/{name}.py" for name in ("rendering", "marks"))
+RANKED, RANKINGS, SPLITTING, PACKING = (
+    f"dpo_kernels/data/{name}.py" for name in ("ranked", "rankings", "splitting", "packing")
+)
 FILES, FORMATS, MIXTURES = (f"dpo_kernels/data/{name}.py" for name in ("files", "formats", "mixtures"))
 LOOP, SETUP, STATE, CHECKPOINT = (f"dpo_kernels/training/{n}.py" for n in ("loop", "setup", "state", "checkpoint"))
 PAIRS, POLICY, REFERENCE, CONFIG = (
     f"dpo_kernels/training/{name}.py" for name in ("pairs", "policy", "reference_model", "config")
 )
-TOKENIZER, VALUES = (f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values"))
+TOKENIZER, VALUES, SCHEDULE, SIZES = (
+    f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes")
+)
+MODEL_LAYOUTS = "dpo_kernels/models/layouts.py"
 PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
 TRL = "dpo_kernels/trl"
@@ -126,6 +134,12 @@ TUNE_TESTS = "tuning/test_tune.py -k 'not along and not at_once and not with_dif
 RANKS_TESTS = "tuning/test_tune.py -k 'with_different'"
 WORKER_TESTS = "tuning/test_worker.py -k 'not kernels_pass'"
 TRAINER_TESTS = "tuning/test_trainers.py -k 'not bench'"
+COMPARED, PREDICTED = "test_comparisons.py", "test_predictors.py"
+PACKED, GROUPED = "data/test_packing.py", "data/test_rankings.py"
+SCHEDULED = "training/test_schedule.py"
+RANKED_RUNS = "training/test_rankings.py -k 'weighted or plackett_luce_starts'"
+RANKED_DATA = "training/test_rankings.py -k 'other_data or do_not_fit'"
+ASKED_LAYOUTS = "models/test_layouts.py -k 'refused or noticed or router'"
 
 
 MUTATIONS = {
@@ -457,8 +471,8 @@ MUTATIONS = {
         # memory that nobody wrote to
         Mutation(
             GATHER,
-            "dhidden = grads[0].new_zeros(ctx.shape)",
-            "dhidden = grads[0].new_empty(ctx.shape)",
+            "dhidden = grads[0].new_zeros(ctx.shape)\n        dhidden[",
+            "dhidden = grads[0].new_empty(ctx.shape)\n        dhidden[",
             "test_numerics.py -k 'torch and uninit'",
         ),
         Mutation(
@@ -471,15 +485,15 @@ MUTATIONS = {
         # another order
         Mutation(
             PAIR_GROUPS,
-            "torch.argsort(rows.sequence % pairs * 2 + rows.sequence // pairs,",
+            "torch.argsort(comparisons.order(rows.sequence),",
             "torch.argsort(rows.sequence,",
             DPO_TESTS,
         ),
         # a wrong reduction
         Mutation(
             LINEAR_DPO,
-            "(self.labels != ignore_index).sum(1).chunk(2)[0]",
-            "(self.labels != ignore_index).sum(1)",
+            "lengths, _ = self.comparisons.split((self.labels != ignore_index).sum(1).to(self.ref_logps.dtype))",
+            "lengths = (self.labels != ignore_index).sum(1).to(self.ref_logps.dtype)",
             DPO_TESTS,
         ),
         Mutation(LINEAR_DPO, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
@@ -633,7 +647,8 @@ MUTATIONS = {
         Mutation(HEAD, "return self.model.training, weakref.ref", "return True, weakref.ref", CHECK_TESTS),
         Mutation(HEAD, "weakref.ref(layer), check", "None, check", CHECK_TESTS),
         Mutation(CHECK, "for tower in towers for", "for tower in [model] for", CHECK_TESTS),
-        Mutation(CHECK, "id(each) for each in given", "0 for each in given", CHECK_TESTS),
+        Mutation(CHECK, "_One(each) for each in given", "0 for each in given", CHECK_TESTS),
+        Mutation(CHECK, "mine is not None and mine is other._get()", "self._address == other._address", CHECK_TESTS),
         Mutation(HEAD, "        self._refuse_unreachable()\n        state", "        state", SAYS_TESTS),
         Mutation(CHECK, "in [(head.logit_scale, head.softcap)] if settled else", "in", CHECK_TESTS),
         # NaN that is a difference, and infinity that is none
@@ -645,7 +660,7 @@ MUTATIONS = {
         # a cache that nobody wants
         Mutation(HEAD, 'return {"use_cache": False} if accepted else {}', "return {}", HEAD_TESTS),
         # the router's loss in evaluation
-        Mutation(HEAD, " and self.model.training and self.aux_loss_coef", " and self.aux_loss_coef", HEAD_TESTS),
+        Mutation(HEAD, "if self.has_router_loss and self.model.training:", "if self.has_router_loss:", HEAD_TESTS),
         # padding of the vocabulary
         Mutation(
             HEAD,
@@ -665,7 +680,7 @@ MUTATIONS = {
         ),
         # a reference in the order of sums of another path
         Mutation(LINEAR_REFERENCE, "in_b = bool(gradients) and not of_head", "in_b = False", REFERENCE_TESTS),
-        Mutation(LINEAR_REFERENCE, "rows = pair_major(rows, pairs)", "pass", REFERENCE_TESTS),
+        Mutation(LINEAR_REFERENCE, "rows = group_major(rows, comparisons)", "pass", REFERENCE_TESTS),
         Mutation(LINEAR_REFERENCE, "        groups = plan_groups(", "        plan_groups(", REFERENCE_TESTS),
         # hooks that watch see what is no logits
         Mutation(WRAPPERS, "if not is_of_a_library(hook)", "if False", FORWARD_TESTS),
@@ -696,7 +711,7 @@ MUTATIONS = {
     ],
     "data": [
         # best against second
-        Mutation(LAYOUTS, "else worse[-1:])]", "else worse[:1])]", LAYOUT_TESTS),
+        Mutation(RANKED, "return found[-1:] if", "return found[:1] if", LAYOUT_TESTS),
         # off by one
         Mutation(
             TURNS,
@@ -725,7 +740,7 @@ MUTATIONS = {
         # a label cut off from its emphasis
         Mutation(SHARED_TEXT, "text in marks and not blank", "False", SHARED_TEXT_TESTS),
         # turns in another order
-        Mutation(LAYOUTS, "prompt.insert(0, message)", "prompt.append(message)", LAYOUT_TESTS),
+        Mutation(RANKED, "prompt.insert(0, message)", "prompt.append(message)", LAYOUT_TESTS),
         # two system turns
         Mutation(TURNS, "return prompt if own else [*system, *prompt]", "return [*system, *prompt]", LAYOUT_TESTS),
         # the prompt trained on as a response
@@ -785,13 +800,13 @@ MUTATIONS = {
         Mutation(MIXTURES, "default_rng([seed, place])", "default_rng(seed)", MIXTURE_TESTS),
         # nothing held out
         Mutation(
-            LOADING,
+            SPLITTING,
             "max(1, round(len(dataset) * (eval_fraction or 0)))",
             "round(len(dataset) * (eval_fraction or 0))",
             LOADING_TESTS,
         ),
         # prompts on both sides of the split
-        Mutation(LOADING, "held_out += prompts[place]", "held_out.append(prompts[place][0])", LOADING_TESTS),
+        Mutation(SPLITTING, "held_out += prompts[place]", "held_out.append(prompts[place][0])", LOADING_TESTS),
         # EOS after the end of a turn
         Mutation(
             RENDERING,
@@ -876,9 +891,9 @@ MUTATIONS = {
     "training": [
         # scales forgotten
         Mutation(LOOP, "accelerator.backward(loss * share)", "accelerator.backward(loss)", STEPS),
-        Mutation(SETUP, "float(share * weight[micro].sum())", "float(share)", STEPS),
-        Mutation(SETUP, "share * weight[micro].sum()", "share * len(micro)", SHARES),
-        Mutation(SETUP, "processes / weight[rows].sum()", "processes / weight[mine].sum()", SHARES),
+        Mutation(SCHEDULE, "float(share * weight[rows].sum())", "float(share)", STEPS),
+        Mutation(SCHEDULE, "share * weight[rows].sum()", "share * len(rows)", SHARES),
+        Mutation(SCHEDULE, "of_one in step for rows", "of_one in step[rank : rank + 1] for rows", SHARES),
         Mutation(STATE, 'weight if name == "loss" else pairs', "pairs", SHARES),
         Mutation(
             POLICY,
@@ -891,8 +906,8 @@ MUTATIONS = {
         # every process evaluates everything
         Mutation(
             LOOP,
-            "range(accelerator.process_index, len(held_out), accelerator.num_processes)",
-            "range(len(held_out))",
+            "in_order(config, sizes, accelerator.num_processes)[accelerator.process_index]",
+            "in_order(config, sizes, 1)[0]",
             TWO,
         ),
         # modes
@@ -916,7 +931,7 @@ MUTATIONS = {
         ),
         # a mean over other pairs
         Mutation(LOOP, "run.sizes.mean_chosen_length(rows)", "run.sizes.mean_chosen_length()", STEPS),
-        Mutation(PAIRS, "self.chosen[rows], weights=self.weight[rows]", "self.chosen[rows]", SHARES),
+        Mutation(SIZES, "self.chosen[rows], weights=self.weight[rows]", "self.chosen[rows]", SHARES),
         # what weighs nothing
         Mutation(PAIRS, "pairs.select(np.flatnonzero(weights))", "pairs", SHARES),
         Mutation(PAIRS, "weights[weights > 0] / weights.max()", "weights[weights > 0]", SHARES),
@@ -928,7 +943,7 @@ MUTATIONS = {
             "training/test_run.py",
         ),
         Mutation(
-            SETUP,
+            SCHEDULE,
             "math.ceil(config.warmup_ratio * steps) if config.warmup_steps is None else config.warmup_steps",
             "config.warmup_steps or math.ceil(config.warmup_ratio * steps)",
             "training/test_run.py",
@@ -936,7 +951,7 @@ MUTATIONS = {
         # a seed forgotten
         Mutation(SETUP, "    set_seed(config.seed, device_specific=True)  #", "    #", GOLDEN),
         Mutation(
-            PAIRS,
+            SCHEDULE,
             "np.random.default_rng([seed, epoch])",
             "np.random.default_rng(seed)",
             "training/test_loop.py -k 'every_epoch'",
@@ -955,7 +970,7 @@ MUTATIONS = {
         # off by one
         Mutation(CHECKPOINT, "[: -limit if limit else 0]", "[: -limit - 1 if limit else 0]", RESUMED),
         Mutation(CHECKPOINT, 'if row["step"] <= step]', 'if row["step"] < step]', RESUMED),
-        Mutation(STATE, "== 0 or self.finished", "== 0", STEPS),
+        Mutation(STATE, "return due or self.finished", "return due", STEPS),
         # 16 before 8
         Mutation(CHECKPOINT, "if _is_ours(path)), key=_step)", "if _is_ours(path)))", CHECKPOINTS),
         # damage
@@ -973,12 +988,7 @@ MUTATIONS = {
             STATE, "return difference < 0 if", "return difference <= 0 if", "training/test_loop.py -k 'no_better'"
         ),
         # metrics
-        Mutation(
-            PAIRS,
-            "(1 if shared_prefix else 2) * prompts + responses[0]",
-            "prompts + responses[0]",
-            "training/test_state.py",
-        ),
+        Mutation(SIZES, "(1 if shared else found.counts)", "1", SCHEDULED),
         Mutation(
             POLICY,
             "accurate = (chosen_rewards > rejected_rewards)",
@@ -993,7 +1003,7 @@ MUTATIONS = {
         ),
         # the same lengths are not the same tokens
         Mutation(
-            PAIRS,
+            SIZES,
             "hasher.update(tokens.astype(np.int64).data)",
             "hasher.update(str(len(tokens)).encode())",
             "training/test_state.py -k 'lengths'",
@@ -1008,16 +1018,13 @@ MUTATIONS = {
         ),
         # errors that come too late
         Mutation(
-            PAIRS,
+            SIZES,
             "tokens.max() >= entries",
             "tokens.max() > entries",
             "training/test_loop.py -k 'outside_the_vocabulary'",
         ),
         Mutation(
-            PAIRS,
-            'np.maximum(lengths["chosen_ids"], lengths["rejected_ids"])',
-            'lengths["chosen_ids"]',
-            "training/test_run.py",
+            SIZES, "(np.maximum, found.responses)", "(np.minimum, found.responses)", "training/test_run.py -k 'as_long'"
         ),
         # settings without effect
         Mutation(POLICY, '            "temperature": config.temperature,\n', "", "training/test_state.py -k 'cached'"),
@@ -1026,7 +1033,7 @@ MUTATIONS = {
         ),
         Mutation(SETUP, "self.policy_loss.gradients if torch.is_grad_enabled() else ()", "()", PARTS),
         # a first step that learns nothing
-        Mutation(SETUP, "(step + 1) / (self.warmup_steps + 1)", "step / (self.warmup_steps + 1)", PARTS),
+        Mutation(SCHEDULE, "(step + 1) / (self.warmup_steps + 1)", "step / (self.warmup_steps + 1)", PARTS),
         # dropout where it is a number, in a layer, in a configuration
         Mutation(POLICY, '("drop" in name.lower() or (is_layer and name == "p"))', '(is_layer and name == "p")', PARTS),
         Mutation(POLICY, ' or (is_layer and name == "p")', "", PARTS),
@@ -1099,7 +1106,12 @@ MUTATIONS = {
         # tokens counted twice, and never
         Mutation(f"{TRL}/_metrics.py", "vars(trainer).pop(COUNTS, [])", "vars(trainer).get(COUNTS, [])", FAITHFUL),
         # another trainer's autocast
-        Mutation(f"{TRL}/_dpo.py", "    with self.accelerator.autocast():  #", "    if True:  #", AGAIN),
+        Mutation(
+            f"{TRL}/_dpo.py",
+            "with self.accelerator.autocast()",
+            "with torch.set_grad_enabled(torch.is_grad_enabled())",
+            AGAIN,
+        ),
         # a trainer of before
         Mutation(f"{TRL}/_head.py", 'if not hasattr(self, "_dpo_kernels_head"):', "if False:", AGAIN),
         # another's head on top
@@ -1339,7 +1351,8 @@ MUTATIONS = {
         Mutation(LINEAR_DPO, "if grad is not None and grad.any():", "if grad is not None:", DIFFERENTIATED),
         Mutation(LINEAR_DPO, "and not differentiable and takes_groups", "and takes_groups", DIFFERENTIATED),
         # references of pairs without weight, and of other pairs
-        Mutation(LINEAR_DPO, "(shares == 0).repeat(2)", "(shares == 0).repeat_interleave(2)", WEIGHTED),
+        Mutation(LINEAR_DPO, "ref_logps.masked_fill(~present, 0)", "ref_logps", WEIGHTED),
+        Mutation(COMPARISONS, "return t.repeat(2)", "return t.repeat_interleave(2)", WEIGHTED),
         # RPO: 0 / 0, and weights of LD-DPO
         Mutation(
             LOSSES,
@@ -1675,6 +1688,170 @@ MUTATIONS = {
         Mutation(SETUP, "        self.kernels.release()\n", "", TRAINER_TESTS),
         # the reference of other kernels
         Mutation(REFERENCE, '        "kernels": kernels,\n', "", TRAINER_TESTS),
+    ],
+    "rankings and batches by tokens": [
+        # groups that fall apart
+        Mutation(
+            COMPARISONS,
+            "find(rejected)] = find(chosen)",
+            "sorted((chosen, rejected))",
+            COMPARED,
+        ),
+        # rejected responses that weigh nothing
+        Mutation(COMPARISONS, ".index_add(0, self._rejected, t)", "", COMPARED),
+        # parts that number sequences as the whole does, and pairs otherwise than it does
+        Mutation(COMPARISONS, "self.order(sequence) - self._begins[of.start]", "self.order(sequence)", COMPARED),
+        Mutation(
+            COMPARISONS,
+            "[self._pairs[n] for numbers in self._pairs_of[of] for n in numbers]",
+            "[pair for pair in self._pairs if pair[0] in place]",
+            COMPARED,
+        ),
+        # pairs of what is not there, and responses of no pair
+        Mutation(COMPARISONS, "0 <= chosen < sequences and", "chosen < sequences and", COMPARED),
+        Mutation(COMPARISONS, "set(range(sequences)).difference(*found)", "set()", COMPARED),
+        # a response that competes with itself, and with what is not there
+        Mutation(LISTWISE, "[stage[1:] for stage in flat]", "flat", COMPARED),
+        Mutation(
+            LISTWISE,
+            "torch.where(stage >= 0, scores[stage.clamp(min=0)], -torch.inf)",
+            "scores[stage.clamp(min=0)]",
+            COMPARED,
+        ),
+        Mutation(
+            LISTWISE,
+            "torch.where(of_group >= 0, of_stages[of_group.clamp(min=0)], 0)",
+            "of_stages[of_group.clamp(min=0)]",
+            COMPARED,
+        ),
+        # rewards with a gradient, and references that are not finite
+        Mutation(LISTWISE, "beta * (logps.detach() - ref_logps))", "beta * (logps - ref_logps))", COMPARED),
+        Mutation(LISTWISE, 'check_finite_logps("ref_logps", ref_logps, "response")', "pass", COMPARED),
+        # losses of groups where those of pairs are meant, and the reverse
+        Mutation(LINEAR_DPO, "return of if self.listwise else self.comparisons.pairs_of(of)", "return of", COMPARED),
+        Mutation(LINEAR_DPO, "if self.shares is None or self.listwise:", "if self.shares is None:", COMPARED),
+        # a mean of means
+        Mutation(LINEAR_DPO, "losses.sum() / self.losses", "losses.mean()", COMPARED),
+        # what has no weight, and is not finite
+        Mutation(
+            LINEAR_DPO, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED
+        ),
+        Mutation(
+            LINEAR_DPO,
+            "self.shares[self.comparisons.group_of(sequences)] > 0",
+            "self.shares[self.comparisons.group_of(sequences)] >= 0",
+            COMPARED,
+        ),
+        # WPO of sequences, not of pairs
+        Mutation(LINEAR_DPO, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
+        # one label of a slot teaches it, and what none does has a gradient
+        Mutation(GATHER, "flat.index_add_(0, slots, grads[0])", "flat[slots] = grads[0]", PREDICTED),
+        Mutation(
+            GATHER,
+            "dhidden = grads[0].new_zeros(ctx.shape)\n        flat",
+            "dhidden = torch.empty(ctx.shape, dtype=grads[0].dtype)\n        flat",
+            PREDICTED,
+        ),
+        # places one behind the end, and of no label
+        Mutation(LOGPS, "(predictors >= places)", "(predictors > places)", PREDICTED),
+        Mutation(LOGPS, "(predictors >= places)) & (labels != ignore_index)", "(predictors >= places))", PREDICTED),
+        # rankings in batches: whose pairs are others', or connect some of them, one response, and other weights
+        Mutation(BATCHING, "[(first + chosen, first + rejected) for", "[(chosen, rejected) for", BATCH_TESTS),
+        Mutation(BATCHING, 'if Groups(pairs, responses, torch.device("cpu")).groups > 1:', "if False:", BATCH_TESTS),
+        Mutation(BATCHING, "or len(given) < 2\n", "or len(given) < 1\n", BATCH_TESTS),
+        Mutation(BATCHING, "weights if counts is None else weights.repeat_interleave(counts)", "weights", BATCH_TESTS),
+        Mutation(BATCHING, "if found and len(found) != len(tokens.responses):", "if False:", BATCH_TESTS),
+        # responses that see those before them, and first tokens that these predict
+        Mutation(
+            PACKING,
+            "if sequence is None:\n                    prompt_end = end\n                elif response:",
+            "prompt_end = end\n                if response:",
+            PACKED,
+        ),
+        Mutation(PACKING, "before[0] = seen[1] - 1 if prompt else begin", "pass", PACKED),
+        Mutation(PACKING, "= row * slots + before", "= before", PACKED),
+        # a label that nothing predicts
+        Mutation(PACKING, "if position + len(ids) == response:", "if False:", PACKED),
+        # rows of what does not hang together, with the prompt of other pairs, or in another order
+        Mutation(RANKINGS, "if len(parts) == 1:", "if parts:", GROUPED),
+        Mutation(RANKINGS, "prompt = min((pair.prompt for pair in pairs), key=len)", "prompt = self.prompt", GROUPED),
+        Mutation(RANKINGS, "    rankings.sort(key=lambda ranking: ranking.pairs[0].row)\n", "", GROUPED),
+        # one weight for all, another prompt after BOS, and members the wrong way round
+        Mutation(
+            RANKINGS, "by_name.setdefault((pair.group, pair.weight),", "by_name.setdefault((pair.group, None),", GROUPED
+        ),
+        Mutation(RANKINGS, "short[0] in (end[0], long[0])", "short[0] == end[0]", GROUPED),
+        Mutation(RANKINGS, "if not sound or not 0 <= members[0] < members[1]:", "if not sound:", GROUPED),
+        # pairs of equals, rankings of one pair, and of one name in two files
+        Mutation(RANKED, "if ranks[i] < ranks[j]]", "if ranks[i] <= ranks[j]]", LAYOUT_TESTS),
+        Mutation(RANKED, "if len(places) > 1 else {})", "if places else {})", LAYOUT_TESTS),
+        Mutation(RANKED, "{sources.get(parent, reply).rpartition(', ')[0]}, message", "message", LAYOUT_TESTS),
+        # rankings on both sides of a split
+        Mutation(
+            SPLITTING, 'for name in (column, "group") if', "for name in (column,) if", "data/test_loading.py -k 'split'"
+        ),
+        # batches over the budget: padded to another length, and not sorted by it
+        Mutation(SCHEDULE, "slots + int(sizes.longest[batches[-1][0]])", "slots + int(sizes.longest[row])", SCHEDULED),
+        Mutation(
+            SCHEDULE,
+            'rows[np.argsort(-(sizes.longest if sizes.padded else sizes.tokens)[rows], kind="stable")]',
+            "rows",
+            SCHEDULED,
+        ),
+        # where there is most room, so that none of it suffices for long ones
+        Mutation(SCHEDULE, "room.pop(place)", "room.pop()", SCHEDULED),
+        # an epoch as one window, from the longest to the shortest, and without its rest
+        Mutation(SCHEDULE, "// min(WINDOW * self.budget, tokens[-1] + 1)", "// (tokens[-1] + 1)", SCHEDULED),
+        Mutation(SCHEDULE, "[batches[n] for n in shuffle.permutation(len(batches))]", "batches", SCHEDULED),
+        Mutation(
+            SCHEDULE,
+            "math.ceil(len(self._batches(epoch)) / (self.accumulation * self.processes))",
+            "len(self._batches(epoch)) // (self.accumulation * self.processes)",
+            SCHEDULED,
+        ),
+        # batches of every process, in training and in an evaluation, whose size is not what was asked for
+        Mutation(SCHEDULE, "[batches[rank :: self.processes] for", "[batches for", SCHEDULED),
+        Mutation(SCHEDULE, "[batches[rank::processes] for", "[batches for", SCHEDULED),
+        Mutation(
+            SCHEDULE,
+            "if config.max_tokens_per_batch is None or size is not None:",
+            "if config.max_tokens_per_batch is None:",
+            SCHEDULED,
+        ),
+        # steps of epochs of different lengths
+        Mutation(SCHEDULE, "while step >= (steps", "while step > (steps", SCHEDULED),
+        Mutation(SCHEDULE, " + math.ceil((epochs - whole) * order.steps(whole))", "", SCHEDULED),
+        # a process that is waited for, and counts
+        Mutation(SCHEDULE, "= [step[0][0][:1]], 0.0", "= [step[0][0][:1]], share", SHARES),
+        # sizes: pairs of the first ranking, rejected responses, and pairs where rankings count
+        Mutation(SIZES, "pairs + first[:, None]", "pairs", SCHEDULED),
+        Mutation(SIZES, "found.labelled[found.pairs[:, 0]]", "found.labelled[found.pairs[:, 1]]", SCHEDULED),
+        Mutation(SIZES, "weight if listwise else weight * found.pair_counts", "weight * found.pair_counts", SCHEDULED),
+        # other pairs of the same answers, whose tokens are not looked at
+        Mutation(SIZES, "lengths.counts, lengths.pairs, lengths.pair_counts]", "lengths.counts]", RANKED_DATA),
+        Mutation(SIZES, '("prompt_ids", "response_ids") if rankings', '("prompt_ids",) if rankings', RANKED_DATA),
+        # weights of rankings, of which there are fewer than pairs
+        Mutation(POLICY, 'batch.get("group_weights", pair_weights)', "pair_weights", RANKED_RUNS),
+        Mutation(
+            POLICY,
+            'comparisons.groups if weights is None else batch["group_weights"].sum()',
+            "comparisons.groups",
+            RANKED_RUNS,
+        ),
+        Mutation(POLICY, "total / comparisons.pairs", "total / comparisons.groups", RANKED_RUNS),
+        # hidden states as if they lay as their labels do
+        Mutation(POLICY, '            "predictors": batch.get("predictors"),\n', "", RANKED_RUNS),
+        Mutation(REFERENCE, '                    predictors=batch.get("predictors"),\n', "", RANKED_RUNS),
+        # models whose gradients are others, whose windows are, and that are left changed
+        Mutation(
+            MODEL_LAYOUTS, '_difference(own, "gradients", found.gradients, expected.gradients)', '""', ASKED_LAYOUTS
+        ),
+        Mutation(MODEL_LAYOUTS, "if seen >= expected:", "if True:", ASKED_LAYOUTS),
+        Mutation(
+            MODEL_LAYOUTS, "            own.set_attn_implementation(before)\n", "            pass\n", ASKED_LAYOUTS
+        ),
+        # a router that counts fewer tokens
+        Mutation(SETUP, 'if config.batching == "auto" and LMHead(model).has_router_loss:', "if False:", ASKED_LAYOUTS),
     ],
 }
 

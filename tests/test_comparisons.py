@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -118,8 +119,9 @@ def test_halves_written_as_pairs():
     expected = linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias)
     out = linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, pairs=[(n, n + 4) for n in range(4)])
     torch.testing.assert_close(out.losses, expected.losses)
-    as_tensor = torch.tensor([[n, n + 4] for n in range(4)], dtype=torch.int32)
-    assert torch.equal(linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, pairs=as_tensor).loss, out.loss)
+    for given in (torch.tensor, np.array):
+        as_array = given([[n, n + 4] for n in range(4)])
+        assert torch.equal(linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, pairs=as_array).loss, out.loss)
 
 
 def ranking_loss(scores, pairs, groups):
@@ -175,6 +177,7 @@ def test_plackett_luce_of_pairs_is_dpo():
     expected = dpo_kernels.dpo_loss(*logps.chunk(2), *ref_logps.chunk(2), beta=0.2)
     torch.testing.assert_close(out.losses, expected.losses)
     assert torch.equal(out.rewards, torch.cat([expected.chosen_rewards, expected.rejected_rewards]))
+    assert not out.rewards.requires_grad
     torch.testing.assert_close(out.loss, expected.loss)
     pairs = [(0, 1), (0, 2), (3, 4), (5, 6), (7, 6)]
     assert torch.autograd.gradcheck(lambda x: plackett_luce_loss(x, ref_logps, pairs), logps)
@@ -226,6 +229,7 @@ def test_a_sequence_costs_its_rows_once(monkeypatch):
         ([(0, 1, 2)], "as pair 0"),
         ([(0, 1), 2], "got 2 as pair 1"),
         ([(0, 1.5)], r"got \(0, 1.5\) as pair 0"),
+        ([(False, True)], r"got \(False, True\) as pair 0"),
         ([(0, 1), (1, 9)], r"got \(1, 9\) as pair 1"),
         ([(-1, 1)], r"got \(-1, 1\) as pair 0"),
         ([(2, 2)], r"of two different sequences from 0 to 8, got \(2, 2\) as pair 0"),
@@ -250,15 +254,21 @@ def test_what_does_not_go_with_pairs():
         linear_dpo_loss(hidden, weight, labels, ref_logps, pairs=PAIRS, ld_alpha=0.5)
     for more in ({"use_weighting": True}, {"rpo_alpha": 1.0}, {"loss_type": ("plackett_luce", "sft")}):
         with pytest.raises(ValueError, match="expected 'plackett_luce' alone"):
+            dpo_kernels.LinearDPOLoss(**({"loss_type": "plackett_luce"} | more))
+        with pytest.raises(ValueError, match="expected 'plackett_luce' alone"):
             linear_dpo_loss(hidden, weight, labels, ref_logps, pairs=PAIRS, **({"loss_type": "plackett_luce"} | more))
     with pytest.raises(ValueError, match=r"pair_weights: expected shape \[7\]"):
         linear_dpo_loss(hidden, weight, labels, ref_logps, pairs=PAIRS, pair_weights=torch.ones(3))
-    with pytest.raises(ValueError, match=r"pair_weights: expected shape \[3\]"):
+    with pytest.raises(ValueError, match=r"pair_weights: expected shape \[3\], one a group, got \[7\]"):
         linear_dpo_loss(
             hidden, weight, labels, ref_logps, pairs=PAIRS, pair_weights=torch.ones(7), loss_type="plackett_luce"
         )
     with pytest.raises(ValueError, match=r"ref_logps: expected \[9\]"):
         plackett_luce_loss(ref_logps, ref_logps[:8], PAIRS)
+    ref_logps[3] = torch.nan
+    for function, given in ((linear_dpo_loss, (hidden, weight, labels)), (plackett_luce_loss, (torch.zeros(S),))):
+        with pytest.raises(ValueError, match="ref_logps: expected finite"):
+            function(*given, ref_logps, pairs=PAIRS)
 
 
 def test_a_compiled_call_with_pairs():
@@ -281,3 +291,38 @@ def test_parts_of_groups_number_sequences_as_they_take_them():
     assert whole.tolist() == [0, 10, 0, 30, 40, 0, 60, 70, 80]
     assert groups.spread(torch.ones(7)).tolist() == [2, 2, 2, 1, 1, 2, 2, 1, 1]
     assert Halves(2).stages == [[[0, 2]], [[1, 3]]]
+
+
+@pytest.mark.parametrize("chunk_bytes", [None, 30 * V * 8, 0])
+@pytest.mark.parametrize(
+    ("loss_type", "weights"), [("sigmoid", [1.0, 2.0, 0, 0.5, 1.0, 0, 0]), ("plackett_luce", [1.0, 0, 2.0])]
+)
+def test_references_of_what_weighs_nothing_may_be_anything(loss_type, weights, chunk_bytes):
+    """Of the second group, all of whose pairs have weight 0."""
+    hidden, weight, labels, ref_logps, bias = inputs(seed=4)
+    of = hidden, weight, bias
+    more = {"pairs": PAIRS, "pair_weights": torch.tensor(weights), "loss_type": loss_type, "chunk_bytes": chunk_bytes}
+    expected = linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, **more)
+    gradients = backward(expected.loss, of)
+    assert all(hidden.grad[n].eq(0).all() for n in GROUPS[1])
+    ref_logps[GROUPS[1]] = torch.nan
+    out = linear_dpo_loss(hidden, weight, labels, ref_logps, bias=bias, **more)
+    assert torch.equal(out.loss, expected.loss)
+    for ours, theirs in zip(backward(out.loss, of), gradients, strict=True):
+        assert torch.equal(ours, theirs)
+    ref_logps[3] = torch.nan
+    with pytest.raises(ValueError, match="ref_logps: expected finite"):
+        linear_dpo_loss(hidden, weight, labels, ref_logps, **more)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "stages"),
+    [
+        ([(0, 2), (1, 2)], [[[0, 2], [1, 2]]]),  # by what both are preferred to
+        ([(3, 2), (1, 0), (2, 1)], [[[1, 0], [2, 1], [3, 2]]]),  # parts that are joined at last
+        ([(2, 0), (3, 1)], [[[2, 0]], [[3, 1]]]),
+        ([(0, 1), (0, 1)], [[[0, 1, 1]]]),  # twice
+    ],
+)
+def test_a_group_is_what_pairs_connect(pairs, stages):
+    assert comparisons_of(pairs, 1 + max(map(max, pairs)), torch.device("cpu")).stages == stages

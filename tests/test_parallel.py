@@ -5,10 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-import forks
 import pytest
 import torch
-from two_processes import run_in
+from two_processes import run_in_two
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import paths
@@ -22,18 +21,11 @@ import parallel_checks
 pytestmark = pytest.mark.skipif(dispatch.CPU_PROBLEM is not None, reason=f"impl 'cpu': {dispatch.CPU_PROBLEM}")
 
 
-@pytest.fixture(scope="module")
-def ready():
-    found = forks.Forks("torch.distributed.tensor", "dpo_kernels", PYTHONPATH=forks.python_path(), TRITON_INTERPRET="0")
-    yield found
-    found.close()
-
-
 # 2: a shard each; 3: one in the middle, and 123 is divisible; 4: two of them
 @pytest.fixture(scope="module", params=[2, 3, 4], ids="{} ranks".format)
-def found(request, ready, tmp_path_factory):
+def found(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    run_in(request.param, ready, parallel_checks.__file__, folder)
+    run_in_two(parallel_checks.__file__, folder, processes=request.param)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(request.param)]
 
 

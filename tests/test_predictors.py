@@ -92,7 +92,7 @@ def test_compiled():
         (lambda p: p.int(), "predictors: expected int64, got torch.int32"),
         (lambda p: p[:, :3], r"predictors: expected shape \[4, 5\], got \[4, 3\]"),
         (lambda p: p.tolist(), "predictors: expected a tensor or None, got list"),
-        (lambda p: p + 6, "predictors: expected places of hidden states, 0 to 13, got 15 for sequence 1, position 0"),
+        (lambda p: p + 5, "predictors: expected places of hidden states, 0 to 13, got 14 for sequence 1, position 0"),
         (lambda p: p - 8, "predictors: expected places of hidden states, 0 to 13, got -6 for sequence 0, position 0"),
     ],
 )
@@ -111,3 +111,15 @@ def test_one_slot_for_many_labels_has_the_sum_of_their_gradients():
     hidden = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
     slots = torch.tensor([1, 1, 2, 1])
     assert torch.autograd.gradcheck(lambda x: GatherSlots.apply(x, slots), hidden)
+
+
+def test_slots_that_nothing_took_have_no_gradient(monkeypatch):
+    """Also where memory held something before."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    hidden = torch.randn(1, 3, 2, requires_grad=True)
+    torch.use_deterministic_algorithms(True)
+    try:
+        GatherSlots.apply(hidden, torch.tensor([1, 1])).sum().backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert hidden.grad.tolist() == [[[0, 0], [2, 2], [0, 0]]]

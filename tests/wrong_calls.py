@@ -347,6 +347,16 @@ CALLS = {
         ("group_rankings(None)", "pairs"),
         ("group_rankings(dataset)", "pairs"),
     ],
+    "layouts": [
+        ("use_layouts(None)", "model"),
+        ("use_layouts(layer)", "model"),
+        ("laid_out(3).__enter__()", "layout"),
+        ("laid_out(mask[:, None, :, None]).__enter__()", "layout"),
+        ("hidden_of_responses(None, ids)", "hidden"),
+        ("hidden_of_responses(hidden, None)", "predictors"),
+        ("hidden_of_responses(hidden, ids + 99)", "predictors"),
+        ("measured_batching('packed', 4, 64)", "batching"),
+    ],
     "kto": [
         ("kto_loss(chosen, ref_chosen, good)", "kl"),
         ("kto_loss(chosen, ref_chosen)", "labels"),

@@ -17,6 +17,9 @@ _TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 _REF_LOGPS = ("ref_chosen_logps", "ref_rejected_logps")
 _RESPONSES = ("chosen", "rejected")
 _GROUP = ("prompt_ids", "response_ids", "pairs")
+# What examples of the other kind have
+_OF_PAIRS = (*_TOKENS[1:], *_REF_LOGPS, "chosen_token_weights", "rejected_token_weights")
+_OF_RANKINGS = ("response_token_weights", "ref_logps")
 
 
 def whole_number(argument: str, value: Any, expected: str, *, least: float = -math.inf, most: float = math.inf) -> int:
@@ -142,7 +145,10 @@ def checked(examples: Any) -> Tokenized:
                 f"examples[{number}]: expected a pair, a mapping with the keys {', '.join(_TOKENS)}, "
                 f"got {example!r:.80}"
             )
-        keys = _GROUP if is_ranking(example) else _TOKENS
+        keys, others = (_GROUP, _OF_PAIRS) if is_ranking(example) else (_TOKENS, _OF_RANKINGS)
+        if found := [key for key in others if example.get(key) is not None]:
+            kind = "a ranking" if is_ranking(example) else "a pair"
+            raise ValueError(f"examples[{number}]: expected {kind}, with {', '.join(keys)}, got {', '.join(found)} too")
         if missing := [key for key in keys if key not in example]:
             raise ValueError(
                 f"examples[{number}]: expected the keys {', '.join(keys)}, missing {', '.join(missing)} "
@@ -192,6 +198,7 @@ def _checked_groups(examples: Sequence[Mapping[str, Any]]) -> Tokenized:
 
 def _one_each(given: Any, count: int | None, name: str) -> Sequence[Any]:
     """A list with something for each response, of which there are two at least."""
+    given = given.tolist() if hasattr(given, "tolist") else given
     if (
         not isinstance(given, Sequence)
         or isinstance(given, str)
@@ -259,7 +266,6 @@ def _reference_of_groups(examples: Sequence[Mapping[str, Any]], tokens: Tokenize
             example = {"ref_logps": [example[key] for key in _REF_LOGPS]} if _carried([example], _REF_LOGPS) else {}
         if "ref_logps" not in example:
             continue
-        given = example["ref_logps"]
         given = _one_each(example["ref_logps"], responses, f"{name}: ref_logps")
         found += [_number(value, f"{name}: ref_logps", "a number") for value in given]
     if found and len(found) != len(tokens.responses):

@@ -25,6 +25,7 @@ from dpo_kernels.models.check import NotFinite
 from dpo_kernels.models.head import HeadOperands, LMHead, unwrap
 from dpo_kernels.models.layered_forward import install, is_outermost, layers_of
 from dpo_kernels.models.operands import name_of
+from dpo_kernels.models.segments import refuse_restarts
 from dpo_kernels.models.through_wrappers import is_of_a_library, split
 from dpo_kernels.options import PreferenceOptions, Stat, refuse_unknown
 from dpo_kernels.parallel import is_dtensor
@@ -263,6 +264,7 @@ class _Fused:
             raise ValueError(f"labels, shift_labels: expected a tensor [S, T], got {shape}")
         if predictors is not None and shift_labels is None:
             raise ValueError(f"predictors: expected None without shift_labels, got {type(predictors).__name__}")
+        refuse_restarts(self.head.model, inputs.get("position_ids"), inputs.get("attention_mask"))
         self._check_asked(preference, reference, num_items_in_batch, inputs)
         if outputs is not None:
             _check_outputs(outputs)

@@ -17,7 +17,7 @@ from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
 from dpo_kernels.logps import SequenceLogps, linear_sequence_logps
 from dpo_kernels.models import check
 from dpo_kernels.models.operands import HeadOperands, as_taken_by, layer_operands, name_of
-from dpo_kernels.models.segments import laid_out
+from dpo_kernels.models.segments import laid_out, refuse_restarts
 from dpo_kernels.models.through_wrappers import Found, computed_in
 from dpo_kernels.options import LinearDPOOptions, LogpsOptions, is_at_hand, refuse_unknown
 
@@ -208,6 +208,7 @@ class LMHead:
         if rank == 2 and tokens is not None and is_at_hand(tokens) and tokens.numel():
             self._refuse_unknown_ids(tokens)
         self.refuse_misspelt(inputs)
+        refuse_restarts(self.model, inputs.get("position_ids"), inputs.get("attention_mask"))
         if inputs.get("labels", ...) is None:
             del inputs["labels"]
         if tokens is None or "labels" in inputs or "logits_to_keep" in inputs:
@@ -216,10 +217,15 @@ class LMHead:
                 f"logits_to_keep; got {sorted(inputs)}"
             )
         inputs.update(self.no_cache())
-        if "output_router_logits" in self._forward_parameters() and self.model.training and self.aux_loss_coef:
+        if self.has_router_loss and self.model.training:
             inputs.setdefault("output_router_logits", True)
         found: Tensor = tokens
         return found
+
+    @property
+    def has_router_loss(self) -> bool:
+        """Whether `hidden_states` gives an auxiliary loss in training."""
+        return bool(self.aux_loss_coef) and "output_router_logits" in self._forward_parameters()
 
     def operands(self, hidden: Tensor, *, in_shards: bool = False) -> HeadOperands:
         """The operands of the head's matrix product, differentiable with respect to all that goes into them.

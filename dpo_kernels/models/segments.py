@@ -18,11 +18,15 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
+
+from dpo_kernels.logps import check_predictors
+from dpo_kernels.options import is_at_hand
 
 ATTENTION = "dpo_kernels"
 PROMPT_BEGIN, PROMPT_END, BEGIN, POSITION = FIELDS = range(4)
@@ -82,8 +86,8 @@ def attention_forward(
         return _attend(query, key, value, mask, scale, p, **more).transpose(1, 2).contiguous(), None
     if query.shape[2] != attention_mask.shape[2] or key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"attention_mask: expected a layout of the {query.shape[2]} slots that are computed, without a cache of "
-            f"earlier ones, got {attention_mask.shape[2]}"
+            f"attention_mask: expected a layout of the {query.shape[2]} slots that are computed, and as many keys, "
+            f"none from a cache or an adapter, got a layout of {attention_mask.shape[2]} and {key.shape[2]} keys"
         )
     window = options.get("sliding_window")
     if (windows := _windows.get()) is not None:
@@ -276,8 +280,11 @@ def register() -> None:
     from transformers.masking_utils import sdpa_mask
 
     def mask(*sizes: Any, **options: Any) -> Any:
-        layout = _layout.get()
-        return sdpa_mask(*sizes, **options) if layout is None else layout
+        laid = _laid.get()
+        if laid is None:
+            return sdpa_mask(*sizes, **options)
+        laid.read = True
+        return laid.layout
 
     AttentionInterface.register(ATTENTION, attention_forward)
     AttentionMaskInterface.register(ATTENTION, mask)
@@ -297,23 +304,61 @@ def windows_seen() -> Iterator[list[int | None]]:
         _windows.reset(token)
 
 
-_layout: ContextVar[Tensor | None] = ContextVar("layout", default=None)
+@dataclass
+class _Laid:
+    layout: Tensor
+    read: bool = False
+
+
+_laid: ContextVar[_Laid | None] = ContextVar("laid", default=None)
 
 
 @contextmanager
-def laid_out(layout: Tensor | None) -> Iterator[None]:
+def laid_out(layout: Tensor | None, required: bool = True) -> Iterator[None]:
     """Within, a model that `use_layouts` was called with attends as this layout says. Layers get it as an argument, so
     that checkpointing, which runs them again later, has it too.
 
     Args:
         layout: [R, 1, T, 4] int32 of the inputs [R, T], as `PackedCollator` gives it; None: the model's masks are those
             of what it is given.
+        required: whether it is an error that no model has read it.
+
+    Raises:
+        ValueError: at the end, that none has: `use_layouts` was not called with it, its attention was changed since, or
+            it was compiled with another layout.
     """
-    token = _layout.set(layout)
+    if layout is not None and not is_layout(layout):
+        got = f"{list(layout.shape)} of {layout.dtype}" if isinstance(layout, Tensor) else type(layout).__name__
+        raise ValueError(
+            f"layout: expected None or int32 [R, 1, T, {len(FIELDS)}], as PackedCollator gives it, got {got}"
+        )
+    laid = None if layout is None else _Laid(layout)
+    token = _laid.set(laid)
     try:
         yield
     finally:
-        _layout.reset(token)
+        _laid.reset(token)
+    if required and laid is not None and not laid.read:
+        raise ValueError(
+            "laid_out: expected a model that reads the layout, which use_layouts (dpo_kernels.models) makes of one; "
+            "that of which something was computed has another attention, and its responses saw each other"
+        )
+
+
+def refuse_restarts(model: Any, position_ids: Any, attention_mask: Any) -> None:
+    """Raises `ValueError` for rows of several sequences that the model's attention would take for one: outside of
+    `laid_out`, where positions begin again. It is looked at on the CPU alone."""
+    is_ours = getattr(model.config, "_attn_implementation", None) == ATTENTION
+    if _laid.get() is not None or not is_ours or not isinstance(position_ids, Tensor) or not is_at_hand(position_ids):
+        return
+    goes_back = position_ids.diff(dim=-1) < 0
+    if isinstance(attention_mask, Tensor) and attention_mask.shape == position_ids.shape:
+        goes_back &= attention_mask[:, 1:] != 0
+    if goes_back.any():
+        raise ValueError(
+            "position_ids: expected those of one sequence a row, got some that begin again: rows of several are "
+            "computed within laid_out(batch['layout'])"
+        )
 
 
 def hidden_of_responses(hidden: Tensor, predictors: Tensor) -> Tensor:
@@ -325,5 +370,15 @@ def hidden_of_responses(hidden: Tensor, predictors: Tensor) -> Tensor:
 
     Returns:
         [S, L, H], whose labels are aligned: not shifted.
+
+    Raises:
+        ValueError: what are no hidden states or slots of them.
     """
+    if not isinstance(hidden, Tensor) or hidden.dim() != 3:
+        shape = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise ValueError(f"hidden: expected a tensor [R, T, H], got {shape}")
+    if not isinstance(predictors, Tensor) or predictors.dtype != torch.int64:
+        kind = predictors.dtype if isinstance(predictors, Tensor) else type(predictors).__name__
+        raise ValueError(f"predictors: expected int64 [S, L], got {kind}")
+    check_predictors(hidden, predictors, predictors, -1, False, hidden.device.type == "cpu")
     return hidden.flatten(0, 1)[predictors]

@@ -108,7 +108,7 @@ class TrainConfig:
         choices=("best_vs_worst", "best_vs_each", "all_pairs"),
     )
     empty_response: str = option("error", "what becomes of rows with an empty response", choices=("error", "drop"))
-    max_rows: int | None = option(None, "take only the first rows of the dataset", minimum=1)
+    max_rows: int | None = option(None, "take only the first pairs of each dataset; a ranking is kept whole", minimum=1)
     num_proc: int | None = option(None, "processes that tokenize; default: one", minimum=1, trajectory=False)
 
     # Loss
@@ -164,7 +164,9 @@ class TrainConfig:
         "per_device_batch_size; a longer one is alone",
         minimum=2,
     )
-    per_device_eval_batch_size: int | None = option(None, "the same for evaluation; default: equal", minimum=1)
+    per_device_eval_batch_size: int | None = option(
+        None, "pairs, or rankings, in one forward pass of an evaluation; default: as in training", minimum=1
+    )
     gradient_accumulation_steps: int = option(1, "forward passes on each device in one optimizer step", minimum=1)
     batching: str = option(
         "auto",
@@ -279,8 +281,8 @@ def load_config(
             values["chat_template"] = str(folder / file)
     else:
         values = {} if "model" in overrides or "dataset" in overrides else dict(DEMO)
-        if "max_tokens_per_batch" in overrides:
-            values.pop("per_device_batch_size", None)
+    if "max_tokens_per_batch" in overrides:  # a flag comes before the file, or the demo
+        values.pop("per_device_batch_size", None)
     from_file = {key for key in values if key not in overrides}
     values.update(overrides)
     for key in required:

@@ -71,7 +71,8 @@ class ByTokens:
 
     def _batches_of(self, epoch: int) -> list[np.ndarray]:
         order = _permutation(len(self.sizes.tokens), self.seed, epoch)
-        window = np.cumsum(self.sizes.tokens[order]) // (WINDOW * self.budget)
+        tokens = np.cumsum(self.sizes.tokens[order])
+        window = tokens // min(WINDOW * self.budget, tokens[-1] + 1)
         shuffle = np.random.default_rng([self.seed, epoch, 1])
         found: list[np.ndarray] = []
         for rows in np.split(order, np.flatnonzero(np.diff(window)) + 1):

@@ -117,7 +117,13 @@ def set_up(config: TrainConfig) -> Run:
         "the starting weights": fingerprint,
         "the number of processes": accelerator.num_processes,
     }
-    batching = resolve_batching(config, model.to(accelerator.device))
+    kind, other = references.resolve(config), None
+    if kind == "other":
+        other = load_model(config, config.reference, pairs.tokenizer).eval().requires_grad_(False)
+        references.check_same_checkpoint(config, digests, references.parameter_digests(other))
+        other.to(accelerator.device)
+    batching = resolve_batching(config, model.to(accelerator.device), other)
+    identity["batching"] = batching
     pairs = replace(pairs, batching=batching)
     sizes, held_out_sizes = (each and pairs.sizes(each, config.listwise) for each in (pairs.train, pairs.held_out))
     assert sizes is not None
@@ -136,7 +142,7 @@ def set_up(config: TrainConfig) -> Run:
         warnings.warn(f"{checkpoint} is not gone on from to the bit: {kernels.reason}", stacklevel=4)
 
     # The reference comes before the policy changes
-    kind, reference = references.resolve(config), None
+    reference = None
     if kind == "precompute":
         scorer = references.Reference(LMHead.from_model(model.eval()), config)
         given = fingerprint, accelerator, kernels.families["A"]
@@ -144,12 +150,7 @@ def set_up(config: TrainConfig) -> Run:
     elif kind == "copy":
         frozen = references.frozen_copy(model)
         reference = references.Reference(LMHead.from_model(frozen), config)
-    elif kind == "other":
-        other = load_model(config, config.reference, pairs.tokenizer).eval().requires_grad_(False)
-        references.check_same_checkpoint(config, digests, references.parameter_digests(other))
-        other.to(accelerator.device)
-        if batching != "concatenated":
-            use_layouts(other)
+    elif other is not None:
         reference = references.Reference(LMHead.from_model(other), config)
 
     if config.gradient_checkpointing:
@@ -168,7 +169,7 @@ def set_up(config: TrainConfig) -> Run:
         sum(weight.numel() for weight in weights.values()),
         sum(weight.numel() for weight in model.parameters()),
         sizes.pairs.sum(),
-        f" of {len(sizes.pairs)} prompts" if sizes.pairs.max() > 1 else "",
+        f" in {len(sizes.pairs)} groups" if sizes.pairs.max() > 1 else "",
         schedule.order.steps(0),
         schedule.steps,
         batching,
@@ -197,31 +198,31 @@ def set_up(config: TrainConfig) -> Run:
     )
 
 
-def resolve_batching(config: TrainConfig, model: Any) -> str:
-    """What `config.batching` comes to for a model, which is then set up for it."""
+def resolve_batching(config: TrainConfig, model: Any, reference: Any = None) -> str:
+    """What `config.batching` comes to for a model, and a reference of its own, which are then set up for it."""
     if config.batching == "concatenated":
         return config.batching
+    before = [(each, each.config._attn_implementation) for each in (model, reference) if each is not None]
     try:
-        if config.batching == "auto" and has_router_loss(model):
-            raise ValueError(
-                f"{type(model).__name__} has a loss of its router, which counts every token that is computed"
-            )
+        if config.batching == "auto" and LMHead(model).has_router_loss:
+            raise ValueError(f"{type(model).__name__} has a loss of its router, which counts all tokens computed")
         if config.attn_implementation:
             raise ValueError(
                 f"attn_implementation: expected none beside batching {config.batching!r}, which brings its own, got "
                 f"{config.attn_implementation!r}"
             )
         use_layouts(model)
+        if reference is not None:
+            use_layouts(reference)
     except ValueError as error:
         if config.batching != "auto":
             raise ValueError(f"batching: expected concatenated, got {config.batching!r}: {error}") from error
-        logger.info("batching: concatenated, since %s", error)
+        for each, attention in before:
+            if each.config._attn_implementation != attention:
+                each.set_attn_implementation(attention)
+        logger.warning("batching: concatenated, since %s", error)
         return "concatenated"
     return "packed_shared_prefix" if config.batching == "auto" else config.batching
-
-
-def has_router_loss(model: Any) -> bool:
-    return bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False))
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:

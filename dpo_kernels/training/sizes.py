@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ class Lengths:
         first = np.repeat(np.cumsum(counts) - counts, pair_counts)
         return cls(prompts, responses, labels, counts, pairs + first[:, None], pair_counts)
 
-    @property
+    @functools.cached_property
     def first(self) -> np.ndarray:
         """[n] the number of each example's first response."""
         return np.cumsum(self.counts) - self.counts

@@ -90,6 +90,10 @@ def _refuse(trainer: Any, attentions: Sequence[str | None]) -> None:
         raise ValueError(f"it has not been tried with {untried}")
     if is_to_be_verified(trainer):
         raise ValueError(f"it is for TRL {' and '.join(TESTED)}, with whose loss it has been compared")
+    if trainer.batching == "auto" and trainer.aux_loss_enabled and trainer.router_aux_loss_coef:
+        raise ValueError(
+            f"{type(unwrap(trainer.model)).__name__} has a loss of its router, which counts all tokens computed"
+        )
     check_options(trainer)  # TRL's own loss, which takes more, knows no layouts
 
 

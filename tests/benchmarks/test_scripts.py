@@ -399,6 +399,18 @@ def test_training_steps_agree(train_step, monkeypatch, tmp_path, capsys):
     assert "of the positions are labelled" in capsys.readouterr().out
 
 
+def test_training_steps_on_rankings_agree_with_those_on_their_pairs(train_step, monkeypatch, tmp_path):
+    pytest.importorskip("trl")
+    arguments = ("--responses", 4, "--reference", "precompute", "--contenders", "TRL", "dpo_kernels", train_step.PACKED)
+    found, end = steps(train_step, monkeypatch, tmp_path / "out.json", *arguments)
+    assert end is None, end
+    rows = {row["name"]: row for row in found["tables"][0]["rows"]}
+    for row in rows.values():
+        assert row["losses"] == pytest.approx(rows["TRL"]["losses"], rel=1e-4)
+    assert rows["TRL"]["positions"] == 6 / 4 * rows["dpo_kernels"]["positions"]  # three pairs, four answers
+    assert rows[train_step.PACKED]["positions"] == sum(batch["once"] for batch in found["batches"][1:]) / 3
+
+
 def test_training_step_that_is_wrong_or_missing_is_named(train_step, monkeypatch, tmp_path, capsys):
     class OtherLoss(train_step.Eager):
         def loss(self, batch):

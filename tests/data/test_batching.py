@@ -263,6 +263,30 @@ def test_bad_rankings_are_named(change, message):
         PairCollator(0)([PLAIN, RANKING | change])
 
 
+def test_arrays_and_tensors_are_lists_too():
+    expected = PairCollator(0)([RANKING | {"ref_logps": [-1.0, -2.0, -3.0]}])
+    for kind in (np.array, torch.tensor):
+        given = RANKING | {"pairs": kind(RANKING["pairs"]), "ref_logps": kind([-1.0, -2.0, -3.0])}
+        found = PairCollator(0)([given | {"response_ids": [kind(ids) for ids in RANKING["response_ids"]]}])
+        assert found["pairs"] == expected["pairs"] and torch.equal(found["input_ids"], expected["input_ids"])
+        assert torch.equal(found["ref_logps"], expected["ref_logps"])
+    square = PairCollator(0)([{"prompt_ids": [1], "response_ids": np.array([[3, 4], [5, 6]]), "pairs": [[0, 1]]}])
+    assert square["input_ids"].tolist() == [[1, 3, 4], [1, 5, 6]]
+
+
+@pytest.mark.parametrize(
+    ("example", "message"),
+    [
+        (RANKING | {"chosen_ids": [1]}, "expected a ranking, with prompt_ids, response_ids, pairs, got chosen_ids too"),
+        (RANKING | {"ref_chosen_logps": -1.0}, "expected a ranking, .*, got ref_chosen_logps too"),
+        (PLAIN | {"ref_logps": [-1.0, -2.0]}, "expected a pair, with .*, got ref_logps too"),
+    ],
+)
+def test_an_example_of_both_kinds_is_named(example, message):
+    with pytest.raises(ValueError, match=rf"examples\[0\]: {message}"):
+        PairCollator(0)([example])
+
+
 def test_a_ranking_without_pairs_is_named():
     with pytest.raises(
         ValueError, match=r"examples\[0\]: expected the keys prompt_ids, response_ids, pairs, missing pairs"

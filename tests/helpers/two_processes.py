@@ -1,4 +1,4 @@
-"""A script in two processes or more that know of each other, as torchrun starts them. They end together: one that
+"""A script in two processes, or more, that know of each other, as torchrun starts them. They end together: one that
 leaves while another still talks to it would take it along."""
 
 import os
@@ -11,24 +11,19 @@ import traceback
 import forks
 
 
-def run_in_two(script, *args, **environment):
+def run_in_two(script, *args, processes=2, **environment):
     """Runs the file `script` with those arguments and more of an environment; it may import the helpers."""
-    run_in(2, forks.ready(), script, *args, **environment)
-
-
-def run_in(ranks, ready, script, *args, **environment):
-    """The same in so many processes. `ready`: what they are forked from."""
     import torch
 
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     environment |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
-    done = ready.run(__file__, script, *args, **environment)
+    environment |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    done = forks.ready().run(__file__, script, *args, **environment)
     assert done.returncode == 0, f"exit status {done.returncode}\n{done.stdout[-4000:]}{done.stderr[-8000:]}"
 
 
-def together(command):
-    """Forks all, and waits until all are ready to leave. Where one fails, the others would wait for it."""
+def both(command):
+    """Forks them, and waits until all are ready to leave. Where one fails, the others would wait for it."""
     may_leave, leave = os.pipe()
     running = {}  # what a process writes to when it is ready, and its id
     for rank in range(int(os.environ["WORLD_SIZE"])):
@@ -68,4 +63,4 @@ def one(rank, command, ready, may_leave):
 
 
 if __name__ == "__main__":
-    together(sys.argv[1:])
+    both(sys.argv[1:])

@@ -12,10 +12,12 @@ import transformers
 from heads import VOCAB, build
 
 from dpo_kernels.data import PackedCollator, PairCollator
-from dpo_kernels.models import LMHead, segments
+from dpo_kernels.models import LMHead, add_fused_lm_head, segments
 from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.models.segments import ATTENTION, attention_forward, block_mask, hidden_of_responses, laid_out, sees
+from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import disable_dropout
+from dpo_kernels.training.setup import resolve_batching
 
 WINDOW = {"sliding_window": 7}
 BOTH_KINDS = WINDOW | {"layer_types": ["sliding_attention", "full_attention"]}
@@ -253,8 +255,82 @@ def test_positions_of_its_own_are_noticed(monkeypatch):
         return forward(*args, **inputs)
 
     monkeypatch.setattr(model.model, "forward", counted)
+    before = model.config._attn_implementation
     with pytest.raises(ValueError, match="computes other hidden states"):
         use_layouts(model)
+    assert model.config._attn_implementation == before
+
+
+def test_a_loss_of_a_router_keeps_its_batches_unless_another_is_asked_for(caplog):
+    """Since it counts every token that is computed."""
+    model = model_of("mixtral", router_aux_loss_coef=0.5)
+    assert not model.config.output_router_logits  # which the head turns on
+    with caplog.at_level("WARNING"):
+        assert resolve_batching(TrainConfig(batching="auto"), model) == "concatenated"
+    assert "batching: concatenated, since MixtralForCausalLM has a loss of its router" in caplog.text
+    assert model.config._attn_implementation != ATTENTION
+    assert resolve_batching(TrainConfig(batching="padding_free"), model) == "padding_free"
+    model = model_of("mixtral", router_aux_loss_coef=0.0, output_router_logits=True)
+    assert resolve_batching(TrainConfig(batching="auto"), model) == "packed_shared_prefix"
+
+
+def test_a_reference_that_does_not_allow_it_decides_too():
+    reference = bloom(torch.float32)
+    model = model_of("llama")
+    before = model.config._attn_implementation
+    assert resolve_batching(TrainConfig(batching="auto"), model, reference) == "concatenated"
+    assert model.config._attn_implementation == before
+    with pytest.raises(ValueError, match="batching: expected concatenated, got 'padding_free': BloomForCausalLM"):
+        resolve_batching(TrainConfig(batching="padding_free"), model, reference)
+
+
+def bloom(dtype, std=0.3):
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
+    torch.manual_seed(0)
+    model = sound(transformers.BloomForCausalLM(config))
+    for weight in model.parameters():
+        torch.nn.init.normal_(weight, std=std)
+    return model.to(dtype)
+
+
+def test_an_attention_of_its_own_is_noticed_where_it_makes_no_difference_to_speak_of():
+    """Of small weights in bf16."""
+    with pytest.raises(ValueError, match="BloomForCausalLM has 2 layers, and 0 of them take an attention from outside"):
+        use_layouts(bloom(torch.bfloat16, std=0.02))
+
+
+def test_a_model_without_room_for_what_is_tried_is_refused():
+    model = build("gpt2", max_position_embeddings=16)
+    with pytest.raises(ValueError, match="GPT2LMHeadModel raised IndexError"):
+        use_layouts(model)
+
+
+# What is forgotten in a loop of one's own
+
+
+def test_layouts_that_nobody_reads():
+    batch = PackedCollator(0)(pairs(0))
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids")}
+    model = model_of("llama")
+    head = LMHead.from_model(model)
+    with pytest.raises(ValueError, match="laid_out: expected a model that reads the layout"), laid_out(batch["layout"]):
+        head.hidden_states(**inputs)
+    use_layouts(model)
+    with laid_out(batch["layout"]):
+        hidden, _ = head.hidden_states(**inputs)
+    with pytest.raises(ValueError, match="position_ids: expected those of one sequence a row"):
+        head.hidden_states(**inputs)
+    padded = PairCollator(0)(pairs(0))
+    head.hidden_states(input_ids=padded["input_ids"], attention_mask=padded["attention_mask"])
+    add_fused_lm_head(model)
+    more = {"shift_labels": batch["labels"], "predictors": batch["predictors"], "fused_lm_head": True}
+    with pytest.raises(ValueError, match="position_ids: expected those of one sequence a row"):
+        model(**inputs, **more)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="laid_out: expected a model that reads the layout"), laid_out(batch["layout"]):
+        head.hidden_states(**inputs)
+    with pytest.raises(RuntimeError, match="of the caller"), laid_out(batch["layout"]):
+        raise RuntimeError("of the caller")
 
 
 # The attention by itself

@@ -708,6 +708,11 @@ def test_a_training_configuration_and_another_model(training, tmp_path, capsys):
         ({"max_lenght": 3}, (), "unknown key 'max_lenght' in .*run.yaml; did you mean 'max_length'"),
         ({"per_device_batch_size": 0}, (), "run.yaml: per_device_batch_size: expected at least 1"),
         ({"max_length": None}, (), "seq: expected --seq, since .*run.yaml has no max_length"),
+        (
+            {"per_device_batch_size": 4, "max_tokens_per_batch": 4096},
+            (),
+            "batch: expected --batch, since .*run.yaml has no per_device_batch_size",
+        ),
         ({"model": "leave out"}, (), "model is missing: put it into .*run.yaml"),
         ({"model": "demo"}, (), "run.yaml: model: expected a known name, a config.json or its folder, .*got 'demo'"),
         ({"model": "llama-9-8b"}, (), "run.yaml: model: expected a known name.*near it"),

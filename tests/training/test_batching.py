@@ -96,3 +96,28 @@ def test_an_attention_of_ones_own_is_refused(tmp_path):
 def test_names_are_checked():
     with pytest.raises(ValueError, match="batching"):
         TrainConfig(batching="packed")
+
+
+def test_a_reference_of_its_own_has_layouts_too(tmp_path):
+    """Another model than the policy, whose log-probabilities are those of padded batches."""
+    run(tmp_path / "other", max_steps=1, seed=7, eval_fraction=0)
+    settings = {"reference": str(tmp_path / "other" / "final"), "allow_different_reference": True, "max_steps": 3}
+    settings["tokenizer"] = settings["reference"]
+    _, expected = run(tmp_path / "padded", batching="concatenated", **settings)
+    _, rows = run(tmp_path / "packed", batching="packed_shared_prefix", **settings)
+    assert abs(expected[0]["eval/rewards/margins"]) > 1e-2
+    for row, other in zip(rows, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-4)
+
+
+def test_what_auto_came_to_belongs_to_the_run(tmp_path):
+    """Another machine's attention may not allow it."""
+    import shutil
+
+    settings = {"max_steps": 2, "save_steps": 1, "eval_fraction": 0}
+    run(tmp_path, **settings)
+    for later in ("checkpoint-2", "final"):
+        shutil.rmtree(tmp_path / later)
+    with pytest.raises(ValueError, match=r"batching \(was 'packed_shared_prefix', is 'concatenated'\)"):
+        run(tmp_path, **settings, batching="concatenated")
+    run(tmp_path, **settings, batching="packed_shared_prefix")

@@ -301,3 +301,14 @@ def test_examples_are_read_and_follow_practice(path):
 
 def test_there_are_examples():
     assert {path.name for path in EXAMPLES} >= {"full.yaml", "lora.yaml", "tiny_qwen2.yaml"}
+
+
+def test_a_flag_for_tokens_comes_before_pairs_of_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("model: demo\ndataset: demo\nper_device_batch_size: 8\n")
+    assert load_config(file, {"max_tokens_per_batch": "2000"}).max_tokens_per_batch == 2000
+    assert load_config(None, {"max_tokens_per_batch": "2000"}).dataset == "demo"
+    with pytest.raises(
+        ValueError, match="per_device_batch_size: has no effect beside max_tokens_per_batch 2000, got 8"
+    ):
+        load_config(file, {"max_tokens_per_batch": "2000", "per_device_batch_size": "8"})

@@ -9,10 +9,14 @@ import pytest
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
+pytest.importorskip("datasets")
+from datasets import Dataset
 from short_runs import run, write_rows
 
+from dpo_kernels.data.demo import demo_model
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.pairs import Pairs, load_data
+from dpo_kernels.training.sizes import check_fits, data_fingerprint
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
@@ -194,3 +198,33 @@ def test_what_rankings_do_not_have(tmp_path, files):
         run(tmp_path, **settings, loss_type="plackett_luce", rpo_alpha=1.0)
     with pytest.raises(ValueError, match="per_device_batch_size: has no effect beside max_tokens_per_batch 100, got 8"):
         run(tmp_path, **settings, max_tokens_per_batch=100, per_device_batch_size=8)
+
+
+ROW = {"prompt_ids": [1, 2], "response_ids": [[3, 4], [5], [6]], "pairs": [[0, 1], [0, 2]], "weight": 1.0}
+ROW |= {"response_token_weights": [[1.0, 1.0], [1.0], [1.0]]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"prompt_ids": [1, 7]},
+        {"response_ids": [[3, 4], [5], [7]]},
+        {"response_ids": [[3], [4, 5], [6]], "response_token_weights": [[1.0], [1.0, 1.0], [1.0]]},
+        {"pairs": [[0, 1], [1, 2]]},
+        {"weight": 2.0},
+        {"response_token_weights": [[1.0, 1.0], [1.0], [0.5]]},
+    ],
+    ids=str,
+)
+def test_other_rankings_are_other_data(change):
+    same, again, other = (data_fingerprint(Dataset.from_list([ROW, row])) for row in (ROW, ROW, ROW | change))
+    assert same == again != other
+
+
+def test_rankings_that_do_not_fit_the_model():
+    rankings = Dataset.from_list([ROW, ROW | {"response_ids": [[3, 4], [300], [6]]}])
+    check_fits(rankings, demo_model(301, max_positions=4), "m")
+    with pytest.raises(ValueError, match="tokenizer: token id 300 is outside the vocabulary of the model 'm'"):
+        check_fits(rankings, demo_model(300, max_positions=4), "m")
+    with pytest.raises(ValueError, match="max_length: a pair has 4 tokens, but the model 'm' has 3 positions"):
+        check_fits(rankings, demo_model(301, max_positions=3), "m")

@@ -56,6 +56,8 @@ def test_an_epoch_takes_every_example_once_within_the_budget(pairs, way):
     sizes = Sizes.of(pairs, way)
     order = ByTokens(sizes, BUDGET, accumulation=2, processes=2, seed=3)
     epochs = []
+    first = [sizes.longest[rows].max() for rows in order._batches(0)[:20]]
+    assert first != sorted(first, reverse=True)  # the longest do not come first
     for epoch in range(2):
         steps = [order.step(epoch, position) for position in range(order.steps(epoch))]
         batches = [rows for step in steps for of_one in step for rows in of_one]
@@ -76,6 +78,18 @@ def test_packed_batches_are_full(pairs):
     sizes, budget = Sizes.of(pairs, "packed_shared_prefix"), 3000
     batches = filled(np.arange(len(pairs)), sizes, budget)
     assert sum(budget - slots(rows, sizes) for rows in batches[:-1]) < 0.03 * budget * len(batches[:-1])
+
+
+def test_an_example_goes_where_it_fits_best():
+    """Where there is most room, 3 would be in the second batch, and the last 2 alone."""
+    sizes = SimpleNamespace(padded=False, tokens=np.array([2, 7, 3, 6, 2]))
+    assert [rows.tolist() for rows in filled(np.arange(5), sizes, budget=10)] == [[1, 2], [3, 0, 4]]
+
+
+def test_a_budget_beyond_all_numbers(pairs):
+    sizes = Sizes.of(pairs, "packed_shared_prefix")
+    order = ByTokens(sizes, 10**30, accumulation=1, processes=1, seed=0)
+    assert order.steps(0) == 1 and sorted(order.step(0, 0)[0][0]) == list(range(len(pairs)))
 
 
 def test_windows_are_a_part_of_the_order():
@@ -108,12 +122,18 @@ def test_how_many_steps_there_are(pairs):
     assert Schedule.of(TrainConfig(max_tokens_per_batch=BUDGET, max_steps=7), sizes, processes=1).steps == 7
 
 
-@pytest.mark.parametrize("settings", [{"max_tokens_per_batch": BUDGET}, {}, {"per_device_eval_batch_size": 7}], ids=str)
-def test_an_evaluation_takes_every_example_once(pairs, settings):
+@pytest.mark.parametrize("tokens", [{}, {"max_tokens_per_batch": BUDGET}], ids=str)
+@pytest.mark.parametrize("size", [{}, {"per_device_eval_batch_size": 7}], ids=str)
+def test_an_evaluation_takes_every_example_once(pairs, tokens, size):
+    settings = tokens | size
     sizes = Sizes.of(pairs, "packed_shared_prefix")
     found = in_order(TrainConfig(**settings), sizes, processes=3)
     assert sorted(np.concatenate([rows for of_one in found for rows in of_one])) == list(range(len(pairs)))
     assert max(map(len, found)) - min(map(len, found)) <= 1
+    if size:
+        assert all(len(rows) == 7 for of_one in found for rows in of_one[:-1])
+    elif tokens:
+        assert all(slots(rows, sizes) <= BUDGET or len(rows) == 1 for of_one in found for rows in of_one)
 
 
 def test_sizes_of_rankings():

@@ -440,3 +440,10 @@ def test_two_processes(tmp_path):
     for theirs, *mine in (found[:3], found[3:]):
         for logs in mine:
             assert_agree(logs, theirs)
+
+
+def test_auto_goes_back_for_the_loss_of_a_router(tmp_path, caplog):
+    """Which would count each prompt once."""
+    trainer = trainer_of(ours, tmp_path, model_of("mixtral"), reference=model_of("mixtral"), more={"batching": "auto"})
+    assert trainer.aux_loss_enabled and trainer.batching == "concatenated"
+    assert "batching: concatenated, since MixtralForCausalLM has a loss of its router" in caplog.text
