@@ -1337,8 +1337,8 @@ MUTATIONS = {
         # transforms of some arguments
         Mutation(
             LINEAR_DPO,
-            "ref_logps, token_weights, pair_weights, lengths)\n    check",
-            "ref_logps, token_weights)\n    check",
+            "ref_logps, token_weights, pair_weights, lengths)\n    head",
+            "ref_logps, token_weights)\n    head",
             ARGUMENTS,
         ),
         Mutation(
