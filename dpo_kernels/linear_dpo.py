@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.comparisons import Comparisons, Groups, comparisons_of
-from dpo_kernels.dispatch import check_impl, check_runs, choose, load
+from dpo_kernels.dispatch import check_impl, check_runs, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.listwise import listwise_losses
@@ -52,7 +52,11 @@ from dpo_kernels.options import (
     is_at_hand,
 )
 from dpo_kernels.pair_groups import Group, group_major, plan_groups
+from dpo_kernels.parallel import VocabularyShards, head_here
 from dpo_kernels.rows import ScatterRows, check_finite, labelled_rows, rows_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DEFAULT_CHUNK_BYTES = 2**30
 DIFFERENTIABLE = frozenset(get_args(Differentiable))
@@ -140,6 +144,7 @@ def linear_dpo_loss(
     chunk_bytes: int | None = None,
     check_hidden: bool = True,
     predictors: Tensor | None = None,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> LinearDPOOutput:
     """DPO loss of hidden states and the labels that they predict: aligned, not shifted, unless `shift` says so.
@@ -161,12 +166,13 @@ def linear_dpo_loss(
     Args:
         hidden: [S, T, H] floating point; rows 0..B-1 chosen, B..2B-1 rejected, unless `pairs` says otherwise.
             hidden[s, t] predicts labels[s, t], or what lies where `predictors` say.
-        weight: [V, H], same dtype as `hidden` (any under autocast).
+        weight: [V, H], same dtype as `hidden` (any under autocast); sharded as in `linear_sequence_logps`, with one
+            exchange a part in the path of 3 products.
         labels: [S, T] integers in [0, V), or `ignore_index` on prompt and padding.
         ref_logps: [S] log-probabilities of the same responses under the reference model, in nats; with `ld_alpha` or
             `token_weights`, weighted alike. For no reference, zeros.
         bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, check_hidden, predictors,
-            impl: as in `linear_sequence_logps`.
+            group, impl: as in `linear_sequence_logps`.
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha: as in
             `dpo_loss`.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).
@@ -198,7 +204,9 @@ def linear_dpo_loss(
         RuntimeError: a transform of `torch.func`; in the backward, a gradient that this call does not have.
     """
     refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
-    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors)
+    head = head_here(hidden, weight, labels, bias, group)
+    weight, bias = head.weight, head.bias
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_num_labelled(num_labelled)
     check_stats(stats)
     check_differentiable(differentiable)
@@ -252,19 +260,19 @@ def linear_dpo_loss(
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     dtypes = compute_dtype, weight.dtype, hidden.dtype
     if torch.is_grad_enabled() and head_trained and not differentiable and takes_groups(options.names, dtypes):
-        rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
+        rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        family = choose(impl, hidden.device, "C", compute_dtype, *weight.shape)
-        groups = plan_groups(rows, comparisons, weight, dtype, budget, family, dweight=weight.requires_grad)
+        family = head.family(impl, "C", compute_dtype)
+        groups = plan_groups(rows, comparisons, head.planned, dtype, budget, family, dweight=weight.requires_grad)
         if groups is not None:
             rows = group_major(rows, comparisons)
             x = rows_of(hidden, rows, predictors)
             if check_hidden:
                 check_finite(x.detach(), rows, waits)
-            grouped = _Grouped(rows, given, groups, transform, compute_dtype, options, family)
+            grouped = _Grouped(rows, given, groups, transform, compute_dtype, options, family, head.shards)
             found = _GroupedLoss.apply(x, weight, bias, grouped)
             if check_hidden:
-                check_head_is_finite(found[2], weight, bias)
+                check_head_is_finite(found[2], head)
             return LinearDPOOutput._make((*found[:-1], named_stats(stats, found[-1])))
 
     out = linear_sequence_logps(
@@ -278,6 +286,7 @@ def linear_dpo_loss(
         num_labelled=num_labelled,
         check_hidden=check_hidden,
         predictors=predictors,
+        group=head.shards,
         impl=impl,
     )
     for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
@@ -534,6 +543,7 @@ class _Grouped(NamedTuple):
     compute_dtype: torch.dtype
     options: _LossOptions
     family: str
+    shards: VocabularyShards | None
 
 
 class _GroupedLoss(torch.autograd.Function):
@@ -546,6 +556,7 @@ class _GroupedLoss(torch.autograd.Function):
         sequences, length = labels.shape
         comparisons, options = g.given.comparisons, g.options
         y = labels[g.rows.sequence, g.rows.position]
+        y = y if g.shards is None else y - g.shards.first
         num_tokens = (labels != options.ignore_index).sum(1)
         # A pair without labelled tokens is in no part's rows, but in a part: parts cover all pairs.
         losses = ref_logps.new_empty(g.given.losses)
@@ -591,6 +602,7 @@ class _GroupedLoss(torch.autograd.Function):
                 compute_dtype=g.compute_dtype,
                 need=ctx.needs_input_grad[:3],
                 stats=options.stats,
+                shards=g.shards,
             )
         ctx.mark_non_differentiable(num_tokens, chosen_rewards, rejected_rewards, table)
         ctx.set_materialize_grads(False)

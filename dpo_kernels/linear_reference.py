@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.comparisons import comparisons_of
-from dpo_kernels.dispatch import check_runs, choose, is_fused, load
+from dpo_kernels.dispatch import check_runs, is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
 from dpo_kernels.linear_dpo import (
@@ -28,7 +29,11 @@ from dpo_kernels.logps import (
 from dpo_kernels.losses import loss_names
 from dpo_kernels.options import Impl, LossType
 from dpo_kernels.pair_groups import group_major, plan_groups
+from dpo_kernels.parallel import head_here
 from dpo_kernels.rows import check_finite, labelled_rows, rows_of
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 GRADIENTS = ("hidden", "weight", "bias")
 
@@ -54,6 +59,7 @@ def linear_reference_logps(
     chunk_bytes: int | None = None,
     check_hidden: bool = True,
     predictors: Tensor | None = None,
+    group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of S responses under a reference that is scored in the same step as the policy, without a
@@ -70,13 +76,15 @@ def linear_reference_logps(
         gradients: of which of "hidden", "weight", "bias" the policy's call forms a gradient; none where that is
             evaluated only. Where no gradient of the head is, sequences need not be pairs.
         ld_alpha, token_weights, loss_type, pairs, chunk_bytes: what the policy's call is given.
-        bias, logit_scale, softcap, temperature, ignore_index, shift, num_labelled, check_hidden, predictors, impl: as
-            in `linear_sequence_logps`.
+        bias, logit_scale, softcap, temperature, ignore_index, shift, num_labelled, check_hidden, predictors, group,
+            impl: as in `linear_sequence_logps`.
 
     Raises:
         ValueError: as in `linear_sequence_logps`, or an unknown name in `gradients`.
     """
-    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors)
+    head = head_here(hidden, weight, labels, bias, group)
+    weight, bias = head.weight, head.bias
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
     check_num_labelled(num_labelled)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
@@ -90,17 +98,17 @@ def linear_reference_logps(
     transform = LogitTransform(float(logit_scale), softcap, float(temperature))
     names = loss_names(loss_type)
 
-    rows, groups = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled), None
+    rows, groups = labelled_rows(labels, head.vocab, ignore_index, num_labelled), None
     of_head, dweight = {"weight", "bias"}.intersection(gradients), "weight" in gradients
     comparisons = None
     if of_head or ld_alpha is not None or pairs is not None:
         comparisons = comparisons_of(pairs, labels.shape[0], hidden.device)
     in_b = bool(gradients) and not of_head
-    family = choose(impl, hidden.device, "D" if of_head else "B" if in_b else "A", compute_dtype, *weight.shape)
+    family = head.family(impl, "D" if of_head else "B" if in_b else "A", compute_dtype)
     if comparisons and of_head and takes_groups(names, (compute_dtype, weight.dtype, hidden.dtype)):
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        in_groups = choose(impl, hidden.device, "C", compute_dtype, *weight.shape)
-        groups = plan_groups(rows, comparisons, weight, dtype, budget, in_groups, dweight=dweight)
+        in_groups = head.family(impl, "C", compute_dtype)
+        groups = plan_groups(rows, comparisons, head.planned, dtype, budget, in_groups, dweight=dweight)
         family = family if groups is None else in_groups
     if groups is not None:
         assert comparisons is not None
@@ -108,14 +116,17 @@ def linear_reference_logps(
     x, y = rows_of(hidden, rows, predictors), labels[rows.sequence, rows.position]
     if check_hidden:
         check_finite(x, rows, waits)
-    operands = load(family), x, weight, bias, y, transform
+    shards = head.shards
+    operands = load(family), x, weight, bias, y if shards is None else y - shards.first, transform
     with torch.autocast(hidden.device.type, enabled=False):
         if groups is not None:  # path C
             of_rows = [group.rows for group in groups]
-            found = paths.linear_logps_as_grouped(*operands, of_rows, compute_dtype=compute_dtype, dweight=dweight)
+            found = paths.linear_logps_as_grouped(
+                *operands, of_rows, compute_dtype=compute_dtype, dweight=dweight, shards=shards
+            )
         else:  # path B, or A, which is path D's forward too
             found = paths.linear_logps_fwd(
-                *operands, compute_dtype=compute_dtype, as_with_dhidden=in_b, fused=is_fused(family)
+                *operands, compute_dtype=compute_dtype, as_with_dhidden=in_b, fused=is_fused(family), shards=shards
             ).logp
     token_logps = found.new_zeros(labels.shape)
     token_logps[rows.sequence, rows.position] = found

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dpo_kernels import ops
 from dpo_kernels.dispatch import check_runs, choose
-from dpo_kernels.impl.interface import STATS
+from dpo_kernels.impl.interface import STATS, LogitTransform
 from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
+from dpo_kernels.parallel import (
+    Head,
+    VocabularyShards,
+    check_shards_are_finite,
+    head_here,
+    is_dtensor,
+    sharded_token_logps,
+)
 from dpo_kernels.rows import ScatterRows, check_finite, labelled_rows, rows_of, shift_labels
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NUMBERS = (*DTYPES, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -52,6 +63,7 @@ def linear_sequence_logps(
     num_labelled: int | None = None,
     check_hidden: bool = True,
     predictors: Tensor | None = None,
+    group: ProcessGroup | VocabularyShards | None = None,
     impl: Impl = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of hidden states' labels, aligned with what predicts them, not shifted, unless `shift` says so.
@@ -73,9 +85,11 @@ def linear_sequence_logps(
 
     Args:
         hidden: [S, T, H] floating point, need not be contiguous. hidden[s, t] predicts labels[s, t].
-        weight: [V, H], same dtype as `hidden` (any under autocast).
+        weight: [V, H], same dtype as `hidden` (any under autocast). Of a DTensor that is sharded on dimension 0 each
+            rank computes its own entries, and nothing is gathered: all ranks of its mesh make the call, with the same
+            hidden states, labels and options, and have the same results.
         labels: [S, T] integers in [0, V), or `ignore_index`.
-        bias: [V], same dtype as `weight`.
+        bias: [V], same dtype as `weight`, and sharded alike.
         logit_scale: multiplies the products before the softcap.
         softcap: > 0, or None for none.
         temperature: > 0, divides the logits last.
@@ -94,16 +108,21 @@ def linear_sequence_logps(
         predictors: [S, T] int64, where hidden states [R, U, H] do not lie as labels do, such as in packed rows: the
             place in their flat [R U] of what predicts labels[s, t]. Several labels may have the same one, of which no
             copy is made but that of labelled rows. Without `shift`; anything where there is no label.
+        group: a process group whose ranks hold consecutive entries of the vocabulary: `weight` and `bias` are then
+            plain tensors [V_r, H] and [V_r], of any number of entries on each rank, or none; labels are those of the
+            whole vocabulary.
         impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
             state that is not finite, with its sequence and position; on the CPU a head that is not.
         TypeError: an argument that there is not; the message says what to write instead.
-        RuntimeError: a transform of `torch.func`.
+        RuntimeError: a transform of `torch.func`, or a sharded head within a compiled graph.
     """
     refuse_transforms(hidden, weight, bias, labels, token_weights)
-    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors)
+    head = head_here(hidden, weight, labels, bias, group)
+    weight, bias = head.weight, head.bias
+    check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
     check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
@@ -112,7 +131,7 @@ def linear_sequence_logps(
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     with_dhidden = torch.is_grad_enabled() and hidden.requires_grad and not trained
-    family = choose(impl, hidden.device, "D" if trained else "B" if with_dhidden else "A", compute_dtype, *weight.shape)
+    family = head.family(impl, "D" if trained else "B" if with_dhidden else "A", compute_dtype)
     cap = None if softcap is None else float(softcap)
     options = (bias, float(logit_scale), cap, float(temperature), ignore_index)
 
@@ -125,18 +144,25 @@ def linear_sequence_logps(
         )
     else:
         # Rows are compacted out here where their number may decide shapes: only [N, H] is saved for the backward.
-        rows = labelled_rows(labels, weight.shape[0], ignore_index, num_labelled)
+        rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
         x, y = rows_of(hidden, rows, predictors), labels[rows.sequence, rows.position]
         if check_hidden:
             check_finite(x.detach(), rows, waits=num_labelled is None)
-        row_logps, _, row_values, _ = ops.linear_token_logps(
-            x[None], weight, y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, family
-        )
-        token_logps = ScatterRows.apply(row_logps[0], *rows, labels.shape)
+        if head.shards is None:
+            row_logps, _, row_values, _ = ops.linear_token_logps(
+                x[None], weight, y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, family
+            )
+            row_logps, row_values = row_logps[0], row_values[:, 0]
+        else:
+            transform = LogitTransform(float(logit_scale), cap, float(temperature))
+            row_logps, row_values = sharded_token_logps(
+                x, head, y, transform, compute_dtype, stats, with_dhidden, family
+            )
+        token_logps = ScatterRows.apply(row_logps, *rows, labels.shape)
         values = row_values.new_zeros(len(stats), *labels.shape)
-        values[:, rows.sequence, rows.position] = row_values[:, 0]
+        values[:, rows.sequence, rows.position] = row_values
         if check_hidden:
-            check_head_is_finite(row_logps[0], weight, bias)
+            check_head_is_finite(row_logps, head)
     return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values)
 
 
@@ -287,10 +313,14 @@ def check_linear_inputs(
     softcap: float | None,
     temperature: float,
     predictors: Tensor | None = None,
+    sharded: bool = False,
 ) -> None:
-    """The arguments that every function over hidden states and a head has in common."""
+    """The arguments that every function over hidden states and a head has in common. `sharded`: other ranks have
+    more of the weight, and here may be none."""
     check_labels(hidden, labels, "hidden", "[S, T, H]", predictors)
     _check_tensor("weight", weight)
+    if is_dtensor(weight):
+        raise ValueError("weight: expected the whole head, as a plain tensor, got a DTensor")
     if weight.dim() == 2 and weight.shape[1] != hidden.shape[2] == weight.shape[0]:
         raise ValueError(
             f"hidden: expected hidden states [S, T, {weight.shape[1]}] for weight {tuple(weight.shape)}, got "
@@ -298,7 +328,7 @@ def check_linear_inputs(
         )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
         raise ValueError(f"weight: expected shape [V, {hidden.shape[2]}] to fit hidden, got {tuple(weight.shape)}")
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not sharded:
         raise ValueError("weight: expected at least one vocabulary entry, got none")
     if weight.device != hidden.device:
         raise ValueError(f"weight: expected device {hidden.device}, that of hidden, got {weight.device}")
@@ -377,12 +407,14 @@ def refuse_transforms(*tensors: object) -> None:
         )
 
 
-def check_head_is_finite(logps: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_head_is_finite(logps: Tensor, head: Head) -> None:
     """Raises `ValueError` where NaN among log-probabilities [n] comes from the head. It costs no wait on the CPU, and
     nothing where there is none."""
+    if head.shards is not None:
+        return check_shards_are_finite(logps, head)
     if logps.device.type != "cpu" or not logps.isnan().any():
         return
-    for name, values in (("weight", weight), ("bias", bias)):
+    for name, values in (("weight", head.weight), ("bias", head.bias)):
         if values is None:
             continue
         wrong = torch.nonzero(~torch.isfinite(values.detach()).reshape(len(values), -1).all(1)).flatten()

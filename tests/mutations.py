@@ -55,8 +55,8 @@ SIMD, CPU = "csrc/cpu/simd.h", "csrc/cpu/kernels_impl.h"
 ROWS_CU, ROW, MATH, FUSED_CU = (f"csrc/cuda/{name}" for name in ("rows.cu", "row.cuh", "math.cuh", "linear_fold.cu"))
 TRITON, TRITON_LINEAR, TRITON_MATH = (f"dpo_kernels/impl/triton{part}.py" for part in ("", "_linear", "_math"))
 TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch", "paths", "fold", "native", "cuda"))
-DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES = (
-    f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses")
+DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES, PARALLEL = (
+    f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses", "parallel")
 )
 PAIR_GROUPS, LINEAR_REFERENCE, COMPARISONS, LISTWISE = (
     f"dpo_kernels/{name}.py" for name in ("pair_groups", "linear_reference", "comparisons", "listwise")
@@ -93,6 +93,7 @@ ON_CUDA = f"{CONSUMERS} impl/test_cuda.py -k 'cuda and not machine_code and not 
 ON_TORCH = f"{CONSUMERS} test_ops.py -k 'torch and not budget'"
 LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("logps", "linear_dpo", "numerics"))
 PUBLISHED = "test_losses.py -k published"
+SHARD_TESTS = "test_parallel.py -k '3 or every'"
 LOSS_TESTS, REFERENCE_FREE = "test_losses.py", "test_losses_reference_free.py"
 HEAD_TESTS, FORWARD_TESTS = "models/test_head.py", "models/test_fused_forward.py"
 CHECK_TESTS, SAYS_TESTS, PRECISION_TESTS = (f"models/test_{n}.py" for n in ("check", "check_messages", "precisions"))
@@ -356,7 +357,7 @@ MUTATIONS = {
         Mutation(
             PATHS, "bias[block].to(compute_dtype).to(accumulate_dtype", "bias[block].to(accumulate_dtype", DPO_TESTS
         ),
-        Mutation(PATHS, "weight[y[span]].to(compute_dtype).to(dx.dtype)", "weight[y[span]].to(dx.dtype)", DPO_TESTS),
+        Mutation(PATHS, "rows_of_w.to(compute_dtype).to(dx.dtype)", "rows_of_w.to(dx.dtype)", DPO_TESTS),
         # a bias of the other sign
         Mutation(PATHS, "b.resolve_neg().contiguous()", "b.contiguous()", NATIVE_TESTS),
         # blocks of the head larger than a tile
@@ -512,6 +513,23 @@ MUTATIONS = {
         # gradients handed out twice
         Mutation(LINEAR_DPO, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
     ],
+    "a head in shards": [
+        # of equal logits on two ranks the last
+        Mutation(FOLD, "is_later = later.max > self.max", "is_later = later.max >= self.max", SHARD_TESTS),
+        # what was summed at another maximum
+        Mutation(FOLD, "self.sum_sq.mul_(factor.square())", "self.sum_sq.mul_(factor)", SHARD_TESTS),
+        Mutation(PATHS, "transform.slope * fold.others * rescale", "transform.slope * fold.others", SHARD_TESTS),
+        # a label that another rank has
+        Mutation(PATHS, "label = label.masked_fill((y < 0) | (y >= v), 0.0)", "pass", SHARD_TESTS),
+        # entries here for those of the vocabulary
+        Mutation(
+            PARALLEL, "fold.argmax.copy_(joint.argmax - self.first)", "fold.argmax.copy_(joint.argmax)", SHARD_TESTS
+        ),
+        # ranks that plan otherwise than others
+        Mutation(LINEAR_DPO, "comparisons, head.planned, dtype", "comparisons, weight, dtype", SHARD_TESTS),
+        # memory that nobody wrote to
+        Mutation(PARALLEL, "        if y.shape[0] == 0:", "        if False:", SHARD_TESTS),
+    ],
     "losses": [
         # flipped signs
         Mutation(
@@ -606,7 +624,7 @@ MUTATIONS = {
         # scales forgotten
         Mutation(HEAD, "            divisor = 1 / divisor", "            pass", HEAD_TESTS),
         Mutation(OPERANDS, "(lora_a(dropped) * scaling).to(hidden)", "lora_a(dropped).to(hidden)", HEAD_TESTS),
-        Mutation(FUSED_FORWARD, "* (head.logit_scale / weight.shape[0])", "/ weight.shape[0]", FORWARD_TESTS),
+        Mutation(FUSED_FORWARD, "* (head.logit_scale / entries)", "/ weight.shape[0]", FORWARD_TESTS),
         # adapters that are off
         Mutation(OPERANDS, "        layer.unmerge()  #", "        pass  #", HEAD_TESTS),
         Mutation(OPERANDS, "inactive = layer.disable_adapters or not adapters", "inactive = not adapters", HEAD_TESTS),
@@ -1341,8 +1359,8 @@ MUTATIONS = {
         # transforms of some arguments
         Mutation(
             LINEAR_DPO,
-            "ref_logps, token_weights, pair_weights, lengths)\n    check",
-            "ref_logps, token_weights)\n    check",
+            "ref_logps, token_weights, pair_weights, lengths)\n    head",
+            "ref_logps, token_weights)\n    head",
             ARGUMENTS,
         ),
         Mutation(

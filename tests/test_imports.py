@@ -17,6 +17,7 @@ LAYERS = (
     ("impl",),
     ("dispatch", "rows", "measure", "comparisons"),
     ("ops",),
+    ("parallel",),
     ("logps", "losses", "pair_groups"),
     ("listwise",),
     ("linear_dpo",),

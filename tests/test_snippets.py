@@ -26,6 +26,7 @@ import transformers
 
 from dpo_kernels import LMHead, cli, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.bench import command as bench
+from dpo_kernels.testing import head_inputs
 from dpo_kernels.tuning import command as tune
 
 DOCUMENTS = ["README.md", *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md")))]
@@ -189,12 +190,26 @@ def each_prompt_once_in_a_loop(monkeypatch):
     assert not torch.equal(model.lm_head.weight, found["reference"].lm_head.weight)
 
 
+def a_head_in_shards(monkeypatch):
+    """With one rank, in this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    inputs = head_inputs()
+    found = NAMES | inputs._asdict() | {"linear_dpo_loss": linear_dpo_loss, "weight": inputs.weight.detach()}
+    try:
+        yield found
+    finally:
+        torch.distributed.destroy_process_group()
+    linear_dpo_loss(inputs.hidden, inputs.weight, inputs.labels, inputs.ref_logps).loss.backward()
+    torch.testing.assert_close(found["weight"].grad.to_local(), inputs.weight.grad)
+
+
 PRELUDES = {
     "README.md": [eager_and_ours, from_trl, plain_tensors, loop_without_transformers],
     "docs/drop_ins.md": [
         *(from_trl, patched, weighted_trainer, any_other_trainer, lightning_module),
         mean_of_a_token,
     ],
+    "docs/scaling.md": [a_head_in_shards],
     "docs/training.md": [settings_of_a_run, each_prompt_once_in_trl, each_prompt_once_in_a_loop],
 }
 

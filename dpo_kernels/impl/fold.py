@@ -32,6 +32,29 @@ class Fold:
         self.argmax = torch.full_like(y, -1)
         """[N] int64: where the maximum is, the first of equal ones; kept for "is_top1" alone."""
 
+    def merge_(self, later: Fold) -> None:
+        """Takes in what another sweep remembers of the same rows, over entries that come later in the vocabulary, with
+        `argmax` counted alike. `later` is brought to the joint maximum."""
+        is_later = later.max > self.max
+        joint = torch.maximum(self.max, later.max)
+        self._rescale_(joint)
+        later._rescale_(joint)
+        self.argmax.copy_(torch.where(is_later, later.argmax, self.argmax))
+        # where the label is not, these are -inf and 1, and no slope exceeds 1
+        self.target.copy_(torch.maximum(self.target, later.target))
+        self.label_slope.copy_(torch.minimum(self.label_slope, later.label_slope))
+        for mine, other in ((self.sum, later.sum), (self.sum_z, later.sum_z), (self.sum_ez, later.sum_ez)):
+            mine.add_(other)
+        self.sum_sq.add_(later.sum_sq)
+
+    def _rescale_(self, maximum: Tensor) -> None:
+        factor = torch.exp(self.max - maximum)
+        # clamped: of no entries the maximum is the least number there is, and 0 times the difference is to be 0
+        self.sum_ez.add_(self.sum * (self.max - maximum).clamp(min=-1e4)).mul_(factor)
+        self.sum.mul_(factor)
+        self.sum_sq.mul_(factor.square())
+        self.max.copy_(maximum)
+
     def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         """logp [N], norm [2, N] and the statistics [K, N], in `dtype`; see `LinearLogps`."""
         lead = self.target - self.max

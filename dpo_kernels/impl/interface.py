@@ -9,7 +9,7 @@ first functions, the same for every implementation; `torch.py` is the one to rea
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol, get_args
 
 import torch
@@ -69,6 +69,20 @@ class Columns(NamedTuple):
 
     start: int
     bias: Tensor | None  # [v] in the accumulation dtype
+
+
+class Shards(Protocol):
+    """The other ranks, where each has consecutive entries of the vocabulary and all have the same rows. Labels are
+    counted from the first entry that is here; one that matches none of these is another rank's."""
+
+    vocab: int  # entries of the whole head
+
+    def join_(self, fold: Fold) -> Tensor:
+        """Makes the `fold` of the entries here one of all entries, the same on all ranks. Returns the factor [N] that
+        brings what was accumulated here to the joint maximum."""
+
+    def start_sum(self, t: Tensor) -> Callable[[], object]:
+        """Begins to sum contiguous `t` over the ranks in place. Returns what waits for that."""
 
 
 class TileKernels(Protocol):

@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, TileKernels, accumulate_dtype
+from dpo_kernels.impl.interface import (
+    Columns,
+    GradRows,
+    LinearLogps,
+    LogitTransform,
+    Shards,
+    TileKernels,
+    accumulate_dtype,
+)
 
 # Below these a matrix product wastes more than splitting the other dimension does, or than a buffer costs.
 MIN_COLUMNS = 256
@@ -76,9 +84,12 @@ def _put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
 def _add_label_rows_(
     dx: Tensor, weight: Tensor, y: Tensor, label: Tensor, compute_dtype: torch.dtype, rows: int
 ) -> None:
-    """dx_n += label_n W_y, a block of rows at a time, `rows` at most."""
+    """dx_n += label_n W_y, a block of rows at a time, `rows` at most. label_n is 0 where y is no row of W."""
+    if weight.shape[0] == 0:
+        return
     for span in spans(y.shape[0], min(rows, LABEL_ROWS)):
-        dx[span].addcmul_(weight[y[span]].to(compute_dtype).to(dx.dtype), label[span, None])
+        rows_of_w = weight[y[span].clamp(0, weight.shape[0] - 1)]
+        dx[span].addcmul_(rows_of_w.to(compute_dtype).to(dx.dtype), label[span, None])
 
 
 def linear_logps_fwd(
@@ -95,20 +106,22 @@ def linear_logps_fwd(
     as_with_dhidden: bool = False,
     blocks: tuple[int, int] | None = None,
     fused: bool = False,
+    shards: Shards | None = None,
 ) -> LinearLogps:
     """Path A, and path B with `with_dhidden`: sum_v exp(z_v - m) dz/da W_v is accumulated with online rescaling in the
     same sweep, as attention does with keys and values W. `fused`: path A in one kernel, where `k` has one for these
-    operands.
+    operands. `shards`: weight and bias are those of some entries, beside other ranks'; `dhidden` is then to be summed
+    over the ranks.
 
     For a reference that is to be summed as another path sums the policy: `as_with_dhidden` is path A with the
     arithmetic of path B, `blocks` says how many rows and columns a tile has, in place of our own choice."""
     (n, h), v = x.shape, weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     rows, columns = blocks or _blocks(n, v, h, acc, k.tile_bytes(x.device))
-    if n and blocks is None and _reads_in_place(weight, compute_dtype):
+    if n and v and blocks is None and _reads_in_place(weight, compute_dtype):
         rows, columns = _traffic_blocks(n, v, acc, k.tile_bytes(x.device))
     fold = k.new_fold(y, acc, stats)
-    in_tiles = with_dhidden or as_with_dhidden or blocks is not None
+    in_tiles = with_dhidden or as_with_dhidden or blocks is not None or shards is not None
     if fused and not in_tiles and k.linear_fold_(fold, x, weight, bias, transform, compute_dtype):
         return LinearLogps(*fold.finish(v, acc), None)
     expected = x.new_zeros(n, h if with_dhidden else 1, dtype=acc) if with_dhidden or as_with_dhidden else None
@@ -125,11 +138,14 @@ def linear_logps_fwd(
                 k.fold_exp_(fold, a, e, span, c, transform, expected[span])
                 if with_dhidden:
                     k.product(e, w, expected[span], accumulate=True)
-    logp, norm, values = fold.finish(v, acc)
+    rescale = 1.0 if shards is None else shards.join_(fold)
+    logp, norm, values = fold.finish(v if shards is None else shards.vocab, acc)
     if expected is None or not with_dhidden:
         return LinearLogps(logp, norm, values, None)
-    expected.mul_((-transform.slope * fold.others).to(acc)[:, None])
+    expected.mul_((-transform.slope * fold.others * rescale).to(acc)[:, None])
     label = -torch.expm1(fold.logp) * transform.slope * fold.label_slope
+    if shards is not None:
+        label = label.masked_fill((y < 0) | (y >= v), 0.0)
     _add_label_rows_(expected, weight, y, label.to(acc), compute_dtype, rows)
     return LinearLogps(logp, norm, values, expected)
 
@@ -149,10 +165,13 @@ class _Gradients:
         need: tuple[bool, bool, bool],
         block_columns: int,
         one_tile: bool,
+        shards: Shards | None,
     ):
         acc = accumulate_dtype(compute_dtype)
         (n, h), v = x.shape, weight.shape[0]
         self.k, self.x, self.weight, self.compute_dtype = k, x, weight, compute_dtype
+        self.shards = shards
+        self.waits: list[Callable[[], object]] = []
         self.dx = x.new_zeros(n, h, dtype=acc) if need[0] else None
         self.label = x.new_zeros(n, dtype=acc)
         self.dw = weight.new_empty(v, h) if need[1] else None
@@ -165,7 +184,7 @@ class _Gradients:
 
     def add_(self, d: Tensor, y: Tensor, value: Tensor, w: Tensor, rows: slice, block: slice, first: bool) -> None:
         """Adds the products of d, a tile of dlogits. The labels' entries stay out of dX, where they would be rounded
-        at their own size and then cancel (`finish` adds them), and are in dW and db. `first`: nothing is in this
+        at their own size and then cancel (`finish_rows` adds them), and are in dW and db. `first`: nothing is in this
         block yet."""
         if self.dx is not None:
             self.k.product(d, w, self.dx[rows], accumulate=True)
@@ -195,10 +214,19 @@ class _Gradients:
             whole = self.dw_sum.shape[0] == self.weight.shape[0]
             self.dw[block] = self.dw_sum[block] if whole else self.dw_sum[: block.stop - block.start]
 
-    def finish(self, y: Tensor, rows: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Adds the labels' part of dX and gives the three, in the dtypes of what they are gradients of."""
+    def finish_rows(self, y: Tensor, span: slice, rows: int) -> None:
+        """Adds the labels' part of these rows of dX, and begins to sum them over the ranks that share the head."""
+        if self.dx is None or span.start == span.stop:
+            return
+        _add_label_rows_(self.dx[span], self.weight, y[span], self.label[span], self.compute_dtype, rows)
+        if self.shards is not None:
+            self.waits.append(self.shards.start_sum(self.dx[span]))
+
+    def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The three, in the dtypes of what they are gradients of."""
+        for wait in self.waits:
+            wait()
         if self.dx is not None:
-            _add_label_rows_(self.dx, self.weight, y, self.label, self.compute_dtype, rows)
             self.dx = self.dx.to(self.x.dtype)
         return self.dx, self.dw, None if self.db is None else self.db.to(self.db_dtype)
 
@@ -213,13 +241,14 @@ def linear_logps_bwd(
     *,
     compute_dtype: torch.dtype,
     need: tuple[bool, bool, bool],
+    shards: Shards | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path D: gradients of sum_n g_n logp_n with respect to x, weight and bias, those that are needed. The vocabulary
     is the outer loop, so each block of dW is summed over all rows and rounded once, straight into its place."""
     (n, h), v = x.shape, weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
-    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns, one_tile=rows >= n)
+    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns, rows >= n, shards)
     buffer = x.new_empty(rows * columns, dtype=acc)
     for block in spans(v, columns):
         w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
@@ -230,7 +259,8 @@ def linear_logps_bwd(
             value = k.dlogits(a, d, of.part(span), c, transform)
             grads.add_(d, of.y[span], value, w, span, block, first=span.start == 0)
         grads.round_block(block)
-    return grads.finish(of.y, rows)
+    grads.finish_rows(of.y, slice(0, n), rows)
+    return grads.finish()
 
 
 def _grouped_blocks(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, alone: bool) -> tuple[int, int, int]:
@@ -265,6 +295,7 @@ def linear_logps_grouped(
     compute_dtype: torch.dtype,
     need: tuple[bool, bool, bool],
     stats: Sequence[str] = (),
+    shards: Shards | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path C: the gradients of a sum over groups of rows, each product computed once. The products of one group are
     kept, tile by tile, while `coefficients(i, logp [n], stats [K, n])` says what each row of group i weighs: in the
@@ -275,7 +306,7 @@ def linear_logps_grouped(
     alone = len(groups) == 1 and need[1]
     rows, columns, in_dw = _grouped_blocks(k, largest, weight, acc, alone)
     one_tile = len(groups) == 1 and rows >= n
-    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns if len(groups) == 1 else v, one_tile)
+    grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns if len(groups) == 1 else v, one_tile, shards)
     buffer = x.new_empty((largest - in_dw) * v, dtype=acc)
     scratch = x.new_empty(in_dw * columns, dtype=k.operand(weight[:0], compute_dtype).dtype)
     for i, group in enumerate(groups):
@@ -301,7 +332,9 @@ def linear_logps_grouped(
                 k.fold_(fold, a, s, c, transform, keep=True)
                 if a is not place:
                     place.copy_(a)
-        logp, norm, values = fold.finish(v, acc)
+        if shards is not None:
+            shards.join_(fold)
+        logp, norm, values = fold.finish(v if shards is None else shards.vocab, acc)
         of = GradRows(y[group], norm, logp, coefficients(i, logp, values))
         for block in spans(v, columns):
             w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
@@ -314,7 +347,8 @@ def linear_logps_grouped(
                 grads.add_(d, y[span], value, w, span, block, first=span.start == 0)
             if group.stop == n:
                 grads.round_block(block)
-    return grads.finish(y, rows)
+        grads.finish_rows(y, group, rows)
+    return grads.finish()
 
 
 def linear_logps_as_grouped(
@@ -328,6 +362,7 @@ def linear_logps_as_grouped(
     *,
     compute_dtype: torch.dtype,
     dweight: bool,
+    shards: Shards | None = None,
 ) -> Tensor:
     """[N] the log-probabilities of `linear_logps_grouped` (with a gradient of `weight` or not), to the bit, in path A's
     memory: the same products of the same tiles, folded in the same order."""
@@ -337,7 +372,15 @@ def linear_logps_as_grouped(
     logps = x.new_empty(x.shape[0], dtype=acc)
     for group in groups:
         found = linear_logps_fwd(
-            k, x[group], weight, bias, y[group], transform, compute_dtype=compute_dtype, blocks=(rows, columns)
+            k,
+            x[group],
+            weight,
+            bias,
+            y[group],
+            transform,
+            compute_dtype=compute_dtype,
+            blocks=(rows, columns),
+            shards=shards,
         )
         logps[group] = found.logp
     return logps

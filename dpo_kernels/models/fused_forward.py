@@ -28,6 +28,7 @@ from dpo_kernels.models.operands import name_of
 from dpo_kernels.models.segments import refuse_restarts
 from dpo_kernels.models.through_wrappers import is_of_a_library, split
 from dpo_kernels.options import PreferenceOptions, Stat, refuse_unknown
+from dpo_kernels.parallel import is_dtensor
 from dpo_kernels.rows import shift_labels
 
 if TYPE_CHECKING:
@@ -382,6 +383,13 @@ def mean_logits(head: LMHead, operands: HeadOperands) -> Tensor:
         options: dict[str, Any] = {"bias": bias, "logit_scale": head.logit_scale, "softcap": head.softcap}
         options |= {"stats": ("mean_logit",), "check_hidden": False}
         return linear_sequence_logps(hidden, weight, every, **options).stats["mean_logit"]
-    weight_sum, bias_sum = sum_over_vocabulary(weight, bias, torch.float32)
+    entries = weight.shape[0]
+    here = weight.to_local() if is_dtensor(weight) else weight
+    bias_here = bias.to_local() if is_dtensor(bias) else bias
+    weight_sum, bias_sum = sum_over_vocabulary(here, bias_here, torch.float32)
+    if is_dtensor(weight):
+        sums = torch.cat([weight_sum, torch.as_tensor(bias_sum, device=weight_sum.device)[None]])
+        torch.distributed.all_reduce(sums, group=weight.device_mesh.get_group())
+        weight_sum, bias_sum = sums[:-1], sums[-1]
     with torch.autocast(hidden.device.type, enabled=False):
-        return (hidden.float() @ weight_sum + bias_sum) * (head.logit_scale / weight.shape[0])
+        return (hidden.float() @ weight_sum + bias_sum) * (head.logit_scale / entries)

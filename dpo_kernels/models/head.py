@@ -176,7 +176,7 @@ class LMHead:
         rows = []
 
         def computed(hidden: Tensor) -> Found:
-            found = self.operands(hidden)
+            found = self.operands(hidden, in_shards=True)
             rows.append(found.weight.shape[0])
             return function(found)
 
@@ -227,11 +227,13 @@ class LMHead:
         """Whether `hidden_states` gives an auxiliary loss in training."""
         return bool(self.aux_loss_coef) and "output_router_logits" in self._forward_parameters()
 
-    def operands(self, hidden: Tensor) -> HeadOperands:
+    def operands(self, hidden: Tensor, *, in_shards: bool = False) -> HeadOperands:
         """The operands of the head's matrix product, differentiable with respect to all that goes into them.
 
         Args:
             hidden: [..., H] last hidden states. A head mixes no positions, so any of them will do.
+            in_shards: where a tensor-parallel model shards the vocabulary, weight and bias are DTensors, which
+                `linear_sequence_logps` and `linear_dpo_loss` take; else they are gathered.
 
         Returns:
             HeadOperands(hidden [..., H'], weight [V, H'], bias [V] or None), hidden in weight's dtype and on its
@@ -243,8 +245,12 @@ class LMHead:
         """
         _check_hidden(hidden)
         transform = self._transform()
-        hidden, weight, bias = layer_operands(self.output_layer(), transform(hidden) if transform else hidden)
         vocab_size = getattr(self._config(), "unpadded_vocab_size", None)
+        hidden, weight, bias = layer_operands(
+            self.output_layer(),
+            transform(hidden) if transform else hidden,
+            in_shards=in_shards and vocab_size is None,
+        )
         if vocab_size is not None:  # Inkling drops the padding entries
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         return HeadOperands(hidden, weight, bias)
@@ -324,7 +330,7 @@ class LMHead:
                 "for dpo_kernels.sequence_logps"
             )
         self._check_again()
-        return self.operands(hidden)
+        return self.operands(hidden, in_shards=True)
 
     def __repr__(self) -> str:
         layer = self.output_layer()

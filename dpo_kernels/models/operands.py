@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from dpo_kernels.parallel import is_dtensor
+
 
 class HeadOperands(NamedTuple):
     """What a head multiplies: ``logits = softcap(logit_scale * (hidden @ weight.T + bias))``."""
@@ -17,8 +19,9 @@ class HeadOperands(NamedTuple):
     bias: Tensor | None  # [V]
 
 
-def layer_operands(layer: Any, hidden: Tensor) -> HeadOperands:
-    """Operands of an output layer that may be wrapped by PEFT."""
+def layer_operands(layer: Any, hidden: Tensor, *, in_shards: bool = False) -> HeadOperands:
+    """Operands of an output layer that may be wrapped by PEFT. `in_shards`: those of a plain layer of a tensor-parallel
+    model may be DTensors, in which the vocabulary is sharded."""
     if "peft" in sys.modules:  # else nothing in the model can be PEFT's
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
@@ -31,6 +34,9 @@ def layer_operands(layer: Any, hidden: Tensor) -> HeadOperands:
             return layer_operands(layer.original_module if inactive else layer.modules_to_save[adapters[0]], hidden)
         if isinstance(layer, BaseTunerLayer):
             return _adapter_operands(layer, hidden)
+    bias = getattr(layer, "bias", None)
+    if in_shards and _is_vocabulary_parallel(layer.weight, bias):
+        return HeadOperands(hidden.to(layer.weight.device, layer.weight.dtype), layer.weight, bias)
     weight: Tensor = _whole(layer.weight)
     matrix = weight.dim() == 2 and weight.is_floating_point() and weight.element_size() > 1  # of 1 byte: quantised
     matrix = matrix and not weight.is_meta and not hasattr(weight, "device_mesh")
@@ -45,8 +51,16 @@ def layer_operands(layer: Any, hidden: Tensor) -> HeadOperands:
             f"{name_of(layer)} is a {name_of(weight)} {list(weight.shape)} of {weight.dtype} on {weight.device} "
             "(quantised, sharded or offloaded?)"
         )
-    bias = getattr(layer, "bias", None)
     return HeadOperands(hidden.to(weight), weight, None if bias is None else _whole(bias))
+
+
+def _is_vocabulary_parallel(weight: Any, bias: Any) -> bool:
+    """Whether each process of a tensor-parallel model has some rows, and computes the same hidden states and labels."""
+    return all(
+        is_dtensor(t) and t.device_mesh.mesh_dim_names == ("tp",) and t.placements[0].is_shard(0)
+        for t in (weight, bias)
+        if t is not None
+    )
 
 
 def _whole(weight: Any) -> Any:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from heads import build
-from dpo_kernels.models.fused_forward import Preference, add_fused_lm_head
+from dpo_kernels.models.fused_forward import Preference, Reference, add_fused_lm_head
 from dpo_kernels.models.head import unwrap
 
 torch.set_num_threads(1)
@@ -164,13 +164,28 @@ dist.barrier()
 labels = torch.randint(3, 95, (4, 6), generator=torch.Generator().manual_seed(0))  # the same in all processes
 ref_logps = torch.tensor([-20.3, -17.1, -22.2, -19.4])
 
+gathered = []
+full_tensor = DTensor.full_tensor
+DTensor.full_tensor = lambda self, **options: gathered.append(self.shape) or full_tensor(self, **options)
+
 def step(kind):
     model = AutoModelForCausalLM.from_pretrained(directory, distributed_config=DistributedConfig(tp_plan="auto"))
     assert isinstance(model.lm_head.weight, DTensor), "it is not sharded"
     if kind != "eager":
         add_fused_lm_head(model)
+        with torch.no_grad():
+            asked = {"input_ids": labels, "labels": labels, "fused_lm_head": True}
+            found = model(**asked, all_mean_logits=True)  # and the head is checked, for which it is gathered
+            logits = model(input_ids=labels).logits
+            gathered.clear()
+            reference = model(**asked, reference=Reference(("hidden", "weight", "bias"), {}))
+            itself = model(**asked, preference=Preference(reference.logps)).preference
+        assert torch.allclose(found.all_mean_logits, logits.mean(-1), atol=1e-5), "means over the vocabulary"
+        assert torch.allclose(itself.chosen_rewards, torch.zeros(2), atol=1e-5), itself.chosen_rewards
+    gathered.clear()
     loss = loss_of(model, kind, labels, ref_logps)
     loss.backward()
+    assert not gathered, gathered
     whole = lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return loss.item(), {name: whole(w.grad) for name, w in model.named_parameters() if w.grad is not None}
 
