@@ -26,6 +26,7 @@ from dpo_kernels.data.packing import PackedCollator
 from dpo_kernels.models import segments
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.models.layouts import use_layouts
+from dpo_kernels.models.segments import hidden_of_responses
 from dpo_kernels.testing import rms
 from dpo_kernels.training.policy import hidden_of
 
@@ -141,7 +142,9 @@ def of_model(model: Any, batch: dict[str, Any]) -> list[Tensor]:
     """Hidden states that predict a label, sequence by sequence, and the gradient of every matrix."""
     hidden, _ = hidden_of(LMHead.from_model(model), batch)
     labels = batch["labels"]
-    if "layout" not in batch:
+    if "layout" in batch:
+        hidden = hidden_of_responses(hidden, batch["predictors"])
+    else:
         hidden, labels = hidden[:, :-1], labels[:, 1:]
     found = hidden[labels != -100]
     given = torch.randn(found.shape, generator=torch.Generator().manual_seed(1)).to(found)

@@ -560,8 +560,8 @@ def test_names_are_those_of_the_types():
 @pytest.mark.parametrize(
     "function, options, besides",
     [
-        (linear_sequence_logps, LogpsOptions, {"bias", "logit_scale", "softcap", "shift"}),
-        (linear_dpo_loss, LinearDPOOptions, {"bias", "logit_scale", "softcap", "shift"}),
+        (linear_sequence_logps, LogpsOptions, {"bias", "logit_scale", "softcap", "shift", "group"}),
+        (linear_dpo_loss, LinearDPOOptions, {"bias", "logit_scale", "softcap", "shift", "group"}),
         (
             dpo_loss,
             PairLossOptions,

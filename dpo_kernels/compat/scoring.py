@@ -11,7 +11,7 @@ from dpo_kernels.compat.arguments import renamed
 from dpo_kernels.impl.interface import accumulate_dtype
 from dpo_kernels.linear_dpo import linear_dpo_loss
 from dpo_kernels.logps import check_labels, linear_sequence_logps, sum_over_vocabulary
-from dpo_kernels.losses import dpo_loss, validate_dpo_options
+from dpo_kernels.losses import LISTWISE_LOSSES, dpo_loss, validate_dpo_options
 
 LossAndOutputs = tuple[Tensor, tuple[Tensor, ...]]
 
@@ -29,6 +29,8 @@ def check_options(
     label_smoothing: float = 0.0,
     discopop_tau: float = 0.05,
 ) -> None:
+    if loss_type in LISTWISE_LOSSES:
+        raise ValueError(f"loss_type: expected a loss of pairs, got {loss_type!r}, which of pairs is 'sigmoid'")
     renamed(
         POLICY_NAMES,
         validate_dpo_options,

@@ -88,8 +88,9 @@ def _add_label_rows_(
     if weight.shape[0] == 0:
         return
     for span in spans(y.shape[0], min(rows, LABEL_ROWS)):
-        rows_of_w = weight[y[span].clamp(0, weight.shape[0] - 1)]
-        dx[span].addcmul_(rows_of_w.to(compute_dtype).to(dx.dtype), label[span, None])
+        dx[span].addcmul_(
+            weight[y[span].clamp(0, weight.shape[0] - 1)].to(compute_dtype).to(dx.dtype), label[span, None]
+        )
 
 
 def linear_logps_fwd(

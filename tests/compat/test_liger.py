@@ -18,7 +18,7 @@ from dpo_kernels.compat import (
     LigerFusedLinearSimPOLoss,
     scoring,
 )
-from dpo_kernels.losses import LOSSES, SMOOTHED_LOSSES
+from dpo_kernels.losses import LISTWISE_LOSSES, LOSSES, SMOOTHED_LOSSES
 from dpo_kernels.testing import Record, allocated, head_inputs
 
 CLASSES = [name for name in compat.__all__ if name.startswith("Liger")]
@@ -288,8 +288,13 @@ def test_published_kto(shape, bias, nll, ignore_index, beta):
     check(kto(given, is_good(given), torch.tensor(1.5), use_ref_model=True, **options), expected, given)
 
 
+def test_a_loss_of_rankings_is_refused():
+    with pytest.raises(ValueError, match="loss_type: expected a loss of pairs, got 'plackett_luce', which of pairs is"):
+        LigerFusedLinearDPOLoss(loss_type="plackett_luce")
+
+
 @pytest.mark.parametrize("average", [False, True])
-@pytest.mark.parametrize("loss_type", LOSSES)
+@pytest.mark.parametrize("loss_type", sorted(LOSSES.keys() - LISTWISE_LOSSES))
 def test_every_dpo_loss(loss_type, average):
     """Those that Liger refuses too; and an NLL with a weight that the loss must not share."""
     given = make()
