@@ -357,7 +357,7 @@ MUTATIONS = {
         Mutation(
             PATHS, "bias[block].to(compute_dtype).to(accumulate_dtype", "bias[block].to(accumulate_dtype", DPO_TESTS
         ),
-        Mutation(PATHS, "rows_of_w.to(compute_dtype).to(dx.dtype)", "rows_of_w.to(dx.dtype)", DPO_TESTS),
+        Mutation(PATHS, "weight[y[span]].to(compute_dtype).to(dx.dtype)", "rows_of_w.to(dx.dtype)", DPO_TESTS),
         # a bias of the other sign
         Mutation(PATHS, "b.resolve_neg().contiguous()", "b.contiguous()", NATIVE_TESTS),
         # blocks of the head larger than a tile
@@ -1870,7 +1870,10 @@ MUTATIONS = {
         ),
         Mutation(MODEL_LAYOUTS, "if seen >= expected:", "if True:", ASKED_LAYOUTS),
         Mutation(
-            MODEL_LAYOUTS, "            own.set_attn_implementation(before)\n", "            pass\n", ASKED_LAYOUTS
+            MODEL_LAYOUTS,
+            "    if reason:\n        if before is not None:\n            own.set_attn_implementation(before)\n",
+            "    if reason:\n",
+            ASKED_LAYOUTS,
         ),
         # a router that counts fewer tokens
         Mutation(SETUP, 'if config.batching == "auto" and LMHead(model).has_router_loss:', "if False:", ASKED_LAYOUTS),

@@ -84,13 +84,9 @@ def _put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
 def _add_label_rows_(
     dx: Tensor, weight: Tensor, y: Tensor, label: Tensor, compute_dtype: torch.dtype, rows: int
 ) -> None:
-    """dx_n += label_n W_y, a block of rows at a time, `rows` at most. label_n is 0 where y is no row of W."""
-    if weight.shape[0] == 0:
-        return
+    """dx_n += label_n W_y, a block of rows at a time, `rows` at most."""
     for span in spans(y.shape[0], min(rows, LABEL_ROWS)):
-        dx[span].addcmul_(
-            weight[y[span].clamp(0, weight.shape[0] - 1)].to(compute_dtype).to(dx.dtype), label[span, None]
-        )
+        dx[span].addcmul_(weight[y[span]].to(compute_dtype).to(dx.dtype), label[span, None])
 
 
 def linear_logps_fwd(
@@ -147,7 +143,9 @@ def linear_logps_fwd(
     label = -torch.expm1(fold.logp) * transform.slope * fold.label_slope
     if shards is not None:
         label = label.masked_fill((y < 0) | (y >= v), 0.0)
-    _add_label_rows_(expected, weight, y, label.to(acc), compute_dtype, rows)
+        y = y.clamp(0, max(v - 1, 0))
+    if v:
+        _add_label_rows_(expected, weight, y, label.to(acc), compute_dtype, rows)
     return LinearLogps(logp, norm, values, expected)
 
 
@@ -219,7 +217,11 @@ class _Gradients:
         """Adds the labels' part of these rows of dX, and begins to sum them over the ranks that share the head."""
         if self.dx is None or span.start == span.stop:
             return
-        _add_label_rows_(self.dx[span], self.weight, y[span], self.label[span], self.compute_dtype, rows)
+        y = y[span]
+        if self.shards is not None:  # the label's part is 0 where another rank has it
+            y = y.clamp(0, max(self.weight.shape[0] - 1, 0))
+        if self.weight.shape[0]:
+            _add_label_rows_(self.dx[span], self.weight, y, self.label[span], self.compute_dtype, rows)
         if self.shards is not None:
             self.waits.append(self.shards.start_sum(self.dx[span]))
 

@@ -20,17 +20,31 @@ TOLERANCES = {torch.float64: 1e-5, torch.float32: 1e-3, torch.bfloat16: 0.1, tor
 KINDS = {"full_attention", "sliding_attention"}
 
 
-def use_layouts(model: Any) -> None:
-    """Gives a model the attention that reads layouts, from now on. Outside `laid_out` it attends as "sdpa" does.
+def use_layouts(*models: Any) -> None:
+    """Gives models the attention that reads layouts, from now on. Outside `laid_out` they attend as "sdpa" does.
 
     Args:
-        model: a transformers causal language model, in adapters or without, on its device and not yet sharded. It is
-            asked once, forward and backward on a few tokens.
+        models: transformers causal language models, such as a policy and its reference, in adapters or without, on
+            their device and not yet sharded. Each is asked once, forward and backward on a few tokens.
 
     Raises:
         ValueError: hidden states or gradients come out differently from those of a padded batch: of recurrent and
-            convolutional layers, ALiBi, positions of its own, experts with a capacity. The model is as it was.
+            convolutional layers, ALiBi, positions of its own, experts with a capacity. All models are as they were.
     """
+    changed: list[tuple[Any, str]] = []
+    try:
+        for model in models:
+            before = getattr(getattr(unwrap(model), "config", None), "_attn_implementation", None)
+            _use_layouts(model)
+            changed.append((unwrap(model), before or ""))
+    except ValueError:
+        for own, before in changed:
+            if before:
+                own.set_attn_implementation(before)
+        raise
+
+
+def _use_layouts(model: Any) -> None:
     own = unwrap(model)
     if not hasattr(own, "set_attn_implementation") or not hasattr(own, "config"):
         raise ValueError(f"model: expected a model of transformers, got {type(model).__name__}")

@@ -246,7 +246,6 @@ def resolve_batching(config: TrainConfig, model: Any, reference: Any = None) -> 
     """What `config.batching` comes to for a model, and a reference of its own, which are then set up for it."""
     if config.batching == "concatenated":
         return config.batching
-    before = [(each, each.config._attn_implementation) for each in (model, reference) if each is not None]
     try:
         if config.batching == "auto" and LMHead(model).has_router_loss:
             raise ValueError(f"{type(model).__name__} has a loss of its router, which counts all tokens computed")
@@ -255,15 +254,10 @@ def resolve_batching(config: TrainConfig, model: Any, reference: Any = None) -> 
                 f"attn_implementation: expected none beside batching {config.batching!r}, which brings its own, got "
                 f"{config.attn_implementation!r}"
             )
-        use_layouts(model)
-        if reference is not None:
-            use_layouts(reference)
+        use_layouts(*(each for each in (model, reference) if each is not None))
     except ValueError as error:
         if config.batching != "auto":
             raise ValueError(f"batching: expected concatenated, got {config.batching!r}: {error}") from error
-        for each, attention in before:
-            if each.config._attn_implementation != attention:
-                each.set_attn_implementation(attention)
         logger.warning("batching: concatenated, since %s", error)
         return "concatenated"
     return "packed_shared_prefix" if config.batching == "auto" else config.batching

@@ -48,8 +48,9 @@ class Lengths:
         labels = responses
         if OF_RANKINGS in examples.column_names:
             labels = _count(_flat(examples, OF_RANKINGS), responses)
-        pair_counts = np.array([len(each) for each in examples["pairs"][:]])
-        pairs = np.array([pair for each in examples["pairs"][:] for pair in each])
+        of_examples = examples["pairs"][:]
+        pair_counts = np.array([len(each) for each in of_examples])
+        pairs = np.array([pair for each in of_examples for pair in each])
         first = np.repeat(np.cumsum(counts) - counts, pair_counts)
         return cls(prompts, responses, labels, counts, pairs + first[:, None], pair_counts)
 

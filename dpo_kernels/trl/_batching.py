@@ -54,17 +54,11 @@ def set_up(trainer: Any) -> None:
     asked = trainer.batching
     if asked == "concatenated":
         return
-    models = [unwrap(model) for model in (trainer.model, trainer.ref_model) if model is not None]
-    before = [model.config._attn_implementation for model in models]
+    models = [model for model in (trainer.model, trainer.ref_model) if model is not None]
     try:
-        _refuse(trainer, before)
-        for model in (trainer.model, trainer.ref_model):
-            if model is not None:
-                use_layouts(model)
+        _refuse(trainer, [unwrap(model).config._attn_implementation for model in models])
+        use_layouts(*models)
     except ValueError as error:
-        for model, attention in zip(models, before, strict=True):
-            if model.config._attn_implementation != attention:
-                model.set_attn_implementation(attention)
         if asked != "auto":
             raise ValueError(f"batching: expected concatenated, got {asked!r}: {error}") from error
         logger.warning("batching: concatenated, since %s", error)
