@@ -80,6 +80,7 @@ TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING = (
     f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding")
 )
 MODEL_LAYOUTS = "dpo_kernels/models/layouts.py"
+SEGMENTS = "dpo_kernels/models/segments.py"
 PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
 TRL = "dpo_kernels/trl"
@@ -141,6 +142,7 @@ SCHEDULED = "training/test_schedule.py"
 RANKED_RUNS = "training/test_rankings.py -k 'weighted or plackett_luce_starts'"
 RANKED_DATA = "training/test_rankings.py -k 'other_data or do_not_fit'"
 ASKED_LAYOUTS = "models/test_layouts.py -k 'refused or noticed or router'"
+BY_SEQUENCES = "models/test_layouts.py -k 'sequences'"
 
 
 MUTATIONS = {
@@ -1875,6 +1877,12 @@ MUTATIONS = {
             "    if reason:\n",
             ASKED_LAYOUTS,
         ),
+        # kernels for whole sequences: with shared prompts, a window of one more, a dtype they do not have
+        Mutation(SEGMENTS, "None if is_shared else Sequences(", "Sequences(", BY_SEQUENCES),
+        Mutation(SEGMENTS, "-1 if window is None else window - 1", "-1 if window is None else window", BY_SEQUENCES),
+        Mutation(SEGMENTS, "window_size=(behind, 0)", "window_size=(behind, behind)", BY_SEQUENCES),
+        Mutation(SEGMENTS, "starts.new_tensor([len(slot)])", "starts.new_tensor([len(slot) - 1])", BY_SEQUENCES),
+        Mutation(SEGMENTS, "query.dtype in (torch.bfloat16, torch.float16) and ", "", BY_SEQUENCES),
         # a router that counts fewer tokens
         Mutation(SETUP, 'if config.batching == "auto" and LMHead(model).has_router_loss:', "if False:", ASKED_LAYOUTS),
     ],
