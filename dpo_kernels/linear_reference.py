@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dpo_kernels.comparisons import comparisons_of
 from dpo_kernels.dispatch import check_runs, is_fused, load
+from dpo_kernels.grouped_loss import response_logps
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
 from dpo_kernels.linear_dpo import (
     DEFAULT_CHUNK_BYTES,
     check_weights,
     labels_and_weights,
-    response_logps,
     takes_groups,
 )
 from dpo_kernels.logps import (

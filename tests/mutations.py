@@ -58,6 +58,7 @@ TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch"
 DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES, PARALLEL = (
     f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses", "parallel")
 )
+GROUPED_LOSS = "dpo_kernels/grouped_loss.py"
 PAIR_GROUPS, LINEAR_REFERENCE, COMPARISONS, LISTWISE = (
     f"dpo_kernels/{name}.py" for name in ("pair_groups", "linear_reference", "comparisons", "listwise")
 )
@@ -492,16 +493,16 @@ MUTATIONS = {
         ),
         # a wrong reduction
         Mutation(
-            LINEAR_DPO,
+            GROUPED_LOSS,
             "lengths, _ = self.comparisons.split((self.labels != ignore_index).sum(1).to(self.ref_logps.dtype))",
             "lengths = (self.labels != ignore_index).sum(1).to(self.ref_logps.dtype)",
             DPO_TESTS,
         ),
-        Mutation(LINEAR_DPO, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
+        Mutation(GROUPED_LOSS, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
         # weights whose sum is infinite, of nothing, and of none
         Mutation(LINEAR_DPO, "weights / torch.where(largest > 0, largest, 1)", "weights", WEIGHTED),
         Mutation(LINEAR_DPO, "weights / weights.sum().clamp(min=1)", "weights / weights.sum()", WEIGHTED),
-        Mutation(LINEAR_DPO, "torch.where(present, t, t.detach()) for t in", "t for t in", WEIGHTED),
+        Mutation(GROUPED_LOSS, "torch.where(present, t, t.detach()) for t in", "t for t in", WEIGHTED),
         # token weights as they are where there is no label
         Mutation(
             LINEAR_DPO, "token_weights.to(dtype).masked_fill(labels == ignore_index, 0)", "token_weights", WEIGHTED
@@ -511,7 +512,7 @@ MUTATIONS = {
             LINEAR_DPO, "dtypes = compute_dtype, weight.dtype, hidden.dtype", "dtypes = (compute_dtype,)", DPO_TESTS
         ),
         # gradients handed out twice
-        Mutation(LINEAR_DPO, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
+        Mutation(GROUPED_LOSS, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
     ],
     "a head in shards": [
         # of equal logits on two ranks the last
@@ -1265,7 +1266,7 @@ MUTATIONS = {
             OPTION_TESTS,
         ),
         Mutation(
-            LINEAR_DPO,
+            GROUPED_LOSS,
             '(("losses", grads[1]), ("logps", grads[2]))',
             '(("losses", grads[2]), ("logps", grads[1]))',
             DIFFERENTIATED,
@@ -1370,7 +1371,7 @@ MUTATIONS = {
         Mutation(LOGPS, "reshape(len(values), -1).all(1)", "reshape(len(values), -1).any(1)", ARGUMENTS),
         Mutation(LOGPS, "values.detach().isnan() | values.detach().isposinf()", "values.detach().isnan()", ARGUMENTS),
         # gradients that are there are refused, and those that are not are nothing
-        Mutation(LINEAR_DPO, "if grad is not None and grad.any():", "if grad is not None:", DIFFERENTIATED),
+        Mutation(GROUPED_LOSS, "if grad is not None and grad.any():", "if grad is not None:", DIFFERENTIATED),
         Mutation(LINEAR_DPO, "and not differentiable and takes_groups", "and takes_groups", DIFFERENTIATED),
         # references of pairs without weight, and of other pairs
         Mutation(LINEAR_DPO, "ref_logps.masked_fill(~present, 0)", "ref_logps", WEIGHTED),
@@ -1750,22 +1751,22 @@ MUTATIONS = {
         Mutation(LISTWISE, "beta * (logps.detach() - ref_logps))", "beta * (logps - ref_logps))", COMPARED),
         Mutation(LISTWISE, 'check_finite_logps("ref_logps", ref_logps, "response")', "pass", COMPARED),
         # losses of groups where those of pairs are meant, and the reverse
-        Mutation(LINEAR_DPO, "return of if self.listwise else self.comparisons.pairs_of(of)", "return of", COMPARED),
-        Mutation(LINEAR_DPO, "if self.shares is None or self.listwise:", "if self.shares is None:", COMPARED),
+        Mutation(GROUPED_LOSS, "return of if self.listwise else self.comparisons.pairs_of(of)", "return of", COMPARED),
+        Mutation(GROUPED_LOSS, "if self.shares is None or self.listwise:", "if self.shares is None:", COMPARED),
         # a mean of means
-        Mutation(LINEAR_DPO, "losses.sum() / self.losses", "losses.mean()", COMPARED),
+        Mutation(GROUPED_LOSS, "losses.sum() / self.losses", "losses.mean()", COMPARED),
         # what has no weight, and is not finite
         Mutation(
-            LINEAR_DPO, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED
+            GROUPED_LOSS, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED
         ),
         Mutation(
-            LINEAR_DPO,
+            GROUPED_LOSS,
             "self.shares[self.comparisons.group_of(sequences)] > 0",
             "self.shares[self.comparisons.group_of(sequences)] >= 0",
             COMPARED,
         ),
         # WPO of sequences, not of pairs
-        Mutation(LINEAR_DPO, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
+        Mutation(GROUPED_LOSS, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
         # one label of a slot teaches it, and what none does has a gradient
         Mutation(GATHER, "flat.index_add_(0, slots, grads[0])", "flat[slots] = grads[0]", PREDICTED),
         Mutation(

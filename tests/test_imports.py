@@ -20,6 +20,7 @@ LAYERS = (
     ("parallel",),
     ("logps", "losses", "pair_groups"),
     ("listwise",),
+    ("grouped_loss",),
     ("linear_dpo",),
     ("linear_reference", "modules"),
     ("testing",),
