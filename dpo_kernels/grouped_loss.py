@@ -26,6 +26,7 @@ from dpo_kernels.options import FDivergence, LossType, Stat
 from dpo_kernels.pair_groups import Group
 from dpo_kernels.parallel import VocabularyShards
 from dpo_kernels.rows import ScatterRows
+from dpo_kernels.sequence_parallel import Whole
 
 
 class LossSettings(NamedTuple):
@@ -59,6 +60,7 @@ class Given(NamedTuple):
     """What is known of the responses before their log-probabilities are, positions shifted to those that predict."""
 
     labels: Tensor  # [S, T]
+    num_tokens: Tensor  # [S] int64: labelled positions
     ref_logps: Tensor  # [S]
     token_weights: Tensor | None  # [S, T], 0 where there is no label
     lengths: Tensor | None  # [S]; None: labelled positions
@@ -66,6 +68,7 @@ class Given(NamedTuple):
     comparisons: Comparisons
     listwise: bool  # one loss a group, else one a pair
     losses: int  # in all, where these are a part
+    whole: Whole | None  # of the sequences, if other ranks have more of them
 
     def losses_of(self, of: slice) -> slice | Tensor:
         """What to index losses by, to have those of some groups."""
@@ -73,18 +76,19 @@ class Given(NamedTuple):
 
     def part(self, of: slice) -> Given:
         """The same of some groups."""
-        weights, lengths = (
-            None if t is None else self.comparisons.take(t, of) for t in (self.token_weights, self.lengths)
-        )
+        take = self.comparisons.take
+        weights, lengths = (None if t is None else take(t, of) for t in (self.token_weights, self.lengths))
         return Given(
-            self.comparisons.take(self.labels, of),
-            self.comparisons.take(self.ref_logps, of),
+            take(self.labels, of),
+            take(self.num_tokens, of),
+            take(self.ref_logps, of),
             weights,
             lengths,
             None if self.shares is None else self.shares[self.losses_of(of)],
             self.comparisons.part(of),
             self.listwise,
             self.losses,
+            None if self.whole is None else self.whole.of(lambda t: take(t, of)),
         )
 
     def present(self) -> Tensor | None:
@@ -103,33 +107,40 @@ class Given(NamedTuple):
             return losses.sum() / self.losses
         return torch.where(self.shares > 0, losses * self.shares, 0).sum()
 
-    def mean_chosen_length(self, ignore_index: int) -> Tensor:
+    def mean_chosen_length(self) -> Tensor:
         """[] number of labelled positions."""
-        lengths, _ = self.comparisons.split((self.labels != ignore_index).sum(1).to(self.ref_logps.dtype))
+        lengths, _ = self.comparisons.split(self.num_tokens.to(self.ref_logps.dtype))
         if self.shares is None or self.listwise:
             return lengths.mean()
         return torch.where(self.shares.any(), (lengths * self.shares).sum(), lengths.mean())
 
 
 def response_logps(
-    token_logps: Tensor, labels: Tensor, token_weights: Tensor | None, ld_alpha: float | None, ignore_index: int
+    token_logps: Tensor,
+    labels: Tensor,
+    token_weights: Tensor | None,
+    ld_alpha: float | None,
+    ignore_index: int,
+    whole: Whole | None,
 ) -> tuple[Tensor, Tensor]:
     """[S] sums of [S, T], without and with the weights that desensitize to length. Policy and reference are summed by
     this alike: where they are one model, rewards are 0 to the bit."""
     weighted = token_logps if token_weights is None else token_logps * token_weights
-    plain = sum_tokens(weighted)
+    plain = sum_tokens(weighted, whole)
     if ld_alpha is None:
         return plain, plain
-    weights = length_desensitized_weights(labels, ld_alpha, ignore_index=ignore_index)
-    return plain, sum_tokens(weighted * weights.to(token_logps.dtype))
+    weights = length_desensitized_weights(labels, ld_alpha, ignore_index=ignore_index, whole=whole)
+    return plain, sum_tokens(weighted * weights.to(token_logps.dtype), whole)
 
 
 def pair_losses(
     token_logps: Tensor, log_sum_sq_probs: Tensor | None, given: Given, options: LossSettings
 ) -> tuple[PreferenceLoss, Tensor]:
     """Losses from [S, T] token log-probabilities; and the log-probabilities [S] that they use."""
-    labels, split = given.labels, given.comparisons.split
-    plain, logps = response_logps(token_logps, labels, given.token_weights, options.ld_alpha, options.ignore_index)
+    labels, split, whole = given.labels, given.comparisons.split, given.whole
+    plain, logps = response_logps(
+        token_logps, labels, given.token_weights, options.ld_alpha, options.ignore_index, whole
+    )
     if (present := given.present()) is not None:  # the slope of a loss may be infinite where its weight is 0
         plain, logps = (torch.where(present, t, t.detach()) for t in (plain, logps))
     chosen_ref_logps, rejected_ref_logps = split(given.ref_logps)
@@ -141,9 +152,9 @@ def pair_losses(
     wpo = None
     if log_sum_sq_probs is not None:
         tokens = (torch.cat(split(t)) for t in (token_logps, log_sum_sq_probs, labels))
-        wpo = wpo_weights(*tokens, ignore_index=options.ignore_index)
-    lengths = (labels != options.ignore_index).sum(1) if given.lengths is None else given.lengths
-    chosen_lengths, rejected_lengths = split(lengths)
+        of_pairs = None if whole is None else whole.of(lambda t: torch.cat(split(t)))
+        wpo = wpo_weights(*tokens, ignore_index=options.ignore_index, whole=of_pairs)
+    chosen_lengths, rejected_lengths = split(given.num_tokens if given.lengths is None else given.lengths)
     loss = losses_of_pairs(
         *split(logps),
         chosen_ref_logps,
@@ -189,7 +200,6 @@ class GroupedLoss(torch.autograd.Function):
         comparisons, options = g.given.comparisons, g.options
         y = labels[g.rows.sequence, g.rows.position]
         y = y if g.shards is None else y - g.shards.first
-        num_tokens = (labels != options.ignore_index).sum(1)
         # A pair without labelled tokens is in no part's rows, but in a part: parts cover all pairs.
         losses = ref_logps.new_empty(g.given.losses)
         chosen_rewards, rejected_rewards = ref_logps.new_empty(2, comparisons.pairs)
@@ -236,6 +246,7 @@ class GroupedLoss(torch.autograd.Function):
                 stats=options.stats,
                 shards=g.shards,
             )
+        num_tokens = g.given.num_tokens.clone()
         ctx.mark_non_differentiable(num_tokens, chosen_rewards, rejected_rewards, table)
         ctx.set_materialize_grads(False)
         return g.given.mean(losses), losses, logps, num_tokens, chosen_rewards, rejected_rewards, table

@@ -47,6 +47,7 @@ from dpo_kernels.options import (
 from dpo_kernels.pair_groups import group_major, plan_groups
 from dpo_kernels.parallel import head_here
 from dpo_kernels.rows import check_finite, labelled_rows, rows_of
+from dpo_kernels.sequence_parallel import in_step, of_operands, ranks_of, refuse_shift
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -76,6 +77,7 @@ class LinearDPOOutput(NamedTuple):
     """{name: [S, T]} what was asked for, 0 or False at positions without a label."""
 
 
+@in_step
 @explain_unknown
 def linear_dpo_loss(
     hidden: Tensor,
@@ -111,6 +113,7 @@ def linear_dpo_loss(
     check_hidden: bool = True,
     predictors: Tensor | None = None,
     group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> LinearDPOOutput:
     """DPO loss of hidden states and the labels that they predict: aligned, not shifted, unless `shift` says so.
@@ -139,6 +142,10 @@ def linear_dpo_loss(
             `token_weights`, weighted alike. For no reference, zeros.
         bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, check_hidden, predictors,
             group, impl: as in `linear_sequence_logps`.
+        sequence_group: as in `linear_sequence_logps`: all of [S, T] are a rank's own, what is [S], [B] or [G] and all
+            options are the same on all ranks, and so are the results but `stats`. All losses and options are those of
+            whole sequences; for `ld_alpha` alone ranks have consecutive positions, in their order. Path C takes the
+            same parts on all ranks, which fit on each of them.
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha: as in
             `dpo_loss`.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).
@@ -170,6 +177,8 @@ def linear_dpo_loss(
         RuntimeError: a transform of `torch.func`; in the backward, a gradient that this call does not have.
     """
     refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
+    ranks = ranks_of(sequence_group)
+    refuse_shift(ranks, shift)
     head = head_here(hidden, weight, labels, bias, group)
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
@@ -213,13 +222,36 @@ def linear_dpo_loss(
     if pair_weights is not None:
         _check_weight_values("pair_weights", pair_weights, waits)
         shares = _shares(pair_weights).to(dtype)
-    given = Given(labels, ref_logps.detach().to(dtype), token_weights, lengths, shares, comparisons, listwise, losses)
+    labelled = labels != ignore_index
+    given = Given(
+        labels, labelled.sum(1), ref_logps.detach().to(dtype), token_weights, lengths, shares, comparisons, listwise,
+        losses, whole=None,
+    )  # fmt: skip
     if check_hidden and is_at_hand(ref_logps):
         present = given.present()  # the numbers of others are nobody's
         numbers = ref_logps if present is None else ref_logps.masked_fill(~present, 0)
         check_finite_logps("ref_logps", numbers, "sequence")
+    if ranks is not None:
+        rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
+        if check_hidden:
+            check_finite(rows_of(hidden.detach(), rows, predictors), rows, waits)
+        whole = ranks.agree(
+            labelled,
+            **of_operands(hidden, weight, bias, logit_scale, softcap, temperature),
+            ref_logps=ref_logps,
+            **checked,
+            mean_chosen_length=mean_chosen_length,
+            ignore_index=ignore_index,
+            pairs=pairs,
+            pair_weights=pair_weights,
+            lengths=lengths,
+            differentiable=sorted(differentiable),
+            chunk_bytes=chunk_bytes,
+            impl=f"{head.family(impl, 'C', compute_dtype)} in {compute_dtype}",
+        )
+        given = given._replace(num_tokens=whole.num_tokens, whole=whole)
     if mean_chosen_length is None:
-        options = options._replace(mean_chosen_length=given.mean_chosen_length(ignore_index))
+        options = options._replace(mean_chosen_length=given.mean_chosen_length())
     cap = None if softcap is None else float(softcap)
     transform = LogitTransform(float(logit_scale), cap, float(temperature))
 
@@ -229,7 +261,9 @@ def linear_dpo_loss(
         rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         family = head.family(impl, "C", compute_dtype)
-        groups = plan_groups(rows, comparisons, head.planned, dtype, budget, family, dweight=weight.requires_grad)
+        counts = None if ranks is None else ranks.counts
+        dweight = weight.requires_grad
+        groups = plan_groups(rows, comparisons, head.planned, dtype, budget, family, dweight=dweight, counts=counts)
         if groups is not None:
             rows = group_major(rows, comparisons)
             x = rows_of(hidden, rows, predictors)
@@ -250,7 +284,7 @@ def linear_dpo_loss(
         ignore_index=ignore_index,
         stats=options.stats,
         num_labelled=num_labelled,
-        check_hidden=check_hidden,
+        check_hidden=check_hidden and ranks is None,
         predictors=predictors,
         group=head.shards,
         impl=impl,
@@ -258,11 +292,13 @@ def linear_dpo_loss(
     for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
     loss, logps = pair_losses(out.token_logps, for_wpo, given._replace(shares=None), options)
     counted = loss if shares is None else pair_losses(out.token_logps, for_wpo, given, options)[0]
+    if check_hidden and ranks is not None:  # of whole sequences, so that all ranks see it
+        check_head_is_finite(logps.detach(), head)
     return LinearDPOOutput(
         given.mean(counted.losses),
         loss.losses,
         logps,
-        out.num_tokens,
+        given.num_tokens,
         loss.chosen_rewards,
         loss.rejected_rewards,
         {name: out.stats[name] for name in stats},

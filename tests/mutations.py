@@ -58,7 +58,7 @@ TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch"
 DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES, PARALLEL = (
     f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses", "parallel")
 )
-GROUPED_LOSS = "dpo_kernels/grouped_loss.py"
+GROUPED_LOSS, SEQUENCES = "dpo_kernels/grouped_loss.py", "dpo_kernels/sequence_parallel.py"
 PAIR_GROUPS, LINEAR_REFERENCE, COMPARISONS, LISTWISE = (
     f"dpo_kernels/{name}.py" for name in ("pair_groups", "linear_reference", "comparisons", "listwise")
 )
@@ -95,6 +95,7 @@ ON_TORCH = f"{CONSUMERS} test_ops.py -k 'torch and not budget'"
 LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("logps", "linear_dpo", "numerics"))
 PUBLISHED = "test_losses.py -k published"
 SHARD_TESTS = "test_parallel.py -k '3 or every'"
+SEQUENCE_TESTS = "test_sequence_parallel.py -k '3'"
 LOSS_TESTS, REFERENCE_FREE = "test_losses.py", "test_losses_reference_free.py"
 HEAD_TESTS, FORWARD_TESTS = "models/test_head.py", "models/test_fused_forward.py"
 CHECK_TESTS, SAYS_TESTS, PRECISION_TESTS = (f"models/test_{n}.py" for n in ("check", "check_messages", "precisions"))
@@ -421,7 +422,7 @@ MUTATIONS = {
             NUMERICS,
         ),
         # dropped detaches
-        Mutation(LINEAR_DPO, "labels, ref_logps.detach().to(dtype)", "labels, ref_logps.to(dtype)", ON_TORCH),
+        Mutation(LINEAR_DPO, "ref_logps.detach().to(dtype), token", "ref_logps.to(dtype), token", ON_TORCH),
         # shifted the other way
         Mutation(
             LOGPS,
@@ -466,8 +467,8 @@ MUTATIONS = {
         Mutation(GATHER, "(labels >= vocab_size)", "(labels > vocab_size)", LOGPS_TESTS),
         Mutation(
             PAIR_GROUPS,
-            "if max(sizes) > budget:",
-            "if max(sizes) >= budget:",
+            "if max(map(max, sizes_of_ranks)) > budget:",
+            "if max(map(max, sizes_of_ranks)) >= budget:",
             "test_memory.py planning/test_planning.py test_linear_dpo.py -k 'torch'",
         ),
         # memory that nobody wrote to
@@ -494,8 +495,8 @@ MUTATIONS = {
         # a wrong reduction
         Mutation(
             GROUPED_LOSS,
-            "lengths, _ = self.comparisons.split((self.labels != ignore_index).sum(1).to(self.ref_logps.dtype))",
-            "lengths = (self.labels != ignore_index).sum(1).to(self.ref_logps.dtype)",
+            "lengths, _ = self.comparisons.split(self.num_tokens.to(self.ref_logps.dtype))",
+            "lengths = self.num_tokens.to(self.ref_logps.dtype)",
             DPO_TESTS,
         ),
         Mutation(GROUPED_LOSS, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
@@ -530,6 +531,26 @@ MUTATIONS = {
         Mutation(LINEAR_DPO, "comparisons, head.planned, dtype", "comparisons, weight, dtype", SHARD_TESTS),
         # memory that nobody wrote to
         Mutation(PARALLEL, "        if y.shape[0] == 0:", "        if False:", SHARD_TESTS),
+        # sequences in parts: sums, positions, plans, memory that nobody wrote to, and ranks that wait for one another
+        Mutation(SEQUENCES, "functools.reduce(torch.add, others, first)", "first + 0", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "counts[: self.rank].sum(0)", "counts[: self.rank + 1].sum(0)", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "if other.get(name) != first:", "if False:", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "            if ranks.have_agreed:\n", "            if True:\n", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "t.requires_grad and torch.is_grad_enabled()", "False", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "if ranks is not None and shift:", "if False:", SEQUENCE_TESTS),
+        Mutation(LOSSES, "positions + whole.before[:, None]", "positions", SEQUENCE_TESTS),
+        Mutation(LOSSES, "whole.join(sums), whole.num_tokens", "sums, whole.num_tokens", SEQUENCE_TESTS),
+        Mutation(PAIR_GROUPS, "max(map(operator.sub, of_ranks, free))", "(of_ranks[0] - free[0])", SEQUENCE_TESTS),
+        Mutation(
+            PAIR_GROUPS, "max(map(operator.add, filled, more)) > budget", "filled[0] + more[0] > budget", SEQUENCE_TESTS
+        ),
+        Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
+        Mutation(
+            LINEAR_DPO, "check_hidden=check_hidden and ranks is None", "check_hidden=check_hidden", SEQUENCE_TESTS
+        ),
+        Mutation(LINEAR_REFERENCE, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
+        Mutation(PATHS, "(weight.new_empty if n else weight.new_zeros)", "weight.new_empty", SEQUENCE_TESTS),
+        Mutation(PATHS, "if group.start == group.stop:  # other", "if False:  # other", SEQUENCE_TESTS),
     ],
     "losses": [
         # flipped signs
@@ -1360,8 +1381,8 @@ MUTATIONS = {
         # transforms of some arguments
         Mutation(
             LINEAR_DPO,
-            "ref_logps, token_weights, pair_weights, lengths)\n    head",
-            "ref_logps, token_weights)\n    head",
+            "ref_logps, token_weights, pair_weights, lengths)\n    ranks",
+            "ref_logps, token_weights)\n    ranks",
             ARGUMENTS,
         ),
         Mutation(

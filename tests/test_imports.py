@@ -18,6 +18,7 @@ LAYERS = (
     ("dispatch", "rows", "measure", "comparisons"),
     ("ops",),
     ("parallel",),
+    ("sequence_parallel",),
     ("logps", "losses", "pair_groups"),
     ("listwise",),
     ("grouped_loss",),
