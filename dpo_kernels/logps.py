@@ -115,10 +115,10 @@ def linear_sequence_logps(
             plain tensors [V_r, H] and [V_r], of any number of entries on each rank, or none; labels are those of the
             whole vocabulary.
         sequence_group: a process group whose ranks each have a part of every sequence (context parallel): `hidden`,
-            `labels`, `token_weights`, `predictors` and `num_labelled` are of the T_r positions here, of any number. `logps`
-            and `num_tokens` are those of whole sequences, the same on all ranks to the bit; `token_logps` and `stats`
-            are of the part. Each rank calls backward on the same loss, and gets the gradient of its own positions with
-            respect to `hidden`, and their share of those of `weight` and `bias`, which are to be summed over the group.
+            `labels`, `token_weights`, `predictors` and `num_labelled` are of the T_r positions here, of any number.
+            `logps` and `num_tokens` are those of whole sequences, the same on all ranks to the bit; `token_logps` and
+            `stats` are of the part. Each rank calls backward on the same loss, and gets the gradient of `hidden` at its
+            own positions, and their share of those of `weight` and `bias`, which are to be summed over the group.
             Labels are aligned before they are split: without `shift`. Beside `group`, other ranks of the same head. The
             ranks agree on what they are given in one exchange, for which an accelerator is waited for.
         impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.

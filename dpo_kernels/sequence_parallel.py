@@ -65,7 +65,7 @@ class SequenceRanks:
         try:
             self._exchange(f"{error}")
         except ValueError as told:
-            raise told from error
+            raise (TypeError(f"{told}") if isinstance(error, TypeError) else told) from error
         raise AssertionError("unreachable") from error
 
     def _exchange(self, mine: Any) -> list[Any]:

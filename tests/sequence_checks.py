@@ -1,6 +1,7 @@
 """What ranks with a part of every sequence check, each by itself against the call with whole sequences: run by
 `test_sequence_parallel.py` in several processes, as `parallel_checks.py` is."""
 
+import contextlib
 import re
 import sys
 from pathlib import Path
@@ -64,10 +65,11 @@ def chunk_bytes_for(parts, labels, sizes, dtype):
     return rows * 2 // 3 * V * max(4, dtype.itemsize)
 
 
-def compare(world, call, inputs, needs, dtype, sizes, of_values, epsilon=1e-6, ranks=None):
+def compare(world, call, inputs, needs, dtype, sizes, of_values, epsilon=1e-6):
     """`call(hidden, weight, bias, here, **group)`, of whole sequences and of parts: in fp64 the same to 1e-12, else as
-    near to fp64. Gradients of the head are summed over the ranks; what is of whole sequences has the same bits."""
-    here, everything = world.part(sizes), slice(None)
+    near to fp64. Gradients of the head are summed over the ranks; what is of whole sequences has the same bits. `sizes`
+    may be the positions themselves."""
+    here, everything = sizes if isinstance(sizes, torch.Tensor) else world.part(sizes), slice(None)
 
     def found(given, dtype, here, **group):
         hidden, *head = leaves(given, needs, dtype)
@@ -102,18 +104,13 @@ def compare(world, call, inputs, needs, dtype, sizes, of_values, epsilon=1e-6, r
             assert not reason, reason
 
 
+@contextlib.contextmanager
 def where(*what):
     """Says in which case."""
-
-    class Where:
-        def __enter__(self):
-            pass
-
-        def __exit__(self, kind, error, trace):
-            if isinstance(error, AssertionError):
-                raise AssertionError(f"{' '.join(map(str, what))}: {error}") from error
-
-    return Where()
+    try:
+        yield
+    except AssertionError as error:
+        raise AssertionError(f"{' '.join(map(str, what))}: {error}") from error
 
 
 def check_log_probabilities(world):
@@ -217,6 +214,31 @@ def check_where_labels_lie(world):
                     with where((labels >= 0).sum(1).tolist(), name, parts, dtype):
                         compare(world, call, inputs, needs, dtype, sizes, of_loss, BF16)
     torch.use_deterministic_algorithms(False)
+
+
+def check_positions_in_any_order(world):
+    """Dealt one by one, as cards are."""
+    inputs = head_inputs(4, T, H, V)
+    for needs in NEEDS.values():
+        for chunk_bytes in (None, 0):
+
+            def call(h, w, b, here, chunk_bytes=chunk_bytes, **group):
+                own = {"chunk_bytes": chunk_bytes, "use_weighting": True, "stats": STATS}
+                return linear_dpo_loss(h, w, inputs.labels[:, here], inputs.ref_logps, bias=b, **own, **group)
+
+            compare(world, call, inputs, needs, torch.float64, torch.arange(world.rank, T, world.ranks), of_loss)
+
+
+def check_autocast(world):
+    inputs = head_inputs(4, T, H, V)
+    sizes = next(iter(splits(world.ranks)))
+
+    def call(h, w, b, here, **group):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_dpo_loss(h, w, inputs.labels[:, here], inputs.ref_logps, bias=b, **group)
+
+    for needs in NEEDS.values():
+        compare(world, call, inputs, needs, torch.float32, sizes, of_loss, 1e-4)
 
 
 def check_one_position(world):
@@ -454,7 +476,8 @@ def check_errors(world):
     for number, (call, pattern) in enumerate(cases):
         try:
             call()
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
+            assert isinstance(error, TypeError) == ("betta" in pattern and last), error
             text = str(error)
         else:
             text = "no error"
