@@ -56,7 +56,7 @@ class SequenceRanks:
                         f"{other.get(name, 'a call of another function'):.200} on rank {rank}"
                     )
         self.counts = [counts for _, counts in everywhere]
-        counts = torch.tensor(self.counts, device=labelled.device)
+        counts = torch.tensor(self.counts, dtype=torch.int64, device=labelled.device)
         return Whole(counts.sum(0), counts[: self.rank].sum(0), self.group)
 
     def tell(self, error: Exception) -> NoReturn:

@@ -164,6 +164,7 @@ def check_losses(world):
         {"loss_type": "aot"},  # sorts the batch: path D
         {"loss_type": "ipo", "lengths": torch.tensor([3, 9, 4, 7]), "differentiable": ("logps",)},
         {"pair_weights": torch.tensor([0.0, 1.0]), "loss_type": "sft"},
+        {"pairs": [(2, 0), (1, 3)], "loss_type": ("ipo", "sft"), "use_weighting": True, "rpo_alpha": 0.2},
     ]
     weights = torch.rand(inputs.labels.shape, generator=torch.Generator().manual_seed(2))
     first, *others = splits(world.ranks)
@@ -242,7 +243,10 @@ def check_autocast(world):
 
 
 def check_one_position(world):
+    """And no sequence."""
     inputs = head_inputs(4, 1, H, V, labelled=1.0)
+    none = linear_sequence_logps(inputs.hidden[:0], inputs.weight, inputs.labels[:0], sequence_group=world.group)
+    assert none.logps.shape == (0,) and none.num_tokens.dtype == torch.int64
     for rank in range(world.ranks):
         for needs in NEEDS.values():
 
