@@ -33,7 +33,7 @@ from parallel_checks import (
     small_tiles,
 )
 
-from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels import linear_dpo, linear_dpo_loss, linear_reference, linear_sequence_logps, sequence_logps
 from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.testing import beyond_budget, head_inputs
 
@@ -290,6 +290,22 @@ def check_many_tiles(world):
                 compare(world, call, inputs, NEEDS["D"], torch.float64, sizes, of_loss)
 
 
+@contextlib.contextmanager
+def plans():
+    """What the reference and the loss plan, in turns."""
+    found, plan = [], linear_dpo.plan_groups
+
+    def planned(*args, **options):
+        found.append(plan(*args, **options))
+        return found[-1]
+
+    linear_dpo.plan_groups = linear_reference.plan_groups = planned
+    try:
+        yield found
+    finally:
+        linear_dpo.plan_groups = linear_reference.plan_groups = plan
+
+
 def check_reference(world):
     """Where policy and reference are one model, rewards are 0 to the bit on every path, with ld_alpha or without."""
     inputs = head_inputs(4, T, H, V)
@@ -304,10 +320,12 @@ def check_reference(world):
                     "ld_alpha": 0.5,
                 }
                 given = hidden[:, here], weight, inputs.labels[:, here]
-                reference = linear_reference_logps(*given, bias=bias, gradients=gradients, **fixed)
-                out = linear_dpo_loss(*given, reference.logps, bias=bias, **fixed)
+                with small_tiles() if parts == "several" else contextlib.nullcontext(), plans() as found:
+                    reference = linear_reference_logps(*given, bias=bias, gradients=gradients, **fixed)
+                    out = linear_dpo_loss(*given, reference.logps, bias=bias, **fixed)
                 assert not out.chosen_rewards.any() and not out.rejected_rewards.any(), (sizes, path, parts)
                 assert torch.equal(reference.num_tokens, (inputs.labels >= 0).sum(1))
+                assert found[::2] == found[1::2] and len(found) == 2 * (path == "D"), found
 
 
 def check_collectives(world):
