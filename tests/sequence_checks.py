@@ -279,8 +279,8 @@ def check_packed_rows(world):
 def check_many_tiles(world):
     inputs = head_inputs(4, T, H, V)
     with small_tiles():
-        for sizes in splits(world.ranks):
-            for parts in PARTS:
+        for sizes in [*splits(world.ranks)][:2]:
+            for parts in PARTS[:2]:
                 chunk_bytes = chunk_bytes_for(parts, inputs.labels, sizes, torch.float64)
 
                 def call(h, w, b, here, chunk_bytes=chunk_bytes, **group):
