@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -33,27 +35,42 @@ def plan_groups(
     family: str,
     *,
     dweight: bool,
+    counts: Sequence[Sequence[int]] | None = None,
 ) -> list[Group] | None:
     """Whole pairs, or larger groups, in parts whose logits fit in `chunk_bytes`; None if that cannot be, or there are
-    no rows. `dweight`: the head's weight gets a gradient, in whose memory some logits are kept."""
+    no rows. `dweight`: the head's weight gets a gradient, in whose memory some logits are kept. `counts`: [R][S] rows
+    of each sequence on ranks that are to have the same parts, each of which fits on all of them."""
     n = rows.sequence.shape[0]
+    of_ranks = [n] if counts is None else [sum(of_rank) for of_rank in counts]
     row_bytes = weight.shape[0] * dtype.itemsize
-    if n == 0 or chunk_bytes == 0:
+    if max(of_ranks) == 0 or chunk_bytes == 0:
         return None
-    free = paths.rows_kept_in_dw(load(family), n, weight, dtype) if dweight else 0
-    if (n - free) * row_bytes <= chunk_bytes:
+    k = load(family)
+    free = [paths.rows_kept_in_dw(k, each, weight, dtype) if dweight else 0 for each in of_ranks]
+    if max(map(operator.sub, of_ranks, free)) * row_bytes <= chunk_bytes:
         return [Group(slice(0, n), slice(0, comparisons.groups))]
     if dweight and weight.dtype != dtype:
         chunk_bytes -= weight.numel() * dtype.itemsize
     budget = chunk_bytes // row_bytes
     sizes = torch.bincount(comparisons.group_of(rows.sequence), minlength=comparisons.groups).tolist()
-    if max(sizes) > budget:
+    # [groups, R]
+    sizes_of_ranks = [[size] for size in sizes] if counts is None else _of_groups(counts, comparisons, rows)
+    if max(map(max, sizes_of_ranks)) > budget:
         return None
-    groups, first_row, first, size = [], 0, 0, 0
-    for group, more in enumerate([*sizes, budget + 1]):
-        if size + more > budget:
-            if size:
-                groups.append(Group(slice(first_row, first_row + size), slice(first, group)))
-            first_row, first, size = first_row + size, group, 0
-        size += more
+    groups, first_row, first, filled = [], 0, 0, [0] * len(of_ranks)
+    for group, more in enumerate([*sizes_of_ranks, [budget + 1] * len(of_ranks)]):
+        if max(map(operator.add, filled, more)) > budget:
+            if any(filled):
+                end = first_row + sum(sizes[first:group])
+                groups.append(Group(slice(first_row, end), slice(first, group)))
+                first_row, first = end, group
+            filled = [0] * len(of_ranks)
+        filled = list(map(operator.add, filled, more))
     return groups
+
+
+def _of_groups(counts: Sequence[Sequence[int]], comparisons: Comparisons, rows: Rows) -> list[list[int]]:
+    """[R][S] of sequences to [groups, R]."""
+    group_of = comparisons.group_of(torch.arange(len(counts[0]), device=rows.sequence.device))
+    table = torch.tensor(counts, device=group_of.device).T
+    return table.new_zeros(comparisons.groups, len(counts)).index_add_(0, group_of, table).tolist()

@@ -43,7 +43,7 @@ AGREED_BYTES = len(AGREED) * 8
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[R, *t.shape] what each rank has."""
     gathered = t.new_empty(dist.get_world_size(group), *t.shape)
     dist.all_gather(list(gathered.unbind()), t.contiguous(), group=group)
@@ -61,7 +61,7 @@ class VocabularyShards:
 
     def gather(self, t: Tensor) -> Tensor:
         """[R, *t.shape] what each rank has."""
-        return _gather(t, self.group)
+        return gather(t, self.group)
 
     def join_(self, fold: Fold) -> Tensor:
         if fold.y.shape[0] == 0:
@@ -141,7 +141,7 @@ def head_here(
             raise ValueError("bias: expected a plain tensor, as weight is, got a DTensor")
         if group is None:
             return Head(weight, bias, None)
-        _check_group(group)
+        check_group("group", group)
         ranks, sharding = group, (-1, dist.get_rank(group))
     else:
         if group is not None:
@@ -163,14 +163,14 @@ def head_here(
     return Head(weight, bias, VocabularyShards(ranks, _agreed_sizes(hidden, weight, labels, bias, ranks, sharding)))
 
 
-def _check_group(group: object) -> None:
+def check_group(name: str, group: object) -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
-            "group: expected a process group of torch.distributed, which is not initialised, got "
+            f"{name}: expected a process group of torch.distributed, which is not initialised, got "
             f"{type(group).__name__}"
         )
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group: expected a process group with this rank in it, got {type(group).__name__}")
+        raise ValueError(f"{name}: expected a process group with this rank in it, got {type(group).__name__}")
 
 
 def _mesh_of(name: str, t: Any) -> Any:
@@ -209,7 +209,7 @@ def _agreed_sizes(
     }
     assert tuple(own) == AGREED
     mine = torch.tensor(list(own.values()), device=hidden.device)
-    of_ranks = _gather(mine, group).tolist()
+    of_ranks = gather(mine, group).tolist()
     said = {name: [row[i] for row in of_ranks] for i, name in enumerate(own)}
     for name, values in said.items():
         if name not in ("entries", "bias", "place") and len(set(values)) > 1:

@@ -58,6 +58,7 @@ TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch"
 DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES, PARALLEL = (
     f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses", "parallel")
 )
+GROUPED_LOSS, SEQUENCES = "dpo_kernels/grouped_loss.py", "dpo_kernels/sequence_parallel.py"
 PAIR_GROUPS, LINEAR_REFERENCE, COMPARISONS, LISTWISE = (
     f"dpo_kernels/{name}.py" for name in ("pair_groups", "linear_reference", "comparisons", "listwise")
 )
@@ -95,6 +96,7 @@ ON_TORCH = f"{CONSUMERS} test_ops.py -k 'torch and not budget'"
 LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("logps", "linear_dpo", "numerics"))
 PUBLISHED = "test_losses.py -k published"
 SHARD_TESTS = "test_parallel.py -k '3 or every'"
+SEQUENCE_TESTS = "test_sequence_parallel.py -k '3'"
 LOSS_TESTS, REFERENCE_FREE = "test_losses.py", "test_losses_reference_free.py"
 HEAD_TESTS, FORWARD_TESTS = "models/test_head.py", "models/test_fused_forward.py"
 CHECK_TESTS, SAYS_TESTS, PRECISION_TESTS = (f"models/test_{n}.py" for n in ("check", "check_messages", "precisions"))
@@ -422,7 +424,7 @@ MUTATIONS = {
             NUMERICS,
         ),
         # dropped detaches
-        Mutation(LINEAR_DPO, "labels, ref_logps.detach().to(dtype)", "labels, ref_logps.to(dtype)", ON_TORCH),
+        Mutation(LINEAR_DPO, "ref_logps.detach().to(dtype), token", "ref_logps.to(dtype), token", ON_TORCH),
         # shifted the other way
         Mutation(
             LOGPS,
@@ -467,8 +469,8 @@ MUTATIONS = {
         Mutation(GATHER, "(labels >= vocab_size)", "(labels > vocab_size)", LOGPS_TESTS),
         Mutation(
             PAIR_GROUPS,
-            "if max(sizes) > budget:",
-            "if max(sizes) >= budget:",
+            "if max(map(max, sizes_of_ranks)) > budget:",
+            "if max(map(max, sizes_of_ranks)) >= budget:",
             "test_memory.py planning/test_planning.py test_linear_dpo.py -k 'torch'",
         ),
         # memory that nobody wrote to
@@ -494,16 +496,16 @@ MUTATIONS = {
         ),
         # a wrong reduction
         Mutation(
-            LINEAR_DPO,
-            "lengths, _ = self.comparisons.split((self.labels != ignore_index).sum(1).to(self.ref_logps.dtype))",
-            "lengths = (self.labels != ignore_index).sum(1).to(self.ref_logps.dtype)",
+            GROUPED_LOSS,
+            "lengths, _ = self.comparisons.split(self.num_tokens.to(self.ref_logps.dtype))",
+            "lengths = self.num_tokens.to(self.ref_logps.dtype)",
             DPO_TESTS,
         ),
-        Mutation(LINEAR_DPO, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
+        Mutation(GROUPED_LOSS, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
         # weights whose sum is infinite, of nothing, and of none
         Mutation(LINEAR_DPO, "weights / torch.where(largest > 0, largest, 1)", "weights", WEIGHTED),
         Mutation(LINEAR_DPO, "weights / weights.sum().clamp(min=1)", "weights / weights.sum()", WEIGHTED),
-        Mutation(LINEAR_DPO, "torch.where(present, t, t.detach()) for t in", "t for t in", WEIGHTED),
+        Mutation(GROUPED_LOSS, "torch.where(present, t, t.detach()) for t in", "t for t in", WEIGHTED),
         # token weights as they are where there is no label
         Mutation(
             LINEAR_DPO, "token_weights.to(dtype).masked_fill(labels == ignore_index, 0)", "token_weights", WEIGHTED
@@ -513,7 +515,7 @@ MUTATIONS = {
             LINEAR_DPO, "dtypes = compute_dtype, weight.dtype, hidden.dtype", "dtypes = (compute_dtype,)", DPO_TESTS
         ),
         # gradients handed out twice
-        Mutation(LINEAR_DPO, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
+        Mutation(GROUPED_LOSS, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
     ],
     "a head in shards": [
         # of equal logits on two ranks the last
@@ -531,6 +533,26 @@ MUTATIONS = {
         Mutation(LINEAR_DPO, "comparisons, head.planned, dtype", "comparisons, weight, dtype", SHARD_TESTS),
         # memory that nobody wrote to
         Mutation(PARALLEL, "        if y.shape[0] == 0:", "        if False:", SHARD_TESTS),
+        # sequences in parts: sums, positions, plans, memory that nobody wrote to, and ranks that wait for one another
+        Mutation(SEQUENCES, "functools.reduce(torch.add, others, first)", "first + 0", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "counts[: self.rank].sum(0)", "counts[: self.rank + 1].sum(0)", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "if other.get(name) != first:", "if False:", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "            if ranks.have_agreed:\n", "            if True:\n", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "t.requires_grad and torch.is_grad_enabled()", "False", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "if ranks is not None and shift:", "if False:", SEQUENCE_TESTS),
+        Mutation(LOSSES, "positions + whole.before[:, None]", "positions", SEQUENCE_TESTS),
+        Mutation(LOSSES, "whole.join(sums), whole.num_tokens", "sums, whole.num_tokens", SEQUENCE_TESTS),
+        Mutation(PAIR_GROUPS, "max(map(operator.sub, of_ranks, free))", "(of_ranks[0] - free[0])", SEQUENCE_TESTS),
+        Mutation(
+            PAIR_GROUPS, "max(map(operator.add, filled, more)) > budget", "filled[0] + more[0] > budget", SEQUENCE_TESTS
+        ),
+        Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
+        Mutation(
+            LINEAR_DPO, "check_hidden=check_hidden and ranks is None", "check_hidden=check_hidden", SEQUENCE_TESTS
+        ),
+        Mutation(LINEAR_REFERENCE, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
+        Mutation(PATHS, "(weight.new_empty if n else weight.new_zeros)", "weight.new_empty", SEQUENCE_TESTS),
+        Mutation(PATHS, "if group.start == group.stop:  # other", "if False:  # other", SEQUENCE_TESTS),
     ],
     "losses": [
         # flipped signs
@@ -1267,7 +1289,7 @@ MUTATIONS = {
             OPTION_TESTS,
         ),
         Mutation(
-            LINEAR_DPO,
+            GROUPED_LOSS,
             '(("losses", grads[1]), ("logps", grads[2]))',
             '(("losses", grads[2]), ("logps", grads[1]))',
             DIFFERENTIATED,
@@ -1361,8 +1383,8 @@ MUTATIONS = {
         # transforms of some arguments
         Mutation(
             LINEAR_DPO,
-            "ref_logps, token_weights, pair_weights, lengths)\n    head",
-            "ref_logps, token_weights)\n    head",
+            "ref_logps, token_weights, pair_weights, lengths)\n    ranks",
+            "ref_logps, token_weights)\n    ranks",
             ARGUMENTS,
         ),
         Mutation(
@@ -1372,7 +1394,7 @@ MUTATIONS = {
         Mutation(LOGPS, "reshape(len(values), -1).all(1)", "reshape(len(values), -1).any(1)", ARGUMENTS),
         Mutation(LOGPS, "values.detach().isnan() | values.detach().isposinf()", "values.detach().isnan()", ARGUMENTS),
         # gradients that are there are refused, and those that are not are nothing
-        Mutation(LINEAR_DPO, "if grad is not None and grad.any():", "if grad is not None:", DIFFERENTIATED),
+        Mutation(GROUPED_LOSS, "if grad is not None and grad.any():", "if grad is not None:", DIFFERENTIATED),
         Mutation(LINEAR_DPO, "and not differentiable and takes_groups", "and takes_groups", DIFFERENTIATED),
         # references of pairs without weight, and of other pairs
         Mutation(LINEAR_DPO, "ref_logps.masked_fill(~present, 0)", "ref_logps", WEIGHTED),
@@ -1752,22 +1774,22 @@ MUTATIONS = {
         Mutation(LISTWISE, "beta * (logps.detach() - ref_logps))", "beta * (logps - ref_logps))", COMPARED),
         Mutation(LISTWISE, 'check_finite_logps("ref_logps", ref_logps, "response")', "pass", COMPARED),
         # losses of groups where those of pairs are meant, and the reverse
-        Mutation(LINEAR_DPO, "return of if self.listwise else self.comparisons.pairs_of(of)", "return of", COMPARED),
-        Mutation(LINEAR_DPO, "if self.shares is None or self.listwise:", "if self.shares is None:", COMPARED),
+        Mutation(GROUPED_LOSS, "return of if self.listwise else self.comparisons.pairs_of(of)", "return of", COMPARED),
+        Mutation(GROUPED_LOSS, "if self.shares is None or self.listwise:", "if self.shares is None:", COMPARED),
         # a mean of means
-        Mutation(LINEAR_DPO, "losses.sum() / self.losses", "losses.mean()", COMPARED),
+        Mutation(GROUPED_LOSS, "losses.sum() / self.losses", "losses.mean()", COMPARED),
         # what has no weight, and is not finite
         Mutation(
-            LINEAR_DPO, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED
+            GROUPED_LOSS, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED
         ),
         Mutation(
-            LINEAR_DPO,
+            GROUPED_LOSS,
             "self.shares[self.comparisons.group_of(sequences)] > 0",
             "self.shares[self.comparisons.group_of(sequences)] >= 0",
             COMPARED,
         ),
         # WPO of sequences, not of pairs
-        Mutation(LINEAR_DPO, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
+        Mutation(GROUPED_LOSS, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
         # one label of a slot teaches it, and what none does has a gradient
         Mutation(GATHER, "flat.index_add_(0, slots, grads[0])", "flat[slots] = grads[0]", PREDICTED),
         Mutation(
