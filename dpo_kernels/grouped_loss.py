@@ -15,6 +15,7 @@ from dpo_kernels.impl.interface import LogitTransform, Rows
 from dpo_kernels.listwise import listwise_losses
 from dpo_kernels.logps import sum_tokens
 from dpo_kernels.losses import (
+    LENGTH_NORMALIZED_LOSSES,
     PreferenceLoss,
     length_desensitized_weights,
     loss_names,
@@ -47,6 +48,10 @@ class LossSettings(NamedTuple):
     @property
     def names(self) -> list[LossType]:
         return loss_names(self.loss_type)
+
+    @property
+    def divides_by_lengths(self) -> bool:
+        return self.rpo_alpha is not None or not LENGTH_NORMALIZED_LOSSES.isdisjoint(self.names)
 
     @property
     def stats(self) -> list[Stat]:
@@ -154,7 +159,9 @@ def pair_losses(
         tokens = (torch.cat(split(t)) for t in (token_logps, log_sum_sq_probs, labels))
         of_pairs = None if whole is None else whole.of(lambda t: torch.cat(split(t)))
         wpo = wpo_weights(*tokens, ignore_index=options.ignore_index, whole=of_pairs)
-    chosen_lengths, rejected_lengths = split(given.num_tokens if given.lengths is None else given.lengths)
+    lengths: tuple[Tensor | None, Tensor | None] = (None, None)
+    if options.divides_by_lengths:
+        lengths = split(given.num_tokens if given.lengths is None else given.lengths)
     loss = losses_of_pairs(
         *split(logps),
         chosen_ref_logps,
@@ -167,10 +174,10 @@ def pair_losses(
         f_alpha=options.f_alpha,
         discopop_tau=options.discopop_tau,
         rpo_alpha=options.rpo_alpha,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
+        chosen_lengths=lengths[0],
+        rejected_lengths=lengths[1],
         mean_chosen_length=options.mean_chosen_length,
-        sft_chosen_logps=split(plain)[0],
+        sft_chosen_logps=None if plain is logps else split(plain)[0],
         pair_weights=wpo,
     )
     return loss, logps
@@ -212,7 +219,8 @@ class GroupedLoss(torch.autograd.Function):
             rows, of = g.groups[i]
             part = g.given.part(of)
             sequence, position = g.rows.sequence[rows], g.rows.position[rows]
-            table[:, sequence, position] = stats[: len(table)].to(table.dtype)
+            if len(table):
+                table[:, sequence, position] = stats[: len(table)].to(table.dtype)
             local = comparisons.local(sequence, of)
             shape = part.labels.shape
             # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here

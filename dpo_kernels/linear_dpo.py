@@ -250,7 +250,7 @@ def linear_dpo_loss(
             impl=f"{head.family(impl, 'C', compute_dtype)} in {compute_dtype}",
         )
         given = given._replace(num_tokens=whole.num_tokens, whole=whole)
-    if mean_chosen_length is None:
+    if mean_chosen_length is None and "sft" in options.names:
         options = options._replace(mean_chosen_length=given.mean_chosen_length())
     cap = None if softcap is None else float(softcap)
     transform = LogitTransform(float(logit_scale), cap, float(temperature))
@@ -265,7 +265,7 @@ def linear_dpo_loss(
         dweight = weight.requires_grad
         groups = plan_groups(rows, comparisons, head.planned, dtype, budget, family, dweight=dweight, counts=counts)
         if groups is not None:
-            rows = group_major(rows, comparisons)
+            rows = group_major(rows, comparisons, groups)
             x = rows_of(hidden, rows, predictors)
             if check_hidden:
                 check_finite(x.detach(), rows, waits)

@@ -132,7 +132,7 @@ def linear_reference_logps(
         family = family if groups is None else in_groups
     if groups is not None:
         assert comparisons is not None
-        rows = group_major(rows, comparisons)
+        rows = group_major(rows, comparisons, groups)
     x, y = rows_of(hidden, rows, predictors), labels[rows.sequence, rows.position]
     if check_hidden:
         check_finite(x, rows, waits)

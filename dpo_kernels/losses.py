@@ -16,8 +16,10 @@ stand side by side in one notation.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
@@ -533,7 +535,11 @@ def losses_of_pairs(
             raise ValueError("chosen_lengths or mean_chosen_length is required for loss_type 'sft', got None")
     if rpo_alpha is not None and chosen_lengths is None:
         raise ValueError("chosen_lengths are required for rpo_alpha, got None")
-    if mean_chosen_length is None and chosen_lengths is not None:
+    if (
+        mean_chosen_length is None
+        and chosen_lengths is not None
+        and any(name == "sft" for name, _ in losses_and_weights)
+    ):
         mean_chosen_length = chosen_lengths.mean()
     if sft_chosen_logps is None:
         sft_chosen_logps = chosen_logps
@@ -563,9 +569,10 @@ def losses_of_pairs(
         sft_chosen_logps=sft_chosen_logps,
         rpo_alpha=rpo_alpha,
     )
-    losses = torch.zeros_like(chosen_logps)
-    for name, weight in losses_and_weights:
-        losses = losses + weight * LOSSES[name](pairs)
+    terms = (
+        LOSSES[name](pairs) if weight == 1 else weight * LOSSES[name](pairs) for name, weight in losses_and_weights
+    )
+    losses = functools.reduce(operator.add, terms)
     if rpo_alpha is not None:
         losses = losses + rpo_term(pairs)
     if pair_weights is not None:

@@ -20,8 +20,11 @@ class Group(NamedTuple):
     of: slice  # of the groups of sequences that are compared
 
 
-def group_major(rows: Rows, comparisons: Comparisons) -> Rows:
-    """Rows sorted by group, then by sequence, chosen first where it is a pair, then by position."""
+def group_major(rows: Rows, comparisons: Comparisons, groups: Sequence[Group]) -> Rows:
+    """Rows sorted by group, then by sequence, chosen first where it is a pair, then by position; those of one part as
+    they are."""
+    if len(groups) == 1:
+        return rows
     order = torch.argsort(comparisons.order(rows.sequence), stable=True)
     return Rows(rows.sequence[order], rows.position[order])
 

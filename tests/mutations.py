@@ -705,7 +705,7 @@ MUTATIONS = {
         ),
         # a reference in the order of sums of another path
         Mutation(LINEAR_REFERENCE, "in_b = bool(gradients) and not of_head", "in_b = False", REFERENCE_TESTS),
-        Mutation(LINEAR_REFERENCE, "rows = group_major(rows, comparisons)", "pass", REFERENCE_TESTS),
+        Mutation(LINEAR_REFERENCE, "rows = group_major(rows, comparisons, groups)", "pass", REFERENCE_TESTS),
         Mutation(LINEAR_REFERENCE, "        groups = plan_groups(", "        plan_groups(", REFERENCE_TESTS),
         # hooks that watch see what is no logits
         Mutation(WRAPPERS, "if not is_of_a_library(hook)", "if False", FORWARD_TESTS),
