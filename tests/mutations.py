@@ -1831,9 +1831,17 @@ MUTATIONS = {
             "len(self._batches(epoch)) // (self.accumulation * self.processes)",
             SCHEDULED,
         ),
-        # batches of every process, in training and in an evaluation, whose size is not what was asked for
-        Mutation(SCHEDULE, "[batches[rank :: self.processes] for", "[batches for", SCHEDULED),
-        Mutation(SCHEDULE, "[batches[rank::processes] for", "[batches for", SCHEDULED),
+        # batches of every process; a process that always takes the longest, and one alone that takes them first
+        Mutation(SCHEDULE, "[[batches[n] for n in dealt] for", "[batches for", SCHEDULED),
+        Mutation(SCHEDULE, 'zip(np.argsort(sums, kind="stable"), ', "zip(range(hands), ", SCHEDULED),
+        Mutation(SCHEDULE, "if sizes is None or processes == 1:", "if sizes is None:", SCHEDULED),
+        Mutation(SCHEDULE, "    if processes == 1:\n        return [batches]\n", "", SCHEDULED),
+        # long micro-batches beside short ones, and batches of like examples in a loss that compares them
+        Mutation(SCHEDULE, "        if not sizes.padded:\n", "        if sizes.padded:\n", SCHEDULED),
+        Mutation(
+            SCHEDULE, "return sizes if BATCH_LOSSES.isdisjoint(config.loss_type) else None", "return sizes", SCHEDULED
+        ),
+        # an evaluation whose size is not what was asked for
         Mutation(
             SCHEDULE,
             "if config.max_tokens_per_batch is None or size is not None:",
