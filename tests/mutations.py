@@ -79,6 +79,7 @@ PAIRS, POLICY, REFERENCE, CONFIG = (
 TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING = (
     f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding")
 )
+HEARTBEAT = "dpo_kernels/training/heartbeat.py"
 MODEL_LAYOUTS = "dpo_kernels/models/layouts.py"
 PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
@@ -109,6 +110,7 @@ TURN_TESTS, MESSAGE_TESTS = "data/test_turns.py", "data/test_messages.py"
 STEPS = "training/test_loop.py -k 'eager_loop or metrics_curves or accumulated or window or best'"
 RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or found_finished'"
 SHARDED = "training/test_sharded_loop.py -k 'steps_of_one'"
+LOST = "training/test_lost_processes.py"
 SHARES = "training/test_weights.py -k 'not two_processes'"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
@@ -1002,6 +1004,14 @@ MUTATIONS = {
             "for each in saved])[0]",
             "training/test_sharded_loop.py -k one_process",
         ),
+        # a process that is waited for: for as long as accelerate says, nobody named, or those who wait, too
+        Mutation(SETUP, "            InitProcessGroupKwargs(timeout=timeout_of(config)),\n", "", LOST + " -k 'hangs'"),
+        Mutation(SETUP, ", microseconds=1)", ")", LOST + " -k 'timeout'"),
+        Mutation(LOOP, "            heartbeat.beat(state.step + 1)\n", "", LOST + " -k 'killed'"),
+        Mutation(HEARTBEAT, "            self._say(WAITS)\n", "", LOST + " -k 'killed'"),
+        Mutation(HEARTBEAT, "self._say(in_one_line(error)[:1000])", "self._say(WAITS)", LOST + " -k 'of_its_own'"),
+        Mutation(HEARTBEAT, "enumerate(found) if at < latest]", "enumerate(found)]", LOST + " -k 'who'"),
+        Mutation(HEARTBEAT, "isinstance(error, dist.DistError) or", "", LOST + " -k 'collectives'"),
         # weights of one name mixed with those of another process
         Mutation(SHARDING, "        check_same_everywhere(model)\n", "", "training/test_sharded_loop.py -k differ"),
         # the best

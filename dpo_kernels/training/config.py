@@ -182,6 +182,9 @@ class TrainConfig:
         "what the processes of a run hold: all weights each, or their shards of weights, gradients and AdamW's moments",
         choices=("none", "fsdp2"),
     )
+    ddp_timeout: int = option(
+        1800, "seconds that a process waits for others before the run ends with an error", minimum=1, trajectory=False
+    )
     impl: str = option("auto", "implementation of the head", choices=("auto", "torch", "cpu", "triton", "cuda"))
     tune: bool = option(
         True, "try the kernels first, once, on a device that nothing has proven them on", trajectory=False

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dpo_kernels.training.config import TrainConfig, require_packages
+from dpo_kernels.training.heartbeat import Heartbeat
 from dpo_kernels.training.plots import plot_training_curves
 from dpo_kernels.training.policy import save_model
 from dpo_kernels.training.schedule import in_order, of_process
@@ -85,6 +86,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: settings, data or models that do not fit, in words that say which.
         FloatingPointError: the loss is no longer a number.
+        ConnectionError: another process hangs or is gone; the message says which, and what the run can go on from.
         ImportError: a package of the extra `train` is missing.
     """
     if not isinstance(config, TrainConfig):
@@ -101,17 +103,19 @@ def _train(config: TrainConfig) -> TrainResult:
     from tqdm import tqdm
 
     run = set_up(config)
-    state = RunState(run)
+    state, heartbeat = RunState(run), Heartbeat(run.accelerator)
     accelerator, pairs, schedule = run.accelerator, run.pairs, run.schedule
     hidden = not (config.progress_bar and accelerator.is_main_process)
     with (
         tqdm(total=schedule.steps, initial=state.step, unit="step", disable=hidden) as bar,
+        heartbeat.lost_ones_named(run.output_dir),
         state.divergence_explained(),
     ):
         if pairs.held_out and state.step == 0:
             state.evaluated(evaluate(run))
         while not state.finished:
             started = time.perf_counter()
+            heartbeat.beat(state.step + 1)
             step = schedule.step(state.step)
             rows = np.concatenate([micro for of_one in step for micro in of_one])
             mean_chosen_length = run.sizes.mean_chosen_length(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +93,7 @@ def takes_bf16(model: nn.Module, accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda" or not any(isinstance(part, nn.LayerNorm) for part in model.modules())
 
 
-def check_ready(accelerator: Accelerator) -> None:
+def check_ready(accelerator: Accelerator, timeout: timedelta) -> None:
     """Raises `ValueError` where weights cannot be sharded. A process alone gets a group of its own: what it has is all,
     and it can go on from the shards of several."""
     device = accelerator.device.type
@@ -100,7 +101,8 @@ def check_ready(accelerator: Accelerator) -> None:
         raise ValueError(f"sharding: fsdp2 runs on cuda or cpu, got the device {device}")
     if not torch.distributed.is_initialized():
         backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[device]
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if torch.distributed.get_world_size() == 1:
         logger.warning("sharding: fsdp2 in one process, which holds all shards; start several with torchrun")
 
