@@ -79,7 +79,7 @@ PAIRS, POLICY, REFERENCE, CONFIG = (
 TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING = (
     f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding")
 )
-HEARTBEAT = "dpo_kernels/training/heartbeat.py"
+HEARTBEAT, SAVING = (f"dpo_kernels/training/{name}.py" for name in ("heartbeat", "saving"))
 MODEL_LAYOUTS = "dpo_kernels/models/layouts.py"
 PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
@@ -110,7 +110,7 @@ TURN_TESTS, MESSAGE_TESTS = "data/test_turns.py", "data/test_messages.py"
 STEPS = "training/test_loop.py -k 'eager_loop or metrics_curves or accumulated or window or best'"
 RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or found_finished'"
 SHARDED = "training/test_sharded_loop.py -k 'steps_of_one'"
-LOST = "training/test_lost_processes.py"
+LOST, MEANWHILE = "training/test_lost_processes.py", "training/test_async_checkpoints.py"
 SHARES = "training/test_weights.py -k 'not two_processes'"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
@@ -1012,6 +1012,11 @@ MUTATIONS = {
         Mutation(HEARTBEAT, "self._say(in_one_line(error)[:1000])", "self._say(WAITS)", LOST + " -k 'of_its_own'"),
         Mutation(HEARTBEAT, "enumerate(found) if at < latest]", "enumerate(found)]", LOST + " -k 'who'"),
         Mutation(HEARTBEAT, "isinstance(error, dist.DistError) or", "", LOST + " -k 'collectives'"),
+        # a checkpoint that is complete before it is written, of another step, or that nobody misses
+        Mutation(SAVING, "[written.result(), complete()]", "complete()", MEANWHILE + " -k 'same_bits'"),
+        Mutation(STATE, "state, progress = copy.deepcopy((state, progress))", "pass", MEANWHILE + " -k 'changes'"),
+        Mutation(LOOP, "        state.finish_saving()\n", "", MEANWHILE + " -k 'same_bits'"),
+        Mutation(LOOP, "            state.finish_saving(wait=False)\n", "", MEANWHILE + " -k 'could_not'"),
         # weights of one name mixed with those of another process
         Mutation(SHARDING, "        check_same_everywhere(model)\n", "", "training/test_sharded_loop.py -k differ"),
         # the best

@@ -209,6 +209,9 @@ class TrainConfig:
     save_total_limit: int | None = option(
         2, "newest checkpoints to keep, two at least: one may be damaged; none: all", minimum=2, trajectory=False
     )
+    async_checkpoints: bool = option(
+        False, "go on with training while a checkpoint in shards is written, of copies on the CPU", trajectory=False
+    )
     metric_for_best: str = option(
         "loss",
         "held-out metric that picks the best weights",
@@ -391,6 +394,7 @@ def _check_unused(config: TrainConfig) -> None:
         "discopop_tau": ("discopop" in config.loss_type, "loss_type discopop"),
         "simpo_gamma": (config.loss_type == ["simpo"], "loss_type simpo"),
         "cpo_alpha": (config.loss_type == ["cpo"], "loss_type cpo"),
+        "async_checkpoints": (config.sharding == "fsdp2", "sharding fsdp2"),
     }
     for name, (used, what) in belongs.items():
         if not used and getattr(config, name) != defaults[name]:

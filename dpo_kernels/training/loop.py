@@ -143,8 +143,10 @@ def _train(config: TrainConfig) -> TrainResult:
                 state.window.seconds += time.perf_counter() - started
             if pairs.held_out and state.is_due(config.eval_steps):
                 state.evaluated(evaluate(run))
+            state.finish_saving(wait=False)
             if config.save_steps and state.step % config.save_steps == 0:
                 state.save()
+        state.finish_saving()
     return finish(run, state)
 
 
@@ -179,8 +181,8 @@ def finish(run: Run, state: RunState) -> TrainResult:
     copy_of = best_dir if take_best else None
     save_model(final_dir, run.model, run.pairs.tokenizer, run.accelerator, copy_of, run.sharded)
     curves = run.output_dir / "training_curves.png"
+    state.close()
     if state.metrics:
-        state.metrics.close()
         plot_training_curves(metrics, curves)
     run.close()
     result = TrainResult(
