@@ -1017,6 +1017,10 @@ MUTATIONS = {
         Mutation(STATE, "state, progress = copy.deepcopy((state, progress))", "pass", MEANWHILE + " -k 'changes'"),
         Mutation(LOOP, "        state.finish_saving()\n", "", MEANWHILE + " -k 'same_bits'"),
         Mutation(LOOP, "            state.finish_saving(wait=False)\n", "", MEANWHILE + " -k 'could_not'"),
+        # gradients summed as often as there are micro-batches
+        Mutation(
+            LOOP, "if is_last or run.sharded else accelerator.no_sync(run.policy)", "", "training/test_communication.py"
+        ),
         # weights of one name mixed with those of another process
         Mutation(SHARDING, "        check_same_everywhere(model)\n", "", "training/test_sharded_loop.py -k differ"),
         # the best
