@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from two_processes import run_in_two
 from dpo_kernels.training import state
 from dpo_kernels.training.checkpoint import STATE, damage, list_checkpoints, read_progress
 from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.sharding import group_for_saving
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -164,6 +166,12 @@ def test_one_that_could_not_be_written_is_an_error(tmp_path, monkeypatch, what):
     assert len(steps) == 5
     (checkpoint,) = list_checkpoints(tmp_path)
     assert checkpoint.name == "checkpoint-2" and damage(checkpoint) == ""
+
+
+def test_without_gloo_they_are_refused(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    with pytest.raises(ValueError, match="async_checkpoints: expected a PyTorch with gloo"):
+        group_for_saving(timedelta(seconds=1))
 
 
 def test_without_shards_there_are_none():
