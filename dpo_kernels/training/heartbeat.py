@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 GRACE = 5.0  # seconds in which those that wait for one process say so: they began at nearly the same time
 WAITS = "waits"
 # Of gloo, whose errors have no class of their own.
-_OF_GROUPS = re.compile("gloo|NCCL|ProcessGroup|[Cc]onnection (closed|reset)|Broken pipe")
+_OF_GROUPS = re.compile(r"\bgloo\b|NCCL|ProcessGroup|[Cc]onnection (closed|reset)|Broken pipe")
 
 
 class Heartbeat:

@@ -99,7 +99,7 @@ def test_errors_of_collectives_are_told_from_others():
     assert of_group(RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out"))
     assert of_group(torch.distributed.DistBackendError("NCCL error")) and of_group(torch.distributed.DistNetworkError())
     assert not of_group(RuntimeError("shapes cannot be multiplied")) and not of_group(ValueError("gloo"))
-    assert not of_group(torch.OutOfMemoryError("CUDA out of memory"))
+    assert not of_group(torch.OutOfMemoryError("CUDA out of memory")) and not of_group(RuntimeError("gloomy"))
 
 
 @pytest.fixture
