@@ -80,6 +80,7 @@ PAIRS, POLICY, REFERENCE, CONFIG = (
 TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING = (
     f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding")
 )
+HEARTBEAT, SAVING = (f"dpo_kernels/training/{name}.py" for name in ("heartbeat", "saving"))
 MODEL_LAYOUTS = "dpo_kernels/models/layouts.py"
 SEGMENTS = "dpo_kernels/models/segments.py"
 PREVIEW = "dpo_kernels/data/preview.py"
@@ -112,6 +113,7 @@ TURN_TESTS, MESSAGE_TESTS = "data/test_turns.py", "data/test_messages.py"
 STEPS = "training/test_loop.py -k 'eager_loop or metrics_curves or accumulated or window or best'"
 RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or found_finished'"
 SHARDED = "training/test_sharded_loop.py -k 'steps_of_one'"
+LOST, MEANWHILE = "training/test_lost_processes.py", "training/test_async_checkpoints.py"
 SHARES = "training/test_weights.py -k 'not two_processes'"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
@@ -1026,6 +1028,23 @@ MUTATIONS = {
             "for each in saved])[0]",
             "training/test_sharded_loop.py -k one_process",
         ),
+        # a process that is waited for: for as long as accelerate says, nobody named, or those who wait, too
+        Mutation(SETUP, "            InitProcessGroupKwargs(timeout=timeout_of(config)),\n", "", LOST + " -k 'hangs'"),
+        Mutation(SETUP, ", microseconds=1)", ")", LOST + " -k 'timeout'"),
+        Mutation(LOOP, "            heartbeat.beat(state.step + 1)\n", "", LOST + " -k 'killed'"),
+        Mutation(HEARTBEAT, "            self._say(WAITS)\n", "", LOST + " -k 'killed'"),
+        Mutation(HEARTBEAT, "self._say(in_one_line(error)[:1000])", "self._say(WAITS)", LOST + " -k 'of_its_own'"),
+        Mutation(HEARTBEAT, "enumerate(found) if at < latest]", "enumerate(found)]", LOST + " -k 'who'"),
+        Mutation(HEARTBEAT, "isinstance(error, dist.DistError) or", "", LOST + " -k 'collectives'"),
+        # a checkpoint that is complete before it is written, of another step, or that nobody misses
+        Mutation(SAVING, "[written.result(), complete()]", "complete()", MEANWHILE + " -k 'same_bits'"),
+        Mutation(STATE, "state, progress = copy.deepcopy((state, progress))", "pass", MEANWHILE + " -k 'changes'"),
+        Mutation(LOOP, "        state.finish_saving()\n", "", MEANWHILE + " -k 'same_bits'"),
+        Mutation(LOOP, "            state.finish_saving(wait=False)\n", "", MEANWHILE + " -k 'could_not'"),
+        # gradients summed as often as there are micro-batches
+        Mutation(
+            LOOP, "if is_last or run.sharded else accelerator.no_sync(run.policy)", "", "training/test_communication.py"
+        ),
         # weights of one name mixed with those of another process
         Mutation(SHARDING, "        check_same_everywhere(model)\n", "", "training/test_sharded_loop.py -k differ"),
         # the best
@@ -1855,9 +1874,17 @@ MUTATIONS = {
             "len(self._batches(epoch)) // (self.accumulation * self.processes)",
             SCHEDULED,
         ),
-        # batches of every process, in training and in an evaluation, whose size is not what was asked for
-        Mutation(SCHEDULE, "[batches[rank :: self.processes] for", "[batches for", SCHEDULED),
-        Mutation(SCHEDULE, "[batches[rank::processes] for", "[batches for", SCHEDULED),
+        # batches of every process; a process that always takes the longest, and one alone that takes them first
+        Mutation(SCHEDULE, "[[batches[n] for n in dealt] for", "[batches for", SCHEDULED),
+        Mutation(SCHEDULE, 'zip(np.argsort(sums, kind="stable"), ', "zip(range(hands), ", SCHEDULED),
+        Mutation(SCHEDULE, "if sizes is None or processes == 1:", "if sizes is None:", SCHEDULED),
+        Mutation(SCHEDULE, "    if processes == 1:\n        return [batches]\n", "", SCHEDULED),
+        # long micro-batches beside short ones, and batches of like examples in a loss that compares them
+        Mutation(SCHEDULE, "        if not sizes.padded:\n", "        if sizes.padded:\n", SCHEDULED),
+        Mutation(
+            SCHEDULE, "return sizes if BATCH_LOSSES.isdisjoint(config.loss_type) else None", "return sizes", SCHEDULED
+        ),
+        # an evaluation whose size is not what was asked for
         Mutation(
             SCHEDULE,
             "if config.max_tokens_per_batch is None or size is not None:",

@@ -251,8 +251,18 @@ def test_block_runs(document, number, monkeypatch, tmp_path):
 
 
 # What starts the command in several processes, and what is no command of this package.
-LAUNCHERS = re.compile(r"^(?:\w+=\w+ )*(?:accelerate launch|torchrun) (?:--\w+ \S+ )*-m dpo_kernels (.*)")
-OTHERS = ("pip install ", "DPO_KERNELS_BUILD=cuda pip ", "python -m pytest ", "python tests/", "bash benchmarks/")
+LAUNCHERS = re.compile(
+    r"^(?:srun (?:--\S+ )*)?(?:\w+=\w+ )*(?:accelerate launch|torchrun) (?:--\w+ (?:(?!-)\S+ )?)*-m dpo_kernels (.*)"
+)
+OTHERS = (
+    "export OMP_NUM_THREADS=",
+    "'first=$(scontrol' ",
+    "pip install ",
+    "DPO_KERNELS_BUILD=cuda pip ",
+    "python -m pytest ",
+    "python tests/",
+    "bash benchmarks/",
+)
 
 
 def commands(document):

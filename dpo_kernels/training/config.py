@@ -182,6 +182,9 @@ class TrainConfig:
         "what the processes of a run hold: all weights each, or their shards of weights, gradients and AdamW's moments",
         choices=("none", "fsdp2"),
     )
+    ddp_timeout: int = option(
+        1800, "seconds that a process waits for others before the run ends with an error", minimum=1, trajectory=False
+    )
     impl: str = option("auto", "implementation of the head", choices=("auto", "torch", "cpu", "triton", "cuda"))
     tune: bool = option(
         True, "try the kernels first, once, on a device that nothing has proven them on", trajectory=False
@@ -205,6 +208,9 @@ class TrainConfig:
     save_steps: int = option(500, "optimizer steps between checkpoints; 0: none", minimum=0, trajectory=False)
     save_total_limit: int | None = option(
         2, "newest checkpoints to keep, two at least: one may be damaged; none: all", minimum=2, trajectory=False
+    )
+    async_checkpoints: bool = option(
+        False, "go on with training while a checkpoint in shards is written, of copies on the CPU", trajectory=False
     )
     metric_for_best: str = option(
         "loss",
@@ -388,6 +394,7 @@ def _check_unused(config: TrainConfig) -> None:
         "discopop_tau": ("discopop" in config.loss_type, "loss_type discopop"),
         "simpo_gamma": (config.loss_type == ["simpo"], "loss_type simpo"),
         "cpo_alpha": (config.loss_type == ["cpo"], "loss_type cpo"),
+        "async_checkpoints": (config.sharding == "fsdp2", "sharding fsdp2"),
     }
     for name, (used, what) in belongs.items():
         if not used and getattr(config, name) != defaults[name]:

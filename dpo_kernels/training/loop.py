@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from dpo_kernels.training.config import TrainConfig, require_packages
+from dpo_kernels.training.heartbeat import Heartbeat
 from dpo_kernels.training.plots import plot_training_curves
 from dpo_kernels.training.policy import save_model
 from dpo_kernels.training.schedule import in_order, of_process
@@ -85,6 +86,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: settings, data or models that do not fit, in words that say which.
         FloatingPointError: the loss is no longer a number.
+        ConnectionError: another process hangs or is gone; the message says which, and what the run can go on from.
         ImportError: a package of the extra `train` is missing.
     """
     if not isinstance(config, TrainConfig):
@@ -101,17 +103,19 @@ def _train(config: TrainConfig) -> TrainResult:
     from tqdm import tqdm
 
     run = set_up(config)
-    state = RunState(run)
+    state, heartbeat = RunState(run), Heartbeat(run.accelerator)
     accelerator, pairs, schedule = run.accelerator, run.pairs, run.schedule
     hidden = not (config.progress_bar and accelerator.is_main_process)
     with (
         tqdm(total=schedule.steps, initial=state.step, unit="step", disable=hidden) as bar,
+        heartbeat.lost_ones_named(run.output_dir),
         state.divergence_explained(),
     ):
         if pairs.held_out and state.step == 0:
             state.evaluated(evaluate(run))
         while not state.finished:
             started = time.perf_counter()
+            heartbeat.beat(state.step + 1)
             step = schedule.step(state.step)
             rows = np.concatenate([micro for of_one in step for micro in of_one])
             mean_chosen_length = run.sizes.mean_chosen_length(rows)
@@ -139,8 +143,10 @@ def _train(config: TrainConfig) -> TrainResult:
                 state.window.seconds += time.perf_counter() - started
             if pairs.held_out and state.is_due(config.eval_steps):
                 state.evaluated(evaluate(run))
+            state.finish_saving(wait=False)
             if config.save_steps and state.step % config.save_steps == 0:
                 state.save()
+        state.finish_saving()
     return finish(run, state)
 
 
@@ -175,8 +181,8 @@ def finish(run: Run, state: RunState) -> TrainResult:
     copy_of = best_dir if take_best else None
     save_model(final_dir, run.model, run.pairs.tokenizer, run.accelerator, copy_of, run.sharded)
     curves = run.output_dir / "training_curves.png"
+    state.close()
     if state.metrics:
-        state.metrics.close()
         plot_training_curves(metrics, curves)
     run.close()
     result = TrainResult(

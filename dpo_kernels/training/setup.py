@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def set_up(config: TrainConfig) -> Run:
     check_runs(config.impl, accelerator.device)  # an error now rather than after the models are loaded
     in_shards = config.sharding != "none"
     if in_shards:
-        check_ready(accelerator)
+        check_ready(accelerator, timeout_of(config))
     if not accelerator.is_main_process:  # one voice is enough
         logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", UserWarning)
@@ -266,7 +267,7 @@ def resolve_batching(config: TrainConfig, model: Any, reference: Any = None) -> 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     AcceleratorState._reset_state()  # an earlier run in the same process may have had another precision
     accelerator = Accelerator(
@@ -275,7 +276,10 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         # The loop accumulates by itself; without this, a setting of `accelerate config` would divide the loss again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timeout_of(config)),
+        ],
     )
     kind = accelerator.distributed_type.value
     if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
@@ -290,6 +294,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "ACCELERATE_USE_CPU=true in the environment"
         )
     return accelerator
+
+
+def timeout_of(config: TrainConfig) -> timedelta:
+    """What no default of accelerate's is equal to: it leaves those out, and gloo's is another than NCCL's."""
+    return timedelta(seconds=config.ddp_timeout, microseconds=1)
 
 
 def make_optimizer(trainable: list[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from dpo_kernels.training.checkpoint import tensor_digests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +95,7 @@ def takes_bf16(model: nn.Module, accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda" or not any(isinstance(part, nn.LayerNorm) for part in model.modules())
 
 
-def check_ready(accelerator: Accelerator) -> None:
+def check_ready(accelerator: Accelerator, timeout: timedelta) -> None:
     """Raises `ValueError` where weights cannot be sharded. A process alone gets a group of its own: what it has is all,
     and it can go on from the shards of several."""
     device = accelerator.device.type
@@ -100,7 +103,8 @@ def check_ready(accelerator: Accelerator) -> None:
         raise ValueError(f"sharding: fsdp2 runs on cuda or cpu, got the device {device}")
     if not torch.distributed.is_initialized():
         backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[device]
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if torch.distributed.get_world_size() == 1:
         logger.warning("sharding: fsdp2 in one process, which holds all shards; start several with torchrun")
 
@@ -163,10 +167,34 @@ def save_shards(directory: Path, weights: Mapping[str, Tensor], optimizer: torch
     """Each process writes its shards of the weights and of the optimizer's state into a directory that is there."""
     from torch.distributed import checkpoint
 
+    checkpoint.save(_by_name(weights, optimizer), checkpoint_id=directory)
+
+
+def start_saving_shards(
+    directory: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, group: ProcessGroup
+) -> Future[Any]:
+    """The same while weights and optimizer go on: of what they are now there is a copy on the CPU before this returns.
+    `group` is that of `group_for_saving`. Of the first process, what is returned is done when all have written."""
+    from torch.distributed import checkpoint
+
+    started = checkpoint.async_save(_by_name(weights, optimizer), checkpoint_id=directory, process_group=group)
+    assert isinstance(started, Future)
+    return started
+
+
+def group_for_saving(timeout: timedelta) -> ProcessGroup:
+    """Of all processes, for what a thread has to say to those of the others: in the group that trains, it would get
+    between the collectives. On CPUs, on which copies of shards are, whatever device trains."""
+    if not torch.distributed.is_gloo_available():
+        raise ValueError("async_checkpoints: expected a PyTorch with gloo, over which processes agree, got one without")
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+
+def _by_name(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     tensors: dict[str, Any] = {f"{WEIGHT}/{name}": weight.detach() for name, weight in weights.items()}
     for name, weight in weights.items():
         tensors |= {f"{entry}/{name}": value for entry, value in optimizer.state[weight].items()}
-    checkpoint.save(tensors, checkpoint_id=directory)
+    return tensors
 
 
 def load_shards(
