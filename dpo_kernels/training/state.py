@@ -32,6 +32,7 @@ from dpo_kernels.training.policy import METRICS, damaged_weights, save_model, st
 from dpo_kernels.training.setup import Run
 from dpo_kernels.training.sharding import from_all, load_shards, save_shards
 from dpo_kernels.training.sizes import Sizes
+from dpo_kernels.training.zero import Zero, load_parts, save_parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -164,9 +165,12 @@ class RunState:
 
         run, scaler = self.run, self.run.accelerator.scaler
         here = {"random": random_state(run.device), "window": self.window.tensors()}
-        groups = {"param_groups": run.optimizer.state_dict()["param_groups"]} if run.sharded else None
+        if isinstance(run.sharded, Zero):
+            optimizer: dict[str, Any] = {"param_groups": run.sharded.groups()}
+        else:
+            optimizer = run.optimizer.state_dict()
         state = {
-            "optimizer": groups or run.optimizer.state_dict(),
+            "optimizer": {"param_groups": optimizer["param_groups"]} if run.sharded else optimizer,
             "scheduler": run.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "processes": gather_object([here]),
@@ -193,7 +197,10 @@ class RunState:
                 shutil.rmtree(folder)
             folder.mkdir()
         run.accelerator.wait_for_everyone()
-        save_shards(folder, run.weights, run.optimizer)
+        if isinstance(run.sharded, Zero):
+            save_parts(folder, run.weights, run.sharded)
+        else:
+            save_shards(folder, run.weights, run.optimizer)
         run.accelerator.wait_for_everyone()
         return folder
 
@@ -203,7 +210,10 @@ class RunState:
         if run.sharded:
             state, progress = load_state(run.checkpoint, run.identity)
             groups = state["optimizer"]["param_groups"]
-            load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
+            if isinstance(run.sharded, Zero):
+                load_parts(run.checkpoint / SHARDS, run.weights, run.sharded, groups)
+            else:
+                load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
         else:
             state, progress = load_checkpoint(run.checkpoint, run.weights, run.identity)
             run.optimizer.load_state_dict(state["optimizer"])

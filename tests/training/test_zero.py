@@ -1,0 +1,138 @@
+"""The loop with DeepSpeed's ZeRO-2 and ZeRO-3: two processes take the steps of one that has all weights."""
+
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
+pytest.importorskip("deepspeed", reason="trains with DeepSpeed, which is not installed")
+
+from sharded_runs import OF_TWO, RESUMED, SHORT, assert_close_runs, interrupted, settings_of, several
+from short_runs import TINY, assert_same_run, run, weights_of
+from transformers import AutoModelForCausalLM
+from two_processes import run_in_two
+
+from dpo_kernels.training.checkpoint import damage, list_checkpoints
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+
+STAGES = ("zero2", "zero3")
+CASES = SHORT | {"tied adapters": {"model": "TIED", "lora_r": 2, "reference": "copy"}}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Of each case: the folders of one process without shards, and of two with each stage."""
+    directory, of_two = tmp_path_factory.mktemp("zero"), []
+    for case in CASES:
+        settings = settings_of(directory, CASES[case])
+        run(directory / case / "one", **settings)
+        for stage in STAGES:
+            place = {"output_dir": str(directory / case / stage), "cache_dir": str(directory / case / f"of {stage}")}
+            of_two.append(settings | OF_TWO | {"sharding": stage} | place)
+    several(directory, of_two)
+    return directory
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_take_the_steps_of_one(runs, case, stage):
+    assert_close_runs(runs / case / "one", runs / case / stage)
+    assert not list((runs / case / stage).glob(".*"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_final_and_best_are_whole_models(runs, stage):
+    for path in (runs / "full" / stage / "final", runs / "full" / stage / "best", runs / "tied" / stage / "final"):
+        model, saved = AutoModelForCausalLM.from_pretrained(path), weights_of(path.parent)
+        if path.name == "final":
+            assert all(torch.equal(model.state_dict()[name], weight) for name, weight in saved.items())
+        assert damage(path, None) == ""
+    assert "lm_head.weight" not in saved  # which is the embedding matrix
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """Of each stage a run of two processes that was not interrupted, and one that went on from its checkpoint at 4."""
+    directory, settings = tmp_path_factory.mktemp("resumed"), []
+    for stage in STAGES:
+        straight, again = str(directory / stage), str(directory / f"{stage} again")
+        settings += [{"sharding": stage, "output_dir": straight}]
+        settings += [{"sharding": stage, "output_dir": again, "before": [straight, again]}]
+    several(directory, [RESUMED | OF_TWO | each for each in settings])
+    return directory
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_same_processes_go_on_with_the_same_bits(resumed, stage):
+    assert_same_run(resumed / f"{stage} again", resumed / stage)
+    for path in list_checkpoints(resumed / f"{stage} again"):
+        assert damage(path) == "" and len(list((path / "shards").glob("*.distcp"))) == 2
+        assert not (path / "weights.safetensors").exists()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_one_process_goes_on_from_the_parts_of_two(resumed, tmp_path, stage):
+    directory = interrupted(resumed / stage, tmp_path / "run")
+    settings = RESUMED | {"sharding": stage, "per_device_batch_size": 2, "gradient_accumulation_steps": 2}
+    run(directory, **settings)
+    assert_close_runs(resumed / stage, directory)
+
+
+def test_a_run_in_shards_does_not_go_on_in_others(resumed, tmp_path):
+    directory = interrupted(resumed / "zero3", tmp_path / "run")
+    with pytest.raises(ValueError, match=r"sharding \(was 'zero3', is 'zero2'\)"):
+        run(directory, **RESUMED | {"sharding": "zero2", "per_device_batch_size": 4})
+
+
+GATHERED = """
+import json, os, sys
+from pathlib import Path
+import accelerate, torch
+import dpo_kernels.training.loop as loop
+from dpo_kernels.training import TrainConfig, train
+import deepspeed.runtime.zero.partition_parameters as parameters
+
+sizes, steps, runs = [], [], []
+gather = parameters._dist_allgather_fn
+
+def counted(shard, whole, *args, **kwargs):
+    sizes.append(whole.numel())
+    return gather(shard, whole, *args, **kwargs)
+
+parameters._dist_allgather_fn = counted
+add_step, set_up = loop.Window.add_step, loop.set_up
+
+def stop_after(self, *args):  # what a step has gathered, and what it leaves
+    steps.append(list(sizes))
+    sizes.clear()
+    for weight in runs[0].model.parameters():
+        assert weight.numel() == 0 and weight.grad is None and weight.ds_tensor.numel() <= weight.ds_numel // 2 + 1
+    return add_step(self, *args)
+
+def kept(config):
+    runs.append(set_up(config))
+    return runs[0]
+
+loop.set_up, loop.Window.add_step = kept, stop_after
+loop.plot_training_curves = lambda metrics, picture: None
+train(TrainConfig(**json.loads(Path(sys.argv[1]).read_text())))
+if os.environ["RANK"] == "0":
+    Path(sys.argv[2]).write_text(json.dumps(steps))
+"""
+
+
+def test_the_head_is_gathered_once_for_forward_and_backward(tmp_path):
+    """And once for the reference."""
+    settings = TINY | OF_TWO | {"sharding": "zero3", "max_steps": 3, "eval_fraction": 0}
+    settings |= {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
+    script, file, found = (tmp_path / name for name in ("script.py", "settings.json", "found.json"))
+    script.write_text(GATHERED)
+    file.write_text(json.dumps(settings))
+    run_in_two(script, file, found, ACCELERATE_USE_CPU="true")
+    head = weights_of(tmp_path / "run")["lm_head.weight"].numel()
+    for step in json.loads(found.read_text()):  # each of two micro-batches
+        assert step.count(head) == 2 * 2, step
