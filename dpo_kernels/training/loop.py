@@ -18,6 +18,7 @@ from dpo_kernels.training.policy import save_model
 from dpo_kernels.training.schedule import in_order, of_process
 from dpo_kernels.training.setup import Run, deterministic_algorithms, set_up
 from dpo_kernels.training.state import RunState, Window, metric_means
+from dpo_kernels.training.zero import rank_forgotten
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +92,7 @@ def train(config: TrainConfig) -> TrainResult:
             f"config: expected a TrainConfig, got {type(config).__name__}: TrainConfig(beta=0.1, ...), or of a file "
             "`dpo-kernels train FILE`"
         )
-    with as_launched(config) as settled, deterministic_algorithms(config.deterministic):
+    with as_launched(config) as settled, deterministic_algorithms(config.deterministic), rank_forgotten():
         require_packages(settled)
         return _train(settled)
 

@@ -176,26 +176,30 @@ def set_up(config: TrainConfig) -> Run:
     if kernels.reason and accelerator.is_main_process:
         warnings.warn(f"{checkpoint} is not gone on from to the bit: {kernels.reason}", stacklevel=4)
 
-    def frozen_shards(frozen: Any) -> Sharded | Zero | None:
-        if not in_shards:
-            return None
-        return Zero(frozen, accelerator, config) if config.by_deepspeed else Sharded(frozen, accelerator, frozen=True)
+    def scorer_of(frozen: Any) -> references.Reference:
+        head = LMHead.from_model(frozen)
+        sharded: Sharded | Zero | None = None
+        if config.sharding == "fsdp2":
+            sharded = Sharded(frozen, accelerator, frozen=True)
+        elif config.sharding == "zero3":
+            sharded = Zero(frozen, accelerator, config)
+            sharded(head.ensure_checked)  # with DeepSpeed's hooks
+        return references.Reference(head, config, sharded=sharded)
 
     # The reference comes before the policy changes
     reference = None
     if kind == "precompute":
         scored = references.frozen_copy(model) if in_shards else model.eval()
-        scorer = references.Reference(LMHead.from_model(scored), config, sharded=frozen_shards(scored))
+        scorer = scorer_of(scored)
         given = fingerprint, accelerator, kernels.families["A"]
         pairs = pairs.map(lambda each: references.cached_logps(scorer, each, pairs, *given))
         if isinstance(scorer.sharded, Zero):
             scorer.sharded.close()
         del scored, scorer  # shards of a copy
     elif kind == "copy":
-        frozen = references.frozen_copy(model)
-        reference = references.Reference(LMHead.from_model(frozen), config, sharded=frozen_shards(frozen))
+        reference = scorer_of(references.frozen_copy(model))
     elif other is not None:
-        reference = references.Reference(LMHead.from_model(other), config, sharded=frozen_shards(other))
+        reference = scorer_of(other)
 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -203,16 +207,19 @@ def set_up(config: TrainConfig) -> Run:
         model = add_lora(model, config, accelerator)
     policy_loss = PolicyLoss(model.train(), config)
     sharded: Sharded | Zero | None = None
-    if in_shards:
+    if config.sharding == "fsdp2":
         policy_loss.eval()
         policy_loss.head.ensure_checked()  # in both modes, while the model is whole
         policy_loss.train()
-    if config.sharding == "fsdp2":
         sharded = Sharded(model, accelerator)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = make_optimizer(list(weights.values()), config, accelerator.device)
     if config.by_deepspeed:  # which takes the weights out of the optimizer
         sharded = Zero(model, accelerator, config, optimizer)
+        for is_training in (False, True):  # with DeepSpeed's hooks, and in calls of its own: others are to be alike
+            policy_loss.train(is_training)
+            sharded(policy_loss.head.ensure_checked)
+        sharded.free()
     if kind == "base":
         reference = references.Reference(policy_loss.head, config, adapter=model, sharded=sharded)
     policy: Any

@@ -75,14 +75,14 @@ class Zero:
         self.stage = 3 if config.sharding == "zero3" else 2
         self.call = _Call(model, accelerator.autocast)
         settings = _settings(self.stage, config, model)
-        with _rank_told(accelerator):
-            if self.stage == 3:
-                deepspeed.zero.Init(module=self.call, config_dict_or_path=settings)  # weight by weight to the device
-                for buffer in model.buffers():
-                    buffer.data = buffer.to(accelerator.device)
-                for weight in LMHead(model, at_output_layer=True).output_layer().parameters():
-                    weight.is_external_param = True  # which no module frees that has used it
-            self.engine, *_ = deepspeed.initialize(model=self.call, optimizer=optimizer, config=settings)
+        if self.stage == 3:
+            head = LMHead(model, at_output_layer=True).output_layer()
+            deepspeed.zero.Init(module=self.call, config_dict_or_path=settings)  # weight by weight to the device
+            for buffer in model.buffers():
+                buffer.data = buffer.to(accelerator.device)
+            for weight in head.parameters():
+                weight.is_external_param = True  # which no module frees that has used it
+        self.engine, *_ = deepspeed.initialize(model=self.call, optimizer=optimizer, config=settings)
 
     def __call__(self, function: Callable[..., Any], *arguments: Any) -> Any:
         self.call.function = functools.partial(function, *arguments)
@@ -111,8 +111,12 @@ class Zero:
         return torch.where(norm < 0, math.nan, norm)  # DeepSpeed's -1 stands for what is not finite
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off. It remembers all models that it has had: their shards go here."""
+        """Takes DeepSpeed's hooks off. It remembers all models that it has had, whose shards go here, and a group of
+        processes, which may not be there in the next run."""
+        from deepspeed.utils import groups
+
         self.engine.destroy()
+        groups._WORLD_GROUP = None
         if self.stage == 3:
             for weight in self.model.parameters():
                 weight.ds_tensor.data = weight.ds_tensor.new_empty(0)
@@ -173,9 +177,11 @@ class Part(NamedTuple):
 
 
 def deepspeed_for(accelerator: Accelerator) -> Any:
-    """The package, for the device that the run is on, which it asks of the environment when it is imported."""
+    """The package, for the device that the run is on. It asks the environment for that when it is imported, and for the
+    rank again and again, which a process that was started alone has not there."""
     kind = accelerator.device.type
     os.environ.setdefault("DS_ACCELERATOR", kind)
+    os.environ.setdefault("LOCAL_RANK", str(accelerator.local_process_index))
     import deepspeed
 
     found = deepspeed.get_accelerator().device_name()
@@ -189,16 +195,15 @@ def deepspeed_for(accelerator: Accelerator) -> Any:
 
 
 @contextmanager
-def _rank_told(accelerator: Accelerator) -> Iterator[None]:
-    """DeepSpeed asks the environment, and a process that was started alone has none there."""
+def rank_forgotten() -> Iterator[None]:
+    """Leaves the environment as it was where `deepspeed_for` puts a rank into it: accelerate would take that for one of
+    several processes."""
     alone = "LOCAL_RANK" not in os.environ
-    if alone:
-        os.environ["LOCAL_RANK"] = str(accelerator.local_process_index)
     try:
         yield
     finally:
         if alone:
-            del os.environ["LOCAL_RANK"]
+            os.environ.pop("LOCAL_RANK", None)
 
 
 def _settings(stage: int, config: TrainConfig, model: nn.Module) -> dict[str, Any]:
@@ -241,11 +246,12 @@ def load_parts(directory: Path, weights: Mapping[str, Tensor], zero: Zero, group
     from torch.distributed import checkpoint
 
     saved: dict[str, list[tuple[int, int]]] = {}  # of each weight where its parts begin, and how long they are
-    for key, tensor in checkpoint.FileSystemReader(directory).read_metadata().state_dict_metadata.items():
-        entry, _, rest = key.partition("/")
-        name, _, start = rest.rpartition("/")
+    metadata: dict[str, Any] = checkpoint.FileSystemReader(directory).read_metadata().state_dict_metadata
+    for key, tensor in metadata.items():
+        entry, _, place = key.partition("/")
+        name, _, begin = place.rpartition("/")
         if entry == WEIGHT:
-            saved.setdefault(name, []).append((int(start), tensor.size.numel()))
+            saved.setdefault(name, []).append((int(begin), tensor.size.numel()))
     if saved.keys() != weights.keys():
         odd = sorted(saved.keys() ^ weights.keys())
         raise ValueError(

@@ -90,34 +90,44 @@ def test_a_run_in_shards_does_not_go_on_in_others(resumed, tmp_path):
 
 GATHERED = """
 import json, os, sys
+from collections import Counter
 from pathlib import Path
-import accelerate, torch
 import dpo_kernels.training.loop as loop
+from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 from dpo_kernels.training import TrainConfig, train
-import deepspeed.runtime.zero.partition_parameters as parameters
 
-sizes, steps, runs = [], [], []
-gather = parameters._dist_allgather_fn
+gathered, steps, runs = Counter(), [], []
 
-def counted(shard, whole, *args, **kwargs):
-    sizes.append(whole.numel())
-    return gather(shard, whole, *args, **kwargs)
+def counted(gather):  # of each weight how often it was gathered
+    def gather_and_count(self, weights, *args, **kwargs):
+        gathered.update(each.ds_id for each in weights if each.ds_status == ZeroParamStatus.NOT_AVAILABLE)
+        return gather(self, weights, *args, **kwargs)
+    return gather_and_count
 
-parameters._dist_allgather_fn = counted
+for where, name in ((Coordinator, "_PartitionedParameterCoordinator__all_gather_params_"), (Init, "_all_gather")):
+    setattr(where, name, counted(getattr(where, name)))
 add_step, set_up = loop.Window.add_step, loop.set_up
 
-def stop_after(self, *args):  # what a step has gathered, and what it leaves
-    steps.append(list(sizes))
-    sizes.clear()
-    for weight in runs[0].model.parameters():
-        assert weight.numel() == 0 and weight.grad is None and weight.ds_tensor.numel() <= weight.ds_numel // 2 + 1
+def after_step(self, *args):  # what it has gathered, and what it leaves
+    policy, reference = runs[0].model, runs[0].reference.head.model
+    for model in (policy, reference):
+        for weight in model.parameters():
+            assert weight.numel() == 0 and weight.grad is None and weight.ds_tensor.numel() <= weight.ds_numel // 2 + 1
+    found = []
+    for model in (policy, reference):
+        layer = model.model.layers[0].mlp.up_proj.weight
+        found += [gathered[weight.ds_id] for weight in (model.lm_head.weight, layer)]
+    steps.append(found)
+    gathered.clear()
     return add_step(self, *args)
 
 def kept(config):
     runs.append(set_up(config))
+    gathered.clear()
     return runs[0]
 
-loop.set_up, loop.Window.add_step = kept, stop_after
+loop.set_up, loop.Window.add_step = kept, after_step
 loop.plot_training_curves = lambda metrics, picture: None
 train(TrainConfig(**json.loads(Path(sys.argv[1]).read_text())))
 if os.environ["RANK"] == "0":
@@ -126,13 +136,13 @@ if os.environ["RANK"] == "0":
 
 
 def test_the_head_is_gathered_once_for_forward_and_backward(tmp_path):
-    """And once for the reference."""
-    settings = TINY | OF_TWO | {"sharding": "zero3", "max_steps": 3, "eval_fraction": 0}
-    settings |= {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache")}
+    """A layer once for each of both, and everything once for the reference. The run is started as `accelerate launch`
+    starts what it is set up to shard."""
+    settings = TINY | OF_TWO | {"max_steps": 3, "eval_fraction": 0, "gradient_accumulation_steps": 2}
+    settings |= {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "sharding": "none"}
     script, file, found = (tmp_path / name for name in ("script.py", "settings.json", "found.json"))
     script.write_text(GATHERED)
     file.write_text(json.dumps(settings))
-    run_in_two(script, file, found, ACCELERATE_USE_CPU="true")
-    head = weights_of(tmp_path / "run")["lm_head.weight"].numel()
-    for step in json.loads(found.read_text()):  # each of two micro-batches
-        assert step.count(head) == 2 * 2, step
+    asked = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+    run_in_two(script, file, found, ACCELERATE_USE_CPU="true", **asked)
+    assert json.loads(found.read_text())[1:] == [[2 * 1, 2 * 2, 2 * 1, 2 * 1]] * 2  # of two micro-batches
