@@ -11,6 +11,7 @@ import functools
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -71,12 +72,13 @@ class Zero:
     ) -> None:
         deepspeed = deepspeed_for(accelerator)
         check_same_everywhere(model)
-        self.model, self.optimizer, self.device = model, optimizer, accelerator.device
+        self.model: Any = model
+        self.optimizer, self.device = optimizer, accelerator.device
         self.stage = 3 if config.sharding == "zero3" else 2
         self.call = _Call(model, accelerator.autocast)
         settings = _settings(self.stage, config, model)
         if self.stage == 3:
-            head = LMHead(model, at_output_layer=True).output_layer()
+            head: Any = LMHead(model, at_output_layer=True).output_layer()
             deepspeed.zero.Init(module=self.call, config_dict_or_path=settings)  # weight by weight to the device
             for buffer in model.buffers():
                 buffer.data = buffer.to(accelerator.device)
@@ -118,8 +120,9 @@ class Zero:
         self.engine.destroy()
         groups._WORLD_GROUP = None
         if self.stage == 3:
-            for weight in self.model.parameters():
-                weight.ds_tensor.data = weight.ds_tensor.new_empty(0)
+            shards = (weight.ds_tensor for weight in self.model.parameters())
+            for shard in shards:
+                shard.data = shard.new_empty(0)
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's `param_groups` but for the weights."""
@@ -169,11 +172,15 @@ class Part(NamedTuple):
     start: int
     flat: Tensor  # [n] fp32, as are its moments
     place: int
-    count: int
+    size: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.size
 
     def of(self, flat: Tensor) -> Tensor:
-        """[count], a view."""
-        return flat.detach()[self.place : self.place + self.count]
+        """[size], a view."""
+        return flat.detach()[self.place : self.place + self.size]
 
 
 def deepspeed_for(accelerator: Accelerator) -> Any:
@@ -191,6 +198,8 @@ def deepspeed_for(accelerator: Accelerator) -> Any:
             "environment"
         )
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # What it calls by its older name: one line of that a call
+    warnings.filterwarnings("ignore", r".*torch\.distributed\.\w+` is deprecated", FutureWarning)
     return deepspeed
 
 
@@ -262,7 +271,7 @@ def load_parts(directory: Path, weights: Mapping[str, Tensor], zero: Zero, group
     tensors: dict[str, Tensor] = {"step": torch.zeros(())}
     for part in parts:
         for start, size in saved[part.name]:
-            if start < part.start + part.count and part.start < start + size:
+            if start < part.end and part.start < start + size:
                 for entry in (WEIGHT, *MOMENTS):
                     tensors[f"{entry}/{part.name}/{start}"] = torch.empty(size)
     checkpoint.load(tensors, checkpoint_id=directory)
@@ -273,7 +282,7 @@ def load_parts(directory: Path, weights: Mapping[str, Tensor], zero: Zero, group
         for moment in MOMENTS:
             state.setdefault(moment, torch.zeros_like(part.flat))
         for start, size in saved[part.name]:
-            first, last = max(start, part.start), min(start + size, part.start + part.count)
+            first, last = max(start, part.start), min(start + size, part.end)
             if first < last:
                 for entry, flat in {WEIGHT: part.flat, **{moment: state[moment] for moment in MOMENTS}}.items():
                     read = tensors[f"{entry}/{part.name}/{start}"][first - start : last - start]
