@@ -31,7 +31,8 @@ def as_launched(config: TrainConfig) -> Iterator[TrainConfig]:
     sharding = _fsdp(config) if FSDP in asked else _deepspeed(config)
     if config.sharding not in ("none", sharding):
         raise ValueError(f"sharding: accelerate is set up for {sharding}, got {config.sharding!r}")
-    logger.info("sharding: %s, for which accelerate is set up", sharding)
+    if os.environ.get("RANK", "0") == "0":  # one voice is enough
+        logger.info("sharding: %s, for which accelerate is set up", sharding)
     hidden = {name: os.environ.pop(name) for name in asked}
     try:
         yield replace(config, sharding=sharding)

@@ -50,7 +50,7 @@ def settings_of(directory, case):
     """Of a run on `UNEVEN` data; the model is a file in the directory."""
     settings = UNEVEN | case
     if settings.get("model") in MODELS:
-        file = directory / "model.json"
+        file = directory / f"{settings['model']}.json"
         file.write_text(json.dumps(MODELS[settings["model"]]))
         settings["model"] = f"config:{file}"
         if settings.get("reference") == "LOADED":  # the same weights, by another name

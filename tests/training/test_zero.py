@@ -1,6 +1,9 @@
 """The loop with DeepSpeed's ZeRO-2 and ZeRO-3: two processes take the steps of one that has all weights."""
 
 import json
+import math
+import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,11 +19,17 @@ from transformers import AutoModelForCausalLM
 from two_processes import run_in_two
 
 from dpo_kernels.training.checkpoint import damage, list_checkpoints
+from dpo_kernels.training.zero import Zero, rank_forgotten
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 STAGES = ("zero2", "zero3")
-CASES = SHORT | {"tied adapters": {"model": "TIED", "lora_r": 2, "reference": "copy"}}
+CASES = {
+    "full": SHORT["full"] | {"weight_decay": 0.1, "max_grad_norm": 0},
+    "adapters": SHORT["adapters"] | {"max_grad_norm": 0.1, "gradient_checkpointing": True},
+    "tied": SHORT["tied"],
+    "tied adapters": {"model": "TIED", "lora_r": 2, "reference": "copy"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +97,25 @@ def test_a_run_in_shards_does_not_go_on_in_others(resumed, tmp_path):
         run(directory, **RESUMED | {"sharding": "zero2", "per_device_batch_size": 4})
 
 
+def test_a_norm_that_is_not_finite_is_no_number():
+    zero = object.__new__(Zero)
+    zero.device = torch.device("cpu")
+    for given, expected in ((-1.0, math.nan), (torch.tensor(-1.0), math.nan), (torch.tensor(2.5), 2.5)):
+        zero.engine = SimpleNamespace(step=lambda: None, get_global_grad_norm=lambda given=given: given)
+        assert zero.take_step().item() == pytest.approx(expected, nan_ok=True)
+
+
+def test_a_rank_that_was_put_into_the_environment_goes_again(monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with rank_forgotten():
+        os.environ["LOCAL_RANK"] = "0"
+    assert "LOCAL_RANK" not in os.environ
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with rank_forgotten():
+        pass
+    assert os.environ["LOCAL_RANK"] == "1"
+
+
 GATHERED = """
 import json, os, sys
 from collections import Counter
@@ -96,6 +124,7 @@ import dpo_kernels.training.loop as loop
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 from dpo_kernels.training import TrainConfig, train
+from dpo_kernels.training.sharding import from_all, local
 
 gathered, steps, runs = Counter(), [], []
 
@@ -114,6 +143,8 @@ def after_step(self, *args):  # what it has gathered, and what it leaves
     for model in (policy, reference):
         for weight in model.parameters():
             assert weight.numel() == 0 and weight.grad is None and weight.ds_tensor.numel() <= weight.ds_numel // 2 + 1
+    shards = [sum(sizes) for sizes in zip(*from_all([local(weight).numel() for weight in policy.parameters()]))]
+    assert shards == [weight.ds_numel for weight in policy.parameters()]  # without padding
     found = []
     for model in (policy, reference):
         layer = model.model.layers[0].mlp.up_proj.weight
