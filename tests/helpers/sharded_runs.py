@@ -36,7 +36,10 @@ OF_TWO = {"per_device_batch_size": 1, "gradient_accumulation_steps": 2, "shardin
 TIED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TIED |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
 GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
-MODELS = {"TIED": TIED, "GPT2": GPT2}
+# Of norms two processes have no equal shares.
+ODD = TIED | {"tie_word_embeddings": False, "hidden_size": 33, "head_dim": 32}
+ODD |= {"num_attention_heads": 1, "num_key_value_heads": 1}
+MODELS = {"TIED": TIED, "GPT2": GPT2, "ODD": ODD}
 SHORT = {
     "full": {"eval_steps": 4, "gradient_checkpointing": True},
     "adapters": {"lora_r": 2, "loss_type": "sigmoid,sft", "lora_target_modules": "q_proj,down_proj,lm_head"},

@@ -24,6 +24,7 @@ from dpo_kernels.training.zero import Zero, rank_forgotten
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 STAGES = ("zero2", "zero3")
+ODD = {"model": "ODD"}
 CASES = {
     "full": SHORT["full"] | {"weight_decay": 0.1, "max_grad_norm": 0},
     "adapters": SHORT["adapters"] | {"max_grad_norm": 0.1, "gradient_checkpointing": True},
@@ -71,7 +72,7 @@ def resumed(tmp_path_factory):
         straight, again = str(directory / stage), str(directory / f"{stage} again")
         settings += [{"sharding": stage, "output_dir": straight}]
         settings += [{"sharding": stage, "output_dir": again, "before": [straight, again]}]
-    several(directory, [RESUMED | OF_TWO | each for each in settings])
+    several(directory, [settings_of(directory, RESUMED | ODD) | OF_TWO | each for each in settings])
     return directory
 
 
@@ -86,15 +87,15 @@ def test_the_same_processes_go_on_with_the_same_bits(resumed, stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_one_process_goes_on_from_the_parts_of_two(resumed, tmp_path, stage):
     directory = interrupted(resumed / stage, tmp_path / "run")
-    settings = RESUMED | {"sharding": stage, "per_device_batch_size": 2, "gradient_accumulation_steps": 2}
-    run(directory, **settings)
+    settings = settings_of(resumed, RESUMED | ODD) | {"sharding": stage}
+    run(directory, **settings | {"per_device_batch_size": 2, "gradient_accumulation_steps": 2})
     assert_close_runs(resumed / stage, directory)
 
 
 def test_a_run_in_shards_does_not_go_on_in_others(resumed, tmp_path):
     directory = interrupted(resumed / "zero3", tmp_path / "run")
     with pytest.raises(ValueError, match=r"sharding \(was 'zero3', is 'zero2'\)"):
-        run(directory, **RESUMED | {"sharding": "zero2", "per_device_batch_size": 4})
+        run(directory, **settings_of(resumed, RESUMED | ODD) | {"sharding": "zero2", "per_device_batch_size": 4})
 
 
 def test_a_norm_that_is_not_finite_is_no_number():
@@ -169,7 +170,7 @@ if os.environ["RANK"] == "0":
 def test_the_head_is_gathered_once_for_forward_and_backward(tmp_path):
     """A layer once for each of both, and everything once for the reference. The run is started as `accelerate launch`
     starts what it is set up to shard."""
-    settings = TINY | OF_TWO | {"max_steps": 3, "eval_fraction": 0, "gradient_accumulation_steps": 2}
+    settings = TINY | settings_of(tmp_path, ODD) | OF_TWO | {"max_steps": 3, "eval_fraction": 0}
     settings |= {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "sharding": "none"}
     script, file, found = (tmp_path / name for name in ("script.py", "settings.json", "found.json"))
     script.write_text(GATHERED)
