@@ -21,8 +21,6 @@ from dpo_kernels.training.checkpoint import tensor_digests
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from dpo_kernels.training.zero import Zero
-
 logger = logging.getLogger(__name__)
 
 WEIGHT = "weight"  # beside the names of AdamW's entries
@@ -152,10 +150,10 @@ def size_of(weight: Any) -> int:
 
 
 @torch.no_grad()
-def whole_state(sharded: Sharded | Zero, keep: bool) -> dict[str, Tensor]:
-    """The model's state dictionary on the CPU, one tensor gathered after the other, by all processes together; those
-    that do not `keep` it get an empty one. Of a model in adapters it is what PEFT may save: what is trained, and
-    embeddings and head where these have adapters."""
+def whole_state(sharded: Any, keep: bool) -> dict[str, Tensor]:
+    """The state dictionary of the model of a `Sharded` or a `Zero` on the CPU, one tensor gathered after the other, by
+    all processes together; those that do not `keep` it get an empty one. Of a model in adapters it is what PEFT may
+    save: what is trained, and embeddings and head where these have adapters."""
     sharded.free()
     model: Any = sharded.model
     state = model.state_dict(keep_vars=True)

@@ -273,22 +273,22 @@ def counted(output, *args, **kwargs):
     return gather(output, *args, **kwargs)
 
 setattr(torch.distributed, name, counted)
-add_step = loop.Window.add_step
+take_step = loop.Run.take_step
 
-def stop_after(self, *args):  # what a step has gathered, and what it leaves
+def noted(self):  # what a step has gathered, and what it leaves
     steps.append(list(sizes))
     sizes.clear()
     weights = list(runs[0].model.parameters())
     assert all(isinstance(weight, DTensor) and isinstance(weight.grad, DTensor) for weight in weights)
     held = sum(weight.to_local().numel() + weight.grad.to_local().numel() for weight in weights)
     assert held <= 1.01 * sum(weight.numel() for weight in weights), held
-    return add_step(self, *args)
+    return take_step(self)
 
 def kept(config):
     runs.append(set_up(config))
     return runs[0]
 
-runs, set_up, loop.set_up, loop.Window.add_step = [], loop.set_up, kept, stop_after
+runs, set_up, loop.set_up, loop.Run.take_step = [], loop.set_up, kept, noted
 loop.plot_training_curves = lambda metrics, picture: None
 train(TrainConfig(**json.loads(Path(sys.argv[1]).read_text())))
 if os.environ["RANK"] == "0":
