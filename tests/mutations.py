@@ -1006,7 +1006,7 @@ MUTATIONS = {
         # what accelerate is set up for, forgotten or done twice
         Mutation(LAUNCHED, "hidden = {name: os.environ.pop(name) for name in asked}", "hidden = {}", ACCELERATED),
         Mutation(LAUNCHED, "        os.environ.update(hidden)", "        pass", ACCELERATED),
-        Mutation(LAUNCHED, "float(given) != value", "False", ACCELERATED),
+        Mutation(LAUNCHED, "if not same:", "if False:", ACCELERATED),
         Mutation(LAUNCHED, "yield replace(config, sharding=sharding)", "yield config", ACCELERATED),
         # weights of one name mixed with those of another process
         Mutation(SHARDING, "        check_same_everywhere(model)\n", "", "training/test_sharded_loop.py -k differ"),

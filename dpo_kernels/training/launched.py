@@ -29,6 +29,7 @@ def as_launched(config: TrainConfig) -> Iterator[TrainConfig]:
         yield config
         return
     sharding = _fsdp(config) if FSDP in asked else _deepspeed(config)
+    _refuse_other("ACCELERATE_MIXED_PRECISION", "mixed_precision", config.mixed_precision)
     if config.sharding not in ("none", sharding):
         raise ValueError(f"sharding: accelerate is set up for {sharding}, got {config.sharding!r}")
     if os.environ.get("RANK", "0") == "0":  # one voice is enough
@@ -69,15 +70,20 @@ def _deepspeed(config: TrainConfig) -> str:
     )
     if stage not in ("2", "3"):
         raise ValueError(f"zero_stage: accelerate is set up for {stage}, and the loop knows 2 and 3")
-    same = {
-        "ACCELERATE_GRADIENT_CLIPPING": ("max_grad_norm", config.max_grad_norm),
-        "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("gradient_accumulation_steps", config.gradient_accumulation_steps),
-    }
-    for name, (ours, value) in same.items():
-        given = os.environ.get(name, "auto")
-        if given.lower() not in ("auto", "none") and float(given) != value:
-            _refuse(**{name: f"the loop's {ours} is {value:g}: give both the same, or accelerate none"}, off=())
+    _refuse_other("ACCELERATE_GRADIENT_CLIPPING", "max_grad_norm", config.max_grad_norm)
+    steps = config.gradient_accumulation_steps
+    _refuse_other("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "gradient_accumulation_steps", steps)
     return f"zero{stage}"
+
+
+def _refuse_other(name: str, ours: str, value: str | float) -> None:
+    """What accelerate and the loop are both told, and accelerate otherwise."""
+    given = os.environ.get(name, "").lower()
+    if given in ("", "no", "none", "auto"):
+        return
+    same = given == value if isinstance(value, str) else float(given) == value
+    if not same:
+        _refuse(**{name: f"the loop's {ours} is {value}: give both the same, or accelerate none"}, off=())
 
 
 def _refuse(off: tuple[str, ...] = OFF, **reasons: str) -> None:

@@ -48,9 +48,9 @@ class _Call(nn.Module):
 class Zero:
     """A model in DeepSpeed's hands, and calls of functions that compute with it: `zero(function, *arguments)`.
 
-    With ZeRO-3 the head is gathered once when a call comes to it, and is whole in `function` and in the backward of
-    what it returns: a loss in there multiplies by the head's weight as if there were no shards. `backward`, or where
-    there is none `free`, leaves the process with its shards alone again.
+    With ZeRO-3 the head is gathered once when a call begins, and is whole in `function` and in the backward of what it
+    returns: a loss in there multiplies by the head's weight as if there were no shards. `backward`, or where there is
+    none `free`, leaves the process with its shards alone again.
 
     Args:
         model: a transformers causal language model, in adapters or without, the same in all processes.

@@ -49,6 +49,7 @@ def launched(monkeypatch):
         (FSDP2, {}, "fsdp2"),
         (ZERO, {}, "zero3"),
         (ZERO, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "ACCELERATE_GRADIENT_CLIPPING": "none"}, "zero2"),
+        (ZERO, {"ACCELERATE_MIXED_PRECISION": "no"}, "zero3"),
     ],
 )
 @pytest.mark.parametrize("given", ["none", None])
@@ -98,6 +99,7 @@ def test_without_it_the_settings_stay_as_they_are():
         (ZERO, {"ACCELERATE_DEEPSPEED_CONFIG_FILE": "ds.json"}, {}, "config_file: accelerate is set up for 'ds.json'"),
         (ZERO, {}, {"max_grad_norm": 0.5}, "gradient_clipping: .*'1.0'.*the loop's max_grad_norm is 0.5"),
         (ZERO, {}, {"gradient_accumulation_steps": 4}, "gradient_accumulation_steps: .*'1'.*steps is 4: give both"),
+        (FSDP2, {"ACCELERATE_MIXED_PRECISION": "bf16"}, {}, "mixed_precision: .*'bf16'.*mixed_precision is no: give"),
         (ZERO, {}, {"sharding": "fsdp2"}, "sharding: accelerate is set up for zero3, got 'fsdp2'"),
     ],
 )
