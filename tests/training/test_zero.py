@@ -24,6 +24,8 @@ from dpo_kernels.training.zero import Zero, rank_forgotten
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
 STAGES = ("zero2", "zero3")
+# 13 pairs to train on in steps of 4: in the last step of an epoch there is one, so that one process has none.
+FEW = {"max_rows": 15, "max_steps": 6}
 ODD = {"model": "ODD"}
 CASES = {
     "full": SHORT["full"] | {"weight_decay": 0.1, "max_grad_norm": 0},
@@ -38,7 +40,7 @@ def runs(tmp_path_factory):
     """Of each case: the folders of one process without shards, and of two with each stage."""
     directory, of_two = tmp_path_factory.mktemp("zero"), []
     for case in CASES:
-        settings = settings_of(directory, CASES[case])
+        settings = settings_of(directory, CASES[case] | FEW)
         run(directory / case / "one", **settings)
         for stage in STAGES:
             place = {"output_dir": str(directory / case / stage), "cache_dir": str(directory / case / f"of {stage}")}
@@ -124,8 +126,10 @@ from pathlib import Path
 import dpo_kernels.training.loop as loop
 from deepspeed.runtime.zero.partition_parameters import Init, ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
+from dpo_kernels.data.demo import demo_model
 from dpo_kernels.training import TrainConfig, train
 from dpo_kernels.training.sharding import from_all, local
+from dpo_kernels.training.zero import Zero
 
 gathered, steps, runs = Counter(), [], []
 
@@ -150,6 +154,13 @@ def after_step(self, *args):  # what it has gathered, and what it leaves
     for model in (policy, reference):
         layer = model.model.layers[0].mlp.up_proj.weight
         found += [gathered[weight.ds_id] for weight in (model.lm_head.weight, layer)]
+    if not steps:  # weights that differ between processes
+        try:
+            Zero(demo_model(300, seed=runs[0].accelerator.process_index), runs[0].accelerator, runs[0].config)
+        except ValueError as error:
+            assert "that differ, the first is model.embed_tokens.weight" in str(error), error
+        else:
+            raise AssertionError("not refused")
     steps.append(found)
     gathered.clear()
     return add_step(self, *args)
