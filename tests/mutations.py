@@ -77,8 +77,8 @@ LOOP, SETUP, STATE, CHECKPOINT = (f"dpo_kernels/training/{n}.py" for n in ("loop
 PAIRS, POLICY, REFERENCE, CONFIG = (
     f"dpo_kernels/training/{name}.py" for name in ("pairs", "policy", "reference_model", "config")
 )
-TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING = (
-    f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding")
+TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING, LAUNCHED = (
+    f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding", "launched")
 )
 HEARTBEAT, SAVING = (f"dpo_kernels/training/{name}.py" for name in ("heartbeat", "saving"))
 MODEL_LAYOUTS = "dpo_kernels/models/layouts.py"
@@ -115,6 +115,7 @@ RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or 
 SHARDED = "training/test_sharded_loop.py -k 'steps_of_one'"
 LOST, MEANWHILE = "training/test_lost_processes.py", "training/test_async_checkpoints.py"
 SHARES = "training/test_weights.py -k 'not two_processes'"
+ACCELERATED = "training/test_launched.py"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
 LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"
@@ -917,7 +918,7 @@ MUTATIONS = {
     ],
     "training": [
         # scales forgotten
-        Mutation(LOOP, "accelerator.backward(loss * share)", "accelerator.backward(loss)", STEPS),
+        Mutation(LOOP, "run.backward(loss * share, is_last)", "run.backward(loss, is_last)", STEPS),
         Mutation(SCHEDULE, "float(share * weight[rows].sum())", "float(share)", STEPS),
         Mutation(SCHEDULE, "share * weight[rows].sum()", "share * len(rows)", SHARES),
         Mutation(SCHEDULE, "of_one in step for rows", "of_one in step[rank : rank + 1] for rows", SHARES),
@@ -949,7 +950,7 @@ MUTATIONS = {
         ),
         # everything is clipped away
         Mutation(
-            LOOP, "config.max_grad_norm or math.inf", "config.max_grad_norm", "training/test_loop.py -k 'divergence'"
+            SETUP, "config.max_grad_norm or math.inf", "config.max_grad_norm", "training/test_loop.py -k 'divergence'"
         ),
         # a mean over other pairs
         Mutation(LOOP, "run.sizes.mean_chosen_length(rows)", "run.sizes.mean_chosen_length()", STEPS),
@@ -1045,6 +1046,11 @@ MUTATIONS = {
         Mutation(
             LOOP, "if is_last or run.sharded else accelerator.no_sync(run.policy)", "", "training/test_communication.py"
         ),
+        # what accelerate is set up for, forgotten or done twice
+        Mutation(LAUNCHED, "hidden = {name: os.environ.pop(name) for name in asked}", "hidden = {}", ACCELERATED),
+        Mutation(LAUNCHED, "        os.environ.update(hidden)", "        pass", ACCELERATED),
+        Mutation(LAUNCHED, "if not same:", "if False:", ACCELERATED),
+        Mutation(LAUNCHED, "yield replace(config, sharding=sharding)", "yield config", ACCELERATED),
         # weights of one name mixed with those of another process
         Mutation(SHARDING, "        check_same_everywhere(model)\n", "", "training/test_sharded_loop.py -k differ"),
         # the best

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,12 +13,13 @@ import torch
 
 from dpo_kernels.training.config import TrainConfig, require_packages
 from dpo_kernels.training.heartbeat import Heartbeat
+from dpo_kernels.training.launched import as_launched
 from dpo_kernels.training.plots import plot_training_curves
 from dpo_kernels.training.policy import save_model
 from dpo_kernels.training.schedule import in_order, of_process
 from dpo_kernels.training.setup import Run, deterministic_algorithms, set_up
-from dpo_kernels.training.sharding import whole
 from dpo_kernels.training.state import RunState, Window, metric_means
+from dpo_kernels.training.zero import rank_forgotten
 
 logger = logging.getLogger(__name__)
 
@@ -94,9 +94,9 @@ def train(config: TrainConfig) -> TrainResult:
             f"config: expected a TrainConfig, got {type(config).__name__}: TrainConfig(beta=0.1, ...), or of a file "
             "`dpo-kernels train FILE`"
         )
-    require_packages(config)
-    with deterministic_algorithms(config.deterministic):
-        return _train(config)
+    with as_launched(config) as settled, deterministic_algorithms(config.deterministic), rank_forgotten():
+        require_packages(settled)
+        return _train(settled)
 
 
 def _train(config: TrainConfig) -> TrainResult:
@@ -124,15 +124,13 @@ def _train(config: TrainConfig) -> TrainResult:
                 batch |= run.reference_logps(batch)
                 with nullcontext() if is_last or run.sharded else accelerator.no_sync(run.policy):
                     loss, sums = run.policy(batch, mean_chosen_length)
-                    accelerator.backward(loss * share)  # in sum: the mean over all pairs of the step
+                    run.backward(loss * share, is_last)  # in sum: the mean over all pairs of the step
                 if share:
                     state.window.sums += sums
-            norm = whole(accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm or math.inf))
-            state.window.add_step(norm, config.mixed_precision == "fp16", rows, run.sizes)
             lr = run.scheduler.get_last_lr()[0]
-            run.stepper.step()
+            norm = run.take_step()
             run.scheduler.step()
-            run.stepper.zero_grad()
+            state.window.add_step(norm, config.mixed_precision == "fp16", rows, run.sizes)
             state.step += 1
             bar.update()
 

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from dpo_kernels.training.pairs import Pairs
+    from dpo_kernels.training.zero import Zero
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,11 @@ class Reference:
     """
 
     def __init__(
-        self, head: LMHead, config: TrainConfig, adapter: nn.Module | None = None, sharded: Sharded | None = None
+        self,
+        head: LMHead,
+        config: TrainConfig,
+        adapter: nn.Module | None = None,
+        sharded: Sharded | Zero | None = None,
     ) -> None:
         self.head, self.config, self.adapter, self.sharded = head, config, adapter, sharded
 

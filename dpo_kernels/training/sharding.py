@@ -95,18 +95,18 @@ def takes_bf16(model: nn.Module, accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda" or not any(isinstance(part, nn.LayerNorm) for part in model.modules())
 
 
-def check_ready(accelerator: Accelerator, timeout: timedelta) -> None:
+def check_ready(accelerator: Accelerator, sharding: str, timeout: timedelta) -> None:
     """Raises `ValueError` where weights cannot be sharded. A process alone gets a group of its own: what it has is all,
     and it can go on from the shards of several."""
     device = accelerator.device.type
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"sharding: fsdp2 runs on cuda or cpu, got the device {device}")
+        raise ValueError(f"sharding: {sharding} runs on cuda or cpu, got the device {device}")
     if not torch.distributed.is_initialized():
         backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[device]
         store = torch.distributed.HashStore()
         torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if torch.distributed.get_world_size() == 1:
-        logger.warning("sharding: fsdp2 in one process, which holds all shards; start several with torchrun")
+        logger.warning("sharding: %s in one process, which holds all shards; start several with torchrun", sharding)
 
 
 def check_same_everywhere(model: nn.Module) -> None:
@@ -128,20 +128,36 @@ def from_all(mine: Any) -> list[Any]:
     return everyone
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """The shard of this process, or a tensor that is whole as it is."""
+    if hasattr(tensor, "ds_tensor"):  # of ZeRO-3, with padding at the end
+        begin = torch.distributed.get_rank() * tensor.partition_numel()
+        shard: Tensor = tensor.ds_tensor.detach()[: max(0, tensor.ds_numel - begin)]
+        return shard
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """Gathered, by all processes together."""
+    if hasattr(tensor, "ds_tensor"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            gathered: Tensor = tensor.detach().clone()
+        return gathered
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_state(sharded: Sharded, keep: bool) -> dict[str, Tensor]:
-    """The model's state dictionary on the CPU, one tensor gathered after the other, by all processes together; those
-    that do not `keep` it get an empty one. Of a model in adapters it is what PEFT may save: what is trained, and
-    embeddings and head where these have adapters."""
+def size_of(weight: Any) -> int:
+    """How many numbers a weight has, in all shards together."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
+@torch.no_grad()
+def whole_state(sharded: Any, keep: bool) -> dict[str, Tensor]:
+    """The state dictionary of the model of a `Sharded` or a `Zero` on the CPU, one tensor gathered after the other, by
+    all processes together; those that do not `keep` it get an empty one. Of a model in adapters it is what PEFT may
+    save: what is trained, and embeddings and head where these have adapters."""
     sharded.free()
     model: Any = sharded.model
     state = model.state_dict(keep_vars=True)
@@ -156,8 +172,9 @@ def whole_state(sharded: Sharded, keep: bool) -> dict[str, Tensor]:
     gathered: dict[int, Tensor] = {}
     for name, tensor in state.items():
         if id(tensor) not in gathered:  # a tied one once
-            value = whole(tensor.detach())
-            gathered[id(tensor)] = value.cpu() if keep else value.new_empty(0)
+            value = whole(tensor)
+            # A copy, since ZeRO-2 has all weights in one piece of memory
+            gathered[id(tensor)] = value.detach().to("cpu", copy=True) if keep else value.new_empty(0)
         if keep:
             found[name] = gathered[id(tensor)]
     return found

@@ -35,6 +35,7 @@ from dpo_kernels.training.saving import Saving
 from dpo_kernels.training.setup import Run, timeout_of
 from dpo_kernels.training.sharding import from_all, group_for_saving, load_shards, save_shards, start_saving_shards
 from dpo_kernels.training.sizes import Sizes
+from dpo_kernels.training.zero import Zero, load_parts, save_parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -170,9 +171,12 @@ class RunState:
         self.finish_saving()
         run, scaler = self.run, self.run.accelerator.scaler
         here = {"random": random_state(run.device), "window": self.window.tensors()}
-        groups = {"param_groups": run.optimizer.state_dict()["param_groups"]} if run.sharded else None
+        if isinstance(run.sharded, Zero):
+            optimizer: dict[str, Any] = {"param_groups": run.sharded.groups()}
+        else:
+            optimizer = run.optimizer.state_dict()
         state = {
-            "optimizer": groups or run.optimizer.state_dict(),
+            "optimizer": {"param_groups": optimizer["param_groups"]} if run.sharded else optimizer,
             "scheduler": run.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "processes": gather_object([here]),
@@ -197,7 +201,10 @@ class RunState:
             self.saving = Saving(self.step, written, complete if run.accelerator.is_main_process else None)
             return
         if shards is not None:
-            save_shards(shards, run.weights, run.optimizer)
+            if isinstance(run.sharded, Zero):
+                save_parts(shards, run.weights, run.sharded)
+            else:
+                save_shards(shards, run.weights, run.optimizer)
             run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             complete()
@@ -227,7 +234,10 @@ class RunState:
         if run.sharded:
             state, progress = load_state(run.checkpoint, run.identity)
             groups = state["optimizer"]["param_groups"]
-            load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
+            if isinstance(run.sharded, Zero):
+                load_parts(run.checkpoint / SHARDS, run.weights, run.sharded, groups)
+            else:
+                load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
         else:
             state, progress = load_checkpoint(run.checkpoint, run.weights, run.identity)
             run.optimizer.load_state_dict(state["optimizer"])
