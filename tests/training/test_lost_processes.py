@@ -71,9 +71,9 @@ def test_the_other_one_ends_and_names_it(tmp_path, how, sharding):
     )
     assert "gloo" in said
     if how == "hangs":
-        assert TIMEOUT - 0.5 < seconds < TIMEOUT + 5
+        assert "Timed out" in said and TIMEOUT - 0.5 < seconds < TIMEOUT + 8
     else:
-        assert seconds < TIMEOUT
+        assert "Timed out" not in said  # it is seen at once
     (checkpoint,) = list_checkpoints(directory)
     assert checkpoint.name == "checkpoint-2" and damage(checkpoint) == ""
     if sharding == "fsdp2":  # in which one process goes on as well
