@@ -115,7 +115,7 @@ RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or 
 SHARDED = "training/test_sharded_loop.py -k 'steps_of_one'"
 LOST, MEANWHILE = "training/test_lost_processes.py", "training/test_async_checkpoints.py"
 SHARES = "training/test_weights.py -k 'not two_processes'"
-ACCELERATED = "training/test_launched.py"
+ACCELERATED, ZERO_PLANS = "training/test_launched.py", "planning/test_planning.py -k zero"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
 LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"
@@ -1046,6 +1046,12 @@ MUTATIONS = {
         Mutation(
             LOOP, "if is_last or run.sharded else accelerator.no_sync(run.policy)", "", "training/test_communication.py"
         ),
+        # a plan with more or less in shards than ZeRO has
+        Mutation(
+            STEP, '"zero2": ("gradients", "optimizer"),', '"zero2": ("weights", "gradients", "optimizer"),', ZERO_PLANS
+        ),
+        Mutation(STEP, "shape.head_parameters + _largest_matrix(shape)", "shape.head_parameters", ZERO_PLANS),
+        Mutation(STEP, "_largest_matrix(shape) + shape.hidden**2 if", "shape.hidden**2 if", ZERO_PLANS),
         # what accelerate is set up for, forgotten or done twice
         Mutation(LAUNCHED, "hidden = {name: os.environ.pop(name) for name in asked}", "hidden = {}", ACCELERATED),
         Mutation(LAUNCHED, "        os.environ.update(hidden)", "        pass", ACCELERATED),
