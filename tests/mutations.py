@@ -1528,7 +1528,7 @@ MUTATIONS = {
         Mutation(STEP, "    earlier = gradients if step.accumulation > 1 else 0", "    earlier = gradients", PLANS),
         Mutation(STEP, "- earlier - kept - head.peak)", "- kept - head.peak)", PLANS),
         # shards of what is not sharded, units without gradients, and gradients that nobody reduced
-        Mutation(STEP, 'shards = step.processes if step.sharding == "fsdp2" else 1', "shards = step.processes", PLANS),
+        Mutation(STEP, "step.processes) if name in divided else size", "step.processes)", PLANS),
         Mutation(STEP, 'if step.train != "lora" and sharded else 0', "if sharded else 0", PLANS),
         Mutation(STEP, "(dhead if shape.tied or sharded else 0)", "(dhead if shape.tied else 0)", PLANS),
         Mutation(STEP, "    if earlier or sharded:\n", "    if earlier:\n", PLANS),

@@ -172,7 +172,7 @@ def _assumptions(step: Step) -> list[str]:
         if step.by_deepspeed:
             lines += [
                 f"{_NAMES[step.sharding]}: gradients and moments are divided evenly, and gradients are reduced in the",
-                "backward, hidden^2 numbers at once. With ZeRO-3 weights and reference are divided too, and the head is",
+                "backward, hidden^2 numbers at once. With ZeRO-3 weights and reference are divided too, the head is",
                 "whole beside one other matrix. What DeepSpeed gathers ahead, and its buffers, are not counted.",
             ]
     return lines
