@@ -231,6 +231,7 @@ def linear_dpo_loss(
         present = given.present()  # the numbers of others are nobody's
         numbers = ref_logps if present is None else ref_logps.masked_fill(~present, 0)
         check_finite_logps("ref_logps", numbers, "sequence")
+    rows = None
     if ranks is not None:
         rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
         if check_hidden:
@@ -258,7 +259,8 @@ def linear_dpo_loss(
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     dtypes = compute_dtype, weight.dtype, hidden.dtype
     if torch.is_grad_enabled() and head_trained and not differentiable and takes_groups(options.names, dtypes):
-        rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
+        if rows is None:
+            rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         family = head.family(impl, "C", compute_dtype)
         counts = None if ranks is None else ranks.counts
@@ -267,7 +269,7 @@ def linear_dpo_loss(
         if groups is not None:
             rows = group_major(rows, comparisons, groups)
             x = rows_of(hidden, rows, predictors)
-            if check_hidden:
+            if check_hidden and ranks is None:  # else it was before they agreed
                 check_finite(x.detach(), rows, waits)
             grouped = Grouped(rows, given, groups, transform, compute_dtype, options, family, head.shards)
             found = GroupedLoss.apply(x, weight, bias, grouped)

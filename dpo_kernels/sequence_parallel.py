@@ -112,7 +112,7 @@ def in_step(function: Callable[Parameters, Returned]) -> Callable[Parameters, Re
     @functools.wraps(function)
     def wrapped(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
         group: Any = kwargs.get("sequence_group")
-        if group is None:
+        if group is None or isinstance(group, SequenceRanks):  # of the call that this one is in
             return function(*args, **kwargs)
         kwargs["sequence_group"] = ranks = SequenceRanks(group)
         try:

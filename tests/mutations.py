@@ -1046,6 +1046,10 @@ MUTATIONS = {
         Mutation(
             LOOP, "if is_last or run.sharded else accelerator.no_sync(run.policy)", "", "training/test_communication.py"
         ),
+        # kernels for whole sequences that nobody has compared
+        Mutation(
+            MODEL_LAYOUTS, 'whole = _computed(model, "whole")', "whole = shared", "models/test_layouts.py -k compared"
+        ),
         # a plan with more or less in shards than ZeRO has
         Mutation(
             STEP, '"zero2": ("gradients", "optimizer"),', '"zero2": ("weights", "gradients", "optimizer"),', ZERO_PLANS
@@ -1525,7 +1529,7 @@ MUTATIONS = {
             PLANS,
         ),
         # gradients of no earlier micro-batch, and those that are counted twice
-        Mutation(STEP, "    earlier = gradients if step.accumulation > 1 else 0", "    earlier = gradients", PLANS),
+        Mutation(STEP, "    earlier = gradients if step.keeps_gradients else 0", "    earlier = gradients", PLANS),
         Mutation(STEP, "- earlier - kept - head.peak)", "- kept - head.peak)", PLANS),
         # shards of what is not sharded, units without gradients, and gradients that nobody reduced
         Mutation(STEP, "step.processes) if name in divided else size", "step.processes)", PLANS),
@@ -1929,7 +1933,7 @@ MUTATIONS = {
         Mutation(REFERENCE, '                    predictors=batch.get("predictors"),\n', "", RANKED_RUNS),
         # models whose gradients are others, whose windows are, and that are left changed
         Mutation(
-            MODEL_LAYOUTS, '_difference(own, "gradients", found.gradients, expected.gradients)', '""', ASKED_LAYOUTS
+            MODEL_LAYOUTS, '_difference(own, "gradients", shared.gradients, expected.gradients)', '""', ASKED_LAYOUTS
         ),
         Mutation(MODEL_LAYOUTS, "if seen >= expected:", "if True:", ASKED_LAYOUTS),
         Mutation(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from heads import build
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -35,6 +36,7 @@ from parallel_checks import (
 
 from dpo_kernels import linear_dpo, linear_dpo_loss, linear_reference, linear_sequence_logps, sequence_logps
 from dpo_kernels.linear_reference import linear_reference_logps
+from dpo_kernels.models import LMHead
 from dpo_kernels.testing import beyond_budget, head_inputs
 
 T = 72
@@ -460,7 +462,13 @@ def check_errors(world):
     all_alike = "expected the same on all ranks of sequence_group"
     of_last = rf"\(on rank {world.ranks - 1} of sequence_group\)"
     trained = weight.clone().requires_grad_()
+    head, of_model = LMHead.from_model(build("llama")), torch.zeros(*labels.shape, 32)
+    small = labels.clamp(max=9)
     cases = (
+        (lambda: head.sequence_logps(of_model[0] if last else of_model, small, shift=False, **group),
+         rf"hidden: expected floating-point \[S, T, H\].*{of_last}"),
+        (lambda: head.dpo_loss(of_model[0] if last else of_model, small, ref, shift=False, **group),
+         rf"hidden: expected floating-point \[S, T, H\].*{of_last}"),
         (logps(x[:3] if last else x, labels=labels[:3] if last else labels), f"labels: {all_alike}, got 4 sequences"),
         (logps(reduction="mean" if last else "sum"), f"reduction: {all_alike}, got sum on rank 0 and mean on rank"),
         (logps(x.double() if last else x, weight.double() if last else weight), f"hidden: {all_alike}"),

@@ -20,6 +20,7 @@ from dpo_kernels.models.operands import HeadOperands, as_taken_by, is_tensor_par
 from dpo_kernels.models.segments import laid_out, refuse_restarts
 from dpo_kernels.models.through_wrappers import Found, as_laid_out, computed_in, on_this_rank
 from dpo_kernels.options import LinearDPOOptions, LogpsOptions, is_at_hand, refuse_unknown
+from dpo_kernels.sequence_parallel import in_step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -257,6 +258,7 @@ class LMHead:
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         return HeadOperands(hidden, weight, bias)
 
+    @in_step
     def sequence_logps(
         self, hidden: Tensor, labels: Tensor, *, shift: bool = True, **options: Unpack[LogpsOptions]
     ) -> SequenceLogps:
@@ -273,6 +275,7 @@ class LMHead:
         of_head: Any = {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
         return linear_sequence_logps(hidden, weight, labels, shift=shift, **of_head, **options)
 
+    @in_step
     def dpo_loss(
         self,
         hidden: Tensor,

@@ -89,7 +89,7 @@ def text(step: Step, found: dict[str, Any], name: str, share: str, auto: bool = 
 
 LABELS = {
     "weights": "weights",
-    "gradients": "gradients of earlier micro-batches",
+    "gradients": "gradients from before the backward",
     "optimizer": "optimizer, AdamW",
     "reference": "reference model",
     "gathered": "gathered at a time",

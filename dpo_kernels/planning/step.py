@@ -97,6 +97,11 @@ class Step:
         return self.sharding in ("zero2", "zero3")
 
     @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are there before a backward: of earlier micro-batches, or ZeRO-3's memory for them."""
+        return self.accumulation > 1 or self.sharding == "zero3"
+
+    @property
     def positions(self) -> int:
         """Of the padded batch."""
         return 2 * self.pairs * self.seq
@@ -144,6 +149,7 @@ def head_memory(step: Step, way: str) -> HeadMemory:
 
 def state_bytes(step: Step, shape: ModelShape) -> dict[str, int]:
     """Weights, the gradients of all that is trained, AdamW's two moments and the reference. Adapters are in fp32.
+    DeepSpeed's optimizer has a copy of what is trained beside its moments.
 
     Of those that `SHARDING` names each process has a part.
     """
@@ -159,7 +165,7 @@ def state_bytes(step: Step, shape: ModelShape) -> dict[str, int]:
     state = {
         "weights": weights,
         "gradients": trained,
-        "optimizer": 2 * trained,
+        "optimizer": (3 if step.by_deepspeed else 2) * trained,
         "reference": shape.parameters * e if with_copy else 0,
     }
     divided = SHARDING[step.sharding]
@@ -296,7 +302,7 @@ def later_bytes(step: Step, shape: ModelShape, head: HeadMemory) -> dict[str, in
     DeepSpeed those of a matrix, and as many as it reduces at once.
     """
     gradients = state_bytes(step, shape)["gradients"]
-    earlier = gradients if step.accumulation > 1 else 0
+    earlier = gradients if step.keeps_gradients else 0
     kept, again = activation_bytes(step, shape)
     hidden = step.computed * shape.hidden * step.dtype.itemsize
     matrix = shape.head_parameters * step.dtype.itemsize
@@ -339,7 +345,7 @@ def footprint(step: Step, way: str) -> dict[str, int]:
         return {"head and loss": head.peak, "total": head.peak}
     state = state_bytes(step, step.shape)
     kept = activation_bytes(step, step.shape)[0] + cast_bytes(step, step.shape)
-    earlier = state["gradients"] if step.accumulation > 1 else 0
+    earlier = state["gradients"] if step.keeps_gradients else 0
     extra = max(0, max(later_bytes(step, step.shape, head).values()) - earlier - kept - head.peak)
     parts = state | {
         "gradients": earlier,

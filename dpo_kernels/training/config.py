@@ -403,7 +403,10 @@ def _check_unused(config: TrainConfig) -> None:
         "discopop_tau": ("discopop" in config.loss_type, "loss_type discopop"),
         "simpo_gamma": (config.loss_type == ["simpo"], "loss_type simpo"),
         "cpo_alpha": (config.loss_type == ["cpo"], "loss_type cpo"),
-        "async_checkpoints": (config.sharding == "fsdp2", "sharding fsdp2"),
+        "async_checkpoints": (
+            config.sharding == "fsdp2",
+            "sharding fsdp2 (said here even if accelerate is set up for it)",
+        ),
     }
     for name, (used, what) in belongs.items():
         if not used and getattr(config, name) != defaults[name]:

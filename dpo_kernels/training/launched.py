@@ -48,7 +48,7 @@ def _fsdp(config: TrainConfig) -> str:
     _refuse(
         FSDP_OFFLOAD_PARAMS="weights stay on their device",
         FSDP_IGNORED_MODULES="all weights are sharded",
-        FSDP_TRANSFORMER_CLS_TO_WRAP="a model's layers are those that it names itself",
+        FSDP_TRANSFORMER_CLS_TO_WRAP="a model's layers are those that it names itself: leave it out",
     )
     if not config.gradient_checkpointing:
         _refuse(FSDP_ACTIVATION_CHECKPOINTING="that is gradient_checkpointing here")

@@ -463,6 +463,22 @@ def test_pytorch_takes_the_call_for_sequences():
     assert out.shape == (2, 30, 4, 64) and out.dtype == torch.bfloat16 and out.device.type == "cuda"
 
 
+def test_whole_sequences_are_compared_too(monkeypatch):
+    """On a GPU other kernels compute them than rows that share prompts."""
+    in_blocks = segments._in_blocks
+
+    def wrong(query, key, value, layout, *given, **options):
+        found = in_blocks(query, key, value, layout, *given, **options)
+        return found if segments._Known(layout).sequences(layout) is None else found * 1.1
+
+    monkeypatch.setattr(segments, "_in_blocks", wrong)
+    model = model_of("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="computes other hidden states where several sequences are in one row"):
+        use_layouts(model)
+    assert model.config._attn_implementation == before
+
+
 def test_a_cache_is_refused():
     layout, (query, key) = layouts(), torch.randn(2, 2, 4, 30, 8)
     with pytest.raises(ValueError, match="expected a layout of the 30 slots that are computed"):

@@ -412,15 +412,19 @@ def test_zero_divides_what_it_does():
     whole = planning.Step(8192, 128256, 1, 512, 0.5, shape, reference="model", dtype=torch.float32)
     steps = [replace(whole, sharding=name, processes=8) for name in ("zero2", "zero3")]
     all_of_it, zero2, zero3 = (planning.state_bytes(step, shape) for step in (whole, *steps))
-    assert {name: math.ceil(size / 8) for name, size in all_of_it.items()} == zero3
+    # numbers of fp32 that were alive between steps, over those of a model in one process: 4.2 and 5.1
+    n = shape.parameters
+    assert zero3 == {name: math.ceil(4 * k * n / 8) for name, k in {**dict.fromkeys(zero3, 1), "optimizer": 3}.items()}
     assert zero2 == zero3 | {name: all_of_it[name] for name in ("weights", "reference")}
+    assert [planning.footprint(step, "dpo_kernels")["gradients"] for step in steps] == [0, zero3["gradients"]]
     # the head, and beside it the embedding, which is larger than a layer's matrices
     assert [planning.gathered_bytes(step, shape) for step in steps] == [0, 4 * 2 * shape.head_parameters]
     tied = replace(steps[1], hidden=2048, vocab=151936, shape=find_shape("qwen3-1.7b"))
     assert planning.gathered_bytes(tied, tied.shape) == 4 * 2048 * (151936 + 6144)
     found = [planning.later_bytes(each, shape, planning.head_memory(each, "dpo_kernels")) for each in (whole, *steps)]
     reduced = 4 * (shape.head_parameters + 8192**2)
-    assert [each["first layer"] - found[0]["first layer"] for each in found] == [0, reduced, reduced]
+    more = [each["first layer"] - found[0]["first layer"] for each in found]
+    assert more == [0, reduced, reduced + zero3["gradients"]]
     for dtype in (torch.float16, torch.bfloat16):
         with pytest.raises(ValueError, match="dtype: expected torch.float32 beside sharding 'zero3' without LoRA"):
             replace(steps[1], dtype=dtype)
