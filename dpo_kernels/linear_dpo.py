@@ -47,7 +47,7 @@ from dpo_kernels.options import (
 from dpo_kernels.pair_groups import group_major, plan_groups
 from dpo_kernels.parallel import head_here
 from dpo_kernels.rows import check_finite, labelled_rows, rows_of
-from dpo_kernels.sequence_parallel import in_step, of_operands, ranks_of, refuse_shift
+from dpo_kernels.sequence_parallel import check_parts, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -178,8 +178,15 @@ def linear_dpo_loss(
     """
     refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
     ranks = ranks_of(sequence_group)
-    refuse_shift(ranks, shift)
-    head = head_here(hidden, weight, labels, bias, group)
+    check_parts(ranks, shift, weight, group)
+    head = head_here(
+        hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, shift=shift, beta=beta, loss_type=loss_type, loss_weights=loss_weights,
+        label_smoothing=label_smoothing, f_divergence=f_divergence, f_alpha=f_alpha, discopop_tau=discopop_tau,
+        rpo_alpha=rpo_alpha, ld_alpha=ld_alpha, use_weighting=use_weighting, mean_chosen_length=mean_chosen_length,
+        pairs=pairs, token_weights=token_weights, pair_weights=pair_weights, lengths=lengths, ref_logps=ref_logps,
+        differentiable=differentiable, stats=stats, chunk_bytes=chunk_bytes, predictors=predictors,
+    )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_num_labelled(num_labelled)

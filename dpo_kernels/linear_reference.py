@@ -31,7 +31,7 @@ from dpo_kernels.options import Impl, LossType
 from dpo_kernels.pair_groups import group_major, plan_groups
 from dpo_kernels.parallel import head_here
 from dpo_kernels.rows import check_finite, labelled_rows, rows_of
-from dpo_kernels.sequence_parallel import in_step, of_operands, ranks_of, refuse_shift
+from dpo_kernels.sequence_parallel import check_parts, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -86,8 +86,12 @@ def linear_reference_logps(
         ValueError: as in `linear_sequence_logps`, or an unknown name in `gradients`.
     """
     ranks = ranks_of(sequence_group)
-    refuse_shift(ranks, shift)
-    head = head_here(hidden, weight, labels, bias, group)
+    check_parts(ranks, shift, weight, group)
+    head = head_here(
+        hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, shift=shift, gradients=gradients, pairs=pairs, chunk_bytes=chunk_bytes,
+        predictors=predictors,
+    )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)

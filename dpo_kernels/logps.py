@@ -22,7 +22,7 @@ from dpo_kernels.parallel import (
     sharded_token_logps,
 )
 from dpo_kernels.rows import ScatterRows, check_finite, labelled_rows, rows_of, shift_labels
-from dpo_kernels.sequence_parallel import SequenceRanks, Whole, described, in_step, of_operands, ranks_of, refuse_shift
+from dpo_kernels.sequence_parallel import SequenceRanks, Whole, check_parts, described, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -131,8 +131,11 @@ def linear_sequence_logps(
     """
     refuse_transforms(hidden, weight, bias, labels, token_weights)
     ranks = ranks_of(sequence_group)
-    refuse_shift(ranks, shift)
-    head = head_here(hidden, weight, labels, bias, group)
+    check_parts(ranks, shift, weight, group)
+    head = head_here(
+        hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, shift=shift, stats=stats, predictors=predictors,
+    )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
@@ -217,7 +220,7 @@ def sequence_logps(
     """
     refuse_transforms(logits, labels, token_weights)
     ranks = ranks_of(sequence_group)
-    refuse_shift(ranks, shift)
+    check_parts(ranks, shift)
     check_labels(logits, labels, "logits", "[S, T, V]")
     check_switches(ignore_index, shift=shift, inplace_backward=inplace_backward)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)

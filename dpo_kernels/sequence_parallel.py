@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_kernels.parallel import check_group, gather
+from dpo_kernels.parallel import check_group, gather, is_dtensor
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -130,8 +130,20 @@ def ranks_of(sequence_group: object) -> SequenceRanks | None:
     return sequence_group if isinstance(sequence_group, SequenceRanks) else None
 
 
-def refuse_shift(ranks: SequenceRanks | None, shift: bool) -> None:
-    if ranks is not None and shift:
+def check_parts(ranks: SequenceRanks | None, shift: bool, weight: object = None, group: object = None) -> None:
+    """What is no part of a sequence on each rank, of a call with this head."""
+    if ranks is None:
+        return
+    if is_dtensor(weight) and weight.device_mesh.ndim == 1:
+        group = weight.device_mesh.get_group()
+    if isinstance(group, dist.ProcessGroup):
+        shared = set(dist.get_process_group_ranks(ranks.group)) & set(dist.get_process_group_ranks(group))
+        if len(shared) > 1:
+            raise ValueError(
+                "sequence_group: expected no rank but this one of those that share the head, which have the same rows, "
+                f"got {sorted(shared)} in both groups"
+            )
+    if shift:
         raise ValueError(
             "shift: expected False with sequence_group, since what a part's last position predicts lies on another "
             "rank: shift the labels before they are split, got True"

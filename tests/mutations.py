@@ -542,7 +542,7 @@ MUTATIONS = {
         Mutation(SEQUENCES, "if other.get(name) != first:", "if False:", SEQUENCE_TESTS),
         Mutation(SEQUENCES, "            if ranks.have_agreed:\n", "            if True:\n", SEQUENCE_TESTS),
         Mutation(SEQUENCES, "t.requires_grad and torch.is_grad_enabled()", "False", SEQUENCE_TESTS),
-        Mutation(SEQUENCES, "if ranks is not None and shift:", "if False:", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "    if shift:\n", "    if False:\n", SEQUENCE_TESTS),
         Mutation(LOSSES, "positions + whole.before[:, None]", "positions", SEQUENCE_TESTS),
         Mutation(LOSSES, "whole.join(sums), whole.num_tokens", "sums, whole.num_tokens", SEQUENCE_TESTS),
         Mutation(PAIR_GROUPS, "max(map(operator.sub, of_ranks, free))", "(of_ranks[0] - free[0])", SEQUENCE_TESTS),
@@ -1046,6 +1046,9 @@ MUTATIONS = {
         Mutation(
             LOOP, "if is_last or run.sharded else accelerator.no_sync(run.policy)", "", "training/test_communication.py"
         ),
+        # ranks that share a head and have other options, and those that share it and split sequences, too
+        Mutation(PARALLEL, 'if name == "options" and len(set(values)) > 1:', "if False:", SHARD_TESTS),
+        Mutation(SEQUENCES, "if len(shared) > 1:", "if False:", SHARD_TESTS),
         # kernels for whole sequences that nobody has compared
         Mutation(
             MODEL_LAYOUTS, 'whole = _computed(model, "whole")', "whole = shared", "models/test_layouts.py -k compared"

@@ -501,6 +501,7 @@ def check_errors(world):
     half = dist.new_group([0])
     two = distribute_tensor(weight, init_device_mesh("cpu", (1, world.ranks)), [Replicate(), Shard(0)])
     not_sharded = "weight: expected a DTensor with the placement"
+    alike = "expected the same on all ranks that share a head"
     cases = (
         (logps(hidden, distributed(weight, Shard(1))), not_sharded),
         (logps(hidden, distributed(weight, Replicate())), not_sharded),
@@ -532,6 +533,17 @@ def check_errors(world):
         (logps(hidden, shard[:0], group=group), "weight: expected at least one vocabulary entry"),
         (logps(hidden, broken, group=group), "weight: expected finite numbers.* in 1 of 123 .* the first is 122"),
         (loss(broken.clone().requires_grad_(), group=group), "weight: expected finite numbers.* the first is 122"),
+        (loss(shard, group=group, beta=0.2 if last else 0.1), f"beta: {alike}, got 0.1 on rank 0 and 0.2 on rank"),
+        (loss(shard, group=group, loss_type="ipo" if last else "sigmoid"), f"loss_type: {alike}"),
+        (loss(shard, group=group, token_weights=labels.clone().fill_(1 + last)), f"token_weights: {alike}"),
+        (logps(hidden, shard, group=group, temperature=2.0 if last else 1.0), f"temperature: {alike}"),
+        (lambda: linear_dpo_loss(hidden, shard, labels, inputs.ref_logps + last, group=group), f"ref_logps: {alike}"),
+        (
+            (loss(shard, group=group) if last else logps(hidden, shard, group=group)),
+            "expected calls of one function on all ranks that share a head, got another on",
+        ),
+        (logps(hidden, shard, group=group, sequence_group=group), "sequence_group: expected no rank but this one"),
+        (logps(hidden, whole, sequence_group=group), "sequence_group: expected no rank but this one"),
     )
     for call, pattern in cases:
         try:
