@@ -147,6 +147,7 @@ SCHEDULED = "training/test_schedule.py"
 RANKED_RUNS = "training/test_rankings.py -k 'weighted or plackett_luce_starts'"
 RANKED_DATA = "training/test_rankings.py -k 'other_data or do_not_fit'"
 ASKED_LAYOUTS = "models/test_layouts.py -k 'refused or noticed or router'"
+ALIKE = "training/test_alike.py"
 BY_SEQUENCES = "models/test_layouts.py -k 'sequences'"
 
 
@@ -1059,6 +1060,10 @@ MUTATIONS = {
         ),
         Mutation(STEP, "shape.head_parameters + _largest_matrix(shape)", "shape.head_parameters", ZERO_PLANS),
         Mutation(STEP, "_largest_matrix(shape) + shape.hidden**2 if", "shape.hidden**2 if", ZERO_PLANS),
+        # processes that were started with what does not go together
+        Mutation(SETUP, "    check_settings(config, accelerator)\n", "", ALIKE),
+        Mutation(SETUP, "    check_alike(identity, accelerator)\n", "", ALIKE),
+        Mutation(SETUP, "        check_shared(Path(config.output_dir), accelerator)\n", "", ALIKE),
         # what accelerate is set up for, forgotten or done twice
         Mutation(LAUNCHED, "hidden = {name: os.environ.pop(name) for name in asked}", "hidden = {}", ACCELERATED),
         Mutation(LAUNCHED, "        os.environ.update(hidden)", "        pass", ACCELERATED),

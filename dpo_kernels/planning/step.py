@@ -87,7 +87,8 @@ class Step:
             )
         if self.by_deepspeed and self.dtype != torch.float32 and self.train != "lora":
             raise ValueError(
-                f"dtype: expected torch.float32 beside sharding {self.sharding!r} without LoRA, got {self.dtype!r}"
+                f"dtype: expected float32 beside sharding {self.sharding!r} without LoRA, got "
+                f"{str(self.dtype).removeprefix('torch.')}"
             )
         check_chunk_bytes(self.chunk_bytes)
         check_impl(self.impl)

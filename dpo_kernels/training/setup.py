@@ -23,6 +23,7 @@ from dpo_kernels.losses import BATCH_LOSSES
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.training import reference_model as references
+from dpo_kernels.training.alike import check_alike, check_settings, check_shared
 from dpo_kernels.training.checkpoint import find_checkpoint, read_progress, remove_leftovers
 from dpo_kernels.training.config import TrainConfig, practice_warnings, trajectory_settings
 from dpo_kernels.training.pairs import Pairs
@@ -120,6 +121,7 @@ def set_up(config: TrainConfig) -> Run:
     in_shards = config.sharding in ("fsdp2", "zero3")  # the weights, and with them those of the reference
     if config.sharding != "none":
         check_ready(accelerator, config.sharding, timeout_of(config))
+    check_settings(config, accelerator)
     if not accelerator.is_main_process:  # one voice is enough
         logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", UserWarning)
@@ -131,6 +133,9 @@ def set_up(config: TrainConfig) -> Run:
             warnings.warn(message, stacklevel=4)
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         remove_leftovers(Path(config.output_dir))
+    if config.sharding != "none":
+        check_shared(Path(config.output_dir), accelerator)
+    check_alike({"resume": checkpoint and checkpoint.name}, accelerator)
 
     set_seed(config.seed)
     pairs = Pairs.load(config, accelerator)
@@ -147,6 +152,7 @@ def set_up(config: TrainConfig) -> Run:
         "the starting weights": fingerprint,
         "the number of processes": accelerator.num_processes,
     }
+    check_alike(identity, accelerator)
     if config.sharding != "none":
         identity = free_of_processes(identity, config, model)
     if config.sharding == "fsdp2":

@@ -426,7 +426,9 @@ def test_zero_divides_what_it_does():
     more = [each["first layer"] - found[0]["first layer"] for each in found]
     assert more == [0, reduced, reduced + zero3["gradients"]]
     for dtype in (torch.float16, torch.bfloat16):
-        with pytest.raises(ValueError, match="dtype: expected torch.float32 beside sharding 'zero3' without LoRA"):
+        with pytest.raises(
+            ValueError, match="dtype: expected float32 beside sharding 'zero3' without LoRA, got .*float16"
+        ):
             replace(steps[1], dtype=dtype)
     assert replace(steps[1], dtype=torch.bfloat16, train="lora").by_deepspeed
 
