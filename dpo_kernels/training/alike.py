@@ -1,5 +1,5 @@
-"""What the processes of a run must have alike: with what differs, each would train a model of its own, or one would wait
-for what another never does."""
+"""What the processes of a run must have alike: with what differs, each would train a model of its own, or one would
+wait for what another never does."""
 
 from __future__ import annotations
 
