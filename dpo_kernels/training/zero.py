@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,6 +78,9 @@ class Zero:
         self.stage = 3 if config.sharding == "zero3" else 2
         self.call = _Call(model, accelerator.autocast)
         settings = _settings(self.stage, config, model)
+        if deepspeed.utils.groups._WORLD_GROUP is None:  # that of DeepSpeed's own making has PyTorch's timeout
+            timeout = timedelta(seconds=config.ddp_timeout)
+            deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
         if self.stage == 3:
             head: Any = LMHead(model, at_output_layer=True).output_layer()
             deepspeed.zero.Init(module=self.call, config_dict_or_path=settings)  # weight by weight to the device

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 from two_processes import run_in_two
 
 from dpo_kernels.training.checkpoint import damage, list_checkpoints
+from dpo_kernels.training.setup import Run
 from dpo_kernels.training.zero import Zero, rank_forgotten
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -117,6 +119,22 @@ def test_a_rank_that_was_put_into_the_environment_goes_again(monkeypatch):
     with rank_forgotten():
         pass
     assert os.environ["LOCAL_RANK"] == "1"
+
+
+ONE_STEP = {"max_steps": 1, "eval_fraction": 0}
+
+
+def test_what_reduces_gradients_obeys_the_timeout(tmp_path, monkeypatch):
+    found, close = [], Run.close
+
+    def noted(self):
+        group = self.sharded.engine.optimizer.dp_process_group
+        found.append(group._get_backend(torch.device("cpu")).options._timeout)
+        close(self)
+
+    monkeypatch.setattr(Run, "close", noted)
+    run(tmp_path, **ONE_STEP, sharding="zero2", ddp_timeout=7)
+    assert found == [timedelta(seconds=7)]
 
 
 GATHERED = """
