@@ -1038,6 +1038,33 @@ MUTATIONS = {
         Mutation(HEARTBEAT, "self._say(in_one_line(error)[:1000])", "self._say(WAITS)", LOST + " -k 'of_its_own'"),
         Mutation(HEARTBEAT, "enumerate(found) if at < latest]", "enumerate(found)]", LOST + " -k 'who'"),
         Mutation(HEARTBEAT, "isinstance(error, dist.DistError) or", "", LOST + " -k 'collectives'"),
+        # nobody named, but in the steps, or a step 0 that there is not
+        Mutation(
+            LOOP,
+            "    with heartbeat.lost_ones_named(Path(config.output_dir)):\n        run = set_up(config, accelerator)\n",
+            "    run = set_up(config, accelerator)\n    with heartbeat.lost_ones_named(Path(config.output_dir)):\n",
+            LOST + " -k 'before_the_steps'",
+        ),
+        Mutation(HEARTBEAT, "sorted(steps) if step)", "sorted(steps))", LOST + " -k 'before_the_steps'"),
+        # an error that nothing catches, one that hides another, or that is in the next run's way
+        Mutation(
+            SAVING,
+            "except CheckpointException as error:\n        raise account(what, error) from error",
+            "except CheckpointException:\n        raise",
+            MEANWHILE + " -k 'alike'",
+        ),
+        Mutation(
+            STATE,
+            "self.finish_saving(wait=self.run.accelerator.num_processes == 1)",
+            "pass",
+            MEANWHILE + " -k 'does_not_hide'",
+        ),
+        Mutation(
+            SETUP,
+            "            if self.accelerator.num_processes == 1:\n",
+            "            if False:\n",
+            MEANWHILE + " -k 'hide'",
+        ),
         # a checkpoint that is complete before it is written, of another step, or that nobody misses
         Mutation(SAVING, "[written.result(), complete()]", "complete()", MEANWHILE + " -k 'same_bits'"),
         Mutation(STATE, "state, progress = copy.deepcopy((state, progress))", "pass", MEANWHILE + " -k 'changes'"),

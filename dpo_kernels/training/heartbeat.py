@@ -71,7 +71,7 @@ class Heartbeat:
             who = f"process {self.rank} of {self.processes} is cut off from all others ({in_one_line(lost)})"
         checkpoints = list_checkpoints(output_dir)
         goes_on = f"goes on from {checkpoints[-1]}" if checkpoints else "starts afresh: there is no checkpoint yet"
-        return f"training stopped in step {self.step}: {who}. The same command {goes_on}. ({in_one_line(error)})"
+        return f"training stopped {in_steps({self.step})}: {who}. The same command {goes_on}. ({in_one_line(error)})"
 
     def _heard(self) -> list[tuple[int, str]]:
         """Of each process the step that it was last seen in, and what it says, "" for nothing."""
@@ -94,13 +94,19 @@ def of_group(error: BaseException) -> bool:
 
 def described(found: list[tuple[int, str]]) -> str:
     """Who failed and who says nothing, or, where all wait, who is behind; and in which step the others wait."""
-    failed = {n: f"failed in step {at}: {what}" for n, (at, what) in enumerate(found) if what not in ("", WAITS)}
+    failed = {n: f"failed {in_steps({at})}: {what}" for n, (at, what) in enumerate(found) if what not in ("", WAITS)}
     silent = [n for n, (_, what) in enumerate(found) if not what]
     if not failed and not silent:
         latest = max(at for at, _ in found)
         silent = [n for n, (at, _) in enumerate(found) if at < latest]
-    named = failed | {n: f"was last seen in step {found[n][0]}" for n in silent}
-    steps = sorted({at for n, (at, _) in enumerate(found) if n not in named})
+    named = failed | {n: f"was last seen {in_steps({found[n][0]})}" for n in silent}
+    steps = {at for n, (at, _) in enumerate(found) if n not in named}
     others = "the others wait" if named else "all processes wait for one another"
     lost = [f"process {n} of {len(found)} {what}" for n, what in sorted(named.items())]
-    return ", ".join([*lost, f"{others} in step {' and '.join(map(str, steps))}"])
+    return ", ".join([*lost, f"{others} {in_steps(steps)}"])
+
+
+def in_steps(steps: set[int]) -> str:
+    """In words; 0 is what comes before the first."""
+    numbers = " and ".join(str(step) for step in sorted(steps) if step)
+    return " and ".join(["before the first step"] * (0 in steps) + [f"in step {numbers}"] * bool(numbers))

@@ -17,9 +17,9 @@ from dpo_kernels.training.launched import as_launched
 from dpo_kernels.training.plots import plot_training_curves
 from dpo_kernels.training.policy import save_model
 from dpo_kernels.training.schedule import in_order, of_process
-from dpo_kernels.training.setup import Run, deterministic_algorithms, set_up
+from dpo_kernels.training.setup import Run, deterministic_algorithms, make_accelerator, set_up
 from dpo_kernels.training.state import RunState, Window, metric_means
-from dpo_kernels.training.zero import rank_forgotten
+from dpo_kernels.training.zero import as_before_deepspeed
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,7 @@ def train(config: TrainConfig) -> TrainResult:
         ValueError: settings, data or models that do not fit, in words that say which.
         FloatingPointError: the loss is no longer a number.
         ConnectionError: another process hangs or is gone; the message says which, and what the run can go on from.
+        OSError: a checkpoint could not be written or read; of one in shards, the message says by which processes.
         ImportError: a package of the extra `train` is missing.
     """
     if not isinstance(config, TrainConfig):
@@ -94,21 +95,30 @@ def train(config: TrainConfig) -> TrainResult:
             f"config: expected a TrainConfig, got {type(config).__name__}: TrainConfig(beta=0.1, ...), or of a file "
             "`dpo-kernels train FILE`"
         )
-    with as_launched(config) as settled, deterministic_algorithms(config.deterministic), rank_forgotten():
+    with as_launched(config) as settled, deterministic_algorithms(config.deterministic), as_before_deepspeed():
         require_packages(settled)
         return _train(settled)
 
 
 def _train(config: TrainConfig) -> TrainResult:
+    accelerator = make_accelerator(config)
+    heartbeat = Heartbeat(accelerator)
+    with heartbeat.lost_ones_named(Path(config.output_dir)):
+        run = set_up(config, accelerator)
+        with run.closed_after_errors():
+            state = RunState(run)
+            with state.closed_after_errors():
+                _take_steps(run, state, heartbeat)
+                return finish(run, state)
+
+
+def _take_steps(run: Run, state: RunState, heartbeat: Heartbeat) -> None:
     from tqdm import tqdm
 
-    run = set_up(config)
-    state, heartbeat = RunState(run), Heartbeat(run.accelerator)
-    accelerator, pairs, schedule = run.accelerator, run.pairs, run.schedule
+    config, accelerator, pairs, schedule = run.config, run.accelerator, run.pairs, run.schedule
     hidden = not (config.progress_bar and accelerator.is_main_process)
     with (
         tqdm(total=schedule.steps, initial=state.step, unit="step", disable=hidden) as bar,
-        heartbeat.lost_ones_named(run.output_dir),
         state.divergence_explained(),
     ):
         if pairs.held_out and state.step == 0:
@@ -145,7 +155,6 @@ def _train(config: TrainConfig) -> TrainResult:
             if config.save_steps and state.step % config.save_steps == 0:
                 state.save()
         state.finish_saving()
-    return finish(run, state)
 
 
 @torch.no_grad()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from dpo_kernels.training.heartbeat import of_group
@@ -28,6 +29,22 @@ class Saving:
             return
         if of_group(error):
             raise error
-        of_processes = getattr(error, "failures", {})  # a CheckpointException has them, each with its traceback
-        said = "; ".join(f"process {n}: {in_one_line(each)}" for n, (each, _) in of_processes.items())
-        raise OSError(f"the checkpoint of step {self.step} was not written: {said or in_one_line(error)}") from error
+        raise account(f"the checkpoint of step {self.step} was not written", error) from error
+
+
+@contextmanager
+def failures_named(what: str) -> Iterator[None]:
+    """Raises `OSError`, which says `what` and names the processes that failed, in the place of PyTorch's own
+    `CheckpointException`, which is no `Exception`."""
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except CheckpointException as error:
+        raise account(what, error) from error
+
+
+def account(what: str, error: BaseException) -> OSError:
+    of_processes = getattr(error, "failures", {})  # a CheckpointException has them, each with its traceback
+    said = "; ".join(f"process {n}: {in_one_line(each)}" for n, (each, _) in of_processes.items())
+    return OSError(f"{what}: {said or in_one_line(error)}")

@@ -31,6 +31,7 @@ from dpo_kernels.training.policy import PolicyLoss, add_lora, disable_dropout, l
 from dpo_kernels.training.schedule import Schedule, Step, shares
 from dpo_kernels.training.sharding import Sharded, check_ready, layers_of, size_of, whole
 from dpo_kernels.training.sizes import Sizes, check_fits, data_fingerprint
+from dpo_kernels.training.values import in_one_line
 from dpo_kernels.training.zero import Zero
 from dpo_kernels.tuning.heads import head_of
 from dpo_kernels.tuning.trial import Kernels
@@ -107,16 +108,28 @@ class Run:
         for sharded in {self.sharded, self.reference and self.reference.sharded}:
             if isinstance(sharded, Zero):
                 sharded.close()
-        del self.policy  # DDP first: were it the last to hold the process group, gloo could wait for itself for ever
+        self.policy = None  # DDP first: were it the last to hold the process group, gloo could wait for itself for ever
         self.accelerator.free_memory()
         self.accelerator.end_training()
 
+    @contextmanager
+    def closed_after_errors(self) -> Iterator[None]:
+        """Closes a process alone. Others may not be there any more, and what waits for them stays as it is."""
+        try:
+            yield
+        except BaseException:
+            if self.accelerator.num_processes == 1:
+                try:
+                    self.close()
+                except Exception as error:
+                    logger.error("the run could not be closed after its error: %s", in_one_line(error))
+            raise
 
-def set_up(config: TrainConfig) -> Run:
+
+def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     """Makes all parts, each once it is known that what it rests on is right."""
     from accelerate.utils import set_seed
 
-    accelerator = make_accelerator(config)
     check_runs(config.impl, accelerator.device)  # an error now rather than after the models are loaded
     in_shards = config.sharding in ("fsdp2", "zero3")  # the weights, and with them those of the reference
     if config.sharding != "none":

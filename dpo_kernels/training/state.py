@@ -31,10 +31,11 @@ from dpo_kernels.training.checkpoint import (
 )
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import METRICS, damaged_weights, save_model, state_of_weights
-from dpo_kernels.training.saving import Saving
+from dpo_kernels.training.saving import Saving, failures_named
 from dpo_kernels.training.setup import Run, timeout_of
 from dpo_kernels.training.sharding import from_all, group_for_saving, load_shards, save_shards, start_saving_shards
 from dpo_kernels.training.sizes import Sizes
+from dpo_kernels.training.values import in_one_line
 from dpo_kernels.training.zero import Zero, load_parts, save_parts
 
 if TYPE_CHECKING:
@@ -201,10 +202,11 @@ class RunState:
             self.saving = Saving(self.step, written, complete if run.accelerator.is_main_process else None)
             return
         if shards is not None:
-            if isinstance(run.sharded, Zero):
-                save_parts(shards, run.weights, run.sharded)
-            else:
-                save_shards(shards, run.weights, run.optimizer)
+            with failures_named(f"the checkpoint of step {self.step} was not written"):
+                if isinstance(run.sharded, Zero):
+                    save_parts(shards, run.weights, run.sharded)
+                else:
+                    save_shards(shards, run.weights, run.optimizer)
             run.accelerator.wait_for_everyone()
         if run.accelerator.is_main_process:
             complete()
@@ -234,10 +236,11 @@ class RunState:
         if run.sharded:
             state, progress = load_state(run.checkpoint, run.identity)
             groups = state["optimizer"]["param_groups"]
-            if isinstance(run.sharded, Zero):
-                load_parts(run.checkpoint / SHARDS, run.weights, run.sharded, groups)
-            else:
-                load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
+            with failures_named(f"{run.checkpoint} could not be read"):
+                if isinstance(run.sharded, Zero):
+                    load_parts(run.checkpoint / SHARDS, run.weights, run.sharded, groups)
+                else:
+                    load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
         else:
             state, progress = load_checkpoint(run.checkpoint, run.weights, run.identity)
             run.optimizer.load_state_dict(state["optimizer"])
@@ -258,6 +261,22 @@ class RunState:
         if self.group is not None:
             torch.distributed.destroy_process_group(self.group)
             self.group = None
+
+    @contextmanager
+    def closed_after_errors(self) -> Iterator[None]:
+        """Closes what waits for no other process, which may not be there any more, and logs that a checkpoint could not
+        be written either, if that is known."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.finish_saving(wait=self.run.accelerator.num_processes == 1)
+            except Exception as error:
+                logger.error("%s", in_one_line(error))
+            if self.saving is not None:
+                self.group = None  # its thread still talks to others
+            self.close()
+            raise
 
     @contextmanager
     def divergence_explained(self) -> Iterator[None]:

@@ -11,9 +11,11 @@ import functools
 import logging
 import math
 import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -77,6 +79,9 @@ class Zero:
         self.stage = 3 if config.sharding == "zero3" else 2
         self.call = _Call(model, accelerator.autocast)
         settings = _settings(self.stage, config, model)
+        if deepspeed.utils.groups._WORLD_GROUP is None:  # that of DeepSpeed's own making has PyTorch's timeout
+            timeout = timedelta(seconds=config.ddp_timeout)
+            deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
         if self.stage == 3:
             head: Any = LMHead(model, at_output_layer=True).output_layer()
             deepspeed.zero.Init(module=self.call, config_dict_or_path=settings)  # weight by weight to the device
@@ -113,16 +118,17 @@ class Zero:
         return torch.where(norm < 0, math.nan, norm)  # DeepSpeed's -1 stands for what is not finite
 
     def close(self) -> None:
-        """Takes DeepSpeed's hooks off. It remembers all models that it has had, whose shards go here, and a group of
-        processes, which may not be there in the next run."""
-        from deepspeed.utils import groups
-
+        """Takes DeepSpeed's hooks off. It remembers all models that it has had, whose shards go here, and what steps on
+        them with its buffers."""
         self.engine.destroy()
-        groups._WORLD_GROUP = None
         if self.stage == 3:
             shards = (weight.ds_tensor for weight in self.model.parameters())
             for shard in shards:
                 shard.data = shard.new_empty(0)
+        if self.optimizer is not None:
+            vars(self.engine.optimizer).clear()
+            self.optimizer.state.clear()
+            self.optimizer.param_groups.clear()
 
     def groups(self) -> list[dict[str, Any]]:
         """The optimizer's `param_groups` but for the weights."""
@@ -204,15 +210,20 @@ def deepspeed_for(accelerator: Accelerator) -> Any:
 
 
 @contextmanager
-def rank_forgotten() -> Iterator[None]:
-    """Leaves the environment as it was where `deepspeed_for` puts a rank into it: accelerate would take that for one of
-    several processes."""
-    alone = "LOCAL_RANK" not in os.environ
+def as_before_deepspeed() -> Iterator[None]:
+    """Takes back what DeepSpeed changes in a process, however the run ends: the rank that `deepspeed_for` puts into the
+    environment, which accelerate would take for that of one of several processes; a function of PyTorch's; and a group
+    of processes that it remembers, and that may not be there in the next run."""
+    alone, linear = "LOCAL_RANK" not in os.environ, nn.functional.linear
     try:
         yield
     finally:
         if alone:
             os.environ.pop("LOCAL_RANK", None)
+        nn.functional.linear = linear
+        groups: Any = sys.modules.get("deepspeed.utils.groups")
+        if groups is not None:
+            groups._WORLD_GROUP = None
 
 
 def _settings(stage: int, config: TrainConfig, model: nn.Module) -> dict[str, Any]:

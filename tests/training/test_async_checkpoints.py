@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from short_runs import TINY, assert_same_run, run
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.utils._pytree import tree_leaves
 from two_processes import run_in_two
@@ -20,6 +20,7 @@ from two_processes import run_in_two
 from dpo_kernels.training import state
 from dpo_kernels.training.checkpoint import STATE, damage, list_checkpoints, read_progress
 from dpo_kernels.training.config import TrainConfig
+from dpo_kernels.training.saving import Saving
 from dpo_kernels.training.sharding import group_for_saving
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
@@ -169,6 +170,45 @@ def test_one_that_could_not_be_written_is_an_error(tmp_path, monkeypatch, what):
     assert len(steps) == 5
     (checkpoint,) = list_checkpoints(tmp_path)
     assert checkpoint.name == "checkpoint-2" and damage(checkpoint) == ""
+
+
+def full(self, *args):
+    raise OSError("no space left")
+
+
+def test_an_error_of_training_does_not_hide_it(tmp_path, monkeypatch, caplog):
+    begun = []
+
+    def kept(*args):
+        begun.append(Saving(*args))
+        return begun[-1]
+
+    def fails(self, *args):
+        if begun:
+            assert begun[0].done.exception()
+            raise ValueError("of its own")
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    monkeypatch.setattr(state, "Saving", kept)
+    monkeypatch.setattr(state.Window, "add_step", fails)
+    with pytest.raises(ValueError, match="^of its own$"):
+        run(tmp_path, **SETTINGS | {"async_checkpoints": True, "logging_steps": 6, "eval_fraction": 0})
+    assert "the checkpoint of step 2 was not written: process 0: OSError: no space left" in caplog.text
+    assert not torch.distributed.is_initialized()
+
+
+def test_one_that_is_waited_for_fails_alike(tmp_path, monkeypatch):
+    """PyTorch's own error is no Exception, which nothing that handles errors would see."""
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSystemWriter, "write_data", full)
+        words = "^the checkpoint of step 2 was not written: process 0: OSError: no space left$"
+        with pytest.raises(OSError, match=words):
+            run(tmp_path / "full", **SETTINGS | {"eval_fraction": 0})
+    run(tmp_path / "run", **SETTINGS | {"eval_fraction": 0, "max_steps": 2})
+    monkeypatch.setattr(FileSystemReader, "read_data", full)
+    words = f"^{tmp_path / 'run' / 'checkpoint-2'} could not be read: process 0: OSError: no space left$"
+    with pytest.raises(OSError, match=words):
+        run(tmp_path / "run", **SETTINGS | {"eval_fraction": 0, "max_steps": 2})
 
 
 def test_without_gloo_they_are_refused(monkeypatch):

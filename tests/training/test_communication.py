@@ -47,8 +47,8 @@ def of_ddp(state, bucket):
 
 set_up, add_step = loop.set_up, loop.Window.add_step
 
-def kept(config):
-    run = set_up(config)
+def kept(*args):
+    run = set_up(*args)
     if not run.sharded:
         run.policy.register_comm_hook(None, of_ddp)
     weights.update({name: [each.numel(), each.requires_grad] for name, each in run.model.named_parameters()})

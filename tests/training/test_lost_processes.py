@@ -11,7 +11,7 @@ pytest.importorskip("accelerate")
 from short_runs import TINY, run
 from two_processes import run_in_two
 
-from dpo_kernels.training import heartbeat
+from dpo_kernels.training import heartbeat, loop
 from dpo_kernels.training.checkpoint import damage, list_checkpoints
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.heartbeat import WAITS, Heartbeat, described, of_group
@@ -91,6 +91,9 @@ def test_who_is_named():
     )
     assert described([waits, waits]) == "all processes wait for one another in step 6"
     assert described([waits, (5, WAITS)]) == "process 1 of 2 was last seen in step 5, the others wait in step 6"
+    assert described([(0, WAITS), (1, WAITS), (0, "")]) == (
+        "process 2 of 3 was last seen before the first step, the others wait before the first step and in step 1"
+    )
     found = [waits, (6, "OutOfMemoryError: 8 GiB"), waits]
     assert described(found) == "process 1 of 3 failed in step 6: OutOfMemoryError: 8 GiB, the others wait in step 6"
 
@@ -123,6 +126,21 @@ def test_an_error_of_its_own_is_told_to_those_who_wait(two, tmp_path):
         "The same command starts afresh: there is no checkpoint yet. (DistBackendError: timed out)"
     )
     assert isinstance(error.value.__cause__, torch.distributed.DistBackendError)
+
+
+@pytest.mark.parametrize(
+    ("where", "when"),
+    [("set_up", "before the first step"), ("RunState", "before the first step"), ("finish", "in step 1")],
+)
+def test_it_is_named_before_the_steps_and_after_them(two, tmp_path, monkeypatch, where, when):
+    def in_vain(*args):
+        raise torch.distributed.DistBackendError("timed out")
+
+    monkeypatch.setattr(loop, "Heartbeat", lambda accelerator: two[0])
+    monkeypatch.setattr(loop, where, in_vain)
+    words = f"^training stopped {when}: process 1 of 2 was last seen before the first step, the others wait {when}. The"
+    with pytest.raises(ConnectionError, match=words):
+        run(tmp_path, max_steps=1, eval_fraction=0)
 
 
 def test_without_the_store_it_says_so(two, tmp_path, monkeypatch):

@@ -284,8 +284,8 @@ def noted(self):  # what a step has gathered, and what it leaves
     assert held <= 1.01 * sum(weight.numel() for weight in weights), held
     return take_step(self)
 
-def kept(config):
-    runs.append(set_up(config))
+def kept(*args):
+    runs.append(set_up(*args))
     return runs[0]
 
 runs, set_up, loop.set_up, loop.Run.take_step = [], loop.set_up, kept, noted

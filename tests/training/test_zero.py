@@ -1,8 +1,10 @@
 """The loop with DeepSpeed's ZeRO-2 and ZeRO-3: two processes take the steps of one that has all weights."""
 
+import gc
 import json
 import math
 import os
+from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +20,11 @@ from short_runs import TINY, assert_same_run, run, weights_of
 from transformers import AutoModelForCausalLM
 from two_processes import run_in_two
 
+from dpo_kernels.training import setup
 from dpo_kernels.training.checkpoint import damage, list_checkpoints
-from dpo_kernels.training.zero import Zero, rank_forgotten
+from dpo_kernels.training.setup import Run
+from dpo_kernels.training.state import RunState
+from dpo_kernels.training.zero import Zero, as_before_deepspeed
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -110,13 +115,53 @@ def test_a_norm_that_is_not_finite_is_no_number():
 
 def test_a_rank_that_was_put_into_the_environment_goes_again(monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
-    with rank_forgotten():
+    with as_before_deepspeed():
         os.environ["LOCAL_RANK"] = "0"
     assert "LOCAL_RANK" not in os.environ
     monkeypatch.setenv("LOCAL_RANK", "1")
-    with rank_forgotten():
+    with as_before_deepspeed():
         pass
     assert os.environ["LOCAL_RANK"] == "1"
+
+
+ONE_STEP = {"max_steps": 1, "eval_fraction": 0}
+
+
+def test_what_reduces_gradients_obeys_the_timeout(tmp_path, monkeypatch):
+    found, close = [], Run.close
+
+    def noted(self):
+        group = self.sharded.engine.optimizer.dp_process_group
+        found.append(group._get_backend(torch.device("cpu")).options._timeout)
+        close(self)
+
+    monkeypatch.setattr(Run, "close", noted)
+    run(tmp_path, **ONE_STEP, sharding="zero2", ddp_timeout=7)
+    assert found == [timedelta(seconds=7)]
+
+
+def test_a_run_leaves_nothing_behind(tmp_path):
+    """Neither a model with what trains it, 1.2 million numbers, nor DeepSpeed's function in the place of PyTorch's."""
+    linear, live = torch.nn.functional.linear, []
+    for name in ("first", "second"):
+        run(tmp_path / name, **ONE_STEP, sharding="zero3", reference="copy")
+        gc.collect()
+        live.append(sum(each.numel() for each in gc.get_objects() if isinstance(each, torch.Tensor)))
+        assert torch.nn.functional.linear is linear
+    assert live[1] < live[0] + 1000
+
+
+@pytest.mark.parametrize("where", ["set_up", "the steps"])
+def test_a_run_that_failed_is_not_in_the_way_of_another(tmp_path, monkeypatch, where):
+    def fails(*args):
+        raise OSError("no good")
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="^no good$"):
+        patch.setattr(*((setup, "make_scheduler") if where == "set_up" else (RunState, "log")), fails)
+        run(tmp_path / "failed", **ONE_STEP, sharding="zero2")
+    assert where == "set_up" or not torch.distributed.is_initialized()
+    for sharding in ("none", "zero2"):
+        run(tmp_path / sharding, **ONE_STEP, sharding=sharding)
 
 
 GATHERED = """
@@ -165,8 +210,8 @@ def after_step(self, *args):  # what it has gathered, and what it leaves
     gathered.clear()
     return add_step(self, *args)
 
-def kept(config):
-    runs.append(set_up(config))
+def kept(*args):
+    runs.append(set_up(*args))
     gathered.clear()
     return runs[0]
 
