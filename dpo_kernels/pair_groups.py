@@ -33,19 +33,22 @@ def plan_groups(
     family: str,
     *,
     dweight: bool,
+    exponentials: bool = False,
 ) -> list[Group] | None:
-    """Whole pairs, or larger groups, in parts whose logits fit in `chunk_bytes`; None if that cannot be, or there are
-    no rows. `dweight`: the head's weight gets a gradient, in whose memory some logits are kept."""
-    n = rows.sequence.shape[0]
-    row_bytes = weight.shape[0] * dtype.itemsize
+    """Whole pairs, or larger groups, in parts whose logits, or `exponentials` in their place, fit in `chunk_bytes`;
+    None if that cannot be, or there are no rows. `dweight`: the head's weight gets a gradient, in whose memory some of
+    them are kept."""
+    n, k = rows.sequence.shape[0], load(family)
     if n == 0 or chunk_bytes == 0:
         return None
-    free = paths.rows_kept_in_dw(load(family), n, weight, dtype) if dweight else 0
-    if (n - free) * row_bytes <= chunk_bytes:
+    kept = paths.kept_bytes(k, n, weight, dtype, exponentials, dweight)
+    if kept.buffer <= chunk_bytes:
         return [Group(slice(0, n), slice(0, comparisons.groups))]
     if dweight and weight.dtype != dtype:
         chunk_bytes -= weight.numel() * dtype.itemsize
-    budget = chunk_bytes // row_bytes
+    budget = chunk_bytes // kept.of_row
+    if exponentials:  # so many have room with what lies behind the last of them
+        budget -= budget % k.padded_rows(1)
     sizes = torch.bincount(comparisons.group_of(rows.sequence), minlength=comparisons.groups).tolist()
     if max(sizes) > budget:
         return None

@@ -84,6 +84,7 @@ PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
 TRL = "dpo_kernels/trl"
 
+TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
 TRITON_TESTS = "impl/test_triton.py -k 'not machine_code and not every_batch'"
@@ -298,6 +299,22 @@ MUTATIONS = {
             '@triton.jit(\n    do_not_specialize=["start", "stride_field"],',
             "impl/test_triton.py -k 'every_batch and A'",
         ),
+        # exponentials that overflow, and those of others that are written again
+        Mutation(TRITON_EXP, "FAR, PACKED_FAR = 60.0, 20.0", "FAR, PACKED_FAR = 1e9, 1e9", EXP_TESTS),
+        Mutation(TRITON_EXP, "shift = tl.where(top > shift + FAR, top, shift)", "shift = shift", EXP_TESTS),
+        # the label's part: its rounding, its slope, where it is, and what a split finds of another part's
+        Mutation(TRITON_EXP, "is_label = (columns == label) & inside", "is_label = columns == label", EXP_TESTS),
+        # the softcap's part of the gradient
+        Mutation(TRITON_EXP, "            e = e * slope\n", "            pass\n", EXP_TESTS),
+        # sums that statistics change
+        Mutation(
+            TRITON_EXP,
+            "block_v = triton_linear.block_v(False,",
+            "block_v = triton_linear.block_v(bool(stats),",
+            f"{EXP_TESTS} -k rewards",
+        ),
+        # the first of equal logits
+        Mutation(TRITON_EXP, "(target == top) & (target > top_before)", "target == top", EXP_TESTS),
         # sums that do not follow the maximum
         Mutation(TRITON_LINEAR, "(part[4] + part[2] * (top - fold.max)) * factor", "part[4] * factor", TRITON_TESTS),
         # the argmax of another split
@@ -483,6 +500,12 @@ MUTATIONS = {
         Mutation(OPS, "dtype = accumulate_dtype(compute_dtype)\n", "dtype = hidden.dtype\n", "test_ops.py -k 'torch'"),
         # memory that is not counted
         Mutation(PAIR_GROUPS, "chunk_bytes -= weight.numel() * dtype.itemsize", "pass", "test_memory.py -k 'torch'"),
+        # dW over exponentials that are still to be read; sums that are rounded twice; a part of the vocabulary alone
+        Mutation(
+            PATHS, "(v * h - (kept - start) * stride) // h)", "(v * h - (kept - start - 64) * stride) // h)", EXP_TESTS
+        ),
+        Mutation(PATHS, "dw_sum = dw if alone or dw is None else", "dw_sum = dw if dw is None or True else", EXP_TESTS),
+        Mutation(PATHS, "sums[group], accumulate=block.start > 0)", "sums[group])", EXP_TESTS),
         # another order
         Mutation(
             PAIR_GROUPS,
@@ -1512,7 +1535,7 @@ MUTATIONS = {
         # fused kernels that nothing takes while they are tried
         Mutation(
             DISPATCH,
-            "{path: family if path in FORWARDS else impl_of(family) for",
+            "{path: family if path in paths_of(family) else impl_of(family) for",
             "{path: impl_of(family) for",
             WORKER_TESTS,
         ),
@@ -1644,12 +1667,12 @@ MUTATIONS = {
         # fused kernels that are held against nothing, that took nothing, and are timed where they are not taken
         Mutation(
             WORKER,
-            "return dispatch.FORWARDS if dispatch.is_fused(family)",
-            "return () if dispatch.is_fused(family)",
+            "tuple(path for path in verdicts.PATHS if path in dispatch.paths_of(family))",
+            "() if dispatch.is_fused(family) else verdicts.PATHS",
             WORKER_TESTS,
         ),
         Mutation(WORKER, "took = took or any(taken)", "took = True", WORKER_TESTS),
-        Mutation(WORKER, "if path in dispatch.FORWARDS or not dispatch.is_fused(name)]", "]", WORKER_TESTS),
+        Mutation(WORKER, "if path in dispatch.paths_of(name)]", "]", WORKER_TESTS),
         # a family that failed goes on, as does one that is wrong
         Mutation(WORKER, 'refused.add(message["failed"])', "pass", TUNE_TESTS),
         Mutation(WORKER, 'refused.add((message["wrong"], message["dtype"]))', "pass", TUNE_TESTS),
