@@ -306,15 +306,6 @@ MUTATIONS = {
         Mutation(TRITON_EXP, "is_label = (columns == label) & inside", "is_label = columns == label", EXP_TESTS),
         # the softcap's part of the gradient
         Mutation(TRITON_EXP, "            e = e * slope\n", "            pass\n", EXP_TESTS),
-        # sums that statistics change
-        Mutation(
-            TRITON_EXP,
-            "block_v = triton_linear.block_v(False,",
-            "block_v = triton_linear.block_v(bool(stats),",
-            f"{EXP_TESTS} -k rewards",
-        ),
-        # the first of equal logits
-        Mutation(TRITON_EXP, "(target == top) & (target > top_before)", "target == top", EXP_TESTS),
         # sums that do not follow the maximum
         Mutation(TRITON_LINEAR, "(part[4] + part[2] * (top - fold.max)) * factor", "part[4] * factor", TRITON_TESTS),
         # the argmax of another split
@@ -500,12 +491,6 @@ MUTATIONS = {
         Mutation(OPS, "dtype = accumulate_dtype(compute_dtype)\n", "dtype = hidden.dtype\n", "test_ops.py -k 'torch'"),
         # memory that is not counted
         Mutation(PAIR_GROUPS, "chunk_bytes -= weight.numel() * dtype.itemsize", "pass", "test_memory.py -k 'torch'"),
-        # dW over exponentials that are still to be read; sums that are rounded twice; a part of the vocabulary alone
-        Mutation(
-            PATHS, "(v * h - (kept - start) * stride) // h)", "(v * h - (kept - start - 64) * stride) // h)", EXP_TESTS
-        ),
-        Mutation(PATHS, "dw_sum = dw if alone or dw is None else", "dw_sum = dw if dw is None or True else", EXP_TESTS),
-        Mutation(PATHS, "sums[group], accumulate=block.start > 0)", "sums[group])", EXP_TESTS),
         # another order
         Mutation(
             PAIR_GROUPS,
