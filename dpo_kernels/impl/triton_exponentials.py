@@ -40,7 +40,7 @@ EXP_BYTES = 2**29
 # Of the product of exponentials with W.
 PRODUCT_TILE = (128, 256)
 JOIN_ROWS, BLOCK_ROWS, MAX_BLOCK_H = 32, 4, 1024
-DLOGITS_BLOCK_V, DLOGITS_BLOCK_N = 16, 512
+DLOGITS_BLOCK_V, DLOGITS_BLOCK_N = 8, 512
 # What a split leaves of a row: maxima of the entries beside the label, and of those before it; sums.
 TOP, TOP_BEFORE, TARGET, LABEL_SLOPE, SUM, SUM_Z, SUM_EZ, SUM_SQ = (tl.constexpr(field) for field in range(8))
 FIELDS = 8
