@@ -1,7 +1,7 @@
 """Holds attention in rows that share prompts against SDPA with a mask of everything, and models with it against padded
 batches: forward and gradients.
 
-    python benchmarks/attention.py --device cuda          # FlexAttention
+    python benchmarks/attention.py --device cuda          # FlexAttention, and kernels for whole sequences
     python benchmarks/attention.py                        # the blocks of a CPU
 
 A line for each comparison, with the rms of the difference over that of what is right; the exit status tells if one is
@@ -33,13 +33,18 @@ from dpo_kernels.training.policy import hidden_of
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 2e-2}
 SOFTCAP = 5.0
 MODELS = ("qwen2", "gemma2", "gemma3", "mistral")
+WAYS: dict[str, dict[str, Any]] = {
+    "one row": {},
+    "rows": {"packed": False},
+    "whole sequences": {"shared_prefix": False},
+}
 VOCAB = 128
 
 
 class Comparison(NamedTuple):
     name: str
     taken: str
-    """What computed: "FlexAttention" or "blocks", or why nothing did."""
+    """What computed: "FlexAttention", kernels for "sequences" or "blocks", or why nothing did."""
     expected: str
     errors: dict[str, float]
     limit: float
@@ -53,11 +58,14 @@ class Comparison(NamedTuple):
 
 
 def taken_of(layout: Tensor) -> str:
-    return "FlexAttention" if segments._known(layout).flex else "blocks"
+    known = segments._known(layout)
+    return "FlexAttention" if known.flex else "sequences" if any(known._sequences) else "blocks"
 
 
-def expected_of(device: torch.device, softcap: bool) -> str:
-    return "FlexAttention" if device.type == "cuda" and not softcap else "blocks"
+def expected_of(device: torch.device, dtype: torch.dtype, softcap: bool, shared: bool) -> str:
+    if device.type != "cuda" or softcap:
+        return "blocks"
+    return "FlexAttention" if shared or dtype == torch.float32 else "sequences"
 
 
 def relative(found: Tensor, right: Tensor) -> float:
@@ -93,9 +101,9 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, so
 def attention_alone(args: argparse.Namespace) -> Iterator[Comparison]:
     device = torch.device(args.device)
     module = nn.Module()  # which has no dropout
-    grid = itertools.product(LIMITS, (1, 4), (None, args.longest // 4), (None, SOFTCAP), (True, False))
-    for dtype, groups, window, softcap, packed in grid:
-        batch = PackedCollator(0, packed=packed)(pairs(args.pairs, args.longest))
+    grid = itertools.product(LIMITS, (1, 4), (None, args.longest // 4), (None, SOFTCAP), WAYS)
+    for dtype, groups, window, softcap, way in grid:
+        batch = PackedCollator(0, **WAYS[way])(pairs(args.pairs, args.longest))
         layout = batch["layout"].to(device)
         rows, slots = batch["input_ids"].shape
         draw: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
@@ -109,9 +117,10 @@ def attention_alone(args: argparse.Namespace) -> Iterator[Comparison]:
         right_out = masked_attention(q, k, v, segments.sees(layout, window), softcap)
         right = [right_out, *torch.autograd.grad(right_out, (q, k, v), given.double())]
         named = {"dtype": str(dtype).removeprefix("torch."), "g": groups, "window": window, "softcap": softcap}
-        name = ", ".join(f"{key} {value}" for key, value in named.items()) + f", {'one row' if packed else 'rows'}"
+        name = ", ".join(f"{key} {value}" for key, value in named.items()) + f", {way}"
         errors = {key: relative(a, b) for key, a, b in zip(("out", "dq", "dk", "dv"), found, right, strict=True)}
-        yield Comparison(name, taken_of(layout), expected_of(device, softcap is not None), errors, LIMITS[dtype])
+        expected = expected_of(device, dtype, softcap is not None, way != "whole sequences")
+        yield Comparison(name, taken_of(layout), expected, errors, LIMITS[dtype])
 
 
 # In models
@@ -154,10 +163,10 @@ def of_model(model: Any, batch: dict[str, Any]) -> list[Tensor]:
 
 def in_models(args: argparse.Namespace) -> Iterator[Comparison]:
     device = torch.device(args.device)
-    for kind, packed in itertools.product(args.models, (True, False)):
+    for kind, way in itertools.product(args.models, WAYS):
         model = model_of(kind, args)
         made = [
-            collate(pairs(args.pairs, args.longest)) for collate in (PairCollator(0), PackedCollator(0, packed=packed))
+            collate(pairs(args.pairs, args.longest)) for collate in (PairCollator(0), PackedCollator(0, **WAYS[way]))
         ]
         padded, shared = (
             {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
@@ -165,15 +174,16 @@ def in_models(args: argparse.Namespace) -> Iterator[Comparison]:
         )
         capped = getattr(model.config, "attn_logit_softcapping", None) is not None
         right = of_model(model, padded)
-        name = f"{kind}, {'one row' if packed else 'rows'}"
+        name = f"{kind}, {way}"
+        expected = expected_of(device, torch.float32, capped, way != "whole sequences")
         try:
             use_layouts(model)
         except ValueError as error:
-            yield Comparison(name, f"nothing, since {error}", expected_of(device, capped), {}, 0.0)
+            yield Comparison(name, f"nothing, since {error}", expected, {}, 0.0)
             continue
         found = of_model(model, shared)
         errors = {key: relative(a, b) for key, a, b in zip(("hidden", "dweights"), found, right, strict=True)}
-        yield Comparison(name, taken_of(shared["layout"]), expected_of(device, capped), errors, LIMITS[torch.float32])
+        yield Comparison(name, taken_of(shared["layout"]), expected, errors, LIMITS[torch.float32])
 
 
 def main() -> None:

@@ -9,8 +9,8 @@
 # --prepare, on any machine with nvcc, compiles what no Python is in: a few MB in DIR, and no GPU waits for a compiler.
 # --objects links them, if they are of these sources; without it everything is compiled. --first builds, tries every
 # family of kernels and times the paths, in four minutes; --rest does what is left. --training is a part by itself, of
-# four minutes, which needs transformers, accelerate and datasets: FlexAttention against SDPA, and steps beside TRL's on
-# the preference pairs in the file DPO_KERNELS_PREFERENCES, or on the embedded ones. --wheels installs what lies in DIR,
+# four minutes, which needs transformers, accelerate and datasets: FlexAttention against SDPA, steps beside TRL's on the
+# preference pairs in the file DPO_KERNELS_PREFERENCES, or on the embedded ones, and one rank through NCCL. --wheels installs what lies in DIR,
 # each wheel by itself and without its dependencies: pytest-xdist, the peers. --dry-run does the same on a CPU through
 # Triton's interpreter at tiny sizes: small tests, and nothing of NVIDIA's.
 #
@@ -186,8 +186,9 @@ echo "${commit:-unknown commit}, $device, $part" | tee -a "$out/summary.txt"
 step build 60 build
 step environment 15 $python -m dpo_kernels env
 if [ $part = training ]; then
-  step attention 60 $python benchmarks/attention.py --device $device "${small_rows[@]}"
-  step training 90 training
+  step attention 50 $python benchmarks/attention.py --device $device "${small_rows[@]}"
+  step training 70 training
+  step one_rank 30 $python -m torch.distributed.run --standalone --nproc_per_node 1 benchmarks/one_rank.py --device $device
   exit $failed
 fi
 if [ $part != rest ]; then

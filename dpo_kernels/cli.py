@@ -53,6 +53,7 @@ def plan_settings(path: Path) -> dict[str, Any]:
         "gradient_checkpointing": config.gradient_checkpointing,
         "gradient_accumulation": config.gradient_accumulation_steps,
         "batching": config.batching,
+        "sharding": config.sharding,
         "chunk_bytes": config.chunk_bytes,
         "impl": config.impl,
     }

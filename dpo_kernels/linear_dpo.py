@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.comparisons import Comparisons, Groups, comparisons_of
-from dpo_kernels.dispatch import check_impl, check_runs, load
-from dpo_kernels.impl import paths
-from dpo_kernels.impl.interface import LogitTransform, Rows, accumulate_dtype
-from dpo_kernels.listwise import listwise_losses
+from dpo_kernels.dispatch import check_impl, check_runs
+from dpo_kernels.grouped_loss import Given, Grouped, GroupedLoss, LossSettings, pair_losses
+from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
 from dpo_kernels.logps import (
     check_head_is_finite,
     check_linear_inputs,
@@ -27,20 +26,14 @@ from dpo_kernels.logps import (
     named_stats,
     prepare_labels,
     refuse_transforms,
-    sum_tokens,
 )
 from dpo_kernels.losses import (
     BATCH_LOSSES,
     LISTWISE_LOSSES,
-    PreferenceLoss,
     check_finite_logps,
-    length_desensitized_weights,
     loss_names,
-    losses_of_pairs,
     validate_dpo_options,
-    wpo_weights,
 )
-from dpo_kernels.ops import refuse_second_derivative
 from dpo_kernels.options import (
     Differentiable,
     FDivergence,
@@ -51,9 +44,10 @@ from dpo_kernels.options import (
     explain_unknown,
     is_at_hand,
 )
-from dpo_kernels.pair_groups import Group, group_major, plan_groups
-from dpo_kernels.parallel import VocabularyShards, head_here
-from dpo_kernels.rows import ScatterRows, check_finite, labelled_rows, rows_of
+from dpo_kernels.pair_groups import group_major, plan_groups
+from dpo_kernels.parallel import head_here
+from dpo_kernels.rows import check_finite, labelled_rows, rows_of
+from dpo_kernels.sequence_parallel import check_parts, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -83,33 +77,7 @@ class LinearDPOOutput(NamedTuple):
     """{name: [S, T]} what was asked for, 0 or False at positions without a label."""
 
 
-class _LossOptions(NamedTuple):
-    beta: float
-    loss_type: LossType | Sequence[LossType]
-    loss_weights: Sequence[float] | None
-    label_smoothing: float
-    f_divergence: FDivergence
-    f_alpha: float
-    discopop_tau: float
-    rpo_alpha: float | None
-    ld_alpha: float | None
-    use_weighting: bool
-    mean_chosen_length: Tensor | float | None
-    ignore_index: int
-    wanted_stats: tuple[Stat, ...]
-
-    @property
-    def names(self) -> list[LossType]:
-        return loss_names(self.loss_type)
-
-    @property
-    def stats(self) -> list[Stat]:
-        """What was asked for, and what the loss itself needs."""
-        needed: Stat = "log_sum_sq_probs"
-        is_missing = self.use_weighting and needed not in self.wanted_stats
-        return [*self.wanted_stats, needed] if is_missing else [*self.wanted_stats]
-
-
+@in_step
 @explain_unknown
 def linear_dpo_loss(
     hidden: Tensor,
@@ -145,6 +113,7 @@ def linear_dpo_loss(
     check_hidden: bool = True,
     predictors: Tensor | None = None,
     group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> LinearDPOOutput:
     """DPO loss of hidden states and the labels that they predict: aligned, not shifted, unless `shift` says so.
@@ -174,6 +143,10 @@ def linear_dpo_loss(
             `token_weights`, weighted alike. For no reference, zeros.
         bias, logit_scale, softcap, temperature, ignore_index, shift, stats, num_labelled, check_hidden, predictors,
             group, impl: as in `linear_sequence_logps`.
+        sequence_group: as in `linear_sequence_logps`: all of [S, T] are a rank's own, what is [S], [B] or [G] and all
+            options are the same on all ranks, and so are the results but `stats`. All losses and options are those of
+            whole sequences; for `ld_alpha` alone ranks have consecutive positions, in their order. Path C takes the
+            same parts on all ranks, which fit on each of them.
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha: as in
             `dpo_loss`.
         ld_alpha: in [0, 1]: weight of the tokens beyond the shorter response's length (LD-DPO, arXiv 2409.06411).
@@ -206,7 +179,16 @@ def linear_dpo_loss(
         RuntimeError: a transform of `torch.func`; in the backward, a gradient that this call does not have.
     """
     refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
-    head = head_here(hidden, weight, labels, bias, group)
+    ranks = ranks_of(sequence_group)
+    check_parts(ranks, shift, weight, group)
+    head = head_here(
+        hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, shift=shift, beta=beta, loss_type=loss_type, loss_weights=loss_weights,
+        label_smoothing=label_smoothing, f_divergence=f_divergence, f_alpha=f_alpha, discopop_tau=discopop_tau,
+        rpo_alpha=rpo_alpha, ld_alpha=ld_alpha, use_weighting=use_weighting, mean_chosen_length=mean_chosen_length,
+        pairs=pairs, token_weights=token_weights, pair_weights=pair_weights, lengths=lengths, ref_logps=ref_logps,
+        differentiable=differentiable, stats=stats, chunk_bytes=chunk_bytes, predictors=predictors,
+    )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_num_labelled(num_labelled)
@@ -219,7 +201,7 @@ def linear_dpo_loss(
     check_chunk_bytes(chunk_bytes)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
     check_weights("lengths", lengths, hidden, (labels.shape[0],))
-    options = _LossOptions(
+    options = LossSettings(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha, ld_alpha,
         use_weighting, mean_chosen_length, ignore_index, tuple(stats),
     )  # fmt: skip
@@ -249,36 +231,60 @@ def linear_dpo_loss(
     if pair_weights is not None:
         _check_weight_values("pair_weights", pair_weights, waits)
         shares = _shares(pair_weights).to(dtype)
-    given = _Given(labels, ref_logps.detach().to(dtype), token_weights, lengths, shares, comparisons, listwise, losses)
+    labelled = labels != ignore_index
+    given = Given(
+        labels, labelled.sum(1), ref_logps.detach().to(dtype), token_weights, lengths, shares, comparisons, listwise,
+        losses, whole=None,
+    )  # fmt: skip
     if check_hidden and is_at_hand(ref_logps):
         present = given.present()  # the numbers of others are nobody's
         numbers = ref_logps if present is None else ref_logps.masked_fill(~present, 0)
         check_finite_logps("ref_logps", numbers, "sequence")
-    if mean_chosen_length is None:
-        options = options._replace(mean_chosen_length=given.mean_chosen_length(ignore_index))
+    rows = None
+    if ranks is not None:
+        rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
+        if check_hidden:
+            check_finite(rows_of(hidden.detach(), rows, predictors), rows, waits)
+        whole = ranks.agree(
+            labelled,
+            **of_operands(hidden, weight, bias, logit_scale, softcap, temperature),
+            ref_logps=ref_logps,
+            **checked,
+            mean_chosen_length=mean_chosen_length,
+            ignore_index=ignore_index,
+            pairs=pairs,
+            pair_weights=pair_weights,
+            lengths=lengths,
+            differentiable=sorted(differentiable),
+            chunk_bytes=chunk_bytes,
+            impl=f"{head.family(impl, 'C', compute_dtype)} in {compute_dtype}",
+        )
+        given = given._replace(num_tokens=whole.num_tokens, whole=whole)
+    if mean_chosen_length is None and "sft" in options.names:
+        options = options._replace(mean_chosen_length=given.mean_chosen_length())
     cap = None if softcap is None else float(softcap)
     transform = LogitTransform(float(logit_scale), cap, float(temperature))
 
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     dtypes = compute_dtype, weight.dtype, hidden.dtype
     if torch.is_grad_enabled() and head_trained and not differentiable and takes_groups(options.names, dtypes):
-        rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
+        if rows is None:
+            rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         family = head.family(impl, "C", compute_dtype)
-        exponentials = head.takes_exponentials(family, hidden.dtype, compute_dtype)
+        counts = None if ranks is None else ranks.counts
+        exponentials = ranks is None and head.takes_exponentials(family, hidden.dtype, compute_dtype)
         groups = plan_groups(
             rows, comparisons, head.planned, dtype, budget, family,
-            dweight=weight.requires_grad, exponentials=exponentials,
+            dweight=weight.requires_grad, exponentials=exponentials, counts=counts,
         )  # fmt: skip
         if groups is not None:
-            rows = group_major(rows, comparisons)
+            rows = group_major(rows, comparisons, groups)
             x = rows_of(hidden, rows, predictors)
-            if check_hidden:
+            if check_hidden and ranks is None:  # else it was before they agreed
                 check_finite(x.detach(), rows, waits)
-            grouped = _Grouped(
-                rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards
-            )
-            found = _GroupedLoss.apply(x, weight, bias, grouped)
+            grouped = Grouped(rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards)
+            found = GroupedLoss.apply(x, weight, bias, grouped)
             if check_hidden:
                 check_head_is_finite(found[2], head)
             return LinearDPOOutput._make((*found[:-1], named_stats(stats, found[-1])))
@@ -292,19 +298,21 @@ def linear_dpo_loss(
         ignore_index=ignore_index,
         stats=options.stats,
         num_labelled=num_labelled,
-        check_hidden=check_hidden,
+        check_hidden=check_hidden and ranks is None,
         predictors=predictors,
         group=head.shards,
         impl=impl,
     )
     for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
-    loss, logps = _pair_losses(out.token_logps, for_wpo, given._replace(shares=None), options)
-    counted = loss if shares is None else _pair_losses(out.token_logps, for_wpo, given, options)[0]
+    loss, logps = pair_losses(out.token_logps, for_wpo, given._replace(shares=None), options)
+    counted = loss if shares is None else pair_losses(out.token_logps, for_wpo, given, options)[0]
+    if check_hidden and ranks is not None:  # of whole sequences, so that all ranks see it
+        check_head_is_finite(logps.detach(), head)
     return LinearDPOOutput(
         given.mean(counted.losses),
         loss.losses,
         logps,
-        out.num_tokens,
+        given.num_tokens,
         loss.chosen_rewards,
         loss.rejected_rewards,
         {name: out.stats[name] for name in stats},
@@ -360,7 +368,7 @@ def check_chunk_bytes(chunk_bytes: object) -> None:
         raise ValueError(f"chunk_bytes: expected None or a number of bytes >= 0, got {chunk_bytes!r}")
 
 
-def _check_comparisons(comparisons: Comparisons, options: _LossOptions) -> None:
+def _check_comparisons(comparisons: Comparisons, options: LossSettings) -> None:
     """Raises `ValueError` for what is not defined where a response is in several pairs."""
     if isinstance(comparisons, Groups) and options.ld_alpha is not None:
         raise ValueError(
@@ -429,214 +437,3 @@ def _shares(pair_weights: Tensor) -> Tensor:
     largest = weights.max()
     weights = weights / torch.where(largest > 0, largest, 1)  # whose sum is finite
     return weights / weights.sum().clamp(min=1)
-
-
-class _Given(NamedTuple):
-    """What is known of the responses before their log-probabilities are, positions shifted to those that predict."""
-
-    labels: Tensor  # [S, T]
-    ref_logps: Tensor  # [S]
-    token_weights: Tensor | None  # [S, T], 0 where there is no label
-    lengths: Tensor | None  # [S]; None: labelled positions
-    shares: Tensor | None  # of `_shares`, one a loss; None: all alike
-    comparisons: Comparisons
-    listwise: bool  # one loss a group, else one a pair
-    losses: int  # in all, where these are a part
-
-    def losses_of(self, of: slice) -> slice | Tensor:
-        """What to index losses by, to have those of some groups."""
-        return of if self.listwise else self.comparisons.pairs_of(of)
-
-    def part(self, of: slice) -> _Given:
-        """The same of some groups."""
-        weights, lengths = (
-            None if t is None else self.comparisons.take(t, of) for t in (self.token_weights, self.lengths)
-        )
-        return _Given(
-            self.comparisons.take(self.labels, of),
-            self.comparisons.take(self.ref_logps, of),
-            weights,
-            lengths,
-            None if self.shares is None else self.shares[self.losses_of(of)],
-            self.comparisons.part(of),
-            self.listwise,
-            self.losses,
-        )
-
-    def present(self) -> Tensor | None:
-        """[S] bool: which sequences are in the mean; None: all of them."""
-        if self.shares is None:
-            return None
-        if self.listwise:
-            sequences = torch.arange(self.labels.shape[0], device=self.labels.device)
-            return self.shares[self.comparisons.group_of(sequences)] > 0
-        return self.comparisons.spread(self.shares) > 0
-
-    def mean(self, losses: Tensor) -> Tensor:
-        """[] what these losses are of the mean over all. Of one without weight nothing is in it, nor in the gradients
-        of log-probabilities, finite or not."""
-        if self.shares is None:
-            return losses.sum() / self.losses
-        return torch.where(self.shares > 0, losses * self.shares, 0).sum()
-
-    def mean_chosen_length(self, ignore_index: int) -> Tensor:
-        """[] number of labelled positions."""
-        lengths, _ = self.comparisons.split((self.labels != ignore_index).sum(1).to(self.ref_logps.dtype))
-        if self.shares is None or self.listwise:
-            return lengths.mean()
-        return torch.where(self.shares.any(), (lengths * self.shares).sum(), lengths.mean())
-
-
-def response_logps(
-    token_logps: Tensor, labels: Tensor, token_weights: Tensor | None, ld_alpha: float | None, ignore_index: int
-) -> tuple[Tensor, Tensor]:
-    """[S] sums of [S, T], without and with the weights that desensitize to length. Policy and reference are summed by
-    this alike: where they are one model, rewards are 0 to the bit."""
-    weighted = token_logps if token_weights is None else token_logps * token_weights
-    plain = sum_tokens(weighted)
-    if ld_alpha is None:
-        return plain, plain
-    weights = length_desensitized_weights(labels, ld_alpha, ignore_index=ignore_index)
-    return plain, sum_tokens(weighted * weights.to(token_logps.dtype))
-
-
-def _pair_losses(
-    token_logps: Tensor, log_sum_sq_probs: Tensor | None, given: _Given, options: _LossOptions
-) -> tuple[PreferenceLoss, Tensor]:
-    """Losses from [S, T] token log-probabilities; and the log-probabilities [S] that they use."""
-    labels, split = given.labels, given.comparisons.split
-    plain, logps = response_logps(token_logps, labels, given.token_weights, options.ld_alpha, options.ignore_index)
-    if (present := given.present()) is not None:  # the slope of a loss may be infinite where its weight is 0
-        plain, logps = (torch.where(present, t, t.detach()) for t in (plain, logps))
-    chosen_ref_logps, rejected_ref_logps = split(given.ref_logps)
-    if given.listwise:
-        divergence: Any = {"f_divergence": options.f_divergence, "f_alpha": options.f_alpha}
-        losses = listwise_losses(logps, given.ref_logps, given.comparisons.stages, beta=options.beta, **divergence)
-        rewards = options.beta * (logps.detach() - given.ref_logps)
-        return PreferenceLoss(losses, *split(rewards)), logps
-    wpo = None
-    if log_sum_sq_probs is not None:
-        tokens = (torch.cat(split(t)) for t in (token_logps, log_sum_sq_probs, labels))
-        wpo = wpo_weights(*tokens, ignore_index=options.ignore_index)
-    lengths = (labels != options.ignore_index).sum(1) if given.lengths is None else given.lengths
-    chosen_lengths, rejected_lengths = split(lengths)
-    loss = losses_of_pairs(
-        *split(logps),
-        chosen_ref_logps,
-        rejected_ref_logps,
-        beta=options.beta,
-        loss_type=options.loss_type,
-        loss_weights=options.loss_weights,
-        label_smoothing=options.label_smoothing,
-        f_divergence=options.f_divergence,
-        f_alpha=options.f_alpha,
-        discopop_tau=options.discopop_tau,
-        rpo_alpha=options.rpo_alpha,
-        chosen_lengths=chosen_lengths,
-        rejected_lengths=rejected_lengths,
-        mean_chosen_length=options.mean_chosen_length,
-        sft_chosen_logps=split(plain)[0],
-        pair_weights=wpo,
-    )
-    return loss, logps
-
-
-class _Grouped(NamedTuple):
-    """What path C needs beside its differentiable inputs."""
-
-    rows: Rows
-    given: _Given
-    groups: list[Group]
-    transform: LogitTransform
-    compute_dtype: torch.dtype
-    options: _LossOptions
-    family: str
-    exponentials: bool
-    shards: VocabularyShards | None
-
-
-class _GroupedLoss(torch.autograd.Function):
-    """Path C. The loss is a mean over groups, so what each row weighs in it is known as soon as its group's logits are,
-    and the gradients are formed while these are at hand."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: _Grouped) -> tuple[Tensor, ...]:
-        labels, ref_logps = g.given.labels, g.given.ref_logps
-        sequences, length = labels.shape
-        comparisons, options = g.given.comparisons, g.options
-        y = labels[g.rows.sequence, g.rows.position]
-        y = y if g.shards is None else y - g.shards.first
-        num_tokens = (labels != options.ignore_index).sum(1)
-        # A pair without labelled tokens is in no part's rows, but in a part: parts cover all pairs.
-        losses = ref_logps.new_empty(g.given.losses)
-        chosen_rewards, rejected_rewards = ref_logps.new_empty(2, comparisons.pairs)
-        logps = losses.new_empty(sequences)
-        table = x.new_zeros(len(options.wanted_stats), sequences, length, dtype=ref_logps.dtype)
-
-        of_wpo = options.stats.index("log_sum_sq_probs") if options.use_weighting else 0
-
-        def coefficients(i: int, row_logps: Tensor, stats: Tensor) -> Tensor:
-            rows, of = g.groups[i]
-            part = g.given.part(of)
-            sequence, position = g.rows.sequence[rows], g.rows.position[rows]
-            table[:, sequence, position] = stats[: len(table)].to(table.dtype)
-            local = comparisons.local(sequence, of)
-            shape = part.labels.shape
-            # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-                leaf = row_logps.detach().requires_grad_()
-                loss, group_logps = _pair_losses(
-                    ScatterRows.apply(leaf, local, position, shape),
-                    ScatterRows.apply(stats[of_wpo], local, position, shape) if options.use_weighting else None,
-                    part,
-                    options,
-                )
-                (dlogp,) = torch.autograd.grad(part.mean(loss.losses), leaf)
-            losses[g.given.losses_of(of)] = loss.losses.detach()
-            of_pairs = comparisons.pairs_of(of)
-            chosen_rewards[of_pairs], rejected_rewards[of_pairs] = loss.chosen_rewards, loss.rejected_rewards
-            comparisons.put(logps, of, group_logps.detach())
-            return dlogp
-
-        with torch.autocast(x.device.type, enabled=False):
-            ctx.grads = paths.linear_logps_grouped(
-                load(g.family),
-                x.detach(),
-                weight.detach(),
-                None if bias is None else bias.detach(),
-                y,
-                g.transform,
-                [group.rows for group in g.groups],
-                coefficients,
-                compute_dtype=g.compute_dtype,
-                need=ctx.needs_input_grad[:3],
-                stats=options.stats,
-                exponentials=g.exponentials,
-                shards=g.shards,
-            )
-        ctx.mark_non_differentiable(num_tokens, chosen_rewards, rejected_rewards, table)
-        ctx.set_materialize_grads(False)
-        return g.given.mean(losses), losses, logps, num_tokens, chosen_rewards, rejected_rewards, table
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        for name, grad in (("losses", grads[1]), ("logps", grads[2])):
-            if grad is not None and grad.any():
-                raise RuntimeError(
-                    f"linear_dpo_loss: a gradient came through {name}, which this call has of the loss alone: pass "
-                    f"differentiable=({name!r},), at the cost of one matrix product more, or detach {name}. The "
-                    "negative log-likelihood of chosen responses is rpo_alpha or loss_type 'sft', which cost nothing"
-                )
-        if grads[0] is None:
-            return None, None, None, None
-        refuse_second_derivative()
-        if ctx.grads is None:
-            raise RuntimeError(
-                "linear_dpo_loss: its gradients were formed in the forward and handed out by the first backward; for a "
-                "second one pass chunk_bytes=0, which computes them again"
-            )
-        # In place: a second [V, H] would double the memory of the gradient.
-        formed, ctx.grads = ctx.grads, None
-        if grads[0].device.type == "cpu" and grads[0] == 1:  # on other devices looking would be waiting
-            return (*formed, None)
-        return (*(None if grad is None else grad.mul_(grads[0]) for grad in formed), None)

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from dpo_kernels.comparisons import comparisons_of
 from dpo_kernels.dispatch import check_runs, is_fused, load
+from dpo_kernels.grouped_loss import response_logps
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
 from dpo_kernels.linear_dpo import (
     DEFAULT_CHUNK_BYTES,
     check_weights,
     labels_and_weights,
-    response_logps,
     takes_groups,
 )
 from dpo_kernels.logps import (
@@ -31,6 +31,7 @@ from dpo_kernels.options import Impl, LossType
 from dpo_kernels.pair_groups import group_major, plan_groups
 from dpo_kernels.parallel import head_here
 from dpo_kernels.rows import check_finite, labelled_rows, rows_of
+from dpo_kernels.sequence_parallel import check_parts, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 GRADIENTS = ("hidden", "weight", "bias")
 
 
+@in_step
 @torch.no_grad()
 def linear_reference_logps(
     hidden: Tensor,
@@ -60,6 +62,7 @@ def linear_reference_logps(
     check_hidden: bool = True,
     predictors: Tensor | None = None,
     group: ProcessGroup | None = None,
+    sequence_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of S responses under a reference that is scored in the same step as the policy, without a
@@ -77,12 +80,18 @@ def linear_reference_logps(
             evaluated only. Where no gradient of the head is, sequences need not be pairs.
         ld_alpha, token_weights, loss_type, pairs, chunk_bytes: what the policy's call is given.
         bias, logit_scale, softcap, temperature, ignore_index, shift, num_labelled, check_hidden, predictors, group,
-            impl: as in `linear_sequence_logps`.
+            sequence_group, impl: as in `linear_sequence_logps`.
 
     Raises:
         ValueError: as in `linear_sequence_logps`, or an unknown name in `gradients`.
     """
-    head = head_here(hidden, weight, labels, bias, group)
+    ranks = ranks_of(sequence_group)
+    check_parts(ranks, shift, weight, group)
+    head = head_here(
+        hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, shift=shift, gradients=gradients, pairs=pairs, chunk_bytes=chunk_bytes,
+        predictors=predictors,
+    )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
@@ -105,17 +114,33 @@ def linear_reference_logps(
         comparisons = comparisons_of(pairs, labels.shape[0], hidden.device)
     in_b = bool(gradients) and not of_head
     family = head.family(impl, "D" if of_head else "B" if in_b else "A", compute_dtype)
+    whole = None
+    if ranks is not None:
+        if check_hidden:
+            check_finite(rows_of(hidden, rows, predictors), rows, waits)
+        whole = ranks.agree(
+            labels != ignore_index,
+            **of_operands(hidden, weight, bias, logit_scale, softcap, temperature),
+            gradients=sorted(gradients),
+            loss_type=names,
+            pairs=pairs,
+            ld_alpha=ld_alpha,
+            chunk_bytes=chunk_bytes,
+            impl=f"{head.family(impl, 'C', compute_dtype)} in {compute_dtype}",
+        )
     if comparisons and of_head and takes_groups(names, (compute_dtype, weight.dtype, hidden.dtype)):
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         in_groups = head.family(impl, "C", compute_dtype)
-        exponentials = head.takes_exponentials(in_groups, hidden.dtype, compute_dtype)
+        counts = None if ranks is None else ranks.counts
+        exponentials = ranks is None and head.takes_exponentials(in_groups, hidden.dtype, compute_dtype)
         groups = plan_groups(
-            rows, comparisons, head.planned, dtype, budget, in_groups, dweight=dweight, exponentials=exponentials
-        )
+            rows, comparisons, head.planned, dtype, budget, in_groups,
+            dweight=dweight, exponentials=exponentials, counts=counts,
+        )  # fmt: skip
         family = family if groups is None else in_groups
     if groups is not None:
         assert comparisons is not None
-        rows = group_major(rows, comparisons)
+        rows = group_major(rows, comparisons, groups)
     x, y = rows_of(hidden, rows, predictors), labels[rows.sequence, rows.position]
     if check_hidden:
         check_finite(x, rows, waits)
@@ -134,5 +159,6 @@ def linear_reference_logps(
             ).logp
     token_logps = found.new_zeros(labels.shape)
     token_logps[rows.sequence, rows.position] = found
-    _, logps = response_logps(token_logps, labels, token_weights, ld_alpha, ignore_index)
-    return SequenceLogps(logps, (labels != ignore_index).sum(1), token_logps, {})
+    _, logps = response_logps(token_logps, labels, token_weights, ld_alpha, ignore_index, whole)
+    num_tokens = (labels != ignore_index).sum(1) if whole is None else whole.num_tokens
+    return SequenceLogps(logps, num_tokens, token_logps, {})

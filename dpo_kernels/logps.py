@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from dpo_kernels.parallel import (
     sharded_token_logps,
 )
 from dpo_kernels.rows import ScatterRows, check_finite, labelled_rows, rows_of, shift_labels
+from dpo_kernels.sequence_parallel import SequenceRanks, Whole, check_parts, described, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -45,6 +46,7 @@ class SequenceLogps(NamedTuple):
     """[S, T] each, without gradient, 0 (False) at ignored positions."""
 
 
+@in_step
 @explain_unknown
 def linear_sequence_logps(
     hidden: Tensor,
@@ -64,6 +66,7 @@ def linear_sequence_logps(
     check_hidden: bool = True,
     predictors: Tensor | None = None,
     group: ProcessGroup | VocabularyShards | None = None,
+    sequence_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of hidden states' labels, aligned with what predicts them, not shifted, unless `shift` says so.
@@ -111,16 +114,28 @@ def linear_sequence_logps(
         group: a process group whose ranks hold consecutive entries of the vocabulary: `weight` and `bias` are then
             plain tensors [V_r, H] and [V_r], of any number of entries on each rank, or none; labels are those of the
             whole vocabulary.
+        sequence_group: a process group whose ranks each have a part of every sequence (context parallel): `hidden`,
+            `labels`, `token_weights`, `predictors` and `num_labelled` are of the T_r positions here, of any number.
+            `logps` and `num_tokens` are those of whole sequences, the same on all ranks to the bit; `token_logps` and
+            `stats` are of the part. Each rank calls backward on the same loss, and gets the gradient of `hidden` at its
+            own positions, and their share of those of `weight` and `bias`, which are to be summed over the group.
+            Labels are aligned before they are split: without `shift`. Beside `group`, other ranks of the same head. The
+            ranks agree on what they are given in one exchange, for which an accelerator is waited for.
         impl: "auto", "torch", "cpu", "triton" or "cuda". An explicit choice is never replaced by another.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
             state that is not finite, with its sequence and position; on the CPU a head that is not.
         TypeError: an argument that there is not; the message says what to write instead.
-        RuntimeError: a transform of `torch.func`, or a sharded head within a compiled graph.
+        RuntimeError: a transform of `torch.func`, or a sharded head or `sequence_group` within a compiled graph.
     """
     refuse_transforms(hidden, weight, bias, labels, token_weights)
-    head = head_here(hidden, weight, labels, bias, group)
+    ranks = ranks_of(sequence_group)
+    check_parts(ranks, shift, weight, group)
+    head = head_here(
+        hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+        ignore_index=ignore_index, shift=shift, stats=stats, predictors=predictors,
+    )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
@@ -163,9 +178,11 @@ def linear_sequence_logps(
         values[:, rows.sequence, rows.position] = row_values
         if check_hidden:
             check_head_is_finite(row_logps, head)
-    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values)
+    same = {} if ranks is None else of_operands(hidden, weight, bias, logit_scale, softcap, temperature)
+    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values, ranks, same)
 
 
+@in_step
 @explain_unknown
 def sequence_logps(
     logits: Tensor,
@@ -178,6 +195,7 @@ def sequence_logps(
     stats: Sequence[Stat] = (),
     inplace_backward: bool = False,
     num_labelled: int | None = None,
+    sequence_group: ProcessGroup | None = None,
     impl: Impl = "auto",
 ) -> SequenceLogps:
     """Log-probabilities of labels from logits that exist: aligned, not shifted, unless `shift` says so.
@@ -191,7 +209,8 @@ def sequence_logps(
         labels: [S, T] integers in [0, V), or `ignore_index`.
         inplace_backward: the backward overwrites `logits` with their gradient and returns that memory, so no second
             [S, T, V] tensor exists. The logits must not be used afterwards; autograd notices if its own graph does.
-        token_weights, ignore_index, shift, reduction, stats, num_labelled, impl: as in `linear_sequence_logps`.
+        token_weights, ignore_index, shift, reduction, stats, num_labelled, sequence_group, impl: as in
+            `linear_sequence_logps`.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value, or a label outside the vocabulary, with its
@@ -200,6 +219,8 @@ def sequence_logps(
         RuntimeError: a transform of `torch.func`.
     """
     refuse_transforms(logits, labels, token_weights)
+    ranks = ranks_of(sequence_group)
+    check_parts(ranks, shift)
     check_labels(logits, labels, "logits", "[S, T, V]")
     check_switches(ignore_index, shift=shift, inplace_backward=inplace_backward)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
@@ -211,7 +232,8 @@ def sequence_logps(
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     known = ops.UNKNOWN if num_labelled is None else num_labelled
     token_logps, _, values = ops.token_logps(logits, labels, ignore_index, known, list(stats), inplace_backward, family)
-    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values)
+    same = {} if ranks is None else {"logits": described(logits, f"[S, T, {logits.shape[2]}]")}
+    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values, ranks, same)
 
 
 def _reduce(
@@ -222,8 +244,10 @@ def _reduce(
     reduction: str,
     stats: Sequence[str],
     values: Tensor,
+    ranks: SequenceRanks | None,
+    same: Mapping[str, object],
 ) -> SequenceLogps:
-    num_tokens = (labels != ignore_index).sum(1)
+    """`same`: by the argument's name, what is so on all ranks."""
     weighted = token_logps
     if token_weights is not None:  # whatever it holds at ignored positions
         weights = token_weights.to(token_logps.dtype).masked_fill(labels == ignore_index, 0)
@@ -234,7 +258,10 @@ def _reduce(
                 f"position {place[1]}"
             )
         weighted = token_logps * weights
-    logps = sum_tokens(weighted)
+    labelled = labels != ignore_index
+    whole = None if ranks is None else ranks.agree(labelled, reduction=reduction, **same)
+    num_tokens = labelled.sum(1) if whole is None else whole.num_tokens
+    logps = sum_tokens(weighted, whole)
     if reduction == "mean":
         logps = logps / num_tokens.clamp(min=1)
     return SequenceLogps(logps, num_tokens, token_logps, named_stats(stats, values.detach()))
@@ -252,10 +279,12 @@ def sum_over_vocabulary(weight: Tensor, bias: Tensor | None, dtype: torch.dtype)
     return weight_sum, 0.0 if bias is None else bias.sum(dtype=dtype)
 
 
-def sum_tokens(token_logps: Tensor) -> Tensor:
-    """[S, T] to [S], summed in fp64 where the device has it, so that a long response loses nothing."""
+def sum_tokens(token_logps: Tensor, whole: Whole | None = None) -> Tensor:
+    """[S, T] to [S], summed in fp64 where the device has it, so that a long response loses nothing; over the `whole`
+    sequences, if other ranks have more of them."""
     wide = token_logps.dtype if token_logps.device.type == "mps" else torch.float64
-    return token_logps.sum(1, dtype=wide).to(token_logps.dtype)
+    sums = token_logps.sum(1, dtype=wide)
+    return (sums if whole is None else whole.join(sums)).to(token_logps.dtype)
 
 
 def prepare_labels(

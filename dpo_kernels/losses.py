@@ -16,16 +16,21 @@ stand side by side in one notation.
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import numbers
+import operator
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dpo_kernels.options import FDivergence, LossType, explain_unknown, is_at_hand
+
+if TYPE_CHECKING:
+    from dpo_kernels.sequence_parallel import Whole
 
 F_DIVERGENCES: tuple[FDivergence, ...] = get_args(FDivergence)
 
@@ -530,7 +535,11 @@ def losses_of_pairs(
             raise ValueError("chosen_lengths or mean_chosen_length is required for loss_type 'sft', got None")
     if rpo_alpha is not None and chosen_lengths is None:
         raise ValueError("chosen_lengths are required for rpo_alpha, got None")
-    if mean_chosen_length is None and chosen_lengths is not None:
+    if (
+        mean_chosen_length is None
+        and chosen_lengths is not None
+        and any(name == "sft" for name, _ in losses_and_weights)
+    ):
         mean_chosen_length = chosen_lengths.mean()
     if sft_chosen_logps is None:
         sft_chosen_logps = chosen_logps
@@ -560,9 +569,10 @@ def losses_of_pairs(
         sft_chosen_logps=sft_chosen_logps,
         rpo_alpha=rpo_alpha,
     )
-    losses = torch.zeros_like(chosen_logps)
-    for name, weight in losses_and_weights:
-        losses = losses + weight * LOSSES[name](pairs)
+    terms = (
+        LOSSES[name](pairs) if weight == 1 else weight * LOSSES[name](pairs) for name, weight in losses_and_weights
+    )
+    losses = functools.reduce(operator.add, terms)
     if rpo_alpha is not None:
         losses = losses + rpo_term(pairs)
     if pair_weights is not None:
@@ -801,12 +811,15 @@ def losses_of_responses(
     return KTOLoss(losses, beta * logratios.detach(), baseline)
 
 
-def length_desensitized_weights(labels: Tensor, ld_alpha: float, *, ignore_index: int = -100) -> Tensor:
+def length_desensitized_weights(
+    labels: Tensor, ld_alpha: float, *, ignore_index: int = -100, whole: Whole | None = None
+) -> Tensor:
     """Token weights of length-desensitized DPO, arXiv 2409.06411: 1 up to the pair's shorter length, then ld_alpha.
 
     Args:
         labels: [2B, T] int64, aligned with the predictions; rows 0..B-1 chosen, B..2B-1 rejected.
         ld_alpha: in [0, 1]; 1 is plain DPO, 0 leaves out what the longer response has in excess.
+        whole: of the [2B] sequences whose part `labels` are, if others have more of them.
 
     Returns:
         [2B, T] fp32; 0 where the label is ignore_index.
@@ -815,12 +828,22 @@ def length_desensitized_weights(labels: Tensor, ld_alpha: float, *, ignore_index
     _check_paired_rows("labels", labels)
     labelled = labels != ignore_index
     positions = labelled.cumsum(dim=1)  # 1 at the first labelled token
-    chosen_lengths, rejected_lengths = labelled.sum(dim=1).chunk(2)
+    lengths = labelled.sum(dim=1)
+    if whole is not None:
+        positions, lengths = positions + whole.before[:, None], whole.num_tokens
+    chosen_lengths, rejected_lengths = lengths.chunk(2)
     shared_lengths = torch.minimum(chosen_lengths, rejected_lengths).repeat(2)
     return torch.where(positions <= shared_lengths[:, None], 1.0, ld_alpha) * labelled
 
 
-def wpo_weights(token_logps: Tensor, log_sum_sq_probs: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
+def wpo_weights(
+    token_logps: Tensor,
+    log_sum_sq_probs: Tensor,
+    labels: Tensor,
+    *,
+    ignore_index: int = -100,
+    whole: Whole | None = None,
+) -> Tensor:
     """Pair weights of weighted preference optimization: w(y_w) w(y_l), arXiv 2406.11827, Eq. 2, with
 
         w(y) = exp( mean over the tokens of y of [log pi(y_t) - log sum_v pi(v)^2] )
@@ -828,6 +851,7 @@ def wpo_weights(token_logps: Tensor, log_sum_sq_probs: Tensor, labels: Tensor, *
     Args:
         token_logps, log_sum_sq_probs: [2B, T]; rows 0..B-1 chosen, B..2B-1 rejected.
         labels: [2B, T], aligned with them; positions with ignore_index do not count.
+        whole: of the [2B] sequences whose part these are, if others have more of them.
 
     Returns:
         [B] fp32 (fp64 where an input is), detached.
@@ -840,7 +864,10 @@ def wpo_weights(token_logps: Tensor, log_sum_sq_probs: Tensor, labels: Tensor, *
     labelled = labels != ignore_index
     # where and not a product: what lies at positions without a label may be anything.
     log_weights = torch.where(labelled, token_logps.detach().to(dtype) - log_sum_sq_probs.detach().to(dtype), 0.0)
-    weights = torch.exp(log_weights.sum(dim=1) / labelled.sum(dim=1).clamp(min=1))
+    sums, lengths = log_weights.sum(dim=1), labelled.sum(dim=1)
+    if whole is not None:
+        sums, lengths = whole.join(sums), whole.num_tokens
+    weights = torch.exp(sums / lengths.clamp(min=1))
     chosen, rejected = weights.chunk(2)
     return chosen * rejected
 

@@ -6,10 +6,13 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import Literal, ParamSpec, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Literal, ParamSpec, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Impl = Literal["auto", "torch", "cpu", "triton", "cuda"]
 Reduction = Literal["sum", "mean"]
@@ -33,6 +36,7 @@ class LogpsOptions(TypedDict, total=False):
     num_labelled: int | None
     check_hidden: bool
     predictors: Tensor | None
+    sequence_group: ProcessGroup | None
     impl: Impl
 
 
@@ -78,6 +82,7 @@ class LinearDPOOptions(PreferenceOptions, total=False):
     stats: Sequence[Stat]
     check_hidden: bool
     predictors: Tensor | None
+    sequence_group: ProcessGroup | None
 
 
 Parameters = ParamSpec("Parameters")

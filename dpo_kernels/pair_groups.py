@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +20,11 @@ class Group(NamedTuple):
     of: slice  # of the groups of sequences that are compared
 
 
-def group_major(rows: Rows, comparisons: Comparisons) -> Rows:
-    """Rows sorted by group, then by sequence, chosen first where it is a pair, then by position."""
+def group_major(rows: Rows, comparisons: Comparisons, groups: Sequence[Group]) -> Rows:
+    """Rows sorted by group, then by sequence, chosen first where it is a pair, then by position; those of one part as
+    they are."""
+    if len(groups) == 1:
+        return rows
     order = torch.argsort(comparisons.order(rows.sequence), stable=True)
     return Rows(rows.sequence[order], rows.position[order])
 
@@ -34,29 +39,43 @@ def plan_groups(
     *,
     dweight: bool,
     exponentials: bool = False,
+    counts: Sequence[Sequence[int]] | None = None,
 ) -> list[Group] | None:
     """Whole pairs, or larger groups, in parts whose logits, or `exponentials` in their place, fit in `chunk_bytes`;
     None if that cannot be, or there are no rows. `dweight`: the head's weight gets a gradient, in whose memory some of
-    them are kept."""
+    them are kept. `counts`: [R][S] rows of each sequence on ranks that are to have the same parts, each of which fits
+    on all of them."""
     n, k = rows.sequence.shape[0], load(family)
-    if n == 0 or chunk_bytes == 0:
+    of_ranks = [n] if counts is None else [sum(of_rank) for of_rank in counts]
+    if max(of_ranks) == 0 or chunk_bytes == 0:
         return None
-    kept = paths.kept_bytes(k, n, weight, dtype, exponentials, dweight)
-    if kept.buffer <= chunk_bytes:
+    kept = [paths.kept_bytes(k, each, weight, dtype, exponentials, dweight) for each in of_ranks]
+    if max(each.buffer for each in kept) <= chunk_bytes:
         return [Group(slice(0, n), slice(0, comparisons.groups))]
     if dweight and weight.dtype != dtype:
         chunk_bytes -= weight.numel() * dtype.itemsize
-    budget = chunk_bytes // kept.of_row
+    budget = chunk_bytes // kept[0].of_row
     if exponentials:  # so many have room with what lies behind the last of them
         budget -= budget % k.padded_rows(1)
     sizes = torch.bincount(comparisons.group_of(rows.sequence), minlength=comparisons.groups).tolist()
-    if max(sizes) > budget:
+    # [groups, R]
+    sizes_of_ranks = [[size] for size in sizes] if counts is None else _of_groups(counts, comparisons, rows)
+    if max(map(max, sizes_of_ranks)) > budget:
         return None
-    groups, first_row, first, size = [], 0, 0, 0
-    for group, more in enumerate([*sizes, budget + 1]):
-        if size + more > budget:
-            if size:
-                groups.append(Group(slice(first_row, first_row + size), slice(first, group)))
-            first_row, first, size = first_row + size, group, 0
-        size += more
+    groups, first_row, first, filled = [], 0, 0, [0] * len(of_ranks)
+    for group, more in enumerate([*sizes_of_ranks, [budget + 1] * len(of_ranks)]):
+        if max(map(operator.add, filled, more)) > budget:
+            if any(filled):
+                end = first_row + sum(sizes[first:group])
+                groups.append(Group(slice(first_row, end), slice(first, group)))
+                first_row, first = end, group
+            filled = [0] * len(of_ranks)
+        filled = list(map(operator.add, filled, more))
     return groups
+
+
+def _of_groups(counts: Sequence[Sequence[int]], comparisons: Comparisons, rows: Rows) -> list[list[int]]:
+    """[R][S] of sequences to [groups, R]."""
+    group_of = comparisons.group_of(torch.arange(len(counts[0]), device=rows.sequence.device))
+    table = torch.tensor(counts, device=group_of.device).T
+    return table.new_zeros(comparisons.groups, len(counts)).index_add_(0, group_of, table).tolist()

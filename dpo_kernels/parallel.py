@@ -8,8 +8,9 @@ dX [N, H] over the ranks, in the accumulation dtype. dW [V_r, H] stays where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeGuard
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -38,12 +39,13 @@ AGREED = (
     "dtypes",
     "gradients",
     "labels",
+    "options",
 )
 AGREED_BYTES = len(AGREED) * 8
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-def _gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
+def gather(t: Tensor, group: dist.ProcessGroup) -> Tensor:
     """[R, *t.shape] what each rank has."""
     gathered = t.new_empty(dist.get_world_size(group), *t.shape)
     dist.all_gather(list(gathered.unbind()), t.contiguous(), group=group)
@@ -61,7 +63,7 @@ class VocabularyShards:
 
     def gather(self, t: Tensor) -> Tensor:
         """[R, *t.shape] what each rank has."""
-        return _gather(t, self.group)
+        return gather(t, self.group)
 
     def join_(self, fold: Fold) -> Tensor:
         if fold.y.shape[0] == 0:
@@ -132,9 +134,11 @@ def head_here(
     labels: Tensor,
     bias: Tensor | None,
     group: dist.ProcessGroup | VocabularyShards | None,
+    **options: object,
 ) -> Head:
     """What of a head is on this rank: all of it, without `group` and DTensor. The ranks agree on that in one exchange,
-    for which an accelerator is waited for. `group`: what this has found before is taken as it is.
+    for which an accelerator is waited for. `group`: what this has found before is taken as it is. `options`: other
+    arguments, by name, which have to be the same on all ranks.
 
     Raises:
         ValueError: a weight that is sharded in another way, or ranks that disagree; then on all of them.
@@ -146,7 +150,7 @@ def head_here(
             raise ValueError("bias: expected a plain tensor, as weight is, got a DTensor")
         if group is None:
             return Head(weight, bias, None)
-        _check_group(group)
+        check_group("group", group)
         ranks, sharding = group, (-1, dist.get_rank(group))
     else:
         if group is not None:
@@ -165,17 +169,19 @@ def head_here(
     for name, t in (("hidden", hidden), ("weight", weight), ("labels", labels)):
         if not isinstance(t, Tensor) or is_dtensor(t):
             raise ValueError(f"{name}: expected a plain tensor with a sharded head, got {type(t).__name__}")
-    return Head(weight, bias, VocabularyShards(ranks, _agreed_sizes(hidden, weight, labels, bias, ranks, sharding)))
+    return Head(
+        weight, bias, VocabularyShards(ranks, _agreed_sizes(hidden, weight, labels, bias, ranks, sharding, options))
+    )
 
 
-def _check_group(group: object) -> None:
+def check_group(name: str, group: object) -> None:
     if not dist.is_available() or not dist.is_initialized():
         raise ValueError(
-            "group: expected a process group of torch.distributed, which is not initialised, got "
+            f"{name}: expected a process group of torch.distributed, which is not initialised, got "
             f"{type(group).__name__}"
         )
     if not isinstance(group, dist.ProcessGroup):
-        raise ValueError(f"group: expected a process group with this rank in it, got {type(group).__name__}")
+        raise ValueError(f"{name}: expected a process group with this rank in it, got {type(group).__name__}")
 
 
 def _mesh_of(name: str, t: Any) -> Any:
@@ -195,11 +201,12 @@ def _agreed_sizes(
     bias: Tensor | None,
     group: dist.ProcessGroup,
     sharding: tuple[int, int],
+    options: Mapping[str, object],
 ) -> list[int]:
     """[R] the entries of each rank, where the ranks are called with what fits together: else they would wait for one
     another, or compute nonsense."""
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
-    flat = labels.reshape(-1).long()
+    words = {name: _in_words(value) for name, value in options.items()}
     own = {
         "entries": weight.shape[0] if weight.dim() else 0,
         "bias": -1 if bias is None else bias.numel(),
@@ -209,14 +216,16 @@ def _agreed_sizes(
         "width": weight.shape[-1] if weight.dim() == 2 else -1,
         "dtypes": sum(_number(t) * 8**i for i, t in enumerate((hidden, weight, bias))),
         "gradients": sum(2**i for i, need in enumerate(needs) if need),
-        # wraps around; odd factors, so that a label in another place counts
-        "labels": int((flat * (2 * torch.arange(flat.numel(), device=flat.device) + 1)).sum()),
+        "labels": _checksum(labels.long()),
+        "options": zlib.crc32(repr(words).encode()),
     }
     assert tuple(own) == AGREED
     mine = torch.tensor(list(own.values()), device=hidden.device)
-    of_ranks = _gather(mine, group).tolist()
+    of_ranks = gather(mine, group).tolist()
     said = {name: [row[i] for row in of_ranks] for i, name in enumerate(own)}
     for name, values in said.items():
+        if name == "options" and len(set(values)) > 1:
+            _refuse_other_options(words, group)
         if name not in ("entries", "bias", "place") and len(set(values)) > 1:
             raise ValueError(_DISAGREE[name.split()[0]] + f", got others on rank(s) {_others(values)} of the group")
     if said["place"] != list(range(len(of_ranks))):
@@ -246,6 +255,40 @@ _DISAGREE = {
     "labels": "labels: expected the same on all ranks, each of which computes all rows with its part of the vocabulary "
     "(a weight that FSDP2 has sharded is gathered by its module's hooks)",
 }
+
+
+def _refuse_other_options(words: Mapping[str, str], group: dist.ProcessGroup) -> NoReturn:
+    """In one exchange more, which of them it is. All ranks know that they disagree."""
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, words, group=group)
+    for rank, other in enumerate(everywhere):
+        if other.keys() != everywhere[0].keys():
+            raise ValueError(
+                f"expected calls of one function on all ranks that share a head, got another on rank {rank}"
+            )
+    for name, first in everywhere[0].items():
+        for rank, other in enumerate(everywhere):
+            if other[name] != first:
+                raise ValueError(
+                    f"{name}: expected the same on all ranks that share a head, got {first:.200} on rank 0 and "
+                    f"{other[name]:.200} on rank {rank} of the group"
+                )
+    raise AssertionError("unreachable")
+
+
+def _in_words(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return f"{value!r}"
+    if value.numel() <= 16:
+        return f"{value.tolist()} of {value.dtype}"
+    numbers = value.detach().double().view(torch.int64) if value.is_floating_point() else value.long()
+    return f"{list(value.shape)} of {value.dtype} with the checksum {_checksum(numbers)}"
+
+
+def _checksum(numbers: Tensor) -> int:
+    """Of int64: it wraps around, and has odd factors, so that a number in another place counts."""
+    flat = numbers.reshape(-1)
+    return int((flat * (2 * torch.arange(flat.numel(), device=flat.device) + 1)).sum())
 
 
 def _number(t: Tensor | None) -> int:

@@ -58,6 +58,7 @@ TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch"
 DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES, PARALLEL = (
     f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses", "parallel")
 )
+GROUPED_LOSS, SEQUENCES = "dpo_kernels/grouped_loss.py", "dpo_kernels/sequence_parallel.py"
 PAIR_GROUPS, LINEAR_REFERENCE, COMPARISONS, LISTWISE = (
     f"dpo_kernels/{name}.py" for name in ("pair_groups", "linear_reference", "comparisons", "listwise")
 )
@@ -76,10 +77,12 @@ LOOP, SETUP, STATE, CHECKPOINT = (f"dpo_kernels/training/{n}.py" for n in ("loop
 PAIRS, POLICY, REFERENCE, CONFIG = (
     f"dpo_kernels/training/{name}.py" for name in ("pairs", "policy", "reference_model", "config")
 )
-TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING = (
-    f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding")
+TOKENIZER, VALUES, SCHEDULE, SIZES, SHARDING, LAUNCHED = (
+    f"dpo_kernels/training/{name}.py" for name in ("tokenizer", "values", "schedule", "sizes", "sharding", "launched")
 )
+HEARTBEAT, SAVING = (f"dpo_kernels/training/{name}.py" for name in ("heartbeat", "saving"))
 MODEL_LAYOUTS = "dpo_kernels/models/layouts.py"
+SEGMENTS = "dpo_kernels/models/segments.py"
 PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
 TRL = "dpo_kernels/trl"
@@ -95,6 +98,7 @@ ON_TORCH = f"{CONSUMERS} test_ops.py -k 'torch and not budget'"
 LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("logps", "linear_dpo", "numerics"))
 PUBLISHED = "test_losses.py -k published"
 SHARD_TESTS = "test_parallel.py -k '3 or every'"
+SEQUENCE_TESTS = "test_sequence_parallel.py -k '3'"
 LOSS_TESTS, REFERENCE_FREE = "test_losses.py", "test_losses_reference_free.py"
 HEAD_TESTS, FORWARD_TESTS = "models/test_head.py", "models/test_fused_forward.py"
 CHECK_TESTS, SAYS_TESTS, PRECISION_TESTS = (f"models/test_{n}.py" for n in ("check", "check_messages", "precisions"))
@@ -110,7 +114,9 @@ TURN_TESTS, MESSAGE_TESTS = "data/test_turns.py", "data/test_messages.py"
 STEPS = "training/test_loop.py -k 'eager_loop or metrics_curves or accumulated or window or best'"
 RESUMED = "training/test_loop.py -k 'killed or any_row or disturb or refused or found_finished'"
 SHARDED = "training/test_sharded_loop.py -k 'steps_of_one'"
+LOST, MEANWHILE = "training/test_lost_processes.py", "training/test_async_checkpoints.py"
 SHARES = "training/test_weights.py -k 'not two_processes'"
+ACCELERATED, ZERO_PLANS = "training/test_launched.py", "planning/test_planning.py -k zero"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
 LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"
@@ -142,6 +148,8 @@ SCHEDULED = "training/test_schedule.py"
 RANKED_RUNS = "training/test_rankings.py -k 'weighted or plackett_luce_starts'"
 RANKED_DATA = "training/test_rankings.py -k 'other_data or do_not_fit'"
 ASKED_LAYOUTS = "models/test_layouts.py -k 'refused or noticed or router'"
+ALIKE = "training/test_alike.py"
+BY_SEQUENCES = "models/test_layouts.py -k 'sequences'"
 
 
 MUTATIONS = {
@@ -428,7 +436,7 @@ MUTATIONS = {
             NUMERICS,
         ),
         # dropped detaches
-        Mutation(LINEAR_DPO, "labels, ref_logps.detach().to(dtype)", "labels, ref_logps.to(dtype)", ON_TORCH),
+        Mutation(LINEAR_DPO, "ref_logps.detach().to(dtype), token", "ref_logps.to(dtype), token", ON_TORCH),
         # shifted the other way
         Mutation(
             LOGPS,
@@ -473,8 +481,8 @@ MUTATIONS = {
         Mutation(GATHER, "(labels >= vocab_size)", "(labels > vocab_size)", LOGPS_TESTS),
         Mutation(
             PAIR_GROUPS,
-            "if max(sizes) > budget:",
-            "if max(sizes) >= budget:",
+            "if max(map(max, sizes_of_ranks)) > budget:",
+            "if max(map(max, sizes_of_ranks)) >= budget:",
             "test_memory.py planning/test_planning.py test_linear_dpo.py -k 'torch'",
         ),
         # memory that nobody wrote to
@@ -500,16 +508,16 @@ MUTATIONS = {
         ),
         # a wrong reduction
         Mutation(
-            LINEAR_DPO,
-            "lengths, _ = self.comparisons.split((self.labels != ignore_index).sum(1).to(self.ref_logps.dtype))",
-            "lengths = (self.labels != ignore_index).sum(1).to(self.ref_logps.dtype)",
+            GROUPED_LOSS,
+            "lengths, _ = self.comparisons.split(self.num_tokens.to(self.ref_logps.dtype))",
+            "lengths = self.num_tokens.to(self.ref_logps.dtype)",
             DPO_TESTS,
         ),
-        Mutation(LINEAR_DPO, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
+        Mutation(GROUPED_LOSS, "self.shares.any(), (lengths * self.shares).sum()", "True, lengths.mean()", WEIGHTED),
         # weights whose sum is infinite, of nothing, and of none
         Mutation(LINEAR_DPO, "weights / torch.where(largest > 0, largest, 1)", "weights", WEIGHTED),
         Mutation(LINEAR_DPO, "weights / weights.sum().clamp(min=1)", "weights / weights.sum()", WEIGHTED),
-        Mutation(LINEAR_DPO, "torch.where(present, t, t.detach()) for t in", "t for t in", WEIGHTED),
+        Mutation(GROUPED_LOSS, "torch.where(present, t, t.detach()) for t in", "t for t in", WEIGHTED),
         # token weights as they are where there is no label
         Mutation(
             LINEAR_DPO, "token_weights.to(dtype).masked_fill(labels == ignore_index, 0)", "token_weights", WEIGHTED
@@ -519,7 +527,7 @@ MUTATIONS = {
             LINEAR_DPO, "dtypes = compute_dtype, weight.dtype, hidden.dtype", "dtypes = (compute_dtype,)", DPO_TESTS
         ),
         # gradients handed out twice
-        Mutation(LINEAR_DPO, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
+        Mutation(GROUPED_LOSS, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
     ],
     "a head in shards": [
         # of equal logits on two ranks the last
@@ -537,6 +545,26 @@ MUTATIONS = {
         Mutation(LINEAR_DPO, "comparisons, head.planned, dtype", "comparisons, weight, dtype", SHARD_TESTS),
         # memory that nobody wrote to
         Mutation(PARALLEL, "        if y.shape[0] == 0:", "        if False:", SHARD_TESTS),
+        # sequences in parts: sums, positions, plans, memory that nobody wrote to, and ranks that wait for one another
+        Mutation(SEQUENCES, "functools.reduce(torch.add, others, first)", "first + 0", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "counts[: self.rank].sum(0)", "counts[: self.rank + 1].sum(0)", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "if other.get(name) != first:", "if False:", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "            if ranks.have_agreed:\n", "            if True:\n", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "t.requires_grad and torch.is_grad_enabled()", "False", SEQUENCE_TESTS),
+        Mutation(SEQUENCES, "    if shift:\n", "    if False:\n", SEQUENCE_TESTS),
+        Mutation(LOSSES, "positions + whole.before[:, None]", "positions", SEQUENCE_TESTS),
+        Mutation(LOSSES, "whole.join(sums), whole.num_tokens", "sums, whole.num_tokens", SEQUENCE_TESTS),
+        Mutation(PAIR_GROUPS, "max(each.buffer for each in kept)", "kept[0].buffer", SEQUENCE_TESTS),
+        Mutation(
+            PAIR_GROUPS, "max(map(operator.add, filled, more)) > budget", "filled[0] + more[0] > budget", SEQUENCE_TESTS
+        ),
+        Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
+        Mutation(
+            LINEAR_DPO, "check_hidden=check_hidden and ranks is None", "check_hidden=check_hidden", SEQUENCE_TESTS
+        ),
+        Mutation(LINEAR_REFERENCE, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
+        Mutation(PATHS, "(weight.new_empty if n else weight.new_zeros)", "weight.new_empty", SEQUENCE_TESTS),
+        Mutation(PATHS, "if group.start == group.stop:  # other", "if False:  # other", SEQUENCE_TESTS),
     ],
     "losses": [
         # flipped signs
@@ -689,7 +717,7 @@ MUTATIONS = {
         ),
         # a reference in the order of sums of another path
         Mutation(LINEAR_REFERENCE, "in_b = bool(gradients) and not of_head", "in_b = False", REFERENCE_TESTS),
-        Mutation(LINEAR_REFERENCE, "rows = group_major(rows, comparisons)", "pass", REFERENCE_TESTS),
+        Mutation(LINEAR_REFERENCE, "rows = group_major(rows, comparisons, groups)", "pass", REFERENCE_TESTS),
         Mutation(LINEAR_REFERENCE, "        groups = plan_groups(", "        plan_groups(", REFERENCE_TESTS),
         # hooks that watch see what is no logits
         Mutation(WRAPPERS, "if not is_of_a_library(hook)", "if False", FORWARD_TESTS),
@@ -899,7 +927,7 @@ MUTATIONS = {
     ],
     "training": [
         # scales forgotten
-        Mutation(LOOP, "accelerator.backward(loss * share)", "accelerator.backward(loss)", STEPS),
+        Mutation(LOOP, "run.backward(loss * share, is_last)", "run.backward(loss, is_last)", STEPS),
         Mutation(SCHEDULE, "float(share * weight[rows].sum())", "float(share)", STEPS),
         Mutation(SCHEDULE, "share * weight[rows].sum()", "share * len(rows)", SHARES),
         Mutation(SCHEDULE, "of_one in step for rows", "of_one in step[rank : rank + 1] for rows", SHARES),
@@ -931,7 +959,7 @@ MUTATIONS = {
         ),
         # everything is clipped away
         Mutation(
-            LOOP, "config.max_grad_norm or math.inf", "config.max_grad_norm", "training/test_loop.py -k 'divergence'"
+            SETUP, "config.max_grad_norm or math.inf", "config.max_grad_norm", "training/test_loop.py -k 'divergence'"
         ),
         # a mean over other pairs
         Mutation(LOOP, "run.sizes.mean_chosen_length(rows)", "run.sizes.mean_chosen_length()", STEPS),
@@ -1010,6 +1038,45 @@ MUTATIONS = {
             "for each in saved])[0]",
             "training/test_sharded_loop.py -k one_process",
         ),
+        # a process that is waited for: for as long as accelerate says, nobody named, or those who wait, too
+        Mutation(SETUP, "            InitProcessGroupKwargs(timeout=timeout_of(config)),\n", "", LOST + " -k 'hangs'"),
+        Mutation(SETUP, ", microseconds=1)", ")", LOST + " -k 'timeout'"),
+        Mutation(LOOP, "            heartbeat.beat(state.step + 1)\n", "", LOST + " -k 'killed'"),
+        Mutation(HEARTBEAT, "            self._say(WAITS)\n", "", LOST + " -k 'killed'"),
+        Mutation(HEARTBEAT, "self._say(in_one_line(error)[:1000])", "self._say(WAITS)", LOST + " -k 'of_its_own'"),
+        Mutation(HEARTBEAT, "enumerate(found) if at < latest]", "enumerate(found)]", LOST + " -k 'who'"),
+        Mutation(HEARTBEAT, "isinstance(error, dist.DistError) or", "", LOST + " -k 'collectives'"),
+        # a checkpoint that is complete before it is written, of another step, or that nobody misses
+        Mutation(SAVING, "[written.result(), complete()]", "complete()", MEANWHILE + " -k 'same_bits'"),
+        Mutation(STATE, "state, progress = copy.deepcopy((state, progress))", "pass", MEANWHILE + " -k 'changes'"),
+        Mutation(LOOP, "        state.finish_saving()\n", "", MEANWHILE + " -k 'same_bits'"),
+        Mutation(LOOP, "            state.finish_saving(wait=False)\n", "", MEANWHILE + " -k 'could_not'"),
+        # gradients summed as often as there are micro-batches
+        Mutation(
+            LOOP, "if is_last or run.sharded else accelerator.no_sync(run.policy)", "", "training/test_communication.py"
+        ),
+        # ranks that share a head and have other options, and those that share it and split sequences, too
+        Mutation(PARALLEL, 'if name == "options" and len(set(values)) > 1:', "if False:", SHARD_TESTS),
+        Mutation(SEQUENCES, "if len(shared) > 1:", "if False:", SHARD_TESTS),
+        # kernels for whole sequences that nobody has compared
+        Mutation(
+            MODEL_LAYOUTS, 'whole = _computed(model, "whole")', "whole = shared", "models/test_layouts.py -k compared"
+        ),
+        # a plan with more or less in shards than ZeRO has
+        Mutation(
+            STEP, '"zero2": ("gradients", "optimizer"),', '"zero2": ("weights", "gradients", "optimizer"),', ZERO_PLANS
+        ),
+        Mutation(STEP, "shape.head_parameters + _largest_matrix(shape)", "shape.head_parameters", ZERO_PLANS),
+        Mutation(STEP, "_largest_matrix(shape) + shape.hidden**2 if", "shape.hidden**2 if", ZERO_PLANS),
+        # processes that were started with what does not go together
+        Mutation(SETUP, "    check_settings(config, accelerator)\n", "", ALIKE),
+        Mutation(SETUP, "    check_alike(identity, accelerator)\n", "", ALIKE),
+        Mutation(SETUP, "        check_shared(Path(config.output_dir), accelerator)\n", "", ALIKE),
+        # what accelerate is set up for, forgotten or done twice
+        Mutation(LAUNCHED, "hidden = {name: os.environ.pop(name) for name in asked}", "hidden = {}", ACCELERATED),
+        Mutation(LAUNCHED, "        os.environ.update(hidden)", "        pass", ACCELERATED),
+        Mutation(LAUNCHED, "if not same:", "if False:", ACCELERATED),
+        Mutation(LAUNCHED, "yield replace(config, sharding=sharding)", "yield config", ACCELERATED),
         # weights of one name mixed with those of another process
         Mutation(SHARDING, "        check_same_everywhere(model)\n", "", "training/test_sharded_loop.py -k differ"),
         # the best
@@ -1273,7 +1340,7 @@ MUTATIONS = {
             OPTION_TESTS,
         ),
         Mutation(
-            LINEAR_DPO,
+            GROUPED_LOSS,
             '(("losses", grads[1]), ("logps", grads[2]))',
             '(("losses", grads[2]), ("logps", grads[1]))',
             DIFFERENTIATED,
@@ -1367,8 +1434,8 @@ MUTATIONS = {
         # transforms of some arguments
         Mutation(
             LINEAR_DPO,
-            "ref_logps, token_weights, pair_weights, lengths)\n    head",
-            "ref_logps, token_weights)\n    head",
+            "ref_logps, token_weights, pair_weights, lengths)\n    ranks",
+            "ref_logps, token_weights)\n    ranks",
             ARGUMENTS,
         ),
         Mutation(
@@ -1378,7 +1445,7 @@ MUTATIONS = {
         Mutation(LOGPS, "reshape(len(values), -1).all(1)", "reshape(len(values), -1).any(1)", ARGUMENTS),
         Mutation(LOGPS, "values.detach().isnan() | values.detach().isposinf()", "values.detach().isnan()", ARGUMENTS),
         # gradients that are there are refused, and those that are not are nothing
-        Mutation(LINEAR_DPO, "if grad is not None and grad.any():", "if grad is not None:", DIFFERENTIATED),
+        Mutation(GROUPED_LOSS, "if grad is not None and grad.any():", "if grad is not None:", DIFFERENTIATED),
         Mutation(LINEAR_DPO, "and not differentiable and takes_groups", "and takes_groups", DIFFERENTIATED),
         # references of pairs without weight, and of other pairs
         Mutation(LINEAR_DPO, "ref_logps.masked_fill(~present, 0)", "ref_logps", WEIGHTED),
@@ -1478,10 +1545,10 @@ MUTATIONS = {
             PLANS,
         ),
         # gradients of no earlier micro-batch, and those that are counted twice
-        Mutation(STEP, "    earlier = gradients if step.accumulation > 1 else 0", "    earlier = gradients", PLANS),
+        Mutation(STEP, "    earlier = gradients if step.keeps_gradients else 0", "    earlier = gradients", PLANS),
         Mutation(STEP, "- earlier - kept - head.peak)", "- kept - head.peak)", PLANS),
         # shards of what is not sharded, units without gradients, and gradients that nobody reduced
-        Mutation(STEP, 'shards = step.processes if step.sharding == "fsdp2" else 1', "shards = step.processes", PLANS),
+        Mutation(STEP, "step.processes) if name in divided else size", "step.processes)", PLANS),
         Mutation(STEP, 'if step.train != "lora" and sharded else 0', "if sharded else 0", PLANS),
         Mutation(STEP, "(dhead if shape.tied or sharded else 0)", "(dhead if shape.tied else 0)", PLANS),
         Mutation(STEP, "    if earlier or sharded:\n", "    if earlier:\n", PLANS),
@@ -1758,22 +1825,22 @@ MUTATIONS = {
         Mutation(LISTWISE, "beta * (logps.detach() - ref_logps))", "beta * (logps - ref_logps))", COMPARED),
         Mutation(LISTWISE, 'check_finite_logps("ref_logps", ref_logps, "response")', "pass", COMPARED),
         # losses of groups where those of pairs are meant, and the reverse
-        Mutation(LINEAR_DPO, "return of if self.listwise else self.comparisons.pairs_of(of)", "return of", COMPARED),
-        Mutation(LINEAR_DPO, "if self.shares is None or self.listwise:", "if self.shares is None:", COMPARED),
+        Mutation(GROUPED_LOSS, "return of if self.listwise else self.comparisons.pairs_of(of)", "return of", COMPARED),
+        Mutation(GROUPED_LOSS, "if self.shares is None or self.listwise:", "if self.shares is None:", COMPARED),
         # a mean of means
-        Mutation(LINEAR_DPO, "losses.sum() / self.losses", "losses.mean()", COMPARED),
+        Mutation(GROUPED_LOSS, "losses.sum() / self.losses", "losses.mean()", COMPARED),
         # what has no weight, and is not finite
         Mutation(
-            LINEAR_DPO, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED
+            GROUPED_LOSS, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED
         ),
         Mutation(
-            LINEAR_DPO,
+            GROUPED_LOSS,
             "self.shares[self.comparisons.group_of(sequences)] > 0",
             "self.shares[self.comparisons.group_of(sequences)] >= 0",
             COMPARED,
         ),
         # WPO of sequences, not of pairs
-        Mutation(LINEAR_DPO, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
+        Mutation(GROUPED_LOSS, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
         # one label of a slot teaches it, and what none does has a gradient
         Mutation(GATHER, "flat.index_add_(0, slots, grads[0])", "flat[slots] = grads[0]", PREDICTED),
         Mutation(
@@ -1839,9 +1906,17 @@ MUTATIONS = {
             "len(self._batches(epoch)) // (self.accumulation * self.processes)",
             SCHEDULED,
         ),
-        # batches of every process, in training and in an evaluation, whose size is not what was asked for
-        Mutation(SCHEDULE, "[batches[rank :: self.processes] for", "[batches for", SCHEDULED),
-        Mutation(SCHEDULE, "[batches[rank::processes] for", "[batches for", SCHEDULED),
+        # batches of every process; a process that always takes the longest, and one alone that takes them first
+        Mutation(SCHEDULE, "[[batches[n] for n in dealt] for", "[batches for", SCHEDULED),
+        Mutation(SCHEDULE, 'zip(np.argsort(sums, kind="stable"), ', "zip(range(hands), ", SCHEDULED),
+        Mutation(SCHEDULE, "if sizes is None or processes == 1:", "if sizes is None:", SCHEDULED),
+        Mutation(SCHEDULE, "    if processes == 1:\n        return [batches]\n", "", SCHEDULED),
+        # long micro-batches beside short ones, and batches of like examples in a loss that compares them
+        Mutation(SCHEDULE, "        if not sizes.padded:\n", "        if sizes.padded:\n", SCHEDULED),
+        Mutation(
+            SCHEDULE, "return sizes if BATCH_LOSSES.isdisjoint(config.loss_type) else None", "return sizes", SCHEDULED
+        ),
+        # an evaluation whose size is not what was asked for
         Mutation(
             SCHEDULE,
             "if config.max_tokens_per_batch is None or size is not None:",
@@ -1874,7 +1949,7 @@ MUTATIONS = {
         Mutation(REFERENCE, '                    predictors=batch.get("predictors"),\n', "", RANKED_RUNS),
         # models whose gradients are others, whose windows are, and that are left changed
         Mutation(
-            MODEL_LAYOUTS, '_difference(own, "gradients", found.gradients, expected.gradients)', '""', ASKED_LAYOUTS
+            MODEL_LAYOUTS, '_difference(own, "gradients", shared.gradients, expected.gradients)', '""', ASKED_LAYOUTS
         ),
         Mutation(MODEL_LAYOUTS, "if seen >= expected:", "if True:", ASKED_LAYOUTS),
         Mutation(
@@ -1883,6 +1958,12 @@ MUTATIONS = {
             "    if reason:\n",
             ASKED_LAYOUTS,
         ),
+        # kernels for whole sequences: with shared prompts, a window of one more, a dtype they do not have
+        Mutation(SEGMENTS, "None if is_shared else Sequences(", "Sequences(", BY_SEQUENCES),
+        Mutation(SEGMENTS, "-1 if window is None else window - 1", "-1 if window is None else window", BY_SEQUENCES),
+        Mutation(SEGMENTS, "window_size=(behind, 0)", "window_size=(behind, behind)", BY_SEQUENCES),
+        Mutation(SEGMENTS, "starts.new_tensor([len(slot)])", "starts.new_tensor([len(slot) - 1])", BY_SEQUENCES),
+        Mutation(SEGMENTS, "query.dtype in (torch.bfloat16, torch.float16) and ", "", BY_SEQUENCES),
         # a router that counts fewer tokens
         Mutation(SETUP, 'if config.batching == "auto" and LMHead(model).has_router_loss:', "if False:", ASKED_LAYOUTS),
     ],

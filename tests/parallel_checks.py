@@ -3,6 +3,7 @@
 
 import contextlib
 import json
+import pickle
 import re
 import sys
 import traceback
@@ -361,7 +362,8 @@ def counted():
     def wrapped(name):
         def call(*args, **kwargs):
             tensors = [t for t in args if isinstance(t, torch.Tensor)]
-            seen.append((name, sum(t.numel() * t.element_size() for t in tensors)))
+            objects = [pickle.dumps(args[1])] if name == "all_gather_object" else []
+            seen.append((name, sum(t.numel() * t.element_size() for t in tensors) + sum(map(len, objects))))
             return originals[name](*args, **kwargs)
 
         return call
@@ -499,6 +501,7 @@ def check_errors(world):
     half = dist.new_group([0])
     two = distribute_tensor(weight, init_device_mesh("cpu", (1, world.ranks)), [Replicate(), Shard(0)])
     not_sharded = "weight: expected a DTensor with the placement"
+    alike = "expected the same on all ranks that share a head"
     cases = (
         (logps(hidden, distributed(weight, Shard(1))), not_sharded),
         (logps(hidden, distributed(weight, Replicate())), not_sharded),
@@ -530,6 +533,17 @@ def check_errors(world):
         (logps(hidden, shard[:0], group=group), "weight: expected at least one vocabulary entry"),
         (logps(hidden, broken, group=group), "weight: expected finite numbers.* in 1 of 123 .* the first is 122"),
         (loss(broken.clone().requires_grad_(), group=group), "weight: expected finite numbers.* the first is 122"),
+        (loss(shard, group=group, beta=0.2 if last else 0.1), f"beta: {alike}, got 0.1 on rank 0 and 0.2 on rank"),
+        (loss(shard, group=group, loss_type="ipo" if last else "sigmoid"), f"loss_type: {alike}"),
+        (loss(shard, group=group, token_weights=labels.clone().fill_(1 + last)), f"token_weights: {alike}"),
+        (logps(hidden, shard, group=group, temperature=2.0 if last else 1.0), f"temperature: {alike}"),
+        (lambda: linear_dpo_loss(hidden, shard, labels, inputs.ref_logps + last, group=group), f"ref_logps: {alike}"),
+        (
+            (loss(shard, group=group) if last else logps(hidden, shard, group=group)),
+            "expected calls of one function on all ranks that share a head, got another on",
+        ),
+        (logps(hidden, shard, group=group, sequence_group=group), "sequence_group: expected no rank but this one"),
+        (logps(hidden, whole, sequence_group=group), "sequence_group: expected no rank but this one"),
     )
     for call, pattern in cases:
         try:
@@ -555,14 +569,18 @@ def check_errors(world):
             raise AssertionError("no error")
 
 
-CHECKS = {name.removeprefix("check_"): check for name, check in list(globals().items()) if name.startswith("check_")}
+def checks_of(module):
+    return {name.removeprefix("check_"): check for name, check in module.items() if name.startswith("check_")}
 
 
-def main(folder):
+CHECKS = checks_of(globals())
+
+
+def main(folder, checks):
     dist.init_process_group("gloo", timeout=timedelta(seconds=30))
     torch.set_num_threads(1)
     world, found = World(), {}
-    for name, check in CHECKS.items():
+    for name, check in checks.items():
         try:
             check(world)
             found[name] = ""
@@ -574,4 +592,4 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], CHECKS)

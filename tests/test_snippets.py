@@ -190,9 +190,16 @@ def each_prompt_once_in_a_loop(monkeypatch):
     assert not torch.equal(model.lm_head.weight, found["reference"].lm_head.weight)
 
 
+def alone_in_a_group():
+    """Of this process. One that an earlier test has left is not that."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+
+
 def a_head_in_shards(monkeypatch):
     """With one rank, in this process."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    alone_in_a_group()
     inputs = head_inputs()
     found = NAMES | inputs._asdict() | {"linear_dpo_loss": linear_dpo_loss, "weight": inputs.weight.detach()}
     try:
@@ -203,13 +210,28 @@ def a_head_in_shards(monkeypatch):
     torch.testing.assert_close(found["weight"].grad.to_local(), inputs.weight.grad)
 
 
+def sequences_in_parts(monkeypatch):
+    """With one rank, in this process."""
+    alone_in_a_group()
+    inputs = head_inputs()
+    found = NAMES | inputs._asdict() | {"linear_dpo_loss": linear_dpo_loss}
+    try:
+        yield found
+    finally:
+        torch.distributed.destroy_process_group()
+    whole = inputs.to(torch.float32)
+    linear_dpo_loss(*whole[:3], inputs.ref_logps, shift=True).loss.backward()
+    torch.testing.assert_close(inputs.weight.grad, whole.weight.grad)
+    torch.testing.assert_close(inputs.hidden.grad, whole.hidden.grad)
+
+
 PRELUDES = {
     "README.md": [eager_and_ours, from_trl, plain_tensors, loop_without_transformers],
     "docs/drop_ins.md": [
         *(from_trl, patched, weighted_trainer, any_other_trainer, lightning_module),
         mean_of_a_token,
     ],
-    "docs/scaling.md": [a_head_in_shards],
+    "docs/scaling.md": [a_head_in_shards, sequences_in_parts],
     "docs/training.md": [settings_of_a_run, each_prompt_once_in_trl, each_prompt_once_in_a_loop],
 }
 
@@ -236,8 +258,18 @@ def test_block_runs(document, number, monkeypatch, tmp_path):
 
 
 # What starts the command in several processes, and what is no command of this package.
-LAUNCHERS = re.compile(r"^(?:\w+=\w+ )*(?:accelerate launch|torchrun) (?:--\w+ \S+ )*-m dpo_kernels (.*)")
-OTHERS = ("pip install ", "DPO_KERNELS_BUILD=cuda pip ", "python -m pytest ", "python tests/", "bash benchmarks/")
+LAUNCHERS = re.compile(
+    r"^(?:srun (?:--\S+ )*)?(?:\w+=\w+ )*(?:accelerate launch|torchrun) (?:--\w+ (?:(?!-)\S+ )?)*-m dpo_kernels (.*)"
+)
+OTHERS = (
+    "export OMP_NUM_THREADS=",
+    "'first=$(scontrol' ",
+    "pip install ",
+    "DPO_KERNELS_BUILD=cuda pip ",
+    "python -m pytest ",
+    "python tests/",
+    "bash benchmarks/",
+)
 
 
 def commands(document):

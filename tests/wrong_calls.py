@@ -207,6 +207,8 @@ CALLS = {
     ],
     "linear_sequence_logps": [
         ("linear_sequence_logps(hidden, weight)", "labels"),
+        ("linear_sequence_logps(hidden, weight, labels, sequence_group='cp')", "sequence_group"),
+        ("linear_dpo_loss(hidden, weight, labels, ref_logps, sequence_group=[0, 1])", "sequence_group"),
         ("linear_sequence_logps(hidden, labels)", "labels"),
         ("linear_sequence_logps(hidden, labels, weight)", "labels"),
         ("linear_sequence_logps(hidden, weight, labels, ref_logps)", "positional"),

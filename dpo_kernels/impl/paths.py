@@ -183,7 +183,7 @@ class _Gradients:
         self.waits: list[Callable[[], object]] = []
         self.dx = x.new_zeros(n, h, dtype=acc) if need[0] else None
         self.label = x.new_zeros(n, dtype=acc)
-        self.dw = weight.new_empty(v, h) if need[1] else None
+        self.dw = (weight.new_empty if n else weight.new_zeros)(v, h) if need[1] else None
         rounded_by_product = one_tile and k.operand(weight[:0], compute_dtype).dtype == weight.dtype
         self.dw_sum = self.dw
         if need[1] and weight.dtype != acc and not rounded_by_product:
@@ -340,6 +340,9 @@ def linear_logps_grouped(
     buffer = x.new_empty((largest - in_dw) * v, dtype=acc)
     scratch = x.new_empty(in_dw * columns, dtype=k.operand(weight[:0], compute_dtype).dtype)
     for i, group in enumerate(groups):
+        if group.start == group.stop:  # other ranks have rows of it, and wait for what is here
+            coefficients(i, x.new_empty(0, dtype=acc), x.new_empty(len(stats), 0, dtype=acc))
+            continue
         local = list(spans(group.stop - group.start, rows))
         of_x = [slice(group.start + s.start, group.start + s.stop) for s in local]
         fold = k.new_fold(y[group], acc, stats)
@@ -408,6 +411,8 @@ def linear_logps_as_grouped(
     rows, columns, _ = _grouped_blocks(k, largest, weight, acc, len(groups) == 1 and dweight)
     logps = x.new_empty(x.shape[0], dtype=acc)
     for group in groups:
+        if group.start == group.stop:
+            continue
         found = linear_logps_fwd(
             k,
             x[group],

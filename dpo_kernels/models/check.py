@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.models.operands import HeadOperands, class_of, name_of
-from dpo_kernels.models.through_wrappers import is_of_a_library, without_partial
+from dpo_kernels.models.through_wrappers import is_of_a_library, on_this_rank, without_partial
 
 TOKENS, ENTRIES, BLOCK = 130, 64, 4096
 # Where configs keep for how many positions a model has room.
@@ -253,7 +253,7 @@ class _Run:
 
     def _watch_between(self, sources: list[nn.Module], stack: ExitStack) -> None:
         def arrives(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            self.arrived = args[0]
+            self.arrived = on_this_rank(args[0])
 
         def runs(name: str, module: nn.Module, args: Any) -> None:
             if self.calls and self.arrived is None:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from dpo_kernels.linear_dpo import LinearDPOOutput, linear_dpo_loss
 from dpo_kernels.logps import SequenceLogps, linear_sequence_logps
 from dpo_kernels.models import check
-from dpo_kernels.models.operands import HeadOperands, as_taken_by, layer_operands, name_of
+from dpo_kernels.models.operands import HeadOperands, as_taken_by, is_tensor_parallel, layer_operands, name_of
 from dpo_kernels.models.segments import laid_out, refuse_restarts
-from dpo_kernels.models.through_wrappers import Found, computed_in
+from dpo_kernels.models.through_wrappers import Found, as_laid_out, computed_in, on_this_rank
 from dpo_kernels.options import LinearDPOOptions, LogpsOptions, is_at_hand, refuse_unknown
+from dpo_kernels.sequence_parallel import in_step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -106,7 +107,8 @@ class LMHead:
         but would skip what happens around it: gradient synchronisation in DistributedDataParallel, the autocast that
         accelerate puts on the forward, PEFT's forward hooks, images that some models put into the text there, and the
         auxiliary loss, which each mixture-of-experts family computes its own way. Where forward has no
-        `logits_to_keep`, the output layer is left out instead, and the model is taken by itself alone.
+        `logits_to_keep`, the output layer is left out instead, and the model is taken by itself alone; and where its
+        weight is in shards of the vocabulary, since DTensors do not multiply no positions.
 
         Args:
             input_ids: [S, T].
@@ -135,7 +137,8 @@ class LMHead:
             caught.append(hidden)
 
         with self.with_last_hidden(catch):
-            if "logits_to_keep" in self._forward_parameters():
+            weight = getattr(self.output_layer(), "weight", None)
+            if "logits_to_keep" in self._forward_parameters() and not is_tensor_parallel(weight):
                 no_position = torch.empty(0, dtype=torch.long, device=tokens.device)
                 outputs = self.wrapped(**inputs, logits_to_keep=no_position)
             else:
@@ -255,6 +258,7 @@ class LMHead:
             weight, bias = weight[:vocab_size], None if bias is None else bias[:vocab_size]
         return HeadOperands(hidden, weight, bias)
 
+    @in_step
     def sequence_logps(
         self, hidden: Tensor, labels: Tensor, *, shift: bool = True, **options: Unpack[LogpsOptions]
     ) -> SequenceLogps:
@@ -271,6 +275,7 @@ class LMHead:
         of_head: Any = {"bias": bias, "logit_scale": self.logit_scale, "softcap": self.softcap}
         return linear_sequence_logps(hidden, weight, labels, shift=shift, **of_head, **options)
 
+    @in_step
     def dpo_loss(
         self,
         hidden: Tensor,
@@ -479,9 +484,9 @@ class LMHead:
 
         @torch.compiler.disable
         def pre_hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            hidden = function(module, args[0]) if self.at_output_layer else None
+            hidden = function(module, on_this_rank(args[0])) if self.at_output_layer else None
             # An output layer in another precision than the model takes these only under autocast, or from here.
-            return (as_taken_by(module, args[0] if hidden is None else hidden),)
+            return (as_taken_by(module, args[0] if hidden is None else as_laid_out(hidden, args[0])),)
 
         with ExitStack() as stack:
             layer = self.output_layer()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,13 +57,16 @@ def _use_layouts(model: Any) -> None:
         )
     register()
     try:
-        expected = _computed(model)
+        expected = _computed(model, "padded")
         own.set_attn_implementation(ATTENTION)
         with windows_seen() as windows:
-            found = _computed(model, laid=True)
+            shared = _computed(model, "shared")
+        whole = _computed(model, "whole")  # by other kernels, on a GPU
         reason = (
-            _difference(own, "hidden states", found.hidden, expected.hidden)
-            or _difference(own, "gradients", found.gradients, expected.gradients)
+            _difference(own, "hidden states", shared.hidden, expected.hidden)
+            or _difference(own, "gradients", shared.gradients, expected.gradients)
+            or _difference(own, "hidden states", whole.hidden, expected.hidden)
+            or _difference(own, "gradients", whole.gradients, expected.gradients)
             or _layers_missing(own, len(windows))
             or _windows_missing(own, windows)
         )
@@ -82,7 +86,7 @@ def _difference(model: Any, what: str, found: list[Tensor], expected: list[Tenso
     if worst <= TOLERANCES.get(expected[0].dtype, 0.1):
         return ""
     return (
-        f"{name_of(model)} computes other {what} where responses share a prompt in one row: they differ by "
+        f"{name_of(model)} computes other {what} where several sequences are in one row: they differ by "
         f"{worst:.2g} of their size. It has something else than attention by positions: recurrent or convolutional "
         "layers, ALiBi, or positions of its own"
     )
@@ -116,8 +120,8 @@ class _Computed(NamedTuple):
 
 
 @torch.enable_grad()
-def _computed(model: Any, laid: bool = False) -> _Computed:
-    """From one row, or from padded rows of their own."""
+def _computed(model: Any, way: Literal["padded", "shared", "whole"]) -> _Computed:
+    """From padded rows; or from one row, of groups that share a prompt, or of whole sequences."""
     own = unwrap(model)
     device = own.get_input_embeddings().weight.device
     entries = min(own.get_input_embeddings().weight.shape[0], own.config.get_text_config(decoder=True).vocab_size)
@@ -134,28 +138,43 @@ def _computed(model: Any, laid: bool = False) -> _Computed:
         (found,) = torch.autograd.grad(torch.cat([each @ direction for each in hidden]).sum(), embedded[:1])
         return found
 
+    def in_one_row(tokens: Tensor, layout: list[tuple[int, int, int, int]]) -> Tensor:
+        ids, positions = tokens[None].to(device), torch.tensor([[field[3] for field in layout]], device=device)
+        with laid_out(torch.tensor(layout, dtype=torch.int32, device=device)[None, None], required=False):
+            return head.hidden_states(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions)[0]
+
     with ExitStack() as stack:
         stack.enter_context(_evaluated(model))
         stack.callback(own.get_input_embeddings().register_forward_hook(leaf).remove)
-        if not laid:
+        if way != "shared":
             rows = [torch.cat([prompt, response]) for prompt, *responses in groups for response in responses]
-            ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
-            mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True).to(device)
-            hidden, _ = head.hidden_states(input_ids=ids, attention_mask=mask)
             prompts = [len(prompt) for prompt, *responses in groups for _ in responses]
-            found = [hidden[n, p - 1 : len(row)] for n, (row, p) in enumerate(zip(rows, prompts, strict=True))]
-            of_rows = iter(gradient(found))
+            of_responses = [slice(p - 1, len(row)) for row, p in zip(rows, prompts, strict=True)]
+            if way == "padded":
+                pad, ones = torch.nn.utils.rnn.pad_sequence, [torch.ones_like(row) for row in rows]
+                ids, mask = (pad(each, batch_first=True).to(device) for each in (rows, ones))
+                hidden, _ = head.hidden_states(input_ids=ids, attention_mask=mask)
+                of_rows = list(hidden)
+            else:
+                begins = [0, *itertools.accumulate(map(len, rows))]
+                layout = [
+                    (first, first, first, n) for first, row in zip(begins, rows, strict=False) for n in range(len(row))
+                ]
+                hidden = in_one_row(torch.cat(rows), layout)
+                of_rows = list(hidden[0].split([len(row) for row in rows]))
+            found = [row[own] for row, own in zip(of_rows, of_responses, strict=True)]
+            dembedded = gradient(found)
+            drows = iter(dembedded if way == "padded" else dembedded[0].split([len(row) for row in rows]))
             gradients = []
             for prompt, *responses in groups:
-                own_rows = [next(of_rows) for _ in responses]
+                own_rows = [next(drows) for _ in responses]
                 gradients.append(torch.stack([row[: len(prompt)] for row in own_rows]).sum(0))
                 gradients += [
                     row[len(prompt) : len(prompt) + len(response)]
                     for row, response in zip(own_rows, responses, strict=True)
                 ]
             return _Computed([each.detach() for each in found], gradients)
-        ids = torch.cat([segment for group in groups for segment in group])[None].to(device)
-        layout: list[tuple[int, int, int, int]] = []
+        layout = []
         places, begin = [], 0
         for prompt, *responses in groups:
             end = begin + len(prompt)
@@ -166,10 +185,7 @@ def _computed(model: Any, laid: bool = False) -> _Computed:
                 places.append([end - 1, *range(slot, slot + len(response))])
                 slot += len(response)
             begin = slot
-        positions = torch.tensor([[field[3] for field in layout]], device=device)
-        fields = torch.tensor(layout, dtype=torch.int32, device=device)[None, None]
-        with laid_out(fields, required=False):
-            hidden, _ = head.hidden_states(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions)
+        hidden = in_one_row(torch.cat([segment for group in groups for segment in group]), layout)
         found = [hidden[0, place] for place in places]
         of_segments = gradient(found)[0].split([len(segment) for group in groups for segment in group])
         return _Computed([each.detach() for each in found], list(of_segments))

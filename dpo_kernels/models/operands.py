@@ -56,19 +56,19 @@ def layer_operands(layer: Any, hidden: Tensor, *, in_shards: bool = False) -> He
 
 def _is_vocabulary_parallel(weight: Any, bias: Any) -> bool:
     """Whether each process of a tensor-parallel model has some rows, and computes the same hidden states and labels."""
-    return all(
-        is_dtensor(t) and t.device_mesh.mesh_dim_names == ("tp",) and t.placements[0].is_shard(0)
-        for t in (weight, bias)
-        if t is not None
-    )
+    return all(is_tensor_parallel(t) and t.placements[0].is_shard(0) for t in (weight, bias) if t is not None)
+
+
+def is_tensor_parallel(weight: Any) -> bool:
+    """By the name of its mesh: what FSDP2 has sharded looks the same."""
+    return is_dtensor(weight) and weight.device_mesh.mesh_dim_names == ("tp",)
 
 
 def _whole(weight: Any) -> Any:
     """The parameter, gathered where the model is tensor parallel. Each process computes the same from all of it then,
     and of the gradient takes its own rows. What FSDP2 has sharded differs by process and by its own hooks alone is
     gathered and reduced, so that stays as it is."""
-    names = getattr(getattr(weight, "device_mesh", None), "mesh_dim_names", None)
-    return weight.full_tensor() if names == ("tp",) else weight
+    return weight.full_tensor() if is_tensor_parallel(weight) else weight
 
 
 def _adapter_operands(layer: Any, hidden: Tensor) -> HeadOperands:

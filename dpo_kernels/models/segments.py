@@ -14,8 +14,10 @@ Dimensions: R rows, T slots, h query heads, d head size.
 
 from __future__ import annotations
 
+import functools
+import inspect
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -39,6 +41,13 @@ class Segment(NamedTuple):
     begin: int
     end: int
     prompt: tuple[int, int]  # of a response; (begin, begin) of a prompt
+
+
+class Sequences(NamedTuple):
+    """Of the flat slots [R T], where each segment sees itself alone; padding is sequences of one slot."""
+
+    bounds: Tensor  # [sequences + 1] int32: where each begins, and the end
+    longest: int
 
 
 def is_layout(mask: Any) -> bool:
@@ -93,6 +102,9 @@ def attention_forward(
     if (windows := _windows.get()) is not None:
         windows.append(window)
     if query.device.type == "cuda" and plain and not p:
+        sequences = _known(attention_mask).sequences(attention_mask) if takes_sequences(query) else None
+        if sequences is not None:
+            return _by_sequences(query, key, value, sequences, window, scale), None
         return _flex(query, key, value, attention_mask, window, scale), None
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
@@ -179,6 +191,7 @@ class _Known:
     def __init__(self, layout: Tensor) -> None:
         self.device = layout.device
         self.flex: dict[int | None, Any] = {}
+        self._sequences: list[Sequences | None] = []
         self._rows: list[list[Segment]] = []
         self._masks: dict[tuple[Segment, int | None, torch.dtype], Tensor] = {}
 
@@ -187,6 +200,18 @@ class _Known:
         if not self._rows:
             self._rows = [list(_segments(row, fields)) for row, fields in enumerate(layout[:, 0].tolist())]
         return self._rows
+
+    def sequences(self, layout: Tensor) -> Sequences | None:
+        """None where responses share a prompt. The device is waited for, once."""
+        if not self._sequences:
+            prompt_begin, prompt_end, begin, _ = layout.flatten(0, 2).unbind(-1)  # [R T] each
+            slot = torch.arange(layout.shape[2], device=self.device).repeat(layout.shape[0])
+            shared = (prompt_begin != prompt_end).any()
+            starts = torch.nonzero(begin == slot)[:, 0]
+            bounds = torch.cat([starts, starts.new_tensor([len(slot)])])
+            is_shared, longest = torch.stack([shared.long(), bounds.diff().max()]).tolist()
+            self._sequences.append(None if is_shared else Sequences(bounds.int(), longest))
+        return self._sequences[0]
 
     def mask(self, segment: Segment, window: int | None, dtype: torch.dtype, always: bool = False) -> Tensor | None:
         """[n, keys] what is added to the scores of a segment's n slots, keys of its prompt first; None where plain
@@ -234,6 +259,43 @@ def _known(layout: Tensor) -> _Known:
 
 
 # On a GPU
+
+
+@functools.cache
+def _varlen() -> tuple[Callable[..., Any], bool] | None:
+    """Attention of sequences of any lengths, one after the other, and whether it takes fewer heads of keys than of
+    queries; None in a PyTorch that has none with a scale and a window."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    options = inspect.signature(varlen_attn).parameters.keys()
+    return (varlen_attn, "enable_gqa" in options) if {"scale", "window_size"} <= options else None
+
+
+def takes_sequences(query: Tensor) -> bool:
+    """Whether kernels of flash attention compute with such queries, of whole sequences."""
+    size = query.shape[-1]
+    return query.dtype in (torch.bfloat16, torch.float16) and size % 8 == 0 and size <= 256 and _varlen() is not None
+
+
+def _by_sequences(
+    query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, window: int | None, scale: float
+) -> Tensor:
+    """By kernels for sequences of any lengths, which make no mask."""
+    varlen = _varlen()
+    assert varlen is not None
+    attention, takes_groups = varlen
+    rows, groups, more = query.shape[0], query.shape[1] // key.shape[1], {}
+    if groups > 1 and takes_groups:
+        more["enable_gqa"] = True
+    elif groups > 1:
+        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    flat = [t.transpose(1, 2).flatten(0, 1) for t in (query, key, value)]  # [R T, h, d]
+    bounds, longest = sequences
+    behind = -1 if window is None else window - 1  # without the position itself
+    out: Tensor = attention(*flat, bounds, bounds, longest, longest, scale=scale, window_size=(behind, 0), **more)
+    return out.unflatten(0, (rows, -1))
 
 
 def _flex(query: Tensor, key: Tensor, value: Tensor, layout: Tensor, window: int | None, scale: float) -> Tensor:

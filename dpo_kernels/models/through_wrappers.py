@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from dpo_kernels.parallel import is_dtensor
+
 Found = TypeVar("Found")
 # Their hooks and wrappers do what these are there for, and nothing else to the logits.
 LIBRARIES = frozenset({"accelerate", "deepspeed", "dpo_kernels", "peft", "torch", "transformers", "trl"})
@@ -27,21 +29,21 @@ def computed_in(
 ) -> Iterator[list[Found]]:
     """Has calls of the module compute `function` of its argument in the place of its own forward. Their results are in
     the list that this gives; the caller gets `instead` of the argument. Forward hooks that are not of what shards or
-    wraps models are left out: there is no output for them to see."""
+    wraps models are left out, and so are those of tensor parallelism: there is no output for them to see."""
     joins: list[Callable[[Sequence[Tensor]], Found]] = []
     results: list[Found] = []
 
     @torch.compiler.disable
     def forward(argument: Tensor) -> tuple[Tensor, ...]:
         with _forward_of(module, own):  # for `function`
-            with_gradient, join = split(function(argument))
+            with_gradient, join = split(function(on_this_rank(argument)))
         joins.append(join)
         return with_gradient
 
     @torch.compiler.disable
     def hand_over(module: nn.Module, args: tuple[Tensor], with_gradient: tuple[Tensor, ...]) -> Tensor:
         results.append(joins.pop()(with_gradient))
-        return instead(args[0])
+        return instead(on_this_rank(args[0]))
 
     own = vars(module).get("forward")
     with _without_observers(module):
@@ -57,7 +59,11 @@ def computed_in(
 def _without_observers(module: nn.Module) -> Iterator[None]:
     hooks = module._forward_hooks
     before = dict(hooks)
-    observers = {number for number, hook in before.items() if not is_of_a_library(hook)}
+    observers = {
+        number
+        for number, hook in before.items()
+        if not is_of_a_library(hook) or _module_of(hook).startswith("torch.distributed.tensor")
+    }
     for number in observers:
         del hooks[number]
     try:
@@ -76,10 +82,33 @@ def without_partial(function: Any) -> Any:
 
 def is_of_a_library(function: Any) -> bool:
     """By where its code is, not by what it says that it wraps."""
+    return _module_of(function).partition(".")[0] in LIBRARIES
+
+
+def _module_of(function: Any) -> str:
     function = without_partial(function)
     function = getattr(function, "__func__", function)
-    where = getattr(function, "__globals__", {}).get("__name__") or type(function).__module__
-    return str(where).partition(".")[0] in LIBRARIES
+    return str(getattr(function, "__globals__", {}).get("__name__") or type(function).__module__)
+
+
+def on_this_rank(hidden: Any) -> Any:
+    """Hidden states as a plain tensor, where `parallelize_module` has made of them a DTensor that is whole on all."""
+    if not is_dtensor(hidden):
+        return hidden
+    if not all(placement.is_replicate() for placement in hidden.placements):
+        raise ValueError(
+            f"hidden: expected hidden states that are whole on each rank, got a DTensor of {list(hidden.placements)}"
+        )
+    return hidden.to_local()
+
+
+def as_laid_out(hidden: Tensor, like: Any) -> Any:
+    """A plain tensor as the DTensor that `like` is, if it is one."""
+    if not is_dtensor(like):
+        return hidden
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(hidden, like.device_mesh, like.placements, run_check=False)
 
 
 @contextmanager

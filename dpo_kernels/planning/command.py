@@ -89,10 +89,10 @@ def text(step: Step, found: dict[str, Any], name: str, share: str, auto: bool = 
 
 LABELS = {
     "weights": "weights",
-    "gradients": "gradients of earlier micro-batches",
+    "gradients": "gradients from before the backward",
     "optimizer": "optimizer, AdamW",
     "reference": "reference model",
-    "gathered": "the largest unit, whole",
+    "gathered": "gathered at a time",
     "activations": "activations (estimated)",
     "head and loss": "head and loss",
     "later": "backward and optimizer, beyond that",
@@ -116,8 +116,11 @@ def _beyond_one_batch(step: Step) -> list[str]:
     if step.accumulation > 1:
         lines.append(f"{step.accumulation} micro-batches in a step: {step.accumulation * step.pairs} pairs")
     if step.sharding != "none":
-        lines.append(f"sharded by FSDP2 over {step.processes} processes; what follows is one of them")
+        lines.append(f"sharded by {_NAMES[step.sharding]} over {step.processes} processes; what follows is one of them")
     return lines
+
+
+_NAMES = {"fsdp2": "FSDP2", "zero2": "ZeRO-2", "zero3": "ZeRO-3"}
 
 
 def _number(size: int, unit: int) -> str:
@@ -160,11 +163,17 @@ def _assumptions(step: Step) -> list[str]:
                 "FlexAttention's, which no GPU has confirmed" if flex else "that of blocks, with copies of prompts"
             )
             lines.append(f"The attention of dpo_kernels is {of_ours}.")
-        if step.sharding != "none":
+        if step.sharding == "fsdp2":
             lines += [
                 "FSDP2: weights, gradients, moments and reference are divided evenly, and gradients reduced after each",
                 "micro-batch. One unit is whole at a time, a layer or what no layer holds, with its gradients in the",
                 "backward. The next unit, which is gathered ahead, and buffers of the collectives are not counted.",
+            ]
+        if step.by_deepspeed:
+            lines += [
+                f"{_NAMES[step.sharding]}: gradients and moments are divided evenly, and gradients are reduced in the",
+                "backward, hidden^2 numbers at once. With ZeRO-3 weights and reference are divided too, the head is",
+                "whole beside one other matrix. What DeepSpeed gathers ahead, and its buffers, are not counted.",
             ]
     return lines
 
@@ -229,7 +238,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "where layers are of a kind that was not measured",
         choices=BATCHING,
     )
-    add("--sharding", "fsdp2: weights, gradients and optimizer divided among --processes", choices=SHARDING)
+    add(
+        "--sharding",
+        "fsdp2, zero3: weights, gradients and optimizer divided among --processes; zero2: all but the weights",
+        choices=tuple(SHARDING),
+    )
     add("--processes", "that share a sharded model, one a device", type=int, metavar="N")
     add("--chunk-bytes", "as linear_dpo_loss takes it (default: 1 GiB)", type=int)
     add("--impl", "of dpo_kernels", choices=("auto", *IMPLEMENTATIONS))
@@ -292,7 +305,7 @@ def _check_sharding(options: argparse.Namespace) -> None:
     n = options.processes
     if options.sharding == "none" and n > 1:
         raise ValueError(
-            f"processes: expected --sharding fsdp2 beside --processes {n}; without sharding each process takes the same"
+            f"processes: expected --sharding beside --processes {n}; without it each process takes the same"
         )
     if options.sharding != "none" and n < 2:
         raise ValueError(f"processes: expected --processes of at least 2 beside --sharding {options.sharding}, got {n}")

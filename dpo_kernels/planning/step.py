@@ -21,7 +21,13 @@ from dpo_kernels.planning.head_memory import HeadMemory, eager_bytes, ours_bytes
 WAYS = ("eager", "TRL", "dpo_kernels")
 TRAIN = ("full", "frozen-head", "lora")
 REFERENCES = ("model", "precomputed", "none")
-SHARDING = ("none", "fsdp2")
+# What each of several processes has a part of; of the rest it has all.
+SHARDING: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "fsdp2": ("weights", "gradients", "optimizer", "reference"),
+    "zero2": ("gradients", "optimizer"),
+    "zero3": ("weights", "gradients", "optimizer", "reference"),
+}
 MOST_PAIRS = 2**16
 
 
@@ -62,7 +68,7 @@ class Step:
             raise ValueError(f"labelled: expected a share in [0, 1], got {self.labelled!r}")
         if self.shape is not None and not isinstance(self.shape, ModelShape):
             raise ValueError(f"shape: expected a ModelShape, as find_shape(name) gives, or None, got {self.shape!r}")
-        for name, known in (("train", TRAIN), ("reference", REFERENCES), ("sharding", SHARDING)):
+        for name, known in (("train", TRAIN), ("reference", REFERENCES), ("sharding", tuple(SHARDING))):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
         for name, kind in (("dtype", torch.dtype), ("device", torch.device)):
@@ -79,8 +85,22 @@ class Step:
                 f"labelled: expected at most {self.batching.computed:.3g}, the share of positions that are computed "
                 f"with {self.batching.name}, got {self.labelled!r}"
             )
+        if self.by_deepspeed and self.dtype != torch.float32 and self.train != "lora":
+            raise ValueError(
+                f"dtype: expected float32 beside sharding {self.sharding!r} without LoRA, got "
+                f"{str(self.dtype).removeprefix('torch.')}"
+            )
         check_chunk_bytes(self.chunk_bytes)
         check_impl(self.impl)
+
+    @property
+    def by_deepspeed(self) -> bool:
+        return self.sharding in ("zero2", "zero3")
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients are there before a backward: of earlier micro-batches, or ZeRO-3's memory for them."""
+        return self.accumulation > 1 or self.sharding == "zero3"
 
     @property
     def positions(self) -> int:
@@ -130,8 +150,9 @@ def head_memory(step: Step, way: str) -> HeadMemory:
 
 def state_bytes(step: Step, shape: ModelShape) -> dict[str, int]:
     """Weights, the gradients of all that is trained, AdamW's two moments and the reference. Adapters are in fp32.
+    DeepSpeed's optimizer has a copy of what is trained beside its moments.
 
-    FSDP2 divides each of them by the number of processes.
+    Of those that `SHARDING` names each process has a part.
     """
     e = step.dtype.itemsize
     adapters = step.lora_r * shape.adapted
@@ -145,20 +166,28 @@ def state_bytes(step: Step, shape: ModelShape) -> dict[str, int]:
     state = {
         "weights": weights,
         "gradients": trained,
-        "optimizer": 2 * trained,
+        "optimizer": (3 if step.by_deepspeed else 2) * trained,
         "reference": shape.parameters * e if with_copy else 0,
     }
-    shards = step.processes if step.sharding == "fsdp2" else 1
-    return {name: math.ceil(size / shards) for name, size in state.items()}
+    divided = SHARDING[step.sharding]
+    return {name: math.ceil(size / step.processes) if name in divided else size for name, size in state.items()}
 
 
 def gathered_bytes(step: Step, shape: ModelShape) -> int:
-    """What FSDP2 has whole at a time: the weights of the largest unit, in the dtype that is computed in. A layer is a
-    unit, and so is what no layer holds: embeddings, head and last norm."""
-    if step.sharding == "none":
+    """What is whole at a time of weights in shards. FSDP2: the weights of the largest unit, in the dtype that is
+    computed in. A layer is a unit, and so is what no layer holds: embeddings, head and last norm. ZeRO-3: the head, and
+    the largest other matrix, as they are."""
+    if "weights" not in SHARDING[step.sharding]:
         return 0
+    if step.by_deepspeed:
+        return (shape.head_parameters + _largest_matrix(shape)) * step.dtype.itemsize
     unit = max(shape.layer_parameters, shape.parameters - shape.layers * shape.layer_parameters)
     return unit * (step.dtype if step.autocast is None else step.autocast).itemsize
+
+
+def _largest_matrix(shape: ModelShape) -> int:
+    """Numbers of the largest one but the head."""
+    return max(0 if shape.tied else shape.head_parameters, *(i * o for i, o in shape.linears))
 
 
 def layer_bytes(step: Step, shape: ModelShape) -> int:
@@ -270,10 +299,11 @@ def later_bytes(step: Step, shape: ModelShape, head: HeadMemory) -> dict[str, in
     `zero_grad` sets gradients to None: without accumulation they come into being in the backward, while activations go,
     so that most is alive at its first layer or at its last. With accumulation those of earlier micro-batches are there
     all the time, and each new one is added to its own. A tied matrix has two gradients, the head's and the embedding's,
-    until the backward is over. Sharded, a unit has its gradients whole until all of them are there.
+    until the backward is over. In shards, FSDP2 has the gradients of a unit whole until all of them are there, and
+    DeepSpeed those of a matrix, and as many as it reduces at once.
     """
     gradients = state_bytes(step, shape)["gradients"]
-    earlier = gradients if step.accumulation > 1 else 0
+    earlier = gradients if step.keeps_gradients else 0
     kept, again = activation_bytes(step, shape)
     hidden = step.computed * shape.hidden * step.dtype.itemsize
     matrix = shape.head_parameters * step.dtype.itemsize
@@ -281,7 +311,8 @@ def later_bytes(step: Step, shape: ModelShape, head: HeadMemory) -> dict[str, in
     dhead = matrix if step.train == "full" else 0
     dembedding = matrix if with_embedding else 0
     sharded = step.sharding != "none"
-    unit = shape.layer_parameters * step.dtype.itemsize if step.train != "lora" and sharded else 0
+    reduced = _largest_matrix(shape) + shape.hidden**2 if step.by_deepspeed else shape.layer_parameters
+    unit = reduced * step.dtype.itemsize if step.train != "lora" and sharded else 0
     one_layer = hidden + again if step.checkpointing else kept // shape.layers
     if earlier or sharded:
         last_layer = gradients + (dhead if shape.tied or sharded else 0)
@@ -315,7 +346,7 @@ def footprint(step: Step, way: str) -> dict[str, int]:
         return {"head and loss": head.peak, "total": head.peak}
     state = state_bytes(step, step.shape)
     kept = activation_bytes(step, step.shape)[0] + cast_bytes(step, step.shape)
-    earlier = state["gradients"] if step.accumulation > 1 else 0
+    earlier = state["gradients"] if step.keeps_gradients else 0
     extra = max(0, max(later_bytes(step, step.shape, head).values()) - earlier - kept - head.peak)
     parts = state | {
         "gradients": earlier,

@@ -179,8 +179,12 @@ class TrainConfig:
     mixed_precision: str = option("no", "autocast dtype", choices=("no", "bf16", "fp16"))
     sharding: str = option(
         "none",
-        "what the processes of a run hold: all weights each, or their shards of weights, gradients and AdamW's moments",
-        choices=("none", "fsdp2"),
+        "what the processes of a run hold: all weights each, or their shards of weights, gradients and AdamW's moments "
+        "(fsdp2, or zero3 by DeepSpeed), or all weights and shards of the rest (zero2)",
+        choices=("none", "fsdp2", "zero2", "zero3"),
+    )
+    ddp_timeout: int = option(
+        1800, "seconds that a process waits for others before the run ends with an error", minimum=1, trajectory=False
     )
     impl: str = option("auto", "implementation of the head", choices=("auto", "torch", "cpu", "triton", "cuda"))
     tune: bool = option(
@@ -205,6 +209,9 @@ class TrainConfig:
     save_steps: int = option(500, "optimizer steps between checkpoints; 0: none", minimum=0, trajectory=False)
     save_total_limit: int | None = option(
         2, "newest checkpoints to keep, two at least: one may be damaged; none: all", minimum=2, trajectory=False
+    )
+    async_checkpoints: bool = option(
+        False, "go on with training while a checkpoint in shards is written, of copies on the CPU", trajectory=False
     )
     metric_for_best: str = option(
         "loss",
@@ -233,6 +240,10 @@ class TrainConfig:
             )
         if self.mixed_precision == "fp16" and self.sharding != "none":
             raise ValueError(f"mixed_precision: expected bf16 or no beside sharding {self.sharding!r}, got 'fp16'")
+        if self.by_deepspeed and self.dtype != "float32" and not self.lora_r:
+            raise ValueError(
+                f"dtype: expected float32 beside sharding {self.sharding!r} without LoRA, got {self.dtype!r}"
+            )
 
     @property
     def evaluates(self) -> bool:
@@ -248,6 +259,10 @@ class TrainConfig:
         from dpo_kernels.losses import LISTWISE_LOSSES
 
         return not LISTWISE_LOSSES.isdisjoint(self.loss_type)
+
+    @property
+    def by_deepspeed(self) -> bool:
+        return self.sharding in ("zero2", "zero3")
 
     @property
     def random_weights(self) -> bool:
@@ -388,6 +403,10 @@ def _check_unused(config: TrainConfig) -> None:
         "discopop_tau": ("discopop" in config.loss_type, "loss_type discopop"),
         "simpo_gamma": (config.loss_type == ["simpo"], "loss_type simpo"),
         "cpo_alpha": (config.loss_type == ["cpo"], "loss_type cpo"),
+        "async_checkpoints": (
+            config.sharding == "fsdp2",
+            "sharding fsdp2 (said here even if accelerate is set up for it)",
+        ),
     }
     for name, (used, what) in belongs.items():
         if not used and getattr(config, name) != defaults[name]:
@@ -462,6 +481,8 @@ def require_packages(config: TrainConfig, data_alone: bool = False) -> None:
     ]
     if missing:
         raise ImportError(f"training needs {', '.join(missing)}: pip install 'dpo_kernels[train]'")
+    if config.by_deepspeed and not data_alone and importlib.util.find_spec("deepspeed") is None:
+        raise ImportError(f"sharding: {config.sharding!r} needs DeepSpeed, which is missing: pip install deepspeed")
     if config.trackers and not data_alone:
         from accelerate.tracking import get_available_trackers
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,12 +12,14 @@ import numpy as np
 import torch
 
 from dpo_kernels.training.config import TrainConfig, require_packages
+from dpo_kernels.training.heartbeat import Heartbeat
+from dpo_kernels.training.launched import as_launched
 from dpo_kernels.training.plots import plot_training_curves
 from dpo_kernels.training.policy import save_model
 from dpo_kernels.training.schedule import in_order, of_process
 from dpo_kernels.training.setup import Run, deterministic_algorithms, set_up
-from dpo_kernels.training.sharding import whole
 from dpo_kernels.training.state import RunState, Window, metric_means
+from dpo_kernels.training.zero import rank_forgotten
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         ValueError: settings, data or models that do not fit, in words that say which.
         FloatingPointError: the loss is no longer a number.
+        ConnectionError: another process hangs or is gone; the message says which, and what the run can go on from.
         ImportError: a package of the extra `train` is missing.
     """
     if not isinstance(config, TrainConfig):
@@ -92,26 +94,28 @@ def train(config: TrainConfig) -> TrainResult:
             f"config: expected a TrainConfig, got {type(config).__name__}: TrainConfig(beta=0.1, ...), or of a file "
             "`dpo-kernels train FILE`"
         )
-    require_packages(config)
-    with deterministic_algorithms(config.deterministic):
-        return _train(config)
+    with as_launched(config) as settled, deterministic_algorithms(config.deterministic), rank_forgotten():
+        require_packages(settled)
+        return _train(settled)
 
 
 def _train(config: TrainConfig) -> TrainResult:
     from tqdm import tqdm
 
     run = set_up(config)
-    state = RunState(run)
+    state, heartbeat = RunState(run), Heartbeat(run.accelerator)
     accelerator, pairs, schedule = run.accelerator, run.pairs, run.schedule
     hidden = not (config.progress_bar and accelerator.is_main_process)
     with (
         tqdm(total=schedule.steps, initial=state.step, unit="step", disable=hidden) as bar,
+        heartbeat.lost_ones_named(run.output_dir),
         state.divergence_explained(),
     ):
         if pairs.held_out and state.step == 0:
             state.evaluated(evaluate(run))
         while not state.finished:
             started = time.perf_counter()
+            heartbeat.beat(state.step + 1)
             step = schedule.step(state.step)
             rows = np.concatenate([micro for of_one in step for micro in of_one])
             mean_chosen_length = run.sizes.mean_chosen_length(rows)
@@ -120,15 +124,13 @@ def _train(config: TrainConfig) -> TrainResult:
                 batch |= run.reference_logps(batch)
                 with nullcontext() if is_last or run.sharded else accelerator.no_sync(run.policy):
                     loss, sums = run.policy(batch, mean_chosen_length)
-                    accelerator.backward(loss * share)  # in sum: the mean over all pairs of the step
+                    run.backward(loss * share, is_last)  # in sum: the mean over all pairs of the step
                 if share:
                     state.window.sums += sums
-            norm = whole(accelerator.clip_grad_norm_(list(run.weights.values()), config.max_grad_norm or math.inf))
-            state.window.add_step(norm, config.mixed_precision == "fp16", rows, run.sizes)
             lr = run.scheduler.get_last_lr()[0]
-            run.stepper.step()
+            norm = run.take_step()
             run.scheduler.step()
-            run.stepper.zero_grad()
+            state.window.add_step(norm, config.mixed_precision == "fp16", rows, run.sizes)
             state.step += 1
             bar.update()
 
@@ -139,8 +141,10 @@ def _train(config: TrainConfig) -> TrainResult:
                 state.window.seconds += time.perf_counter() - started
             if pairs.held_out and state.is_due(config.eval_steps):
                 state.evaluated(evaluate(run))
+            state.finish_saving(wait=False)
             if config.save_steps and state.step % config.save_steps == 0:
                 state.save()
+        state.finish_saving()
     return finish(run, state)
 
 
@@ -175,8 +179,8 @@ def finish(run: Run, state: RunState) -> TrainResult:
     copy_of = best_dir if take_best else None
     save_model(final_dir, run.model, run.pairs.tokenizer, run.accelerator, copy_of, run.sharded)
     curves = run.output_dir / "training_curves.png"
+    state.close()
     if state.metrics:
-        state.metrics.close()
         plot_training_curves(metrics, curves)
     run.close()
     result = TrainResult(

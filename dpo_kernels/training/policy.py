@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from dpo_kernels.training.zero import Zero
+
 # Sums over pairs, in this order, are what a forward pass leaves for the metrics. Losses count by their pairs' weights.
 METRICS = (
     "loss",
@@ -113,7 +115,7 @@ def damaged_weights(weights: Iterable[tuple[str, Tensor]]) -> str:
 def _extremes(weight: Tensor) -> tuple[float, float]:
     """The smallest and the largest number, in this process's shard; NaN if there is one. (0, 0) of what is quantized,
     or empty."""
-    shard = local(weight.detach())
+    shard = local(weight).detach()
     if weight.dtype not in DTYPES or not shard.numel():
         return 0.0, 0.0
     low, high = shard.aminmax()
@@ -303,7 +305,7 @@ def save_model(
     tokenizer: Any,
     accelerator: Accelerator,
     copy_of: Path | None = None,
-    sharded: Sharded | None = None,
+    sharded: Sharded | Zero | None = None,
 ) -> None:
     """What transformers or peft load: weights in safetensors, configuration and tokenizer; with checksums. Of a model
     in shards the first process gathers the whole weights.

@@ -26,7 +26,7 @@ from dpo_kernels.models.head import LMHead
 from dpo_kernels.training.checkpoint import atomic_file, tensor_digests
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import hidden_of, overflow_named
-from dpo_kernels.training.schedule import filled, of_process
+from dpo_kernels.training.schedule import filled, of_process, shared_out
 from dpo_kernels.training.sharding import Sharded
 from dpo_kernels.training.sizes import Lengths, data_fingerprint, rankings
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
     from dpo_kernels.training.pairs import Pairs
+    from dpo_kernels.training.zero import Zero
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +53,11 @@ class Reference:
     """
 
     def __init__(
-        self, head: LMHead, config: TrainConfig, adapter: nn.Module | None = None, sharded: Sharded | None = None
+        self,
+        head: LMHead,
+        config: TrainConfig,
+        adapter: nn.Module | None = None,
+        sharded: Sharded | Zero | None = None,
     ) -> None:
         self.head, self.config, self.adapter, self.sharded = head, config, adapter, sharded
 
@@ -240,7 +245,7 @@ def _score(reference: Reference, dataset: Dataset, pairs: Pairs, accelerator: Ac
     if config.max_tokens_per_batch is not None and config.per_device_eval_batch_size is None:
         batches = filled(order, sizes, config.max_tokens_per_batch)
     logps = torch.zeros(len(lengths.responses), device=accelerator.device)
-    mine = of_process([batches[first::processes] for first in range(processes)], rank, reference.sharded is not None)
+    mine = of_process(shared_out(batches, sizes, processes), rank, reference.sharded is not None)
     show = config.progress_bar and accelerator.is_main_process
     for rows, counts in tqdm(mine, desc="reference", unit="batch", disable=not show):
         with accelerator.autocast():

@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from dpo_kernels.losses import BATCH_LOSSES
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.sizes import Sizes
 
@@ -31,13 +32,15 @@ class ByExamples:
     accumulation: int
     processes: int
     seed: int
+    sizes: Sizes | None = None  # by which processes have equal parts of a step
 
     def steps(self, epoch: int) -> int:
         return math.ceil(self.examples / self._of_step)
 
     def step(self, epoch: int, position: int) -> Step:
         order = _permutation(self.examples, self.seed, epoch)
-        return divided(order[position * self._of_step : (position + 1) * self._of_step], self.size, self.processes)
+        rows = order[position * self._of_step : (position + 1) * self._of_step]
+        return divided(rows, self.size, self.processes, self.sizes)
 
     @property
     def _of_step(self) -> int:
@@ -66,8 +69,7 @@ class ByTokens:
 
     def step(self, epoch: int, position: int) -> Step:
         count = self.accumulation * self.processes
-        batches = self._batches(epoch)[position * count : (position + 1) * count]
-        return [batches[rank :: self.processes] for rank in range(self.processes)]
+        return shared_out(self._batches(epoch)[position * count : (position + 1) * count], self.sizes, self.processes)
 
     def _batches_of(self, epoch: int) -> list[np.ndarray]:
         order = _permutation(len(self.sizes.tokens), self.seed, epoch)
@@ -81,21 +83,50 @@ class ByTokens:
         return found
 
 
-def divided(rows: np.ndarray, size: int, processes: int) -> Step:
-    """The rows of a step shared out among processes, in micro-batches."""
-    return [
-        [mine[first : first + size] for first in range(0, len(mine), size)]
-        for mine in (rows[rank::processes] for rank in range(processes))
-    ]
+def divided(rows: np.ndarray, size: int, processes: int, sizes: Sizes | None = None) -> Step:
+    """The rows of a step shared out among processes, in micro-batches. With `sizes`, processes compute near equal
+    numbers of slots, and so do their micro-batches that meet; one process takes the rows as they come."""
+    if sizes is None or processes == 1:
+        of_each = [rows[rank::processes] for rank in range(processes)]
+    else:
+        of_each = [rows[dealt] for dealt in deal(sizes.alone(rows), processes)]
+        if not sizes.padded:
+            return [[mine[dealt] for dealt in deal(sizes.alone(mine), math.ceil(len(mine) / size))] for mine in of_each]
+    # padded rows are like their neighbours: the longest come first
+    return [[mine[first : first + size] for first in range(0, len(mine), size)] for mine in of_each]
+
+
+def shared_out(batches: list[np.ndarray], sizes: Sizes, processes: int) -> Step:
+    """Micro-batches shared out among processes, which compute near equal numbers of slots."""
+    if processes == 1:
+        return [batches]
+    return [[batches[n] for n in dealt] for dealt in deal(np.array([*map(sizes.slots, batches)]), processes)]
+
+
+def deal(costs: np.ndarray, hands: int) -> list[np.ndarray]:
+    """Numbers of the entries of `costs` [n], dealt so that hands have near equal sums and, but for one, as many: the
+    highest first, and to each hand one a round, of which the hand that has least takes the highest."""
+    found: list[list[int]] = [[] for _ in range(hands)]
+    sums = np.zeros(hands)
+    highest_first = np.argsort(-costs, kind="stable")
+    for first in range(0, len(costs), max(1, hands)):
+        for hand, number in zip(np.argsort(sums, kind="stable"), highest_first[first : first + hands], strict=False):
+            found[hand].append(number)
+            sums[hand] += costs[number]
+    return [np.array(numbers, dtype=int) for numbers in found]
 
 
 def in_order(config: TrainConfig, sizes: Sizes, processes: int) -> Step:
     """All examples once, for an evaluation."""
     rows, size = np.arange(len(sizes.tokens)), config.per_device_eval_batch_size
     if config.max_tokens_per_batch is None or size is not None:
-        return divided(rows, size or config.per_device_batch_size, processes)
-    batches = filled(rows, sizes, config.max_tokens_per_batch)
-    return [batches[rank::processes] for rank in range(processes)]
+        return divided(rows, size or config.per_device_batch_size, processes, _balancing(config, sizes))
+    return shared_out(filled(rows, sizes, config.max_tokens_per_batch), sizes, processes)
+
+
+def _balancing(config: TrainConfig, sizes: Sizes) -> Sizes | None:
+    """None for losses that compare the examples of a batch, which then are as the seed has drawn them."""
+    return sizes if BATCH_LOSSES.isdisjoint(config.loss_type) else None
 
 
 def filled(rows: np.ndarray, sizes: Sizes, budget: int) -> list[np.ndarray]:
@@ -166,7 +197,8 @@ class Schedule:
         accumulation, seed = config.gradient_accumulation_steps, config.seed
         order: ByExamples | ByTokens
         if config.max_tokens_per_batch is None:
-            order = ByExamples(len(sizes.tokens), config.per_device_batch_size, accumulation, processes, seed)
+            size, balancing = config.per_device_batch_size, _balancing(config, sizes)
+            order = ByExamples(len(sizes.tokens), size, accumulation, processes, seed, balancing)
         else:
             order = ByTokens(sizes, config.max_tokens_per_batch, accumulation, processes, seed)
         steps = config.max_steps or _steps(order, config.epochs)

@@ -4,30 +4,34 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpo_kernels.dispatch import check_runs
 from dpo_kernels.losses import BATCH_LOSSES
 from dpo_kernels.models.head import LMHead
 from dpo_kernels.models.layouts import use_layouts
 from dpo_kernels.training import reference_model as references
+from dpo_kernels.training.alike import check_alike, check_settings, check_shared
 from dpo_kernels.training.checkpoint import find_checkpoint, read_progress, remove_leftovers
 from dpo_kernels.training.config import TrainConfig, practice_warnings, trajectory_settings
 from dpo_kernels.training.pairs import Pairs
 from dpo_kernels.training.policy import PolicyLoss, add_lora, disable_dropout, load_model
 from dpo_kernels.training.schedule import Schedule, Step, shares
-from dpo_kernels.training.sharding import Sharded, check_ready, layers_of
+from dpo_kernels.training.sharding import Sharded, check_ready, layers_of, size_of, whole
 from dpo_kernels.training.sizes import Sizes, check_fits, data_fingerprint
+from dpo_kernels.training.zero import Zero
 from dpo_kernels.tuning.heads import head_of
 from dpo_kernels.tuning.trial import Kernels
 
@@ -50,12 +54,12 @@ class Run:
     model: Any  # the policy, with its adapters if it has any
     policy_loss: PolicyLoss  # the policy and the loss
     policy: Any  # policy_loss inside what accelerate puts around it, or within what gathers the model's shards
-    sharded: Sharded | None  # the model, where it is in shards
+    sharded: Sharded | Zero | None  # the model, where it or its gradients are in shards
     reference: references.Reference | None  # None where none is needed, and where its values are columns of the pairs
     starts_at_reference: bool
     weights: dict[str, nn.Parameter]  # those that are trained
     optimizer: torch.optim.Optimizer
-    stepper: Any  # the optimizer inside what accelerate puts around it
+    stepper: Any  # the optimizer inside what accelerate puts around it; DeepSpeed has its own
     scheduler: Any
     schedule: Schedule
     identity: dict[str, Any]  # what the trajectory follows from
@@ -81,8 +85,28 @@ class Run:
         """The part of this process in a step, as `shares` gives it."""
         return shares(step, self.accelerator.process_index, self.sizes.weight, even=self.sharded is not None)
 
+    def backward(self, loss: Tensor, is_last: bool) -> None:
+        """Adds up gradients, the mean of which over the processes is there after the last one of a step."""
+        if isinstance(self.sharded, Zero):
+            self.sharded.backward(loss, is_last)
+        else:
+            self.accelerator.backward(loss)
+
+    def take_step(self) -> Tensor:
+        """Clips the gradients, takes an optimizer step and forgets them. Returns their norm [] before clipping."""
+        if isinstance(self.sharded, Zero):
+            return self.sharded.take_step()
+        most = self.config.max_grad_norm or math.inf
+        norm = whole(self.accelerator.clip_grad_norm_(list(self.weights.values()), most))
+        self.stepper.step()
+        self.stepper.zero_grad()
+        return norm
+
     def close(self) -> None:
         self.kernels.release()
+        for sharded in {self.sharded, self.reference and self.reference.sharded}:
+            if isinstance(sharded, Zero):
+                sharded.close()
         del self.policy  # DDP first: were it the last to hold the process group, gloo could wait for itself for ever
         self.accelerator.free_memory()
         self.accelerator.end_training()
@@ -94,9 +118,10 @@ def set_up(config: TrainConfig) -> Run:
 
     accelerator = make_accelerator(config)
     check_runs(config.impl, accelerator.device)  # an error now rather than after the models are loaded
-    in_shards = config.sharding != "none"
-    if in_shards:
-        check_ready(accelerator)
+    in_shards = config.sharding in ("fsdp2", "zero3")  # the weights, and with them those of the reference
+    if config.sharding != "none":
+        check_ready(accelerator, config.sharding, timeout_of(config))
+    check_settings(config, accelerator)
     if not accelerator.is_main_process:  # one voice is enough
         logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
         warnings.simplefilter("ignore", UserWarning)
@@ -108,6 +133,9 @@ def set_up(config: TrainConfig) -> Run:
             warnings.warn(message, stacklevel=4)
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         remove_leftovers(Path(config.output_dir))
+    if config.sharding != "none":
+        check_shared(Path(config.output_dir), accelerator)
+    check_alike({"resume": checkpoint and checkpoint.name}, accelerator)
 
     set_seed(config.seed)
     pairs = Pairs.load(config, accelerator)
@@ -124,8 +152,10 @@ def set_up(config: TrainConfig) -> Run:
         "the starting weights": fingerprint,
         "the number of processes": accelerator.num_processes,
     }
-    if in_shards:
+    check_alike(identity, accelerator)
+    if config.sharding != "none":
         identity = free_of_processes(identity, config, model)
+    if config.sharding == "fsdp2":
         layers_of(model)  # an error now where it names none
     kind, other = references.resolve(config), None
     if kind == "other":
@@ -153,48 +183,65 @@ def set_up(config: TrainConfig) -> Run:
     if kernels.reason and accelerator.is_main_process:
         warnings.warn(f"{checkpoint} is not gone on from to the bit: {kernels.reason}", stacklevel=4)
 
-    def frozen_shards(frozen: Any) -> Sharded | None:
-        return Sharded(frozen, accelerator, frozen=True) if in_shards else None
+    def scorer_of(frozen: Any) -> references.Reference:
+        head = LMHead.from_model(frozen)
+        sharded: Sharded | Zero | None = None
+        if config.sharding == "fsdp2":
+            sharded = Sharded(frozen, accelerator, frozen=True)
+        elif config.sharding == "zero3":
+            sharded = Zero(frozen, accelerator, config)
+            sharded(head.ensure_checked)  # with DeepSpeed's hooks
+        return references.Reference(head, config, sharded=sharded)
 
     # The reference comes before the policy changes
     reference = None
     if kind == "precompute":
         scored = references.frozen_copy(model) if in_shards else model.eval()
-        scorer = references.Reference(LMHead.from_model(scored), config, sharded=frozen_shards(scored))
+        scorer = scorer_of(scored)
         given = fingerprint, accelerator, kernels.families["A"]
         pairs = pairs.map(lambda each: references.cached_logps(scorer, each, pairs, *given))
+        if isinstance(scorer.sharded, Zero):
+            scorer.sharded.close()
         del scored, scorer  # shards of a copy
     elif kind == "copy":
-        frozen = references.frozen_copy(model)
-        reference = references.Reference(LMHead.from_model(frozen), config, sharded=frozen_shards(frozen))
+        reference = scorer_of(references.frozen_copy(model))
     elif other is not None:
-        reference = references.Reference(LMHead.from_model(other), config, sharded=frozen_shards(other))
+        reference = scorer_of(other)
 
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.lora_r:
         model = add_lora(model, config, accelerator)
     policy_loss = PolicyLoss(model.train(), config)
-    sharded = None
-    if in_shards:
+    sharded: Sharded | Zero | None = None
+    if config.sharding == "fsdp2":
         policy_loss.eval()
         policy_loss.head.ensure_checked()  # in both modes, while the model is whole
         policy_loss.train()
         sharded = Sharded(model, accelerator)
-    if kind == "base":
-        reference = references.Reference(policy_loss.head, config, adapter=model, sharded=sharded)
     weights = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
     optimizer = make_optimizer(list(weights.values()), config, accelerator.device)
+    if config.by_deepspeed:  # which takes the weights out of the optimizer
+        sharded = Zero(model, accelerator, config, optimizer)
+        for is_training in (False, True):  # with DeepSpeed's hooks, and in calls of its own: others are to be alike
+            policy_loss.train(is_training)
+            sharded(policy_loss.head.ensure_checked)
+        sharded.free()
+    if kind == "base":
+        reference = references.Reference(policy_loss.head, config, adapter=model, sharded=sharded)
     policy: Any
+    stepper: Any = None
     if sharded is not None:
-        policy, stepper = functools.partial(sharded, policy_loss), accelerator.prepare(optimizer)
+        policy = functools.partial(sharded, policy_loss)
+        if not config.by_deepspeed:
+            stepper = accelerator.prepare(optimizer)
     else:
         policy, stepper = accelerator.prepare(policy_loss, optimizer)  # same modules and weights, wrapped
     schedule = Schedule.of(config, sizes, accelerator.num_processes)
     logger.info(
         "%d trainable of %d weights; %d pairs%s in %d steps an epoch; %d steps in all; batching: %s; reference: %s",
-        sum(weight.numel() for weight in weights.values()),
-        sum(weight.numel() for weight in model.parameters()),
+        sum(map(size_of, weights.values())),
+        sum(map(size_of, model.parameters())),
         sizes.pairs.sum(),
         f" in {len(sizes.pairs)} groups" if sizes.pairs.max() > 1 else "",
         schedule.order.steps(0),
@@ -266,7 +313,7 @@ def resolve_batching(config: TrainConfig, model: Any, reference: Any = None) -> 
 def make_accelerator(config: TrainConfig) -> Accelerator:
     from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.state import AcceleratorState
-    from accelerate.utils import GradientAccumulationPlugin
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
 
     AcceleratorState._reset_state()  # an earlier run in the same process may have had another precision
     accelerator = Accelerator(
@@ -275,13 +322,16 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         project_dir=config.output_dir,
         # The loop accumulates by itself; without this, a setting of `accelerate config` would divide the loss again.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False),
+            InitProcessGroupKwargs(timeout=timeout_of(config)),
+        ],
     )
     kind = accelerator.distributed_type.value
-    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):
+    if kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "XLA"):  # the first two from code: `as_launched` is before this
         raise ValueError(
-            f"accelerate is set up for {kind}: this loop runs on one device, with DDP, or on the shards of its own "
-            "setting `sharding: fsdp2`. Start it with accelerate's settings for several processes without that"
+            f"accelerate is set up for {kind}: this loop runs on one device, with DDP, or on shards, as its own "
+            "setting `sharding` says. Start it with accelerate's settings for several processes without that"
         )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != accelerator.num_processes:  # they would all write to the same files
@@ -290,6 +340,11 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "ACCELERATE_USE_CPU=true in the environment"
         )
     return accelerator
+
+
+def timeout_of(config: TrainConfig) -> timedelta:
+    """What no default of accelerate's is equal to: it leaves those out, and gloo's is another than NCCL's."""
+    return timedelta(seconds=config.ddp_timeout, microseconds=1)
 
 
 def make_optimizer(trainable: list[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:

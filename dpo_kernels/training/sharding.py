@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,7 @@ from dpo_kernels.training.checkpoint import tensor_digests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed import ProcessGroup
 
 logger = logging.getLogger(__name__)
 
@@ -92,17 +95,18 @@ def takes_bf16(model: nn.Module, accelerator: Accelerator) -> bool:
     return accelerator.device.type == "cuda" or not any(isinstance(part, nn.LayerNorm) for part in model.modules())
 
 
-def check_ready(accelerator: Accelerator) -> None:
+def check_ready(accelerator: Accelerator, sharding: str, timeout: timedelta) -> None:
     """Raises `ValueError` where weights cannot be sharded. A process alone gets a group of its own: what it has is all,
     and it can go on from the shards of several."""
     device = accelerator.device.type
     if device not in ("cpu", "cuda"):
-        raise ValueError(f"sharding: fsdp2 runs on cuda or cpu, got the device {device}")
+        raise ValueError(f"sharding: {sharding} runs on cuda or cpu, got the device {device}")
     if not torch.distributed.is_initialized():
         backend = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}[device]
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        store = torch.distributed.HashStore()
+        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
     if torch.distributed.get_world_size() == 1:
-        logger.warning("sharding: fsdp2 in one process, which holds all shards; start several with torchrun")
+        logger.warning("sharding: %s in one process, which holds all shards; start several with torchrun", sharding)
 
 
 def check_same_everywhere(model: nn.Module) -> None:
@@ -124,20 +128,36 @@ def from_all(mine: Any) -> list[Any]:
     return everyone
 
 
-def local(tensor: Tensor) -> Tensor:
+def local(tensor: Any) -> Tensor:
     """The shard of this process, or a tensor that is whole as it is."""
+    if hasattr(tensor, "ds_tensor"):  # of ZeRO-3, with padding at the end
+        begin = torch.distributed.get_rank() * tensor.partition_numel()
+        shard: Tensor = tensor.ds_tensor.detach()[: max(0, tensor.ds_numel - begin)]
+        return shard
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Any) -> Tensor:
     """Gathered, by all processes together."""
+    if hasattr(tensor, "ds_tensor"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            gathered: Tensor = tensor.detach().clone()
+        return gathered
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def whole_state(sharded: Sharded, keep: bool) -> dict[str, Tensor]:
-    """The model's state dictionary on the CPU, one tensor gathered after the other, by all processes together; those
-    that do not `keep` it get an empty one. Of a model in adapters it is what PEFT may save: what is trained, and
-    embeddings and head where these have adapters."""
+def size_of(weight: Any) -> int:
+    """How many numbers a weight has, in all shards together."""
+    return getattr(weight, "ds_numel", weight.numel())
+
+
+@torch.no_grad()
+def whole_state(sharded: Any, keep: bool) -> dict[str, Tensor]:
+    """The state dictionary of the model of a `Sharded` or a `Zero` on the CPU, one tensor gathered after the other, by
+    all processes together; those that do not `keep` it get an empty one. Of a model in adapters it is what PEFT may
+    save: what is trained, and embeddings and head where these have adapters."""
     sharded.free()
     model: Any = sharded.model
     state = model.state_dict(keep_vars=True)
@@ -152,8 +172,9 @@ def whole_state(sharded: Sharded, keep: bool) -> dict[str, Tensor]:
     gathered: dict[int, Tensor] = {}
     for name, tensor in state.items():
         if id(tensor) not in gathered:  # a tied one once
-            value = whole(tensor.detach())
-            gathered[id(tensor)] = value.cpu() if keep else value.new_empty(0)
+            value = whole(tensor)
+            # A copy, since ZeRO-2 has all weights in one piece of memory
+            gathered[id(tensor)] = value.detach().to("cpu", copy=True) if keep else value.new_empty(0)
         if keep:
             found[name] = gathered[id(tensor)]
     return found
@@ -163,10 +184,34 @@ def save_shards(directory: Path, weights: Mapping[str, Tensor], optimizer: torch
     """Each process writes its shards of the weights and of the optimizer's state into a directory that is there."""
     from torch.distributed import checkpoint
 
+    checkpoint.save(_by_name(weights, optimizer), checkpoint_id=directory)
+
+
+def start_saving_shards(
+    directory: Path, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, group: ProcessGroup
+) -> Future[Any]:
+    """The same while weights and optimizer go on: of what they are now there is a copy on the CPU before this returns.
+    `group` is that of `group_for_saving`. Of the first process, what is returned is done when all have written."""
+    from torch.distributed import checkpoint
+
+    started = checkpoint.async_save(_by_name(weights, optimizer), checkpoint_id=directory, process_group=group)
+    assert isinstance(started, Future)
+    return started
+
+
+def group_for_saving(timeout: timedelta) -> ProcessGroup:
+    """Of all processes, for what a thread has to say to those of the others: in the group that trains, it would get
+    between the collectives. On CPUs, on which copies of shards are, whatever device trains."""
+    if not torch.distributed.is_gloo_available():
+        raise ValueError("async_checkpoints: expected a PyTorch with gloo, over which processes agree, got one without")
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
+
+
+def _by_name(weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     tensors: dict[str, Any] = {f"{WEIGHT}/{name}": weight.detach() for name, weight in weights.items()}
     for name, weight in weights.items():
         tensors |= {f"{entry}/{name}": value for entry, value in optimizer.state[weight].items()}
-    checkpoint.save(tensors, checkpoint_id=directory)
+    return tensors
 
 
 def load_shards(

@@ -109,6 +109,14 @@ class Sizes:
             padded=padded,
         )
 
+    def alone(self, rows: np.ndarray) -> np.ndarray:
+        """[n] how many slots each of some examples has in a batch of its own, padding included."""
+        return self.longest[rows] * self.rows[rows] if self.padded else self.tokens[rows]
+
+    def slots(self, rows: np.ndarray) -> int:
+        """How many a batch of them has."""
+        return int(self.longest[rows].max() * self.rows[rows].sum() if self.padded else self.tokens[rows].sum())
+
     def mean_chosen_length(self, rows: np.ndarray | slice = slice(None)) -> float:
         """Labelled tokens of the chosen responses, those of each pair as often as its weight says."""
         return float(np.average(self.chosen[rows], weights=self.weight[rows]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import math
 import shutil
@@ -29,9 +31,11 @@ from dpo_kernels.training.checkpoint import (
 )
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import METRICS, damaged_weights, save_model, state_of_weights
-from dpo_kernels.training.setup import Run
-from dpo_kernels.training.sharding import from_all, load_shards, save_shards
+from dpo_kernels.training.saving import Saving
+from dpo_kernels.training.setup import Run, timeout_of
+from dpo_kernels.training.sharding import from_all, group_for_saving, load_shards, save_shards, start_saving_shards
 from dpo_kernels.training.sizes import Sizes
+from dpo_kernels.training.zero import Zero, load_parts, save_parts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -109,6 +113,8 @@ class RunState:
         self.before: dict[str, float] | None = None
         self.latest: dict[str, float] | None = None
         self.best: dict[str, float] | None = None
+        self.saving: Saving | None = None
+        self.group = group_for_saving(timeout_of(run.config)) if run.config.async_checkpoints else None
         if run.checkpoint:
             self.load()
         self.metrics = None
@@ -158,15 +164,19 @@ class RunState:
         self.run.accelerator.log(shown, step=self.step)
 
     def save(self) -> None:
-        """Writes a checkpoint: with `load`, the run goes on with the same bits. Of weights in shards each process
-        writes its own, and the optimizer's state with them."""
+        """Writes a checkpoint, or begins to: with `load`, the run goes on with the same bits. Of weights in shards each
+        process writes its own, and the optimizer's state with them."""
         from accelerate.utils import gather_object
 
+        self.finish_saving()
         run, scaler = self.run, self.run.accelerator.scaler
         here = {"random": random_state(run.device), "window": self.window.tensors()}
-        groups = {"param_groups": run.optimizer.state_dict()["param_groups"]} if run.sharded else None
+        if isinstance(run.sharded, Zero):
+            optimizer: dict[str, Any] = {"param_groups": run.sharded.groups()}
+        else:
+            optimizer = run.optimizer.state_dict()
         state = {
-            "optimizer": groups or run.optimizer.state_dict(),
+            "optimizer": {"param_groups": optimizer["param_groups"]} if run.sharded else optimizer,
             "scheduler": run.scheduler.state_dict(),
             "scaler": scaler.state_dict() if scaler is not None else None,
             "processes": gather_object([here]),
@@ -178,14 +188,30 @@ class RunState:
             damaged = next(filter(None, from_all(damaged)), "")
         if damaged:
             raise FloatingPointError(f"the weights are damaged, and no checkpoint is made of them: {damaged}")
-        shards = self._save_shards() if run.sharded else None
         if self.metrics:
             self.metrics.sync()
-            save_checkpoint(run.output_dir, run.weights, state, progress, run.config.save_total_limit, shards)
+        shards = self._folder_of_shards() if run.sharded else None
+        if self.group is not None:  # the next steps change what this is made of
+            state, progress = copy.deepcopy((state, progress))
+        limit = run.config.save_total_limit
+        complete = functools.partial(save_checkpoint, run.output_dir, run.weights, state, progress, limit, shards)
+        if self.group is not None:
+            assert shards is not None
+            written = start_saving_shards(shards, run.weights, run.optimizer, self.group)
+            self.saving = Saving(self.step, written, complete if run.accelerator.is_main_process else None)
+            return
+        if shards is not None:
+            if isinstance(run.sharded, Zero):
+                save_parts(shards, run.weights, run.sharded)
+            else:
+                save_shards(shards, run.weights, run.optimizer)
+            run.accelerator.wait_for_everyone()
+        if run.accelerator.is_main_process:
+            complete()
         run.accelerator.wait_for_everyone()
 
-    def _save_shards(self) -> Path:
-        """The folder in which all processes have written theirs."""
+    def _folder_of_shards(self) -> Path:
+        """Into which all processes write theirs."""
         run = self.run
         folder = run.output_dir / f".{PREFIX}{self.step}.shards.tmp"
         if run.accelerator.is_main_process:
@@ -193,9 +219,14 @@ class RunState:
                 shutil.rmtree(folder)
             folder.mkdir()
         run.accelerator.wait_for_everyone()
-        save_shards(folder, run.weights, run.optimizer)
-        run.accelerator.wait_for_everyone()
         return folder
+
+    def finish_saving(self, wait: bool = True) -> None:
+        """Raises `OSError` where the checkpoint that was begun last could not be written. Without `wait`, only if that
+        is known."""
+        if self.saving is not None and (wait or self.saving.done.done()):
+            saving, self.saving = self.saving, None
+            saving.wait()
 
     def load(self) -> None:
         run, scaler = self.run, self.run.accelerator.scaler
@@ -203,7 +234,10 @@ class RunState:
         if run.sharded:
             state, progress = load_state(run.checkpoint, run.identity)
             groups = state["optimizer"]["param_groups"]
-            load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
+            if isinstance(run.sharded, Zero):
+                load_parts(run.checkpoint / SHARDS, run.weights, run.sharded, groups)
+            else:
+                load_shards(run.checkpoint / SHARDS, run.weights, run.optimizer, groups)
         else:
             state, progress = load_checkpoint(run.checkpoint, run.weights, run.identity)
             run.optimizer.load_state_dict(state["optimizer"])
@@ -217,6 +251,13 @@ class RunState:
         tensors = {name: tensor.to(run.device) for name, tensor in here["window"].items()}
         self.window = Window(**tensors, **progress["window"])
         logger.info("going on from %s", run.checkpoint)
+
+    def close(self) -> None:
+        if self.metrics:
+            self.metrics.close()
+        if self.group is not None:
+            torch.distributed.destroy_process_group(self.group)
+            self.group = None
 
     @contextmanager
     def divergence_explained(self) -> Iterator[None]:

@@ -113,6 +113,6 @@ def _convert(value: Any, kind: type) -> Any:
     return value if kind is int and isinstance(value, int) else kind(number)
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: BaseException) -> str:
     """Of what kind, too: some say nothing else."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}".removesuffix(": ")

@@ -13,6 +13,9 @@ from dpo_kernels.models import segments
 TINY = ("--pairs", "2", "--longest", "32", "--head-dim", "8")
 
 
+CASES = ((False, False), (False, True), (True, False))  # a softcap, prompts that are shared
+
+
 @pytest.fixture
 def check(monkeypatch):
     """A function that runs the script here: what it ends with."""
@@ -37,7 +40,7 @@ def test_blocks_are_right(check, capsys):
     assert check() is None
     lines = capsys.readouterr().out.splitlines()
     models = [line for line in lines if line.startswith(check.script.MODELS)]
-    assert len(models) == 8 and len(lines) == 8 + 32 + 1 and all(": blocks: " in line for line in lines[:-1])
+    assert len(models) == 12 and len(lines) == 12 + 48 + 1 and all(": blocks: " in line for line in lines[:-1])
     assert all("dk" in line or "dweights" in line for line in lines[:-1])
 
 
@@ -51,18 +54,25 @@ def test_what_is_seen_and_should_not_be_is_noticed(check, monkeypatch):
     monkeypatch.setattr(segments._Known, "mask", without_window)
     lines = check("--models", "mistral").splitlines()
     refused = [line for line in lines if "computed by nothing, since MistralForCausalLM computes other hidden" in line]
-    assert [line.partition(":")[0] for line in refused] == ["mistral, one row", "mistral, rows"]
+    assert [line.partition(":")[0] for line in refused] == [
+        "mistral, one row",
+        "mistral, rows",
+        "mistral, whole sequences",
+    ]
     alone = [line for line in lines if line.startswith("dtype")]
-    assert len(alone) == 16 == len(lines) - 2 and all("window 8" in line for line in alone)
+    assert len(alone) == 24 == len(lines) - 3 and all("window 8" in line for line in alone)
 
 
 def test_what_computes_is_what_was_to(check, monkeypatch):
     """On a GPU blocks alone would be right, and are not what is asked about, but with a softcap."""
-    monkeypatch.setattr(check.script, "expected_of", lambda device, softcap: "blocks" if softcap else "FlexAttention")
-    lines = check("--models").splitlines()
-    assert len(lines) == 16 and all(
-        "softcap None" in line and line.endswith("expected FlexAttention") for line in lines
-    )
+    expected_of = check.script.expected_of
     cuda = torch.device("cuda")
+    monkeypatch.setattr(check.script, "expected_of", lambda device, *of: expected_of(cuda, *of))
+    lines = check("--models").splitlines()
+    assert len(lines) == 24 and sum(line.endswith("expected sequences") for line in lines) == 4
+    lines = [line for line in lines if not line.endswith("expected sequences")]
+    assert all("softcap None" in line and line.endswith("expected FlexAttention") for line in lines)
     monkeypatch.undo()
-    assert [check.script.expected_of(cuda, softcap) for softcap in (False, True)] == ["FlexAttention", "blocks"]
+    dtypes = torch.bfloat16, torch.float32
+    found = [expected_of(cuda, dtype, softcap, shared) for dtype in dtypes for softcap, shared in CASES]
+    assert found == ["sequences", "FlexAttention", "blocks"] + ["FlexAttention", "FlexAttention", "blocks"]

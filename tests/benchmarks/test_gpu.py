@@ -224,7 +224,7 @@ def test_gpu_launches_each_kernel_once(gpu, monkeypatch, capsys):
 RUNBOOK = BENCHMARKS / "gpu_runbook.sh"
 FIRST = ["wheels", "build", "environment", "tune", "paths"]
 REST = ["triton", "cuda", "tuning", "grids", "tiles", "launches", "peers", "memcheck", "racecheck"]
-TRAINING = ["attention", "training"]
+TRAINING = ["attention", "training", "one_rank"]
 STEP = re.compile(r"^ *(?:\[ .* \] \|\| )?step (\S+) (\d+) ", re.MULTILINE)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a script for Linux")
 
@@ -344,6 +344,7 @@ def test_runbook_in_one_call_and_in_two(book, tmp_path):
     assert [line.split(":")[0] for line in all_of_it[before + 1 :]] == ["build", "environment", *TRAINING]
     calls = book.calls.read_text()
     assert "benchmarks/attention.py --device cuda\n" in calls and calls.count("setup.py") == 1
+    assert "-m torch.distributed.run --standalone --nproc_per_node 1 benchmarks/one_rank.py --device cuda\n" in calls
     (steps,) = re.findall("benchmarks/train_step.py .*", calls)
     assert "--device cuda --mixed-precision bf16 --dataset pairs of mine.jsonl " in steps and "--quick" not in steps
     assert steps.endswith("--contenders TRL dpo_kernels dpo_kernels, each prompt once")

@@ -383,6 +383,21 @@ def test_labels_are_those_of_hugging_face():
     assert torch.equal(loss, head.dpo_loss(hidden, aligned, torch.zeros(2), shift=False).loss)
 
 
+def test_a_sequence_group_is_passed_on():
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        inputs, group = batch(), {"sequence_group": torch.distributed.group.WORLD}
+        head, labels = LMHead.from_model(build("qwen2")), inputs["input_ids"]
+        hidden, _ = head.hidden_states(**inputs)
+        for call in (head.sequence_logps, lambda *given, **more: head.dpo_loss(*given, torch.zeros(2), **more)):
+            assert torch.equal(call(hidden, labels, shift=False, **group)[0], call(hidden, labels, shift=False)[0])
+            with pytest.raises(ValueError, match="shift: expected False with sequence_group"):
+                call(hidden, labels, **group)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_what_a_head_is_given_by_mistake_is_named():
     head = LMHead.from_model(build("qwen2"))
     hidden, _ = head.hidden_states(**batch())

@@ -401,6 +401,84 @@ def test_the_mask_of_flex_attention(window):
     torch.testing.assert_close(found, scaled_dot_product_attention(query, key, value, sees(layout, window)))
 
 
+def unshared_layouts():
+    """Of rows of 30 slots, sequences of 11, 1, 12 and 6, and of 17 and 13; the last two slots are padding."""
+    layout = torch.zeros(2, 1, 30, 4, dtype=torch.int32)
+    for row, sizes in enumerate(((11, 1, 12, 6), (17, 11, 1, 1))):
+        begin = 0
+        for size in sizes:
+            here = slice(begin, begin + size)
+            layout[row, 0, here, :3], layout[row, 0, here, 3] = begin, torch.arange(size, dtype=torch.int32)
+            begin += size
+    return layout
+
+
+def eager_varlen(query, key, value, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    """What `torch.nn.attention.varlen` computes on a GPU; of its window the first number is how far it looks."""
+    assert torch.equal(cu_q, cu_k) and max_q == max_k == cu_q.diff().max() and cu_q.dtype == torch.int32
+    behind, ahead = window_size
+    assert ahead == 0 and cu_q[-1] == len(query)
+    found = []
+    for q, k, v in zip(*(t.split(cu_q.diff().tolist()) for t in (query, key, value)), strict=True):
+        place = torch.arange(len(q))
+        distance = place[:, None] - place
+        allowed = (distance >= 0) & ((distance <= behind) | (behind < 0))
+        heads = (t.transpose(0, 1) for t in (q, k, v))
+        found.append(scaled_dot_product_attention(*heads, allowed, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize("window", [None, 1, 3, 12])
+@pytest.mark.parametrize("takes_groups", [True, False])
+def test_rows_of_whole_sequences_on_a_gpu(monkeypatch, window, takes_groups):
+    """Go through kernels for sequences of any lengths, which are for GPUs; here something stands for them."""
+    layout = unshared_layouts()
+    sequences = segments._Known(layout).sequences(layout)
+    assert sequences.bounds.tolist() == [0, 11, 12, 24, 30, 47, 58, 59, 60] and sequences.longest == 17
+    query, key, value = torch.randn(2, 4, 30, 8), *torch.randn(2, 2, 2, 30, 8)
+    monkeypatch.setattr(segments, "_varlen", lambda: (eager_varlen, takes_groups))
+    found = segments._by_sequences(query, key, value, sequences, window, 0.3)
+    options = {"scaling": 0.3, "sliding_window": window}
+    expected, _ = attention_forward(torch.nn.Module(), query, key, value, layout, **options)
+    torch.testing.assert_close(found, expected)
+    assert segments._Known(layouts()).sequences(layouts()) is None, "responses of these share a prompt"
+
+
+def test_what_goes_through_kernels_for_sequences():
+    assert segments.takes_sequences(torch.zeros(1, 1, 4, 64, dtype=torch.bfloat16))
+    assert not segments.takes_sequences(torch.zeros(1, 1, 4, 64))
+    assert not segments.takes_sequences(torch.zeros(1, 1, 4, 12, dtype=torch.bfloat16))
+    assert not segments.takes_sequences(torch.zeros(1, 1, 4, 264, dtype=torch.bfloat16))
+
+
+def test_pytorch_takes_the_call_for_sequences():
+    """Its kernels are not run, but what they are called with is what it expects."""
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        query = torch.empty(2, 4, 30, 64, dtype=torch.bfloat16, device="cuda")
+        key = torch.empty(2, 2, 30, 64, dtype=torch.bfloat16, device="cuda")
+        bounds = torch.empty(9, dtype=torch.int32, device="cuda")
+        out = segments._by_sequences(query, key, key, segments.Sequences(bounds, 17), 3, 0.1)
+    assert out.shape == (2, 30, 4, 64) and out.dtype == torch.bfloat16 and out.device.type == "cuda"
+
+
+def test_whole_sequences_are_compared_too(monkeypatch):
+    """On a GPU other kernels compute them than rows that share prompts."""
+    in_blocks = segments._in_blocks
+
+    def wrong(query, key, value, layout, *given, **options):
+        found = in_blocks(query, key, value, layout, *given, **options)
+        return found if segments._Known(layout).sequences(layout) is None else found * 1.1
+
+    monkeypatch.setattr(segments, "_in_blocks", wrong)
+    model = model_of("llama")
+    before = model.config._attn_implementation
+    with pytest.raises(ValueError, match="computes other hidden states where several sequences are in one row"):
+        use_layouts(model)
+    assert model.config._attn_implementation == before
+
+
 def test_a_cache_is_refused():
     layout, (query, key) = layouts(), torch.randn(2, 2, 4, 30, 8)
     with pytest.raises(ValueError, match="expected a layout of the 30 slots that are computed"):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from heads import build
 from dpo_kernels.models.fused_forward import Preference, Reference, add_fused_lm_head
-from dpo_kernels.models.head import unwrap
+from dpo_kernels.models.head import LMHead, unwrap
 
 torch.set_num_threads(1)
 ADAPTERS = {
@@ -194,6 +194,61 @@ for kind in ("fused loss", "fused log-probabilities"):
     assert_same(step(kind), expected, kind)
 """
 
+TWO_DIMENSIONS = """
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tp"))
+labels = torch.randint(3, 95, (4, 6), generator=torch.Generator().manual_seed(mesh.get_local_rank("data")))
+ref_logps = torch.tensor([-20.3, -17.1, -22.2, -19.4])
+
+gathered = []
+full_tensor = DTensor.full_tensor
+DTensor.full_tensor = lambda self, **options: gathered.append(self.shape) or full_tensor(self, **options)
+
+def step(kind):
+    model = build("llama")
+    parallelize_module(model, mesh["tp"], {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    if kind != "eager":
+        add_fused_lm_head(model)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh["data"])
+    fully_shard(model, mesh=mesh["data"])
+    weight = model.lm_head.weight
+    assert weight.device_mesh.ndim == 2 and 3 * len(weight.to_local()) < len(weight), weight.placements
+    if kind != "eager":
+        with torch.no_grad():  # the head is checked, for which it is gathered from those that share its vocabulary
+            model(input_ids=labels, labels=labels, fused_lm_head=True)
+    gathered.clear()
+    loss = loss_of(model, kind, labels, ref_logps)
+    loss.backward()
+    assert not gathered, gathered
+    return loss.item(), {name: w.grad.full_tensor() for name, w in model.named_parameters()}
+
+expected = step("eager")
+for kind in ("fused loss", "fused log-probabilities"):
+    assert_same(step(kind), expected, kind)
+
+# Without FSDP2, and by the head's own functions.
+def by_the_head(parallel):
+    model = build("llama")
+    if parallel:
+        parallelize_module(model, mesh["tp"], {"lm_head": ColwiseParallel(output_layouts=Replicate())})
+    head = LMHead.from_model(model)  # and is checked
+    hidden, _ = head.hidden_states(input_ids=labels)
+    gathered.clear()
+    loss = head.dpo_loss(hidden, labels, ref_logps).loss
+    loss.backward()
+    assert not gathered, gathered
+    whole = lambda tensor: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return loss.item(), {name: whole(w.grad) for name, w in model.named_parameters()}
+
+assert_same(by_the_head(True), by_the_head(False), "the head's functions")
+"""
+
 TRAINER = """
 import accelerate.state
 import dpo_kernels.trl as ours
@@ -228,9 +283,9 @@ if os.environ["RANK"] == "0":
 def run(tmp_path):
     """Runs a script in two processes, with this test's folder as argument."""
 
-    def run(script):
+    def run(script, **options):
         (tmp_path / "script.py").write_text(COMMON + script)
-        run_in_two(tmp_path / "script.py", tmp_path)
+        run_in_two(tmp_path / "script.py", tmp_path, **options)
 
     return run
 
@@ -248,6 +303,12 @@ def test_zero3(run):
 @pytest.mark.full
 def test_tensor_parallel(run):
     run(TENSOR_PARALLEL)
+
+
+@pytest.mark.full
+def test_a_head_in_shards_of_the_vocabulary_within_fsdp2(run):
+    """A mesh of two dimensions: each quarter of the head has one process, and is gathered over one dimension alone."""
+    run(TWO_DIMENSIONS, processes=4)
 
 
 @pytest.mark.full

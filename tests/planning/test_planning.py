@@ -407,6 +407,32 @@ def test_sharding_has_the_gradients_of_a_unit_whole_where_it_has_any():
     assert sharded["first layer"] == alone["first layer"], "units have no gradients, adapters have"
 
 
+def test_zero_divides_what_it_does():
+    shape = find_shape("llama-3.1-70b")
+    whole = planning.Step(8192, 128256, 1, 512, 0.5, shape, reference="model", dtype=torch.float32)
+    steps = [replace(whole, sharding=name, processes=8) for name in ("zero2", "zero3")]
+    all_of_it, zero2, zero3 = (planning.state_bytes(step, shape) for step in (whole, *steps))
+    # numbers of fp32 that were alive between steps, over those of a model in one process: 4.2 and 5.1
+    n = shape.parameters
+    assert zero3 == {name: math.ceil(4 * k * n / 8) for name, k in {**dict.fromkeys(zero3, 1), "optimizer": 3}.items()}
+    assert zero2 == zero3 | {name: all_of_it[name] for name in ("weights", "reference")}
+    assert [planning.footprint(step, "dpo_kernels")["gradients"] for step in steps] == [0, zero3["gradients"]]
+    # the head, and beside it the embedding, which is larger than a layer's matrices
+    assert [planning.gathered_bytes(step, shape) for step in steps] == [0, 4 * 2 * shape.head_parameters]
+    tied = replace(steps[1], hidden=2048, vocab=151936, shape=find_shape("qwen3-1.7b"))
+    assert planning.gathered_bytes(tied, tied.shape) == 4 * 2048 * (151936 + 6144)
+    found = [planning.later_bytes(each, shape, planning.head_memory(each, "dpo_kernels")) for each in (whole, *steps)]
+    reduced = 4 * (shape.head_parameters + 8192**2)
+    more = [each["first layer"] - found[0]["first layer"] for each in found]
+    assert more == [0, reduced, reduced + zero3["gradients"]]
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(
+            ValueError, match="dtype: expected float32 beside sharding 'zero3' without LoRA, got .*float16"
+        ):
+            replace(steps[1], dtype=dtype)
+    assert replace(steps[1], dtype=torch.bfloat16, train="lora").by_deepspeed
+
+
 def test_no_step_of_nothing():
     for name in ("accumulation", "processes", "lora_r"):
         with pytest.raises(ValueError, match=f"{name}: expected a whole number above 0, got 0"):
@@ -554,8 +580,14 @@ def test_command_with_accumulation_and_sharding(tmp_path, capsys):
     assert "30.5 billion parameters, 3.35 of them active for a token" in text and "those of all experts" in text
     assert alone["gradients"] == 0 < accumulated["gradients"] == 2 * find_shape("qwen3-30b-a3b").parameters
     sharded, text = found(*model, "--sharding", "fsdp2", "--processes", 8)
-    assert "sharded by FSDP2 over 8 processes" in text and "the largest unit, whole" in text
+    assert "sharded by FSDP2 over 8 processes" in text and "gathered at a time" in text
     assert sharded["gathered"] > 0 and sharded["total"] < alone["total"] / 4
+    zero, text = found(*model, "--sharding", "zero2", "--processes", 8, "--dtype", "float32")
+    assert (
+        "sharded by ZeRO-2 over 8 processes" in text
+        and zero["gathered"] == 0
+        and zero["weights"] == 2 * alone["weights"]
+    )
     assert "from half to twice" not in text
     _, text = found("--model", "gpt-oss-20b")
     assert "from half to twice" in text and "eager attention" in text
@@ -766,7 +798,7 @@ def test_without_a_training_configuration_the_batch_is_asked_for():
         (("--hidden", 64, "--vocab", 100, "--memory", 0), "memory: .*0"),
         (("--model", "llama-3-8b", "--gradient-accumulation", 0), "gradient_accumulation: expected at least 1, got 0"),
         (("--model", "llama-3-8b", "--processes", 0), "processes: expected at least 1, got 0"),
-        (("--model", "llama-3-8b", "--processes", 4), "processes: expected --sharding fsdp2 beside --processes 4"),
+        (("--model", "llama-3-8b", "--processes", 4), "processes: expected --sharding beside --processes 4"),
         (("--model", "llama-3-8b", "--sharding", "fsdp2"), "--processes of at least 2 beside --sharding fsdp2, got 1"),
         (("--hidden", 64, "--vocab", 100, "--sharding", "fsdp2", "--processes", 2), "sharding: expected --model"),
         (("--model", "my-own"), "a config.json or its folder, or --hidden and --vocab instead"),

@@ -8,8 +8,9 @@ import pytest
 pytest.importorskip("datasets")
 from datasets import Dataset
 
+from dpo_kernels.data.lengths import real_lengths
 from dpo_kernels.training.config import TrainConfig
-from dpo_kernels.training.schedule import ByTokens, Schedule, filled, in_order, of_process, shares
+from dpo_kernels.training.schedule import ByExamples, ByTokens, Schedule, deal, filled, in_order, of_process, shares
 from dpo_kernels.training.sizes import Lengths, Sizes
 
 BUDGET = 500
@@ -103,6 +104,87 @@ def test_windows_are_a_part_of_the_order():
     assert max(spans) < 0.5 * len(pairs) and len(spans) > 500
 
 
+@pytest.fixture(scope="module")
+def real():
+    """Pairs as long as real ones, cut at 1024 tokens."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    rows = real_lengths(400_000, 1024)[:1003]
+    return Dataset.from_list([{name: [1] * n for name, n in zip(names, row, strict=True)} for row in rows])
+
+
+def uneven(steps, sizes):
+    """Mean over the steps of the largest rank's slots by the mean rank's, and of the largest of micro-batches that meet
+    by their mean."""
+    of_ranks, that_meet = [], []
+    for step in steps:
+        found = np.array([[slots(rows, sizes) for rows in of_one] for of_one in step])
+        of_ranks.append(found.sum(1).max() / found.sum(1).mean())
+        that_meet.append((found.max(0) / found.mean(0)).mean())
+    return np.mean(of_ranks), np.mean(that_meet)
+
+
+@pytest.mark.parametrize("processes", [2, 4, 8])
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("way", ["concatenated", "packed_shared_prefix"])
+def test_processes_have_equal_parts_of_a_step(real, way, accumulation, processes):
+    sizes, size = Sizes.of(real, way), 4
+    order = ByExamples(len(real), size, accumulation, processes, seed=5, sizes=sizes)
+    as_drawn = ByExamples(len(real), size, accumulation, processes, seed=5)
+    steps, before = ([each.step(1, n) for n in range(each.steps(1))] for each in (order, as_drawn))
+    for step, drawn in zip(steps, before, strict=True):
+        assert [len(of_one) for of_one in step] == [len(of_one) for of_one in drawn] or step is steps[-1]
+        assert sorted(np.concatenate(sum(step, []))) == sorted(np.concatenate(sum(drawn, [])))
+        counts = [sum(map(len, of_one)) for of_one in step]
+        assert max(counts) - min(counts) <= 1 and max(map(len, sum(step, []))) <= size
+    more, drawn = (np.array(uneven(each[:-1], sizes)) - 1 for each in (steps, before))
+    assert all(drawn > 0.05) and all(more < {"concatenated": 0.6, "packed_shared_prefix": 0.2}[way] * drawn)
+    found, drawn = ([slots(rows, sizes) for step in each[:-1] for rows in sum(step, [])] for each in (steps, before))
+    if accumulation > 1 and way == "concatenated":  # like comes to like
+        assert sum(found) < 0.85 * sum(drawn)
+    elif accumulation > 1:  # short with long
+        assert max(found) < 0.85 * max(drawn)
+    assert str(order.step(1, 3)) == str(steps[3])
+
+
+def test_micro_batches_of_so_many_tokens_are_dealt_too(real):
+    sizes = Sizes.of(real, "concatenated")
+    order, alone = (ByTokens(sizes, 9000, 8 // processes, processes, seed=0) for processes in (4, 1))
+    steps = [order.step(0, n) for n in range(order.steps(0))]
+    for step, drawn in zip(steps, (alone.step(0, n) for n in range(alone.steps(0))), strict=True):
+        ours = sorted(str(rows) for of_one in step for rows in of_one)
+        assert ours == sorted(map(str, drawn[0]))
+        counts = [len(of_one) for of_one in step]
+        assert max(counts) - min(counts) <= 1
+    dealt = [[drawn[rank::4] for rank in range(4)] for (drawn,) in (alone.step(0, n) for n in range(order.steps(0)))]
+    assert uneven(steps[:-1], sizes)[0] < uneven(dealt[:-1], sizes)[0]
+
+
+def test_one_process_takes_a_step_as_it_is_drawn(real):
+    sizes = Sizes.of(real, "packed_shared_prefix")
+    step = ByExamples(len(real), 4, accumulation=2, processes=1, seed=5, sizes=sizes).step(0, 1)
+    assert np.array_equal(np.concatenate(step[0]), np.random.default_rng([5, 0]).permutation(len(real))[8:16])
+    order = ByTokens(sizes, 9000, accumulation=3, processes=1, seed=5)
+    assert all(map(np.array_equal, order.step(0, 2)[0], order._batches(0)[6:9]))
+
+
+def test_losses_that_compare_the_examples_of_a_batch_have_random_ones(real):
+    """Batches of pairs that are all long, or all short, would be others."""
+    sizes, settings = Sizes.of(real), TrainConfig(loss_type="aot")
+    order = np.random.default_rng([settings.seed, 0]).permutation(len(real))
+    step = Schedule.of(settings, sizes, processes=2).step(0)
+    assert [rows.tolist() for (rows,) in step] == [order[:8:2].tolist(), order[1:8:2].tolist()]
+    assert in_order(settings, sizes, processes=2)[1][0].tolist() == [1, 3, 5, 7]
+    settings = TrainConfig(loss_type="sigmoid")
+    for step in (Schedule.of(settings, sizes, processes=2).step(0), in_order(settings, sizes, processes=2)):
+        assert all((np.diff(sizes.longest[of_one[0]]) <= 0).all() for of_one in step)
+
+
+def test_few_are_dealt_to_the_first():
+    """So that the first process has what others compute for it to meet them."""
+    assert [dealt.tolist() for dealt in deal(np.array([1, 5]), 3)] == [[1], [0], []]
+    assert [dealt.tolist() for dealt in deal(np.array([9, 5, 4, 1, 1]), 2)] == [[0, 3], [1, 2, 4]]
+
+
 def test_steps_of_epochs_of_different_lengths():
     counts = [3, 5, 2, 4]
     order = SimpleNamespace(steps=counts.__getitem__, step=lambda epoch, position: (epoch, position))
@@ -131,7 +213,8 @@ def test_an_evaluation_takes_every_example_once(pairs, tokens, size):
     assert sorted(np.concatenate([rows for of_one in found for rows in of_one])) == list(range(len(pairs)))
     assert max(map(len, found)) - min(map(len, found)) <= 1
     if size:
-        assert all(len(rows) == 7 for of_one in found for rows in of_one[:-1])
+        batches = [rows for of_one in found for rows in of_one]
+        assert max(map(len, batches)) <= 7 and len(batches) == sum(-(-sum(map(len, of_one)) // 7) for of_one in found)
     elif tokens:
         assert all(slots(rows, sizes) <= BUDGET or len(rows) == 1 for of_one in found for rows in of_one)
 

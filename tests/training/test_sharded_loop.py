@@ -1,5 +1,6 @@
 """The loop on weights in shards: two processes, and four, take the steps of one that has all weights."""
 
+import importlib.util
 import json
 import shutil
 from types import SimpleNamespace
@@ -11,8 +12,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("peft", reason="trains adapters, and peft is not installed")
 
+import sharded_runs
 from safetensors.torch import load_file
-from short_runs import TINY, assert_same_run, rows_of, run, weights_of
+from sharded_runs import OF_TWO, RESUMED, SHORT, assert_close_runs, interrupted, settings_of, several
+from short_runs import TINY, assert_same_run, run, weights_of
 from transformers import AutoModelForCausalLM
 from two_processes import run_in_two
 
@@ -24,39 +27,6 @@ from dpo_kernels.training.setup import free_of_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-import accelerate
-from dpo_kernels.training import TrainConfig, train
-from dpo_kernels.training import loop
-
-accelerate.Accelerator.end_training = lambda self: None  # the processes go on knowing of each other
-loop.plot_training_curves = lambda metrics, picture: None
-rank = int(os.environ["RANK"])
-for settings in json.loads(Path(sys.argv[1]).read_text()):
-    if before := settings.pop("before", None):  # what the first process copies first
-        if rank == 0:
-            import shutil
-            shutil.copytree(*before)
-            for later in ("final", "checkpoint-6"):
-                shutil.rmtree(Path(before[1]) / later)
-        accelerate.PartialState().wait_for_everyone()
-    train(TrainConfig(**settings))
-"""
-
-# 29 pairs to train on in steps of 4: in the last step of an epoch there is one, so that one process has none.
-UNEVEN = {"max_rows": 32, "max_steps": 9}
-OF_TWO = {"per_device_batch_size": 1, "gradient_accumulation_steps": 2, "sharding": "fsdp2"}
-TIED = {"model_type": "llama", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
-TIED |= {"num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2}
-GPT2 = {"model_type": "gpt2", "vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "initializer_range": 0.2}
-MODELS = {"TIED": TIED, "GPT2": GPT2}
-SHORT = {
-    "full": {"eval_steps": 4, "gradient_checkpointing": True},
-    "adapters": {"lora_r": 2, "loss_type": "sigmoid,sft", "lora_target_modules": "q_proj,down_proj,lm_head"},
-    "tied": {"model": "TIED", "reference": "precompute", "eval_fraction": 0.15},  # 4 held out: 5 batches at most
-}
 LONG = {
     "tokens": {"max_tokens_per_batch": 700, "gradient_accumulation_steps": 2, "batching": "packed_shared_prefix"},
     "padded": {"batching": "concatenated", "loss_type": "simpo", "beta": 2.0},
@@ -69,30 +39,11 @@ LONG = {
 BF16 = {"rel": 0.01, "abs": 0.01}
 
 
-def settings_of(directory, case):
-    settings = UNEVEN | (SHORT | LONG)[case]
-    if settings.get("model") in MODELS:
-        file = directory / "model.json"
-        file.write_text(json.dumps(MODELS[settings["model"]]))
-        settings["model"] = f"config:{file}"
-        if settings.get("reference") == "LOADED":  # the same weights, by another name
-            settings["reference"] = f"config:{shutil.copy(file, directory / 'same.json')}"
-    return settings
-
-
-def several(directory, runs, processes=2):
-    """Runs one after the other, in the same processes."""
-    (directory / "script.py").write_text(SCRIPT)
-    (directory / "runs.json").write_text(json.dumps([TINY | settings for settings in runs]))
-    arguments = directory / "script.py", directory / "runs.json"
-    run_in_two(*arguments, processes=processes, ACCELERATE_USE_CPU="true")
-
-
 def compared(directory, cases):
     """Of each case: the folders of one process and of two."""
     runs = []
     for case in cases:
-        settings = settings_of(directory, case)
+        settings = settings_of(directory, (SHORT | LONG)[case])
         run(directory / case / "one", **settings)
         settings |= OF_TWO
         if "max_tokens_per_batch" in settings:  # each of them takes one of the two
@@ -109,20 +60,6 @@ def short(tmp_path_factory):
     return directory
 
 
-def assert_close_runs(one, two, **tolerance):
-    rows, expected = rows_of(two), rows_of(one)
-    assert len(rows) == len(expected) > 4
-    for row, other in zip(rows, expected, strict=True):
-        assert row.keys() == other.keys()
-        for name, value in other.items():
-            assert row[name] == pytest.approx(value, **(tolerance or {"rel": 1e-4, "abs": 1e-5})), (name, row["step"])
-    ours, theirs = weights_of(two), weights_of(one)
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert ours[name].dtype == weight.dtype
-        torch.testing.assert_close(ours[name], weight, atol=tolerance.get("abs", 1e-5), rtol=0, msg=name)
-
-
 @pytest.mark.parametrize("case", SHORT)
 def test_two_processes_take_the_steps_of_one(short, case):
     assert_close_runs(short / case / "one", short / case / "two")
@@ -136,10 +73,6 @@ def test_with_everything_else(tmp_path, case):
     assert_close_runs(tmp_path / case / "one", tmp_path / case / "two", **(BF16 if "bf16" in case else {}))
 
 
-# A window of 3 steps straddles the checkpoints at 2 and 4; the steps of 4 pairs are taken in ones and twos.
-RESUMED = {"max_rows": 32, "max_steps": 6, "save_steps": 2, "logging_steps": 3, "eval_steps": 3, "learning_rate": 5e-4}
-
-
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory):
     """A run of two processes that was not interrupted, and one that went on from its checkpoint at step 4."""
@@ -149,13 +82,6 @@ def resumed(tmp_path_factory):
     runs.append({"output_dir": str(directory / "adapters"), "lora_r": 2})
     runs = [RESUMED | OF_TWO | settings for settings in runs]
     several(directory, runs)
-    return directory
-
-
-def interrupted(whole, directory):
-    shutil.copytree(whole, directory)
-    for later in ("final", "checkpoint-6"):
-        shutil.rmtree(directory / later)
     return directory
 
 
@@ -258,7 +184,7 @@ state.save_shards = killed_in_the_second
 def test_a_process_killed_in_a_checkpoint_leaves_the_one_before(resumed, tmp_path, monkeypatch):
     settings = RESUMED | OF_TWO | {"output_dir": str(tmp_path / "run")}
     with monkeypatch.context() as patch, pytest.raises(AssertionError, match="exit status"):
-        patch.setitem(globals(), "SCRIPT", KILLED + SCRIPT)
+        patch.setattr(sharded_runs, "SCRIPT", KILLED + sharded_runs.SCRIPT)
         several(tmp_path, [settings])
     assert (tmp_path / "run" / ".checkpoint-4.shards.tmp" / "__1_0.distcp").read_bytes() == b"half"
     assert [path.name for path in list_checkpoints(tmp_path / "run")] == ["checkpoint-2"]
@@ -310,7 +236,18 @@ def test_settings_that_do_not_go_with_it():
     with pytest.raises(ValueError, match="mixed_precision: expected bf16 or no beside sharding 'fsdp2', got 'fp16'"):
         TrainConfig(sharding="fsdp2", mixed_precision="fp16")
     with pytest.raises(ValueError, match="sharding: expected one of .*fsdp2"):
-        TrainConfig(sharding="zero3")
+        TrainConfig(sharding="zero1")
+    with pytest.raises(
+        ValueError, match="dtype: expected float32 beside sharding 'zero3' without LoRA, got 'bfloat16'"
+    ):
+        TrainConfig(sharding="zero3", dtype="bfloat16")
+
+
+def test_deepspeed_is_asked_for_where_it_is_not(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "deepspeed" else find(name))
+    with pytest.raises(ImportError, match="sharding: 'zero2' needs DeepSpeed, which is missing: pip install d"):
+        run(tmp_path, sharding="zero2")
 
 
 def test_a_model_without_layers_is_named(tmp_path, monkeypatch):
@@ -336,22 +273,22 @@ def counted(output, *args, **kwargs):
     return gather(output, *args, **kwargs)
 
 setattr(torch.distributed, name, counted)
-add_step = loop.Window.add_step
+take_step = loop.Run.take_step
 
-def stop_after(self, *args):  # what a step has gathered, and what it leaves
+def noted(self):  # what a step has gathered, and what it leaves
     steps.append(list(sizes))
     sizes.clear()
     weights = list(runs[0].model.parameters())
     assert all(isinstance(weight, DTensor) and isinstance(weight.grad, DTensor) for weight in weights)
     held = sum(weight.to_local().numel() + weight.grad.to_local().numel() for weight in weights)
     assert held <= 1.01 * sum(weight.numel() for weight in weights), held
-    return add_step(self, *args)
+    return take_step(self)
 
 def kept(config):
     runs.append(set_up(config))
     return runs[0]
 
-runs, set_up, loop.set_up, loop.Window.add_step = [], loop.set_up, kept, stop_after
+runs, set_up, loop.set_up, loop.Run.take_step = [], loop.set_up, kept, noted
 loop.plot_training_curves = lambda metrics, picture: None
 train(TrainConfig(**json.loads(Path(sys.argv[1]).read_text())))
 if os.environ["RANK"] == "0":
@@ -360,17 +297,23 @@ if os.environ["RANK"] == "0":
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}], ids=["", "checkpointing", "bf16"]
+    "given",
+    [{}, {"gradient_checkpointing": True}, {"mixed_precision": "bf16"}],
+    ids=["as accelerate is set up", "checkpointing", "bf16"],
 )
 def test_the_head_is_gathered_once_for_forward_and_backward(tmp_path, given):
     """Layers and embeddings once for each of both, and everything once for the reference; layers in bf16 where they are
     computed in that."""
     settings = TINY | OF_TWO | {"max_steps": 2, "eval_fraction": 0, "gradient_accumulation_steps": 1}
     settings |= {"output_dir": str(tmp_path / "run"), **given}
+    environment = {"ACCELERATE_USE_CPU": "true"}
+    if not given:  # as `accelerate launch` starts what it is set up to shard
+        del settings["sharding"]
+        environment |= {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}
     script, file, found = (tmp_path / name for name in ("script.py", "settings.json", "found.json"))
     script.write_text(GATHERED)
     file.write_text(json.dumps(settings))
-    run_in_two(script, file, found, ACCELERATE_USE_CPU="true")
+    run_in_two(script, file, found, **environment)
     weights = weights_of(tmp_path / "run")
     parts = {"layer": 0, "embeddings": 4 * weights["model.embed_tokens.weight"].numel(), "root": 0}  # bytes
     of_layers = 2 if given.get("mixed_precision") == "bf16" else 4
