@@ -1,6 +1,7 @@
 """Which kernels compute a call, and why the others do not.
 
-A *family* of kernels is an implementation, or one whose forward without gradients is a single kernel ("_fused"). What
+A *family* of kernels is an implementation, or one whose product x.W^T does at its end what tiles of logits are else
+stored for ("_fused"): the forward without gradients is then a single kernel, and paths B and C store exponentials. What
 "auto" takes is looked up: the verdict of this very device, which `dpo-kernels tune` has measured; then the table of
 measurements that come with the package; then "torch". The number of rows is not asked for, so results do not depend on
 how a batch is cut, and nothing is ever measured in a call.
@@ -38,6 +39,9 @@ _FUSED = "_fused"
 FORWARDS = ("A", "D")
 # What an implementation's own name takes there. Of Triton's fused forward no GPU has yet said that it is faster.
 FORWARD_OF: dict[str, Family] = {"cuda": "cuda_fused"}
+# Those that can store exponentials, and what an implementation's own name takes there: a tile costs more than its pass.
+SWEEPS = ("B", "C")
+SWEEP_OF: dict[str, Family] = {"triton": "triton_fused"}
 
 
 class Choice(NamedTuple):
@@ -168,7 +172,8 @@ def default(device: torch.device) -> Impl:
 
 
 def _own(impl: str, path: Path) -> Family:
-    return FORWARD_OF.get(impl, cast(Family, impl)) if path in FORWARDS else cast(Family, impl)
+    of_path = FORWARD_OF if path in FORWARDS else SWEEP_OF if path in SWEEPS else {}
+    return of_path.get(impl, cast(Family, impl))
 
 
 def impl_of(family: str) -> Impl:
@@ -176,8 +181,15 @@ def impl_of(family: str) -> Impl:
 
 
 def is_fused(family: str) -> bool:
-    """Whether a forward without gradients is one kernel, where that can take the operands."""
+    """Whether no tiles of logits are stored, where that can be for the operands."""
     return family.endswith(_FUSED)
+
+
+def paths_of(family: str) -> tuple[str, ...]:
+    """The paths of which the family has kernels of its own."""
+    if not is_fused(family):
+        return get_args(Path)
+    return (*FORWARDS, *SWEEPS) if impl_of(family) in SWEEP_OF else FORWARDS
 
 
 def families(device: torch.device) -> list[Family]:
@@ -318,8 +330,8 @@ def unpin(row: Row) -> None:
 
 @contextmanager
 def taking(family: Family) -> Iterator[None]:
-    """Within, "auto" takes this family for everything; what has no fused forward, its implementation."""
-    of_path = {path: family if path in FORWARDS else impl_of(family) for path in get_args(Path)}
+    """Within, "auto" takes this family for everything; for what is not fused, its implementation."""
+    of_path = {path: family if path in paths_of(family) else impl_of(family) for path in get_args(Path)}
     row = pin(cast(Mapping[str, Family], of_path))
     try:
         yield

@@ -193,6 +193,7 @@ class Grouped(NamedTuple):
     compute_dtype: torch.dtype
     options: LossSettings
     family: str
+    exponentials: bool  # are kept in the place of logits
     shards: VocabularyShards | None
 
 
@@ -252,6 +253,7 @@ class GroupedLoss(torch.autograd.Function):
                 compute_dtype=g.compute_dtype,
                 need=ctx.needs_input_grad[:3],
                 stats=options.stats,
+                exponentials=g.exponentials,
                 shards=g.shards,
             )
         num_tokens = g.given.num_tokens.clone()

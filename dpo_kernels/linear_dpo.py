@@ -124,7 +124,8 @@ def linear_dpo_loss(
 
     - nothing requires a gradient: 1;
     - the head (`weight`, `bias`) is frozen: 2;
-    - the head is trained: 3. Whole pairs, or groups, are taken in parts whose logits fit in `chunk_bytes`, and all
+    - the head is trained: 3. Whole pairs, or groups, are taken in parts whose logits (exponentials in bf16 where
+      kernels store no logits) fit in `chunk_bytes`, and all
       gradients are formed in the forward and kept until the backward multiplies them by the incoming one: a second
       backward is an error, and bf16 gradients round a second time unless that factor is a power of two. Several parts
       make a CUDA device wait for their sizes;
@@ -168,7 +169,8 @@ def linear_dpo_loss(
             one's own. (The negative log-likelihood of chosen responses costs no product more as `rpo_alpha` or "sft".)
         chunk_bytes: what the logits of one group, and a dW accumulator in fp32 where the head is of lower precision and
             there are several groups, may take together; 1 GiB if None. A single group keeps the logits of H rows (H / 2
-            in half precision) in the memory of dW instead. 0 always takes the path of 4 products.
+            in half precision) in the memory of dW instead. 0 always takes the path of 4 products. Of kernels that
+            store exponentials in bf16 it is these: half as many bytes, and of nearly H rows in the memory of dW.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
@@ -271,14 +273,17 @@ def linear_dpo_loss(
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         family = head.family(impl, "C", compute_dtype)
         counts = None if ranks is None else ranks.counts
-        dweight = weight.requires_grad
-        groups = plan_groups(rows, comparisons, head.planned, dtype, budget, family, dweight=dweight, counts=counts)
+        exponentials = ranks is None and head.takes_exponentials(family, hidden.dtype, compute_dtype)
+        groups = plan_groups(
+            rows, comparisons, head.planned, dtype, budget, family,
+            dweight=weight.requires_grad, exponentials=exponentials, counts=counts,
+        )  # fmt: skip
         if groups is not None:
             rows = group_major(rows, comparisons, groups)
             x = rows_of(hidden, rows, predictors)
             if check_hidden and ranks is None:  # else it was before they agreed
                 check_finite(x.detach(), rows, waits)
-            grouped = Grouped(rows, given, groups, transform, compute_dtype, options, family, head.shards)
+            grouped = Grouped(rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards)
             found = GroupedLoss.apply(x, weight, bias, grouped)
             if check_hidden:
                 check_head_is_finite(found[2], head)

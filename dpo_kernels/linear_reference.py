@@ -107,7 +107,7 @@ def linear_reference_logps(
     transform = LogitTransform(float(logit_scale), softcap, float(temperature))
     names = loss_names(loss_type)
 
-    rows, groups = labelled_rows(labels, head.vocab, ignore_index, num_labelled), None
+    rows, groups, exponentials = labelled_rows(labels, head.vocab, ignore_index, num_labelled), None, False
     of_head, dweight = {"weight", "bias"}.intersection(gradients), "weight" in gradients
     comparisons = None
     if of_head or ld_alpha is not None or pairs is not None:
@@ -132,7 +132,11 @@ def linear_reference_logps(
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
         in_groups = head.family(impl, "C", compute_dtype)
         counts = None if ranks is None else ranks.counts
-        groups = plan_groups(rows, comparisons, head.planned, dtype, budget, in_groups, dweight=dweight, counts=counts)
+        exponentials = ranks is None and head.takes_exponentials(in_groups, hidden.dtype, compute_dtype)
+        groups = plan_groups(
+            rows, comparisons, head.planned, dtype, budget, in_groups,
+            dweight=dweight, exponentials=exponentials, counts=counts,
+        )  # fmt: skip
         family = family if groups is None else in_groups
     if groups is not None:
         assert comparisons is not None
@@ -146,8 +150,9 @@ def linear_reference_logps(
         if groups is not None:  # path C
             of_rows = [group.rows for group in groups]
             found = paths.linear_logps_as_grouped(
-                *operands, of_rows, compute_dtype=compute_dtype, dweight=dweight, shards=shards
-            )
+                *operands, of_rows, compute_dtype=compute_dtype, dweight=dweight, exponentials=exponentials,
+                shards=shards,
+            )  # fmt: skip
         else:  # path B, or A, which is path D's forward too
             found = paths.linear_logps_fwd(
                 *operands, compute_dtype=compute_dtype, as_with_dhidden=in_b, fused=is_fused(family), shards=shards

@@ -38,23 +38,25 @@ def plan_groups(
     family: str,
     *,
     dweight: bool,
+    exponentials: bool = False,
     counts: Sequence[Sequence[int]] | None = None,
 ) -> list[Group] | None:
-    """Whole pairs, or larger groups, in parts whose logits fit in `chunk_bytes`; None if that cannot be, or there are
-    no rows. `dweight`: the head's weight gets a gradient, in whose memory some logits are kept. `counts`: [R][S] rows
-    of each sequence on ranks that are to have the same parts, each of which fits on all of them."""
-    n = rows.sequence.shape[0]
+    """Whole pairs, or larger groups, in parts whose logits, or `exponentials` in their place, fit in `chunk_bytes`;
+    None if that cannot be, or there are no rows. `dweight`: the head's weight gets a gradient, in whose memory some of
+    them are kept. `counts`: [R][S] rows of each sequence on ranks that are to have the same parts, each of which fits
+    on all of them."""
+    n, k = rows.sequence.shape[0], load(family)
     of_ranks = [n] if counts is None else [sum(of_rank) for of_rank in counts]
-    row_bytes = weight.shape[0] * dtype.itemsize
     if max(of_ranks) == 0 or chunk_bytes == 0:
         return None
-    k = load(family)
-    free = [paths.rows_kept_in_dw(k, each, weight, dtype) if dweight else 0 for each in of_ranks]
-    if max(map(operator.sub, of_ranks, free)) * row_bytes <= chunk_bytes:
+    kept = [paths.kept_bytes(k, each, weight, dtype, exponentials, dweight) for each in of_ranks]
+    if max(each.buffer for each in kept) <= chunk_bytes:
         return [Group(slice(0, n), slice(0, comparisons.groups))]
     if dweight and weight.dtype != dtype:
         chunk_bytes -= weight.numel() * dtype.itemsize
-    budget = chunk_bytes // row_bytes
+    budget = chunk_bytes // kept[0].of_row
+    if exponentials:  # so many have room with what lies behind the last of them
+        budget -= budget % k.padded_rows(1)
     sizes = torch.bincount(comparisons.group_of(rows.sequence), minlength=comparisons.groups).tolist()
     # [groups, R]
     sizes_of_ranks = [[size] for size in sizes] if counts is None else _of_groups(counts, comparisons, rows)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_kernels.dispatch import Family, Path, choose, load
+from dpo_kernels.dispatch import Family, Path, choose, is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import GradRows, LogitTransform
@@ -116,6 +116,11 @@ class Head(NamedTuple):
         """The kernels that compute `path`: of the tile kernels of any implementation, labels that lie in no tile are
         nothing new. None in one kernel that forgets the numbers which ranks exchange."""
         return choose(impl, self.weight.device, path, dtype, *self.planned.shape)
+
+    def takes_exponentials(self, family: str, x_dtype: torch.dtype, dtype: torch.dtype) -> bool:
+        """Whether path C of this family stores exponentials in the place of logits."""
+        fused = is_fused(family) and self.shards is None
+        return fused and load(family).takes_exponentials(x_dtype, self.weight, dtype)
 
 
 def is_dtensor(t: object) -> TypeGuard[Any]:

@@ -128,6 +128,7 @@ def set_tile_bytes(impl, monkeypatch):
     def set_size(size):
         monkeypatch.setattr(impl, "tile_bytes", lambda device: size)
         monkeypatch.setattr(impl, "linear_fold_", lambda *operands: False)
+        monkeypatch.setattr(impl, "takes_exponentials", lambda *operands: False)
 
     return set_size
 

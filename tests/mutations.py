@@ -87,6 +87,7 @@ PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
 TRL = "dpo_kernels/trl"
 
+TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
 TRITON_TESTS = "impl/test_triton.py -k 'not machine_code and not every_batch'"
@@ -306,6 +307,13 @@ MUTATIONS = {
             '@triton.jit(\n    do_not_specialize=["start", "stride_field"],',
             "impl/test_triton.py -k 'every_batch and A'",
         ),
+        # exponentials that overflow, and those of others that are written again
+        Mutation(TRITON_EXP, "FAR, PACKED_FAR = 60.0, 20.0", "FAR, PACKED_FAR = 1e9, 1e9", EXP_TESTS),
+        Mutation(TRITON_EXP, "shift = tl.where(top > shift + FAR, top, shift)", "shift = shift", EXP_TESTS),
+        # the label's part: its rounding, its slope, where it is, and what a split finds of another part's
+        Mutation(TRITON_EXP, "is_label = (columns == label) & inside", "is_label = columns == label", EXP_TESTS),
+        # the softcap's part of the gradient
+        Mutation(TRITON_EXP, "            e = e * slope\n", "            pass\n", EXP_TESTS),
         # sums that do not follow the maximum
         Mutation(TRITON_LINEAR, "(part[4] + part[2] * (top - fold.max)) * factor", "part[4] * factor", TRITON_TESTS),
         # the argmax of another split
@@ -546,7 +554,7 @@ MUTATIONS = {
         Mutation(SEQUENCES, "    if shift:\n", "    if False:\n", SEQUENCE_TESTS),
         Mutation(LOSSES, "positions + whole.before[:, None]", "positions", SEQUENCE_TESTS),
         Mutation(LOSSES, "whole.join(sums), whole.num_tokens", "sums, whole.num_tokens", SEQUENCE_TESTS),
-        Mutation(PAIR_GROUPS, "max(map(operator.sub, of_ranks, free))", "(of_ranks[0] - free[0])", SEQUENCE_TESTS),
+        Mutation(PAIR_GROUPS, "max(each.buffer for each in kept)", "kept[0].buffer", SEQUENCE_TESTS),
         Mutation(
             PAIR_GROUPS, "max(map(operator.add, filled, more)) > budget", "filled[0] + more[0] > budget", SEQUENCE_TESTS
         ),
@@ -1606,7 +1614,7 @@ MUTATIONS = {
         # fused kernels that nothing takes while they are tried
         Mutation(
             DISPATCH,
-            "{path: family if path in FORWARDS else impl_of(family) for",
+            "{path: family if path in paths_of(family) else impl_of(family) for",
             "{path: impl_of(family) for",
             WORKER_TESTS,
         ),
@@ -1738,12 +1746,12 @@ MUTATIONS = {
         # fused kernels that are held against nothing, that took nothing, and are timed where they are not taken
         Mutation(
             WORKER,
-            "return dispatch.FORWARDS if dispatch.is_fused(family)",
-            "return () if dispatch.is_fused(family)",
+            "tuple(path for path in verdicts.PATHS if path in dispatch.paths_of(family))",
+            "() if dispatch.is_fused(family) else verdicts.PATHS",
             WORKER_TESTS,
         ),
         Mutation(WORKER, "took = took or any(taken)", "took = True", WORKER_TESTS),
-        Mutation(WORKER, "if path in dispatch.FORWARDS or not dispatch.is_fused(name)]", "]", WORKER_TESTS),
+        Mutation(WORKER, "if path in dispatch.paths_of(name)]", "]", WORKER_TESTS),
         # a family that failed goes on, as does one that is wrong
         Mutation(WORKER, 'refused.add(message["failed"])', "pass", TUNE_TESTS),
         Mutation(WORKER, 'refused.add((message["wrong"], message["dtype"]))', "pass", TUNE_TESTS),

@@ -24,8 +24,9 @@ def half_precision_operands(impl, monkeypatch):
         return t.to(compute_dtype).to(torch.float32) if in_fp32 else t.to(compute_dtype)
 
     def mm(a, b, out, accumulate=False):
-        assert a.dtype == b.dtype == (torch.float32 if in_fp32 else rounded_to[0]), "no GPU multiplies others"
-        a, b = (t.to(rounded_to[0]).to(torch.promote_types(out.dtype, torch.float32)) for t in (a, b))
+        compute_dtype = rounded_to[0] if rounded_to else torch.bfloat16  # exponentials are operands as they are
+        assert a.dtype == b.dtype == (torch.float32 if in_fp32 else compute_dtype), "no GPU multiplies others"
+        a, b = (t.to(compute_dtype).to(torch.promote_types(out.dtype, torch.float32)) for t in (a, b))
         product = a @ b
         return out.add_(product) if accumulate else out.copy_(product)
 

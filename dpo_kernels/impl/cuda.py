@@ -166,6 +166,10 @@ def linear_fold_(
     return True
 
 
+def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    return False
+
+
 def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool) -> None:
     _fold_tile(fold, a, a, rows, columns, transform, None)
 

@@ -85,6 +85,30 @@ class Shards(Protocol):
         """Begins to sum contiguous `t` over the ranks in place. Returns what waits for that."""
 
 
+class Exponentials(Protocol):
+    """N rows of a sweep that stores no logits: what the product x.W^T writes is exp(z - c), times the softcap's part of
+    dz/da, with one shift c a row. Sums come from what was not rounded; the label's entry is 0. Whatever the logits are,
+    nothing overflows.
+
+    Exponentials of n rows are a tensor [v, n] for each part of the vocabulary, in the dtype of an operand, whose rows
+    are `padded_rows(n)` apart: operands of products as they are; or `packed`, in the same memory, with more digits,
+    until they become dlogits."""
+
+    def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
+        """Goes over the vocabulary for these rows, and writes their exponentials to `out`; without it, nowhere."""
+
+    def finish(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """logp [n], norm [2, n] and the statistics [K, n] of rows that were written; see `LinearLogps`."""
+
+    def to_dlogits_(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> None:
+        """Packed exponentials become dlogits in their place, labels' entries too, for rows with the gradient g [n] with
+        respect to logp. Each is rounded once."""
+
+    def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
+        """From the sums [N, H] of exponentials times W over the vocabulary, d logp / dx; or dX, from those of dlogits:
+        in `out` [N, H], which may be `sums`. What rounding left of the labels' entries is added exactly."""
+
+
 class TileKernels(Protocol):
     """The functions of an implementation. A tile `a` holds the products x.W of n rows and v vocabulary entries, in the
     accumulation dtype and contiguous; a row of it costs one read, and one write of what comes of it. That goes to `out`
@@ -121,6 +145,31 @@ class TileKernels(Protocol):
     ) -> bool:
         """Takes all of x.W^T [N, V] into a new `fold` in one kernel, without tiles, and says True; or False, having
         done nothing, where there is no such kernel or products of tiles are faster."""
+
+    def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+        """Whether there are `exponentials` for rows of this dtype and this weight. The three functions below are not
+        called, and need not be there, where there never are."""
+
+    def exponentials(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        transform: LogitTransform,
+        stats: Sequence[str],
+        rows: int,
+        sizes: Sequence[int],
+        packed: bool,
+    ) -> Exponentials:
+        """Of at least one row. `rows`: how many are written at once, at most; `sizes`: how many entries of the
+        vocabulary each part has, multiples of 16 but for the last."""
+
+    def exponential_rows(self, n: int, v: int, h: int, device: torch.device) -> int:
+        """How many of n rows path B is to write at once."""
+
+    def padded_rows(self, n: int) -> int:
+        """How far apart exponentials [v, n] have their rows."""
 
     def fold_(
         self, fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool

@@ -121,6 +121,10 @@ def linear_fold_(
     return False
 
 
+def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    return False
+
+
 def _address(t: Tensor | None) -> int:
     if t is None:
         return 0

@@ -1,15 +1,20 @@
-"""The algorithms A to D over tiles of logits: which products are done, in which order, and where they are summed.
+"""The algorithms A to D: which products are done, in which order, and where they are summed.
 
 Dimensions: N labelled rows, H hidden size, V vocabulary size, v columns of one vocabulary block, n rows of one row
 block, K statistics. A *tile* is [n, v] in the accumulation dtype (fp32; fp64 for fp64 operands). No tensor made here
 exceeds `tile_bytes`, except the [N, H] accumulators and results, and the buffer of path C. What happens inside a tile,
 and the matrix products, are `k`'s: the implementation's.
+
+Where `k` can write exponentials as the product x.W^T leaves the registers, paths B and C store no logits. Exponentials
+lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block of rows as it
+is. Path C's become dlogits in one pass, and one product over all rows of a chunk is dW. See "Exponentials" at the end.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +34,8 @@ MIN_COLUMNS = 256
 MIN_ROWS = 128
 # Rows of W that belong to labels are gathered so many at a time.
 LABEL_ROWS = 1024
+# Vocabulary entries that dW is ahead of the exponentials in its memory: no product of a block of dW has fewer.
+DW_COLUMNS = 2048
 # Columns of a tile are a multiple of this, but for the last: its rows then begin where wide loads and products like it.
 ALIGNED = 64
 
@@ -106,14 +113,17 @@ def linear_logps_fwd(
     shards: Shards | None = None,
 ) -> LinearLogps:
     """Path A, and path B with `with_dhidden`: sum_v exp(z_v - m) dz/da W_v is accumulated with online rescaling in the
-    same sweep, as attention does with keys and values W. `fused`: path A in one kernel, where `k` has one for these
-    operands. `shards`: weight and bias are those of some entries, beside other ranks'; `dhidden` is then to be summed
-    over the ranks.
+    same sweep, as attention does with keys and values W. `fused`: path A in one kernel, and path B from exponentials,
+    where `k` has them for these operands. `shards`: weight and bias are those of some entries, beside other ranks';
+    `dhidden` is then to be summed over the ranks.
 
     For a reference that is to be summed as another path sums the policy: `as_with_dhidden` is path A with the
     arithmetic of path B, `blocks` says how many rows and columns a tile has, in place of our own choice."""
     (n, h), v = x.shape, weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
+    sweeps = n > 0 and shards is None and (with_dhidden or as_with_dhidden)
+    if fused and sweeps and k.takes_exponentials(x.dtype, weight, compute_dtype):
+        return _exponentials_fwd(k, x, weight, bias, y, transform, stats, with_dhidden)
     rows, columns = blocks or _blocks(n, v, h, acc, k.tile_bytes(x.device))
     if n and v and blocks is None and _reads_in_place(weight, compute_dtype):
         rows, columns = _traffic_blocks(n, v, acc, k.tile_bytes(x.device))
@@ -280,9 +290,22 @@ def _grouped_blocks(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, al
     return rows, columns, n if fit == n else fit - fit % rows
 
 
-def rows_kept_in_dw(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype) -> int:
-    """How many of n rows' logits path C keeps without a buffer of their own, if dW is wanted and they are one group."""
-    return _grouped_blocks(k, n, weight, acc, alone=True)[2]
+class Kept(NamedTuple):
+    """What path C keeps of a group's rows until it is known what these weigh, in bytes."""
+
+    of_row: int
+    buffer: int
+    """For n rows in one group, beside what is kept in the memory of dW."""
+
+
+def kept_bytes(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, exponentials: bool, dweight: bool) -> Kept:
+    """Of n rows. `exponentials`: and no logits; `dweight`: there is a dW."""
+    v = weight.shape[0]
+    if exponentials:
+        kept = _kept_columns(k, n, weight) if dweight else 0
+        return Kept(v * weight.dtype.itemsize, (v - kept) * k.padded_rows(n) * weight.dtype.itemsize)
+    row = v * acc.itemsize
+    return Kept(row, (n - (_grouped_blocks(k, n, weight, acc, alone=True)[2] if dweight else 0)) * row)
 
 
 def linear_logps_grouped(
@@ -298,11 +321,15 @@ def linear_logps_grouped(
     compute_dtype: torch.dtype,
     need: tuple[bool, bool, bool],
     stats: Sequence[str] = (),
+    exponentials: bool = False,
     shards: Shards | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Path C: the gradients of a sum over groups of rows, each product computed once. The products of one group are
-    kept, tile by tile, while `coefficients(i, logp [n], stats [K, n])` says what each row of group i weighs: in the
-    memory that dW is going to take, for `rows_kept_in_dw`, else in a buffer."""
+    """Path C: the gradients of a sum over groups of rows, each product computed once. The products of one group, or
+    `exponentials` for which `k` takes these operands, are kept, tile by tile, while `coefficients(i, logp [n], stats
+    [K, n])` says what each row of group i weighs: in the memory that dW is going to take where they fit, else in a
+    buffer of `kept_bytes`."""
+    if exponentials:
+        return _exponentials_grouped(k, x, weight, bias, y, transform, groups, coefficients, need, stats)
     n, v = x.shape[0], weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     largest = max((group.stop - group.start for group in groups), default=0)
@@ -368,12 +395,19 @@ def linear_logps_as_grouped(
     *,
     compute_dtype: torch.dtype,
     dweight: bool,
+    exponentials: bool = False,
     shards: Shards | None = None,
 ) -> Tensor:
     """[N] the log-probabilities of `linear_logps_grouped` (with a gradient of `weight` or not), to the bit, in path A's
     memory: the same products of the same tiles, folded in the same order."""
     largest = max((group.stop - group.start for group in groups), default=0)
     acc = accumulate_dtype(compute_dtype)
+    if exponentials:
+        kept = _kept_columns(k, largest, weight) if len(groups) == 1 and dweight else 0
+        sweep = k.exponentials(x, weight, bias, y, transform, (), largest, _sizes(weight.shape[0], kept), packed=True)
+        for group in groups:
+            sweep.write(group, None)
+        return torch.cat([sweep.finish(group)[0] for group in groups])
     rows, columns, _ = _grouped_blocks(k, largest, weight, acc, len(groups) == 1 and dweight)
     logps = x.new_empty(x.shape[0], dtype=acc)
     for group in groups:
@@ -392,3 +426,106 @@ def linear_logps_as_grouped(
         )
         logps[group] = found.logp
     return logps
+
+
+# Exponentials
+
+
+def _sizes(v: int, kept: int) -> list[int]:
+    """Vocabulary entries of each part: of what is kept in the memory of dW, and of the rest."""
+    return [kept, v - kept] if kept else [v]
+
+
+def _exponentials_fwd(
+    k: TileKernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    transform: LogitTransform,
+    stats: Sequence[str],
+    with_dhidden: bool,
+) -> LinearLogps:
+    """Path B, or its log-probabilities alone. A block of rows has all of the vocabulary, and so one product with W."""
+    (n, h), v = x.shape, weight.shape[0]
+    rows = k.exponential_rows(n, v, h, x.device)
+    sweep = k.exponentials(x, weight, bias, y, transform, stats, rows, _sizes(v, 0), packed=False)
+    if not with_dhidden:
+        for span in spans(n, rows):
+            sweep.write(span, None)
+        return LinearLogps(*sweep.finish(slice(0, n)), None)
+    sums = x.new_empty(n, h, dtype=torch.float32)
+    buffer = weight.new_empty(v, k.padded_rows(rows))
+    for span in spans(n, rows):
+        e = buffer[:, : span.stop - span.start]
+        sweep.write(span, [e])
+        k.product(e.t(), weight, sums[span])
+    found = sweep.finish(slice(0, n))
+    return LinearLogps(*found, sweep.dhidden(sums, sums))
+
+
+def _kept_columns(k: TileKernels, n: int, weight: Tensor) -> int:
+    """Of how many vocabulary entries, the first ones, the exponentials of n rows are kept in the memory of dW: at its
+    end, while dW is written from its beginning on, `DW_COLUMNS` ahead at least."""
+    v, h = weight.shape
+    kept = max(0, v - DW_COLUMNS) * h // max(k.padded_rows(n), h)
+    return kept - kept % ALIGNED
+
+
+def _dw_blocks(v: int, h: int, kept: int, stride: int) -> Iterator[slice]:
+    """Blocks of dW [v, h] in the order in which they are written. Each ends before the first of the kept exponentials,
+    `stride` apart at the end of its memory, that are still to be read, its own among them."""
+    start = 0
+    while start < kept:
+        stop = min(kept, (v * h - (kept - start) * stride) // h)
+        yield slice(start, stop)
+        start = stop
+    yield slice(kept, v)
+
+
+def _exponentials_grouped(
+    k: TileKernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    transform: LogitTransform,
+    groups: Sequence[slice],
+    coefficients: Callable[[int, Tensor, Tensor], Tensor],
+    need: tuple[bool, bool, bool],
+    stats: Sequence[str],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Path C: one product for dX and one for dW a group. A dW is rounded once: by its product if there is one group,
+    whose exponentials then lie in its memory as far as they fit; else it is summed in fp32."""
+    (n, h), v = x.shape, weight.shape[0]
+    largest, alone = max(group.stop - group.start for group in groups), len(groups) == 1
+    stride = k.padded_rows(largest)
+    kept = _kept_columns(k, largest, weight) if alone and need[1] else 0
+    dw = weight.new_empty(v, h) if need[1] else None
+    dw_sum = dw if alone or dw is None else torch.empty_like(dw, dtype=torch.float32)
+    db = weight.new_empty(v, dtype=torch.float32) if need[2] and bias is not None else None
+    sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
+    places = [weight.new_empty(v - kept, stride)]
+    if kept and dw is not None:
+        places.insert(0, dw.view(-1)[v * h - kept * stride :].view(kept, stride))
+    columns = [slice(0, v)] if not kept else [slice(0, kept), slice(kept, v)]
+    sweep = k.exponentials(x, weight, bias, y, transform, stats, largest, _sizes(v, kept), packed=True)
+    for i, group in enumerate(groups):
+        d = [place[:, : group.stop - group.start] for place in places]
+        sweep.write(group, d)
+        logp, _, values = sweep.finish(group)
+        sweep.to_dlogits_(d, group, coefficients(i, logp, values))
+        for part, block in zip(d, columns, strict=True):
+            if sums is not None:
+                k.product(part.t(), weight[block], sums[group], accumulate=block.start > 0)
+            if db is not None:
+                found = part.sum(1, dtype=db.dtype)
+                db[block] = found if i == 0 else db[block] + found
+        if dw_sum is not None:
+            for block in _dw_blocks(v, h, kept, stride):
+                part = d[0][block] if block.stop <= kept else d[-1][block.start - kept : block.stop - kept]
+                k.product(part, x[group], dw_sum[block], accumulate=i > 0)
+    dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
+    if dw is not None and dw_sum is not None and dw_sum is not dw:
+        dw.copy_(dw_sum)
+    return dx, dw, None if db is None or bias is None else db.to(bias.dtype)

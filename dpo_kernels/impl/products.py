@@ -39,6 +39,9 @@ def zero_rows_(out: Tensor, rows: Rows) -> None:
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+    if a.device.type == "cpu" and a.itemsize < 4:  # whose libraries may round partial sums
+        wide = torch.mm(a.float(), b.float())
+        return out.add_(wide) if accumulate else out.copy_(wide)
     if a.dtype == out.dtype:
         with _sums_in_fp32() if out.itemsize < 4 else contextlib.nullcontext():
             return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)

@@ -42,6 +42,10 @@ def linear_fold_(
     return False
 
 
+def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    return False
+
+
 def _transform_(
     a: Tensor, bias: Tensor | None, transform: LogitTransform, with_slope: bool = False
 ) -> tuple[Tensor, Tensor | None]:

@@ -14,15 +14,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_kernels.impl import triton_linear
+from dpo_kernels.impl import triton_exponentials, triton_linear
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, Rows, accumulate_dtype
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import out_tile as out_tile
 from dpo_kernels.impl.products import product as product
 from dpo_kernels.impl.products import zero_rows_ as zero_rows_
+from dpo_kernels.impl.triton_exponentials import exponential_rows as exponential_rows
+from dpo_kernels.impl.triton_exponentials import padded_rows as padded_rows
+from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_math import exp, one_minus_exp, to_logits, transform_constants
 
+exponentials = triton_exponentials.Exponentials
 TILE_BYTES = 128 * 2**20
 BLOCK_N, MAX_BLOCK_V, MAX_BLOCK_H = 1, 4096, 1024
 

@@ -35,6 +35,26 @@ TOP, TARGET, SUM, SUM_Z, SUM_EZ, SUM_SQ = (tl.constexpr(field) for field in rang
 FIELDS, STATS_FIELDS = 3, 6
 
 
+@triton.jit
+def products(
+    x_block_ptr, w_block_ptr, bias_ptr, stride_xn, stride_wv, is_row, columns, inside, H,
+    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """x.W + b of a block of rows and one of columns."""
+    n, v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)  # within a block, where int32 holds every offset
+    a = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
+    for first in range(0, H, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        x_place = n[:, None] * stride_xn + h[None, :]
+        w_place = v[None, :] * stride_wv + h[:, None]
+        x = tl.load(x_block_ptr + x_place, mask=is_row[:, None] & (h < H)[None, :], other=0.0)
+        w = tl.load(w_block_ptr + w_place, mask=inside[None, :] & (h < H)[:, None], other=0.0)
+        a = tl.dot(x, w, a)
+    if HAS_BIAS:
+        a += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    return a
+
+
 @triton.jit(do_not_specialize=["N", "split_blocks"], do_not_specialize_on_alignment=["y_ptr"])
 def linear_fold_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, part_ptr, argmax_ptr, stride_xn, stride_wv, N, V, H, split_blocks,
@@ -42,8 +62,7 @@ def linear_fold_fwd_kernel(
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     # Neighbouring programs have the same columns of the vocabulary: W is read from memory about once.
-    n, v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)  # within a block, where int32 holds every offset
-    rows = tl.program_id(0) * BLOCK_N + n
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split, splits = tl.program_id(1), tl.num_programs(1)
     is_row = rows < N
     x_block_ptr = x_ptr + tl.program_id(0).to(tl.int64) * BLOCK_N * stride_xn
@@ -59,19 +78,13 @@ def linear_fold_fwd_kernel(
 
     split_columns = split_blocks * BLOCK_V
     for start in range(split * split_columns, tl.minimum((split + 1) * split_columns, V), BLOCK_V):
-        columns = start + v
+        columns = start + tl.arange(0, BLOCK_V)
         inside = columns < V
         w_block_ptr = w_ptr + tl.cast(start, tl.int64) * stride_wv
-        a = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for first in range(0, H, BLOCK_H):
-            h = first + tl.arange(0, BLOCK_H)
-            x_place = n[:, None] * stride_xn + h[None, :]
-            w_place = v[None, :] * stride_wv + h[:, None]
-            x = tl.load(x_block_ptr + x_place, mask=is_row[:, None] & (h < H)[None, :], other=0.0)
-            w = tl.load(w_block_ptr + w_place, mask=inside[None, :] & (h < H)[:, None], other=0.0)
-            a = tl.dot(x, w, a)
-        if HAS_BIAS:
-            a += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        a = products(
+            x_block_ptr, w_block_ptr, bias_ptr, stride_xn, stride_wv, is_row, columns, inside, H,
+            HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
+        )  # fmt: skip
 
         z, _ = to_logits(a, INNER, OUTER)
         columns, inside = columns[None, :], inside[None, :]

@@ -24,6 +24,8 @@ from dpo_kernels.pair_groups import plan_groups
 
 # [N]: where rows lie (16), labels (8), the running sums of a sweep (64) and what they are finished in
 ROW_BYTES = 160
+# [N]: what about 16 parts of the vocabulary leave of a row, eight numbers each
+SPLIT_BYTES = 512
 # [P]: labels, masks, log-probabilities
 POSITION_BYTES = 32
 
@@ -72,7 +74,8 @@ def ours_bytes(
       library multiplies in.
     - B: the same and sums [N, H] in a; the backward multiplies and casts these.
     - C: x, dX in a, dW, its sums in a (a block of columns, or whole where pairs come in several groups), and the logits
-      of a group: those of `rows_kept_in_dw` in the memory of dW, the others in a buffer of a bytes a logit.
+      of a group: some in the memory of dW, the others in a buffer of a bytes a logit.
+    - B and C of kernels that store no logits: exponentials in their place, 2 bytes each, and for C weighted rows x.
     - D: x, dX in a, dW, a block of its sums, and a tile, as in A.
 
     At the end of each dX [N, H] is spread to [P, H]. How large tiles, groups and blocks are is asked of the functions
@@ -246,6 +249,17 @@ class _Tiles:
         return 0 if self.dtype == self.acc or rounded_by_product else columns * self.h * self.a
 
     @property
+    def exponentials(self) -> bool:
+        """Whether paths B and C store these, and no logits."""
+        weight = torch.empty(self.v, self.h, dtype=self.dtype, device="meta")
+        return is_fused(self.family) and self.k.takes_exponentials(self.dtype, weight, self.compute_dtype)
+
+    @property
+    def sums_of_rows(self) -> int:
+        """What the parts of the vocabulary leave of each row, and what that is put together in."""
+        return self.n * SPLIT_BYTES
+
+    @property
     def fused(self) -> bool:
         """Whether one kernel does the sweep of path A: where a GPU is there to ask."""
         halves = self.dtype == self.compute_dtype in (torch.bfloat16, torch.float16)
@@ -263,22 +277,32 @@ def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[int], str]:
     if torch.float16 in (t.dtype, t.compute_dtype):
         return [], "gradients in fp16 are formed after the loss scale"
     pair = torch.arange(t.n) % pairs
+    dweight, kept_as = t.weight.requires_grad, "exponentials" if t.exponentials else "logits"
     groups = plan_groups(
-        Rows(pair, pair), Halves(pairs), t.weight, t.acc, chunk_bytes, t.family, dweight=t.weight.requires_grad
-    )
+        Rows(pair, pair), Halves(pairs), t.weight, t.acc, chunk_bytes, t.family,
+        dweight=dweight, exponentials=t.exponentials,
+    )  # fmt: skip
     if groups is not None:
         which = "all pairs" if len(groups) == 1 else f"the pairs, in {len(groups)} groups,"
-        return [group.rows.stop - group.rows.start for group in groups], f"the logits of {which} fit in chunk_bytes"
-    row = t.v * t.a
-    in_one = (t.n - paths.rows_kept_in_dw(t.k, t.n, t.weight, t.acc)) * row
+        return [group.rows.stop - group.rows.start for group in groups], f"the {kept_as} of {which} fit in chunk_bytes"
+    kept = paths.kept_bytes(t.k, t.n, t.weight, t.acc, t.exponentials, dweight)
     sums = t.v * t.h * t.a if t.dtype != t.acc else 0
-    least = math.ceil(min(in_one, math.ceil(t.n / pairs) * row + sums) / 2**20)
-    what = "a pair's logits" + " and the sums of dW" * (sums > 0)
+    rows = t.k.padded_rows(math.ceil(t.n / pairs)) if t.exponentials else math.ceil(t.n / pairs)
+    least = math.ceil(min(kept.buffer, rows * kept.of_row + sums) / 2**20)
+    what = f"a pair's {kept_as}" + " and the sums of dW" * (sums > 0)
     return [], f"{what} exceed chunk_bytes; path C, with 3 products, needs {least} MiB of it"
 
 
 def _swept(t: _Tiles, positions: int, small: int, with_dhidden: bool) -> HeadMemory:
     """A and B."""
+    if with_dhidden and t.n and t.exponentials:
+        x, sums, rows = t.n * t.h * t.e, t.n * t.h * t.a, t.k.exponential_rows(t.n, t.v, t.h, t.device)
+        moments = {
+            "sums": small + x + sums + t.v * t.k.padded_rows(rows) * t.e + t.sums_of_rows,
+            "backward": small + 2 * sums,
+            "dX": small + x + positions * t.h * t.e,
+        }
+        return _highest(moments, positions * t.h * t.e, 2, t.n, "B")
     if t.n and paths._reads_in_place(t.weight, t.compute_dtype):
         t.set_blocks(*paths._traffic_blocks(t.n, t.v, t.acc, t.k.tile_bytes(t.device)))
     x, sums = t.n * t.h * t.e, t.n * t.h * t.a * with_dhidden
@@ -329,6 +353,13 @@ def _recomputed(t: _Tiles, positions: int, small: int) -> HeadMemory:
 def _grouped(t: _Tiles, sizes: list[int], positions: int, small: int) -> HeadMemory:
     """C."""
     largest, alone = max(sizes), len(sizes) == 1
+    if t.exponentials:
+        x, sums, dx, dw = (size * t.h for size in (t.n * t.e, t.n * t.a, positions * t.e, t.v * t.e))
+        kept = paths.kept_bytes(t.k, largest, t.weight, t.acc, True, alone).buffer
+        base = small + x + sums + dw + (0 if alone else t.v * t.h * t.a) + kept + t.sums_of_rows
+        moments = {"dW": base + largest * t.h * t.e, "cast": base + largest * t.h * t.e + x}
+        moments["dX"] = small + dw + x + dx
+        return _highest(moments, dw + dx, 3, t.n, "C")
     rows, columns, in_dw = paths._grouped_blocks(t.k, largest, t.weight, t.acc, alone)
     t.set_blocks(rows, columns)
     x, dx_sum, dx, dw = (size * t.h for size in (t.n * t.e, t.n * t.a, positions * t.e, t.v * t.e))

@@ -96,7 +96,7 @@ def cases_of(family: str, dtype: torch.dtype) -> list[Case]:
 
 
 def paths_of(family: str) -> tuple[str, ...]:
-    return dispatch.FORWARDS if dispatch.is_fused(family) else verdicts.PATHS
+    return tuple(path for path in verdicts.PATHS if path in dispatch.paths_of(family))
 
 
 class Inputs(NamedTuple):
@@ -326,7 +326,7 @@ def time_head(
     weight *= 2 / head.hidden**0.5
     for path in verdicts.PATHS:
         names = [name for name in families if not refused.intersection([name, (name, head.dtype)])]
-        names = [name for name in names if path in dispatch.FORWARDS or not dispatch.is_fused(name)]
+        names = [name for name in names if path in dispatch.paths_of(name)]
         ms: dict[str, list[float]] = {name: [] for name in names}
         why = ""
         for tokens in task["tokens"]:

@@ -19,6 +19,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dpo_kernels.impl.triton import MAX_BLOCK_H, MAX_BLOCK_V, dlogits_bwd_kernel, fold_fwd_kernel
+from dpo_kernels.impl.triton_exponentials import (
+    BLOCK_ROWS,
+    DLOGITS_BLOCK_N,
+    DLOGITS_BLOCK_V,
+    FAR,
+    JOIN_ROWS,
+    dhidden_kernel,
+    exp_dlogits_kernel,
+    exp_join_kernel,
+    linear_exp_fwd_kernel,
+)
+from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
 from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
 
 
@@ -61,15 +73,40 @@ def cases(capability):
             for stats in (False, True):
                 if storage == "fp16" and (stats or name != "plain"):
                     continue
+                where = {
+                    "INNER": inner, "OUTER": outer, "HAS_BIAS": name == "softcap", "BLOCK_N": BLOCK_N,
+                    "BLOCK_V": block_v(stats, name == "softcap", hopper=capability == 90), "BLOCK_H": BLOCK_H,
+                    "num_warps": NUM_WARPS, "num_stages": NUM_STAGES,
+                }  # fmt: skip
+                types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr"), f"*{storage}") | {"part_ptr": "*fp32"}
+                odd = ("V",) if name == "softcap" else ()
                 yield (
                     f"linear fold {storage} {name}{' stats' * stats}",
                     linear_fold_fwd_kernel,
-                    {**dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr"), f"*{storage}"), "part_ptr": "*fp32"},
-                    {"INNER": inner, "OUTER": outer, "HAS_BIAS": name == "softcap", "STATS": stats,
-                     "BLOCK_N": BLOCK_N, "BLOCK_V": block_v(stats, name == "softcap", hopper=capability == 90),
-                     "BLOCK_H": BLOCK_H, "num_warps": NUM_WARPS, "num_stages": NUM_STAGES},
-                    ("V",) if name == "softcap" else (),
-                )  # fmt: skip
+                    types,
+                    {**where, "STATS": stats},
+                    odd,
+                )
+                if storage == "fp16":
+                    continue
+                where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
+                for packed in (False, True):
+                    yield (
+                        f"linear exp {name}{' stats' * stats}{' packed' * packed}",
+                        linear_exp_fwd_kernel,
+                        types | {"shift_ptr": "*fp32", "e_ptr": "*i16" if packed else "*bf16"},
+                        {**where, "STATS": stats, "AGAIN": packed != stats, "PACKED": packed, "FAR": FAR},
+                        odd,
+                    )
+    join = {"SLOPE": 1.0, "HAS_SLOPE": True, "FAR": FAR, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
+    join |= {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
+    numbers = ("part", "shift", "logp", "norm", "stats", "scale", "label", "missing", "g", "sums")
+    types = {f"{name}_ptr": "*fp32" for name in numbers}
+    types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*i16"}
+    of_dlogits = {"BLOCK_N": DLOGITS_BLOCK_N, "BLOCK_V": DLOGITS_BLOCK_V, "num_warps": 4}
+    yield "rows join", exp_join_kernel, types, join, ()
+    yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
+    yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
 
 POINTERS = {"y_ptr": "*i64", "sequence_ptr": "*i64", "position_ptr": "*i64", "state_ptr": "*fp64", "argmax_ptr": "*i64"}
@@ -80,8 +117,8 @@ def compile_one(kernel, types, settings, odd, capability):
     options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
     constants = {name: value for name, value in settings.items() if name not in options}
     constants |= {name: value for name, value in UNIT.items() if name in kernel.arg_names}
-    if not constants["HAS_BIAS"]:
-        constants["bias_ptr"] = None
+    if not constants.get("HAS_BIAS"):
+        constants |= {"bias_ptr": None} if "bias_ptr" in kernel.arg_names else {}
     signature, attributes = {}, {}
     for parameter in kernel.params:
         name = parameter.name
