@@ -206,7 +206,7 @@ def _agreed_sizes(
     """[R] the entries of each rank, where the ranks are called with what fits together: else they would wait for one
     another, or compute nonsense."""
     needs = [t is not None and t.requires_grad and torch.is_grad_enabled() for t in (hidden, weight, bias)]
-    words = {name: _in_words(value) for name, value in options.items()}
+    words = {name: in_words(value) for name, value in options.items()}
     own = {
         "entries": weight.shape[0] if weight.dim() else 0,
         "bias": -1 if bias is None else bias.numel(),
@@ -261,24 +261,26 @@ def _refuse_other_options(words: Mapping[str, str], group: dist.ProcessGroup) ->
     """In one exchange more, which of them it is. All ranks know that they disagree."""
     everywhere: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everywhere, words, group=group)
-    for rank, other in enumerate(everywhere):
-        if other.keys() != everywhere[0].keys():
-            raise ValueError(
-                f"expected calls of one function on all ranks that share a head, got another on rank {rank}"
-            )
-    for name, first in everywhere[0].items():
-        for rank, other in enumerate(everywhere):
-            if other[name] != first:
-                raise ValueError(
-                    f"{name}: expected the same on all ranks that share a head, got {first:.200} on rank 0 and "
-                    f"{other[name]:.200} on rank {rank} of the group"
-                )
+    refuse_differences(everywhere, "that share a head")
     raise AssertionError("unreachable")
 
 
-def _in_words(value: object) -> str:
+def refuse_differences(everywhere: Sequence[Mapping[str, str]], ranks: str) -> None:
+    """Raises `ValueError`, the same on all ranks, for the first argument that is not the same on each. `everywhere`: of
+    each rank, arguments by name, `in_words`."""
+    for name in dict.fromkeys(name for words in everywhere for name in words):
+        first, *others = (words.get(name, "a call of another function") for words in everywhere)
+        for rank, other in enumerate(others, start=1):
+            if other != first:
+                raise ValueError(
+                    f"{name}: expected the same on all ranks {ranks}, got {first:.200} on rank 0 and {other:.200} on "
+                    f"rank {rank}"
+                )
+
+
+def in_words(value: object) -> str:
     if not isinstance(value, Tensor):
-        return f"{value!r}"
+        return f"{value}"
     if value.numel() <= 16:
         return f"{value.tolist()} of {value.dtype}"
     numbers = value.detach().double().view(torch.int64) if value.is_floating_point() else value.long()

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dpo_kernels.parallel import check_group, gather, is_dtensor
+from dpo_kernels.parallel import check_group, gather, in_words, is_dtensor, refuse_differences
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -44,17 +44,11 @@ class SequenceRanks:
         Raises:
             ValueError: ranks that disagree, or of which one was given what it refuses; the same on all of them.
         """
-        said = {name: _in_words(value) for name, value in values.items()}
+        said = {name: in_words(value) for name, value in values.items()}
         said["labels"] = f"{labelled.shape[0]} sequences"
         self.have_agreed = True
         everywhere = self._exchange((said, labelled.sum(1).tolist()))
-        for name, first in everywhere[0][0].items():
-            for rank, (other, _) in enumerate(everywhere):
-                if other.get(name) != first:
-                    raise ValueError(
-                        f"{name}: expected the same on all ranks of sequence_group, got {first:.200} on rank 0 and "
-                        f"{other.get(name, 'a call of another function'):.200} on rank {rank}"
-                    )
+        refuse_differences([words for words, _ in everywhere], "of sequence_group")
         self.counts = [counts for _, counts in everywhere]
         counts = torch.tensor(self.counts, dtype=torch.int64, device=labelled.device)
         return Whole(counts.sum(0), counts[: self.rank].sum(0), self.group)
@@ -148,12 +142,6 @@ def check_parts(ranks: SequenceRanks | None, shift: bool, weight: object = None,
             "shift: expected False with sequence_group, since what a part's last position predicts lies on another "
             "rank: shift the labels before they are split, got True"
         )
-
-
-def _in_words(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{value.tolist()} of {value.dtype}"
-    return f"{value}"
 
 
 def described(t: Tensor | None, shape: str = "") -> str:

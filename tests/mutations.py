@@ -548,7 +548,7 @@ MUTATIONS = {
         # sequences in parts: sums, positions, plans, memory that nobody wrote to, and ranks that wait for one another
         Mutation(SEQUENCES, "functools.reduce(torch.add, others, first)", "first + 0", SEQUENCE_TESTS),
         Mutation(SEQUENCES, "counts[: self.rank].sum(0)", "counts[: self.rank + 1].sum(0)", SEQUENCE_TESTS),
-        Mutation(SEQUENCES, "if other.get(name) != first:", "if False:", SEQUENCE_TESTS),
+        Mutation(PARALLEL, "            if other != first:\n", "            if False:\n", SEQUENCE_TESTS),
         Mutation(SEQUENCES, "            if ranks.have_agreed:\n", "            if True:\n", SEQUENCE_TESTS),
         Mutation(SEQUENCES, "t.requires_grad and torch.is_grad_enabled()", "False", SEQUENCE_TESTS),
         Mutation(SEQUENCES, "    if shift:\n", "    if False:\n", SEQUENCE_TESTS),
@@ -1039,8 +1039,8 @@ MUTATIONS = {
             "training/test_sharded_loop.py -k one_process",
         ),
         # a process that is waited for: for as long as accelerate says, nobody named, or those who wait, too
-        Mutation(SETUP, "            InitProcessGroupKwargs(timeout=timeout_of(config)),\n", "", LOST + " -k 'hangs'"),
-        Mutation(SETUP, ", microseconds=1)", ")", LOST + " -k 'timeout'"),
+        Mutation(SETUP, "            InitProcessGroupKwargs(timeout=config.timeout),\n", "", LOST + " -k 'hangs'"),
+        Mutation(CONFIG, ", microseconds=1)", ")", LOST + " -k 'timeout'"),
         Mutation(LOOP, "            heartbeat.beat(state.step + 1)\n", "", LOST + " -k 'killed'"),
         Mutation(HEARTBEAT, "            self._say(WAITS)\n", "", LOST + " -k 'killed'"),
         Mutation(HEARTBEAT, "self._say(in_one_line(error)[:1000])", "self._say(WAITS)", LOST + " -k 'of_its_own'"),

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from two_processes import run_in_two
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import native
@@ -540,7 +541,7 @@ def check_errors(world):
         (lambda: linear_dpo_loss(hidden, shard, labels, inputs.ref_logps + last, group=group), f"ref_logps: {alike}"),
         (
             (loss(shard, group=group) if last else logps(hidden, shard, group=group)),
-            "expected calls of one function on all ranks that share a head, got another on",
+            f"beta: {alike}, got a call of another function on rank 0 and 0.1 on rank",
         ),
         (logps(hidden, shard, group=group, sequence_group=group), "sequence_group: expected no rank but this one"),
         (logps(hidden, whole, sequence_group=group), "sequence_group: expected no rank but this one"),
@@ -567,6 +568,15 @@ def check_errors(world):
             assert "group: expected a process group with this rank" in str(error), error
         else:
             raise AssertionError("no error")
+
+
+def assert_ranks_found_nothing(module, folder, processes):
+    """Runs the script that this module is in so many processes, and reads what its checks found."""
+    run_in_two(module.__file__, folder, processes=processes)
+    for rank in range(processes):
+        found = json.loads((folder / f"{rank}.json").read_text())
+        outcomes = {check: found.get(check, "not run, after an earlier failure") for check in module.CHECKS}
+        assert not any(outcomes.values()), (rank, {check: said for check, said in outcomes.items() if said})
 
 
 def checks_of(module):

@@ -1,13 +1,11 @@
 """A head of which each rank has some entries of the vocabulary, in 2, 3 and 4 processes: `parallel_checks.py` says what
 they look at. Here is what they found."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from two_processes import run_in_two
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import paths
@@ -25,11 +23,7 @@ pytestmark = pytest.mark.skipif(dispatch.CPU_PROBLEM is not None, reason=f"impl 
 @pytest.mark.full(when=lambda processes: processes != 3)
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_ranks(processes, tmp_path):
-    run_in_two(parallel_checks.__file__, tmp_path, processes=processes)
-    for rank in range(processes):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        outcomes = {check: found.get(check, "not run, after an earlier failure") for check in parallel_checks.CHECKS}
-        assert not any(outcomes.values()), (rank, {check: said for check, said in outcomes.items() if said})
+    parallel_checks.assert_ranks_found_nothing(parallel_checks, tmp_path, processes)
 
 
 class Alone(VocabularyShards):

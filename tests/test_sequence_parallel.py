@@ -1,18 +1,17 @@
 """Sequences of which each rank has a part, in 2, 3 and 4 processes: `sequence_checks.py` says what they look at."""
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from two_processes import run_in_two
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.testing import head_inputs
 
 sys.path.append(str(Path(__file__).parent))
 import sequence_checks
+from parallel_checks import assert_ranks_found_nothing
 
 pytestmark = pytest.mark.skipif(dispatch.CPU_PROBLEM is not None, reason=f"impl 'cpu': {dispatch.CPU_PROBLEM}")
 
@@ -21,11 +20,7 @@ pytestmark = pytest.mark.skipif(dispatch.CPU_PROBLEM is not None, reason=f"impl 
 @pytest.mark.full(when=lambda processes: processes != 3)
 @pytest.mark.parametrize("processes", [2, 3, 4])
 def test_ranks(processes, tmp_path):
-    run_in_two(sequence_checks.__file__, tmp_path, processes=processes)
-    for rank in range(processes):
-        found = json.loads((tmp_path / f"{rank}.json").read_text())
-        outcomes = {check: found.get(check, "not run, after an earlier failure") for check in sequence_checks.CHECKS}
-        assert not any(outcomes.values()), (rank, {check: said for check, said in outcomes.items() if said})
+    assert_ranks_found_nothing(sequence_checks, tmp_path, processes)
 
 
 def test_within_a_compiled_graph(monkeypatch):

@@ -9,7 +9,7 @@ import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -268,13 +268,17 @@ def load_checkpoint(
 
     state, progress = load_state(path, identity)
     saved = load_file(path / WEIGHTS)
-    if saved.keys() != weights.keys():
-        odd = sorted(saved.keys() ^ weights.keys())
-        raise ValueError(f"{path} holds other trainable weights than this run: they differ in {', '.join(odd[:3])}")
+    check_trained(path, saved, weights)
     with torch.no_grad():
         for name, tensor in weights.items():
             tensor.copy_(saved[name])
     return state, progress
+
+
+def check_trained(path: Path, saved: Collection[str], weights: Collection[str]) -> None:
+    """Raises `ValueError` where others are trained, by their names, than the checkpoint has."""
+    if odd := sorted(set(saved) ^ set(weights)):
+        raise ValueError(f"{path} holds other trainable weights than this run: they differ in {', '.join(odd[:3])}")
 
 
 def load_state(path: Path, identity: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

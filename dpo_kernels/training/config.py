@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -244,6 +245,11 @@ class TrainConfig:
             raise ValueError(
                 f"dtype: expected float32 beside sharding {self.sharding!r} without LoRA, got {self.dtype!r}"
             )
+
+    @property
+    def timeout(self) -> timedelta:
+        """What no default of accelerate's is equal to: it leaves those out, and gloo's is another than NCCL's."""
+        return timedelta(seconds=self.ddp_timeout, microseconds=1)
 
     @property
     def evaluates(self) -> bool:

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +132,7 @@ def set_up(config: TrainConfig, accelerator: Accelerator) -> Run:
     check_runs(config.impl, accelerator.device)  # an error now rather than after the models are loaded
     in_shards = config.sharding in ("fsdp2", "zero3")  # the weights, and with them those of the reference
     if config.sharding != "none":
-        check_ready(accelerator, config.sharding, timeout_of(config))
+        check_ready(accelerator, config.sharding, config.timeout)
     check_settings(config, accelerator)
     if not accelerator.is_main_process:  # one voice is enough
         logging.getLogger("dpo_kernels").setLevel(logging.ERROR)
@@ -337,7 +336,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         kwargs_handlers=[
             DistributedDataParallelKwargs(broadcast_buffers=False),
-            InitProcessGroupKwargs(timeout=timeout_of(config)),
+            InitProcessGroupKwargs(timeout=config.timeout),
         ],
     )
     kind = accelerator.distributed_type.value
@@ -353,11 +352,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "ACCELERATE_USE_CPU=true in the environment"
         )
     return accelerator
-
-
-def timeout_of(config: TrainConfig) -> timedelta:
-    """What no default of accelerate's is equal to: it leaves those out, and gloo's is another than NCCL's."""
-    return timedelta(seconds=config.ddp_timeout, microseconds=1)
 
 
 def make_optimizer(trainable: list[nn.Parameter], config: TrainConfig, device: torch.device) -> torch.optim.AdamW:

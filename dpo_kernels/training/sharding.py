@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dpo_kernels.models.head import LMHead, unwrap
 from dpo_kernels.models.operands import name_of
-from dpo_kernels.training.checkpoint import tensor_digests
+from dpo_kernels.training.checkpoint import check_trained, tensor_digests
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -225,12 +225,7 @@ def load_shards(
     from torch.distributed import checkpoint
 
     saved = checkpoint.FileSystemReader(directory).read_metadata().state_dict_metadata
-    names = {name.partition("/")[2] for name in saved}
-    if names != weights.keys():
-        odd = sorted(names ^ weights.keys())
-        raise ValueError(
-            f"{directory.parent} holds other trainable weights than this run: they differ in {', '.join(odd[:3])}"
-        )
+    check_trained(directory.parent, {name.partition("/")[2] for name in saved}, weights)
     tensors: dict[str, Any] = {}
     for key in saved:
         entry, _, name = key.partition("/")

@@ -32,7 +32,7 @@ from dpo_kernels.training.checkpoint import (
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.policy import METRICS, damaged_weights, save_model, state_of_weights
 from dpo_kernels.training.saving import Saving, failures_named
-from dpo_kernels.training.setup import Run, timeout_of
+from dpo_kernels.training.setup import Run
 from dpo_kernels.training.sharding import from_all, group_for_saving, load_shards, save_shards, start_saving_shards
 from dpo_kernels.training.sizes import Sizes
 from dpo_kernels.training.values import in_one_line
@@ -115,7 +115,7 @@ class RunState:
         self.latest: dict[str, float] | None = None
         self.best: dict[str, float] | None = None
         self.saving: Saving | None = None
-        self.group = group_for_saving(timeout_of(run.config)) if run.config.async_checkpoints else None
+        self.group = group_for_saving(run.config.timeout) if run.config.async_checkpoints else None
         if run.checkpoint:
             self.load()
         self.metrics = None

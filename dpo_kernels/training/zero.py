@@ -15,7 +15,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_kernels.models.head import LMHead, unwrap
+from dpo_kernels.training.checkpoint import check_trained
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.sharding import WEIGHT, check_same_everywhere
 
@@ -80,8 +80,7 @@ class Zero:
         self.call = _Call(model, accelerator.autocast)
         settings = _settings(self.stage, config, model)
         if deepspeed.utils.groups._WORLD_GROUP is None:  # that of DeepSpeed's own making has PyTorch's timeout
-            timeout = timedelta(seconds=config.ddp_timeout)
-            deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=timeout)
+            deepspeed.utils.groups._WORLD_GROUP = torch.distributed.new_group(timeout=config.timeout)
         if self.stage == 3:
             head: Any = LMHead(model, at_output_layer=True).output_layer()
             deepspeed.zero.Init(module=self.call, config_dict_or_path=settings)  # weight by weight to the device
@@ -272,11 +271,7 @@ def load_parts(directory: Path, weights: Mapping[str, Tensor], zero: Zero, group
         name, _, begin = place.rpartition("/")
         if entry == WEIGHT:
             saved.setdefault(name, []).append((int(begin), tensor.size.numel()))
-    if saved.keys() != weights.keys():
-        odd = sorted(saved.keys() ^ weights.keys())
-        raise ValueError(
-            f"{directory.parent} holds other trainable weights than this run: they differ in {', '.join(odd[:3])}"
-        )
+    check_trained(directory.parent, saved, weights)
     assert zero.optimizer is not None
     parts = list(zero.parts(weights))
     tensors: dict[str, Tensor] = {"step": torch.zeros(())}

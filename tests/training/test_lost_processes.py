@@ -15,7 +15,6 @@ from dpo_kernels.training import heartbeat, loop
 from dpo_kernels.training.checkpoint import damage, list_checkpoints
 from dpo_kernels.training.config import TrainConfig
 from dpo_kernels.training.heartbeat import WAITS, Heartbeat, described, of_group
-from dpo_kernels.training.setup import timeout_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
@@ -160,7 +159,7 @@ def test_the_timeout_is_that_of_the_process_group(tmp_path, seconds):
     """Those that are accelerate's own defaults, too."""
     from accelerate.utils import InitProcessGroupKwargs
 
-    timeout = timeout_of(TrainConfig(ddp_timeout=seconds))
+    timeout = TrainConfig(ddp_timeout=seconds).timeout
     assert round(timeout.total_seconds(), 3) == seconds
     assert InitProcessGroupKwargs(timeout=timeout).to_kwargs() == {"timeout": timeout}
 
