@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "finish.cuh"
 #include "kernels.h"
 #include "math.cuh"
 #include "row.cuh"
@@ -238,39 +239,14 @@ __global__ void __launch_bounds__(kThreads) zero_kernel(GatheredRows<S> rows) {
   for (int p = threadIdx.x; p < packs; p += kThreads) at[p] = Pack<S, kPer<S>>{};
 }
 
-// One thread a row; what is computed is derived in dpo_kernels/impl/fold.py.
+// One thread a row.
 template <class T>
-__global__ void finish_kernel(FoldState state, const int64_t* y, int64_t n, int64_t v, Stats stats, T* logp, T* norm,
-                              T* values) {
+__global__ void finish_kernel(FoldState state, const int64_t* y, Finished<T> finished) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= n) return;
+  if (row >= finished.n) return;
   const auto field = [&](Field f) { return state.data[f * state.stride + row]; };
-  const double top = field(kMax), target = field(kTarget), sum = field(kSum), lead = target - top;
-  const double own = lead > 0 ? -log1p(sum * exp(-lead)) : lead - log(sum + exp(lead));
-  const double shift = larger(top, target), scale = exp(top - shift);
-  const double total = sum * scale + exp(target - shift), log_prob_of_top = (top - shift) - log(total);
-  logp[row] = static_cast<T>(own);
-  norm[row] = static_cast<T>(shift);
-  norm[n + row] = static_cast<T>(total);
-  for (int k = 0; k < stats.count; ++k) {
-    double value = 0;
-    switch (stats.names[k]) {
-      case kEntropy:
-        value = (own == -INFINITY ? 0 : -exp(own) * own) - scale / total * (field(kSumEz) + sum * log_prob_of_top);
-        break;
-      case kIsTop1:
-        value = target > top || (target == top && y[row] < state.argmax[row]);
-        break;
-      case kMeanLogit:
-        value = field(kSumZ) / static_cast<double>(v);
-        break;
-      default: {
-        const double a = log(field(kSumSq)) + 2 * log_prob_of_top, b = 2 * own, most = larger(a, b);
-        value = most == -INFINITY ? most : most + log1p(exp(-fabs(a - b)));
-      }
-    }
-    values[k * n + row] = static_cast<T>(value);
-  }
+  finished.write(row, {field(kMax), field(kMax), field(kTarget), field(kSum), field(kSumZ), field(kSumEz),
+                       field(kSumSq), y[row] < state.argmax[row]});
 }
 
 template <class Launch>
@@ -413,8 +389,8 @@ void finish(DType type, const FoldState& state, const int64_t* y, int64_t n, int
             void* norm, void* values, cudaStream_t stream) {
   const auto with = [&](auto t) {
     using T = decltype(t);
-    run(finish_kernel<T>, (n + kThreads - 1) / kThreads, 1, stream, state, y, n, v, stats, static_cast<T*>(logp),
-        static_cast<T*>(norm), static_cast<T*>(values));
+    run(finish_kernel<T>, (n + kThreads - 1) / kThreads, 1, stream, state, y,
+        Finished<T>{static_cast<T*>(logp), static_cast<T*>(norm), static_cast<T*>(values), n, v, stats});
   };
   type == DType::f64 ? with(double()) : with(float());
 }
