@@ -13,6 +13,15 @@
 namespace py = pybind11;
 using namespace dpo_kernels;
 
+namespace {
+cuda::Stats asked_for(const std::vector<int>& stats) {
+  cuda::Stats asked{static_cast<int>(stats.size()), {}};
+  if (stats.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
+  std::copy(stats.begin(), stats.end(), asked.names);
+  return asked;
+}
+}  // namespace
+
 PYBIND11_MODULE(_cuda, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   define_operands(m);
@@ -25,6 +34,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("BLOCK_COLUMNS") = cuda::kBlockColumns;
   m.attr("PART_FIELDS") = static_cast<int>(cuda::kPartFields);
   m.attr("PART_STATS_FIELDS") = static_cast<int>(cuda::kPartStatsFields);
+  m.attr("LABEL_FIELDS") = static_cast<int>(cuda::kLabelFields);
+  m.attr("LABEL_STATS_FIELDS") = static_cast<int>(cuda::kLabelStatsFields);
 
   const auto local = py::module_local();
   py::class_<cuda::GradRows>(m, "GradRows", local)
@@ -60,11 +71,8 @@ PYBIND11_MODULE(_cuda, m) {
       "finish",
       [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
          const std::vector<int>& stats, Address logp, Address norm, Address values, Address stream) {
-        cuda::Stats asked{static_cast<int>(stats.size()), {}};
-        if (stats.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
-        std::copy(stats.begin(), stats.end(), asked.names);
-        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, asked, as<void>(logp), as<void>(norm),
-                     as<void>(values), as<CUstream_st>(stream));
+        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, asked_for(stats), as<void>(logp),
+                     as<void>(norm), as<void>(values), as<CUstream_st>(stream));
       },
       release_gil());
   m.def(
@@ -78,14 +86,69 @@ PYBIND11_MODULE(_cuda, m) {
          const cuda::GradRows& grad,
          Address stream) { cuda::logits_bwd(dtype_of(dtype), logits, out, rows, grad, as<CUstream_st>(stream)); },
       release_gil());
+  py::class_<cuda::LinearProduct>(m, "LinearProduct", local)
+      .def(py::init([](const cuda::Matrix& x, const cuda::Matrix& w, Address bias, Address y, int64_t first,
+                       const Transform& transform, int splits) {
+        return cuda::LinearProduct{x, w, as<const void>(bias), as<const int64_t>(y), first, transform, splits};
+      }));
+  py::class_<cuda::Parts>(m, "Parts", local)
+      .def(py::init([](Address data, int64_t split_stride, int64_t field_stride, Address label, int64_t label_stride) {
+        return cuda::Parts{as<float>(data), split_stride, field_stride, as<float>(label), label_stride};
+      }));
+
   m.def(
       "linear_fold",
-      [](const std::string& dtype, const cuda::Matrix& x, const cuda::Matrix& w, Address bias, Address y,
-         const Transform& transform, const FoldState& state, int splits, Address part, Address part_argmax, bool stats,
+      [](const std::string& dtype, const cuda::LinearProduct& product, const cuda::Parts& parts, bool stats,
          int processors, Address stream) {
-        const cuda::LinearFold args{x,         w,      as<const void>(bias), as<const int64_t>(y),
-                                    transform, splits, as<float>(part),      as<int64_t>(part_argmax)};
-        cuda::linear_fold(dtype_of(dtype), args, state, stats, processors, as<CUstream_st>(stream));
+        cuda::linear_fold(dtype_of(dtype), product, parts, stats, processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "linear_exp",
+      [](const cuda::LinearProduct& product, const cuda::Parts& parts, int first_split, const cuda::Matrix& e,
+         bool packed, Address shift, int64_t shift_stride, Address far, double far_above, bool again, int all_splits,
+         bool stats, int processors, Address stream) {
+        const cuda::Exponentials out{e,         packed, as<float>(shift), shift_stride, as<int>(far),
+                                     far_above, again,  all_splits};
+        cuda::linear_exp(product, parts, first_split, out, stats, processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "linear_dlogits",
+      [](const cuda::LinearProduct& product, const cuda::Matrix& out, const cuda::GradRows& grad, Address missing,
+         int processors, Address stream) {
+        cuda::linear_dlogits(product, out, grad, as<float>(missing), processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "join",
+      [](const Transform& transform, const cuda::Parts& parts, int splits, int64_t n, int64_t v,
+         const std::vector<int>& stats, Address shift, double far_above, Address logp, Address norm, Address values,
+         Address top, Address scale, Address label, Address stream) {
+        const cuda::Joined out{as<float>(logp), as<float>(norm),  as<float>(values),
+                               as<float>(top),  as<float>(scale), as<float>(label)};
+        cuda::join(transform, parts, splits, n, v, asked_for(stats), as<const float>(shift),
+                   far_above, out, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "exp_dlogits",
+      [](const Transform& transform, const cuda::Matrix& e, Address y, int64_t first, Address shift,
+         int64_t shift_stride, Address top, Address scale, Address label, Address g, Address missing, Address stream) {
+        const cuda::PackedRows rows{as<const int64_t>(y),   first,
+                                    as<const float>(shift), shift_stride,
+                                    as<const float>(top),   as<const float>(scale),
+                                    as<const float>(label), as<const float>(g),
+                                    as<float>(missing)};
+        cuda::exp_dlogits(transform, e, rows, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "dhidden",
+      [](const std::string& out_dtype, const cuda::Matrix& sums, const cuda::Matrix& w, Address y, Address scale,
+         Address label, Address out, Address stream) {
+        cuda::dhidden(dtype_of(out_dtype), sums, w, as<const int64_t>(y), as<const float>(scale),
+                      as<const float>(label), as<void>(out), as<CUstream_st>(stream));
       },
       release_gil());
 }

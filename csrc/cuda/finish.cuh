@@ -29,7 +29,9 @@ struct Finished {
     logp[row] = static_cast<T>(own);
     norm[row] = static_cast<T>(largest);
     norm[n + row] = static_cast<T>(total);
-    for (int k = 0; k < stats.count; ++k) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      if (k >= stats.count) break;
       double value = 0;
       switch (stats.names[k]) {
         case kEntropy:
