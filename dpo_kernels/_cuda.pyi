@@ -6,6 +6,8 @@ CLUSTER_ROWS: int
 BLOCK_COLUMNS: int
 PART_FIELDS: int
 PART_STATS_FIELDS: int
+LABEL_FIELDS: int
+LABEL_STATS_FIELDS: int
 
 class Transform:
     def __init__(self, scale: float, softcap: float, temperature: float) -> None: ...
@@ -27,6 +29,14 @@ class GradRows:
 
 class Matrix:
     def __init__(self, data: int, rows: int, columns: int, stride: int) -> None: ...
+
+class LinearProduct:
+    def __init__(
+        self, x: Matrix, w: Matrix, bias: int, y: int, first: int, transform: Transform, splits: int
+    ) -> None: ...
+
+class Parts:
+    def __init__(self, data: int, split_stride: int, field_stride: int, label: int, label_stride: int) -> None: ...
 
 def fold(
     dtype: str,
@@ -55,17 +65,56 @@ def finish(
 def logits_fold(dtype: str, logits: LogitsRows, rows: Rows, state: FoldState, stats: bool, stream: int) -> None: ...
 def logits_bwd(dtype: str, logits: LogitsRows, out: LogitsRows, rows: Rows, grad: GradRows, stream: int) -> None: ...
 def linear_fold(
-    dtype: str,
-    x: Matrix,
-    w: Matrix,
-    bias: int,
-    y: int,
-    transform: Transform,
-    state: FoldState,
-    splits: int,
-    part: int,
-    part_argmax: int,
+    dtype: str, product: LinearProduct, parts: Parts, stats: bool, processors: int, stream: int
+) -> None: ...
+def linear_exp(
+    product: LinearProduct,
+    parts: Parts,
+    first_split: int,
+    e: Matrix,
+    packed: bool,
+    shift: int,
+    shift_stride: int,
+    far: int,
+    far_above: float,
+    again: bool,
+    all_splits: int,
     stats: bool,
     processors: int,
     stream: int,
 ) -> None: ...
+def linear_dlogits(
+    product: LinearProduct, out: Matrix, grad: GradRows, missing: int, processors: int, stream: int
+) -> None: ...
+def join(
+    transform: Transform,
+    parts: Parts,
+    splits: int,
+    n: int,
+    v: int,
+    stats: list[int],
+    shift: int,
+    far_above: float,
+    logp: int,
+    norm: int,
+    values: int,
+    top: int,
+    scale: int,
+    label: int,
+    stream: int,
+) -> None: ...
+def exp_dlogits(
+    transform: Transform,
+    e: Matrix,
+    y: int,
+    first: int,
+    shift: int,
+    shift_stride: int,
+    top: int,
+    scale: int,
+    label: int,
+    g: int,
+    missing: int,
+    stream: int,
+) -> None: ...
+def dhidden(out_dtype: str, sums: Matrix, w: Matrix, y: int, scale: int, label: int, out: int, stream: int) -> None: ...

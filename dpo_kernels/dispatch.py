@@ -41,7 +41,7 @@ FORWARDS = ("A", "D")
 FORWARD_OF: dict[str, Family] = {"cuda": "cuda_fused"}
 # Those that can store exponentials, and what an implementation's own name takes there: a tile costs more than its pass.
 SWEEPS = ("B", "C")
-SWEEP_OF: dict[str, Family] = {"triton": "triton_fused"}
+SWEEP_OF: dict[str, Family] = {"triton": "triton_fused", "cuda": "cuda_fused"}
 
 
 class Choice(NamedTuple):

@@ -6,14 +6,22 @@ of one tile. Kernels go to the current stream of their tensors' device, and noth
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import dpo_kernels._cuda as _cuda
+from dpo_kernels.impl import cuda_exponentials, cuda_linear
+from dpo_kernels.impl.cuda_exponentials import exponential_rows as exponential_rows
+from dpo_kernels.impl.cuda_exponentials import takes_exponentials as takes_exponentials
+from dpo_kernels.impl.cuda_linear import address as _address
+from dpo_kernels.impl.cuda_linear import matrix as _matrix
+from dpo_kernels.impl.cuda_linear import native as _transform
+from dpo_kernels.impl.cuda_linear import stream as _stream
+from dpo_kernels.impl.cuda_linear import type_name as _type
+from dpo_kernels.impl.exponentials import padded_rows as padded_rows
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import (
     STATS,
@@ -27,6 +35,9 @@ from dpo_kernels.impl.interface import (
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import product as product
 
+exponentials = cuda_exponentials.Exponentials
+recomputed = cuda_exponentials.Recomputed
+
 TILE_BYTES = 128 * 2**20
 
 
@@ -36,7 +47,7 @@ def description() -> str:
 
 def has_fused_forward(device: torch.device) -> bool:
     """Whether path A in half precision can be one kernel instead of products of tiles: on Hopper."""
-    return _machine(device)[0]
+    return cuda_linear.machine(device)[0]
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -53,9 +64,24 @@ def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class CudaFold(Fold):
-    """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E."""
+    """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E. Its state
+    comes to be where tiles are folded."""
+
+    def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
+        self.y, self.names, self._dtype = y, tuple(stats), dtype
+        self.in_one_kernel: tuple[cuda_linear.Sums, LogitTransform] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("state", "argmax", *_STATE):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        super().__init__(self.y, self._dtype, self.names)
+        return getattr(self, name)
 
     def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        if self.in_one_kernel is not None:
+            assert dtype == torch.float32
+            sums, transform = self.in_one_kernel
+            return sums.join(vocab_size, transform, self.names)
         n = self.y.shape[0]
         self.logp, self.norm, values = (
             self.state.new_empty(*shape, dtype=dtype) for shape in ((n,), (2, n), (len(self.names), n))
@@ -74,34 +100,11 @@ class CudaFold(Fold):
         return torch.exp(self.max - shift) / total
 
 
+_STATE = ("max", "target", "label_slope", "sum", "sum_z", "sum_ez", "sum_sq")
+
+
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
     return CudaFold(y.contiguous(), torch.float64, stats)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _type(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
-
-
-def _stream(t: Tensor) -> int:
-    """The current one of its device. (On the CPU, where tests run the kernels, there is none.)"""
-    return torch.cuda.current_stream(t.device).cuda_stream if t.device.type == "cuda" else 0
-
-
-def _machine(device: torch.device) -> tuple[bool, int]:
-    """Whether it is a Hopper GPU, and its number of multiprocessors."""
-    if device.type != "cuda":
-        return True, 4
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major == 9, properties.multi_processor_count
-
-
-def _transform(transform: LogitTransform) -> _cuda.Transform:
-    scale, softcap, temperature = transform
-    return _cuda.Transform(scale, softcap or 0.0, temperature)
 
 
 def _state(fold: Fold, rows: slice = slice(None)) -> _cuda.FoldState:
@@ -117,57 +120,20 @@ def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> 
     return _cuda.Tile(_address(a), n, v, columns.start, _address(y), _address(columns.bias), _transform(transform))
 
 
-@functools.lru_cache
-def splits_of(n: int, v: int, multiprocessors: int) -> int:
-    """How many parts of the vocabulary keep the clusters busiest, the fewest that come within 1% of the best."""
-    clusters = max(1, multiprocessors // _cuda.CLUSTER_BLOCKS)
-    groups_of_rows, column_blocks = math.ceil(n / _cuda.CLUSTER_ROWS), math.ceil(v / _cuda.BLOCK_COLUMNS)
-    # blocks of columns that the busiest cluster goes through
-    blocks = [
-        math.ceil(groups_of_rows * splits / clusters) * math.ceil(column_blocks / splits)
-        for splits in range(1, min(column_blocks, 4 * clusters) + 1)
-    ]
-    enough = 1.01 * min(blocks)
-    return 1 + next(i for i, count in enumerate(blocks) if count <= enough)
-
-
-def _matrix(t: Tensor) -> _cuda.Matrix:
-    return _cuda.Matrix(_address(t), t.shape[0], t.shape[1], t.stride(0))
-
-
-def _can_be_copied_in_boxes(t: Tensor, dtype: torch.dtype) -> bool:
-    """What the tensor memory accelerator asks of a matrix."""
-    rows = t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0
-    return t.dtype == dtype and t.stride(1) == 1 and rows and t.data_ptr() % 16 == 0
-
-
 def linear_fold_(
     fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
 ) -> bool:
-    hopper, multiprocessors = _machine(x.device)
-    (n, _), v = x.shape, weight.shape[0]
-    if (
-        not (hopper and n)
-        or compute_dtype not in (torch.bfloat16, torch.float16)
-        or not all(_can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight))
-        or (transform.softcap is None and abs(transform.slope) < torch.finfo(torch.float32).tiny)  # 0 times infinity
-    ):
+    hopper, _ = cuda_linear.machine(x.device)
+    half = compute_dtype in (torch.bfloat16, torch.float16)
+    if not (hopper and half and x.shape[0]):
         return False
-    stats = bool(fold.names)
-    splits = splits_of(n, v, multiprocessors)
-    part = x.new_empty(_cuda.PART_STATS_FIELDS if stats else _cuda.PART_FIELDS, splits, n, dtype=torch.float32)
-    part_argmax = fold.y.new_empty(splits if stats else 0, n)
+    if not all(cuda_linear.can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight)):
+        return False
+    assert isinstance(fold, CudaFold)
     rounded_bias = None if bias is None else bias.to(compute_dtype).contiguous()
-    with torch.cuda.device_of(x):
-        _cuda.linear_fold(
-            _type(x), _matrix(x), _matrix(weight), _address(rounded_bias), _address(fold.y), _transform(transform),
-            _state(fold), splits, _address(part), _address(part_argmax), stats, multiprocessors, _stream(x),
-        )  # fmt: skip
+    sums = cuda_linear.fold(x, weight, rounded_bias, fold.y, transform, bool(fold.names))
+    fold.in_one_kernel = sums, transform
     return True
-
-
-def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
-    return False
 
 
 def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool) -> None:
