@@ -37,6 +37,7 @@ constexpr int kXBytes = kRows * kRowBytes, kWBytes = kColumns * kRowBytes, kStag
 // A warpgroup's rows of so many columns are stored at once; there are two of these, so that one can be filled while the
 // other is copied.
 constexpr int kPieceColumns = 64, kPieceBytes = kPieceColumns * 64 * 2, kPieces = 2;
+static_assert(kColumns / kPieceColumns % kPieces == 0);
 constexpr int kSharedBytes = kStages * kStageBytes + kFolders * kPieces * kPieceBytes +
                              2 * kStages * static_cast<int>(sizeof(Barrier));
 static_assert(kSharedBytes + 1024 <= 228 * 1024, "more shared memory than a multiprocessor of Hopper has");
@@ -46,7 +47,7 @@ constexpr int kEntries = kColumns / 4;  // of one row that a thread has: two row
 
 // The work items and their order, the same for all threads.
 struct Schedule {
-  int row_pairs, splits, column_blocks;
+  int clusters, row_pairs, splits, column_blocks, split_blocks;
   const int* only;  // null, or [N]: pairs of blocks of rows whose first row has no 1 here are left out
 
   __device__ int items() const { return row_pairs * splits; }
@@ -63,9 +64,7 @@ struct Schedule {
   __device__ bool skips(const Item& item) const {
     return only != nullptr && only[static_cast<int64_t>(item.row_pair) * kClusterRows] == 0;
   }
-  __device__ int boundary(int split) const {
-    return static_cast<int>(static_cast<int64_t>(split) * column_blocks / splits);
-  }
+  __device__ int boundary(int split) const { return min(split * split_blocks, column_blocks); }
 };
 
 // A ring of stages, as one of the sides that go round it sees it.
@@ -101,9 +100,9 @@ constexpr uint64_t kNextTerms = 16 * 2 / 16;
 __device__ void copy_tiles(const CUtensorMap& x_map, const CUtensorMap& w_map, const Shared& shared, Schedule schedule,
                            int depths) {
   constexpr int half = kColumns / kCluster;
-  const int rank = static_cast<int>(cluster_rank()), clusters = static_cast<int>(gridDim.x) / kCluster;
+  const int rank = static_cast<int>(cluster_rank());
   Stage stage;
-  for (int i = static_cast<int>(blockIdx.x) / kCluster; i < schedule.items(); i += clusters) {
+  for (int i = static_cast<int>(blockIdx.x) / kCluster; i < schedule.items(); i += schedule.clusters) {
     const Schedule::Item item = schedule[i];
     if (schedule.skips(item)) continue;
     const int row = (item.row_pair * kCluster + rank) * kRows;
@@ -127,7 +126,7 @@ struct Problem {
   const void* bias;  // or null
   int n, v, depths;
   int64_t first;       // y's number of the first of the v entries
-  float inner, outer;  // outer > 0; inner is of either sign
+  float inner, outer_log2e;  // exp(outer x) is 2^(outer_log2e x); outer > 0, inner is of either sign
   Schedule schedule;
   Parts parts;
   int first_split;
@@ -181,9 +180,9 @@ struct RowFold {
 
   // What is largest in the block of columns, in each of the four threads of the row.
   __device__ __forceinline__ void raise(const Problem& p, int row, int block, float most) {
-    const float outer_log2e = p.outer * kLog2E, next = fmaxf(top, most);
+    const float next = fmaxf(top, most);
     if (kTo != Epilogue::shifted) {
-      const float rescale = exp2f((top - next) * outer_log2e);
+      const float rescale = exp2f((top - next) * p.outer_log2e);
       if (kStats) {
         sum_ez = (sum_ez + sum * fmaxf(top - next, -FLT_MAX)) * rescale;
         sum_sq *= rescale * rescale;
@@ -197,8 +196,8 @@ struct RowFold {
   }
 
   // Takes an entry, -inf if it does not count, and says what is stored of it.
-  __device__ __forceinline__ float entry(float u, float slope, int k, float outer_log2e) {
-    const float shifted = u - shift(), e = exp2f(shifted * outer_log2e);
+  __device__ __forceinline__ float entry(const Problem& p, float u, float slope, int k) {
+    const float shifted = u - shift(), e = exp2f(shifted * p.outer_log2e);
     part[k] += e;
     if (kStats) {
       sum_ez += e * fmaxf(shifted, -FLT_MAX);  // 0 times -inf is to be 0
@@ -247,17 +246,15 @@ struct RowGradient {
 
   __device__ __forceinline__ void begin(const Problem& p, int row) {
     if (row >= p.n) return;
-    const float weight = p.g[row] * p.slope;
     shift_log2e = p.norm[row] * kLog2E;
-    factor = -weight / p.norm[p.norm_stride + row];
-    own = -expm1f(p.logp[row]) * weight;
+    factor = -p.g[row] * p.slope / p.norm[p.norm_stride + row];
   }
   __device__ __forceinline__ void label(const Problem& p, int row, int, float, float slope) {
-    own *= slope;
+    own = -expm1f(p.logp[row]) * (p.g[row] * p.slope) * slope;
     p.missing[row] = own - widen(narrow<__nv_bfloat16>(own));
   }
-  __device__ __forceinline__ float entry(float u, float slope, int, float outer_log2e) {
-    return exp2f(fmaf(u, outer_log2e, -shift_log2e)) * factor * slope;
+  __device__ __forceinline__ float entry(const Problem& p, float u, float slope, int) {
+    return exp2f(fmaf(u, p.outer_log2e, -shift_log2e)) * factor * slope;
   }
   __device__ __forceinline__ void end_block() {}
   __device__ __forceinline__ void end(const Problem&, int, int) {}
@@ -273,31 +270,31 @@ __device__ __forceinline__ uint32_t narrow_pair(float a, float b) {
   }
 }
 
-// A warpgroup's way to store 64 rows of kPieceColumns columns at a time. A column is 128 bytes of a piece, swizzled.
+// A warpgroup's way to store its 64 rows of kPieceColumns columns through a piece of shared memory, where a column is 128
+// bytes, swizzled. Consecutive ones have different pieces.
 struct Stores {
-  const CUtensorMap& map;
-  unsigned char* pieces;
-  int folder, thread, next = 0;
+  unsigned char* piece;
+  int folder;
 
-  __device__ __forceinline__ unsigned char* piece() const { return pieces + next * kPieceBytes; }
+  __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x) % kGroup; }
 
-  __device__ __forceinline__ void begin() {
-    if (thread == 0) stores_wait<kPieces - 1>();  // what this piece had before has been read
+  __device__ __forceinline__ void begin() const {
+    if (thread() == 0) stores_wait<kPieces - 1>();  // what this piece had before has been read
     group_sync(1 + folder);
   }
   // This thread's pairs of columns from 8 j on, of its two rows, and from 8 (j + 1) on.
-  __device__ __forceinline__ void put(int j, const uint32_t (&numbers)[4]) {
-    const int lane = thread % 32, matrix = lane / 8, of_16_bytes = thread / 32 * 2 + matrix % 2;
-    store_transposed(piece() + (8 * (j + matrix / 2) + lane % 8) * 128 + (of_16_bytes ^ lane % 8) * 16, numbers);
+  __device__ __forceinline__ void put(int j, const uint32_t (&numbers)[4]) const {
+    const int lane = thread() % 32, matrix = lane / 8, of_16_bytes = thread() / 32 * 2 + matrix % 2;
+    store_transposed(piece + (8 * (j + matrix / 2) + lane % 8) * 128 + (of_16_bytes ^ lane % 8) * 16, numbers);
   }
-  __device__ __forceinline__ void end(int row, int column) {
+  // row: the thread's; the first one's counts.
+  __device__ __forceinline__ void end(const CUtensorMap& map, int row, int column) const {
     fence_before_stores();
     group_sync(1 + folder);
-    if (thread == 0) {
-      store_box(map, piece(), row, column);
+    if (thread() == 0) {
+      store_box(map, piece, row, column);
       stores_commit();
     }
-    next = (next + 1) % kPieces;
   }
 };
 
@@ -309,9 +306,7 @@ __device__ void multiply_and_fold(const Problem& p, const CUtensorMap& e_map, co
   constexpr float kNothing = kCapped ? -FLT_MAX : -INFINITY;
   const int thread = static_cast<int>(threadIdx.x) % kGroup, lane = thread % 32;
   const int folder = static_cast<int>(threadIdx.x) / kGroup - 1;
-  const int row_in_block = folder * 64 + thread / 32 * 16 + lane / 4;
-  const int rank = static_cast<int>(cluster_rank()), clusters = static_cast<int>(gridDim.x) / kCluster;
-  const float outer_log2e = p.outer * kLog2E;
+  const int rank = static_cast<int>(cluster_rank());
   const T* bias = static_cast<const T*>(p.bias);
   const auto release = [&](int stage) {  // to both blocks, which fill it with their halves of W
     if (lane < kCluster) barrier_arrive_at(shared.empty(stage), lane);
@@ -326,12 +321,11 @@ __device__ void multiply_and_fold(const Problem& p, const CUtensorMap& e_map, co
   };
 
   Stage stage;
-  Stores stores{e_map, shared.piece(folder, 0), folder, thread};
-  for (int i = static_cast<int>(blockIdx.x) / kCluster; i < p.schedule.items(); i += clusters) {
+  for (int i = static_cast<int>(blockIdx.x) / kCluster; i < p.schedule.items(); i += p.schedule.clusters) {
     const Schedule::Item item = p.schedule[i];
-    if (p.schedule.skips(item)) continue;
-    const int first_row = (item.row_pair * kCluster + rank) * kRows;
-    const int row = first_row + row_in_block;
+    if (kTo == Epilogue::shifted && p.schedule.skips(item)) continue;
+    const int thread_now = thread_read_anew() - kGroup;  // kept, its place in the block would be a register too many
+    const int row = (item.row_pair * kCluster + rank) * kRows + thread_now / 32 * 16 + thread_now % 32 / 4;
     Row rows[2];  // `row` and row + 8
     int label[2];
 #pragma unroll
@@ -419,7 +413,9 @@ __device__ void multiply_and_fold(const Problem& p, const CUtensorMap& e_map, co
 #pragma unroll
       for (int piece = 0; piece < kColumns / kPieceColumns; ++piece) {
         const int first_column = block * kColumns + piece * kPieceColumns;
-        if (kStores && p.stores) stores.begin();
+        const bool stored = kStores && p.stores;
+        const Stores stores{shared.piece(folder, piece % kPieces), folder};
+        if (stored) stores.begin();
 #pragma unroll
         for (int j = 0; j < kPieceColumns / 8; j += 2) {
           uint32_t numbers[4];
@@ -433,14 +429,14 @@ __device__ void multiply_and_fold(const Problem& p, const CUtensorMap& e_map, co
               float slope;
               const float u = logit(acc[4 * group + 2 * r + k], slope);
               if constexpr (kStats && kCapped) rows[r].sum_z += u == -INFINITY ? 0 : u;
-              written[k] = rows[r].entry(u, slope, k, outer_log2e);
+              written[k] = rows[r].entry(p, u, slope, k);
               if constexpr (!Row::kFolds) written[k] = column == label[r] ? rows[r].own : written[k];
             }
             numbers[i] = narrow_pair<kTo>(written[0], written[1]);
           }
-          if (kStores && p.stores) stores.put(j, numbers);
+          if (stored) stores.put(j, numbers);
         }
-        if (kStores && p.stores) stores.end(first_row + folder * 64, first_column);
+        if (stored) stores.end(e_map, row, first_column);
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) rows[r].end_block();
@@ -502,7 +498,7 @@ CUtensorMap tensor_map(DType type, const Matrix& m, int rows, int columns) {
 int blocks_of(int64_t size, int of) { return static_cast<int>((size + of - 1) / of); }
 
 // What all epilogues have in common.
-Problem problem(const LinearProduct& args) {
+Problem problem(const LinearProduct& args, int processors) {
   const Scales scales(args.transform);
   Problem p = {};
   p.y = args.y;
@@ -512,27 +508,28 @@ Problem problem(const LinearProduct& args) {
   p.depths = blocks_of(args.x.columns, kDepth);
   p.first = args.first;
   p.inner = static_cast<float>(scales.inner);
-  p.outer = static_cast<float>(scales.outer);
-  p.schedule = {blocks_of(args.x.rows, kClusterRows), args.splits, blocks_of(args.w.rows, kColumns), nullptr};
+  p.outer_log2e = static_cast<float>(scales.outer * kLog2E);
+  const int row_pairs = blocks_of(args.x.rows, kClusterRows);
+  const int clusters = std::min(row_pairs * args.splits, std::max(1, processors / kCluster));
+  const int column_blocks = blocks_of(args.w.rows, kColumns);
+  p.schedule = {clusters, row_pairs, args.splits, column_blocks, blocks_of(column_blocks, args.splits), nullptr};
   return p;
 }
 
 template <class T, bool kCapped, bool kStats, Epilogue kTo>
-void launch(DType type, const LinearProduct& args, const Matrix& e, const Problem& p, int processors,
-            cudaStream_t stream) {
+void launch(DType type, const LinearProduct& args, const Matrix& e, const Problem& p, cudaStream_t stream) {
   const auto kernel = linear_fold_kernel<T, kCapped, kStats, kTo>;
   const CUtensorMap x = tensor_map(type, args.x, kRows, kDepth);
   const CUtensorMap w = tensor_map(type, args.w, kColumns / kCluster, kDepth);
   const CUtensorMap stored = p.stores ? tensor_map(DType::bf16, e, kPieceColumns, 64) : CUtensorMap{};
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "shared memory of the fused forward");
-  const int clusters = std::min(p.schedule.row_pairs * p.schedule.splits, std::max(1, processors / kCluster));
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(clusters * kCluster);
+  config.gridDim = dim3(p.schedule.clusters * kCluster);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
@@ -542,27 +539,27 @@ void launch(DType type, const LinearProduct& args, const Matrix& e, const Proble
 }
 
 template <class T, Epilogue kTo>
-void launch_fold(DType type, const LinearProduct& args, const Matrix& e, const Problem& p, bool stats, int processors,
+void launch_fold(DType type, const LinearProduct& args, const Matrix& e, const Problem& p, bool stats,
                  cudaStream_t stream) {
   const bool capped = args.transform.softcap != 0;
   const auto run = capped ? (stats ? launch<T, true, true, kTo> : launch<T, true, false, kTo>)
                           : (stats ? launch<T, false, true, kTo> : launch<T, false, false, kTo>);
-  run(type, args, e, p, processors, stream);
+  run(type, args, e, p, stream);
 }
 
 }  // namespace
 
 void linear_fold(DType type, const LinearProduct& args, const Parts& parts, bool stats, int processors,
                  cudaStream_t stream) {
-  Problem p = problem(args);
+  Problem p = problem(args, processors);
   p.parts = parts;
-  type == DType::bf16 ? launch_fold<__nv_bfloat16, Epilogue::fold>(type, args, {}, p, stats, processors, stream)
-                      : launch_fold<__half, Epilogue::fold>(type, args, {}, p, stats, processors, stream);
+  type == DType::bf16 ? launch_fold<__nv_bfloat16, Epilogue::fold>(type, args, {}, p, stats, stream)
+                      : launch_fold<__half, Epilogue::fold>(type, args, {}, p, stats, stream);
 }
 
 void linear_exp(const LinearProduct& args, const Parts& parts, int first_split, const Exponentials& out, bool stats,
                 int processors, cudaStream_t stream) {
-  Problem p = problem(args);
+  Problem p = problem(args, processors);
   p.parts = parts;
   p.first_split = first_split;
   p.stores = out.e.data != nullptr;
@@ -575,12 +572,12 @@ void linear_exp(const LinearProduct& args, const Parts& parts, int first_split, 
   if (out.again) p.schedule.only = out.far;
   const auto run =
       out.packed ? launch_fold<__nv_bfloat16, Epilogue::packed> : launch_fold<__nv_bfloat16, Epilogue::shifted>;
-  run(DType::bf16, args, out.e, p, stats, processors, stream);
+  run(DType::bf16, args, out.e, p, stats, stream);
 }
 
 void linear_dlogits(const LinearProduct& args, const Matrix& out, const GradRows& grad, float* missing, int processors,
                     cudaStream_t stream) {
-  Problem p = problem(args);
+  Problem p = problem(args, processors);
   p.stores = true;
   p.norm = static_cast<const float*>(grad.norm);
   p.norm_stride = grad.norm_stride;
@@ -590,7 +587,7 @@ void linear_dlogits(const LinearProduct& args, const Matrix& out, const GradRows
   p.missing = missing;
   const auto run = args.transform.softcap != 0 ? launch<__nv_bfloat16, true, false, Epilogue::dlogits>
                                                : launch<__nv_bfloat16, false, false, Epilogue::dlogits>;
-  run(DType::bf16, args, out, p, processors, stream);
+  run(DType::bf16, args, out, p, stream);
 }
 
 }  // namespace dpo_kernels::cuda

@@ -47,7 +47,7 @@ def description() -> str:
 
 def has_fused_forward(device: torch.device) -> bool:
     """Whether path A in half precision can be one kernel instead of products of tiles: on Hopper."""
-    return cuda_linear.machine(device)[0]
+    return cuda_linear._machine(device)[0]
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -123,7 +123,7 @@ def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> 
 def linear_fold_(
     fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
 ) -> bool:
-    hopper, _ = cuda_linear.machine(x.device)
+    hopper, _ = cuda_linear._machine(x.device)
     half = compute_dtype in (torch.bfloat16, torch.float16)
     if not (hopper and half and x.shape[0]):
         return False

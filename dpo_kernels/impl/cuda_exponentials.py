@@ -24,14 +24,14 @@ from dpo_kernels.impl.interface import GradRows, LogitTransform
 def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
     """Whether there is such a product for rows x of this dtype and weight [V, H]: with rows that can be made dense."""
     bf16 = x_dtype == weight.dtype == compute_dtype == torch.bfloat16
-    hopper, _ = cuda_linear.machine(weight.device)
+    hopper, _ = cuda_linear._machine(weight.device)
     v, h = weight.shape
     return bf16 and hopper and v > 0 and h % 8 == 0 and cuda_linear.can_be_copied_in_boxes(weight, compute_dtype)
 
 
 def exponential_rows(n: int, v: int, h: int, device: torch.device) -> int:
     """How many rows of exponentials path B has at a time."""
-    _, multiprocessors = cuda_linear.machine(device)
+    _, multiprocessors = cuda_linear._machine(device)
     return waves.rows_at_a_time(n, v, h, multiprocessors, EXP_BYTES, _cuda.CLUSTER_BLOCKS)
 
 
@@ -76,7 +76,7 @@ class Exponentials:
         self.x, self.y, self.weight = _dense(x), y.contiguous(), weight
         self.transform, self.names, self.packed = transform, tuple(stats), packed
         n, bias = x.shape[0], _bias(bias, weight.dtype)
-        _, self.multiprocessors = cuda_linear.machine(x.device)
+        _, self.multiprocessors = cuda_linear._machine(x.device)
         self.parts, first, splits, blocks = list[_Part](), 0, 0, 0
         for size in sizes:
             own = cuda_linear.splits_of(rows, size, self.multiprocessors)
@@ -143,7 +143,7 @@ class Recomputed:
         self.y, self.logp, self.g = y.contiguous(), logp.float().contiguous(), g.float().contiguous()
         self.norm = norm.float().contiguous()
         self.missing = torch.empty_like(self.logp)
-        _, self.multiprocessors = cuda_linear.machine(x.device)
+        _, self.multiprocessors = cuda_linear._machine(x.device)
 
     def write(self, block: slice, out: Tensor) -> None:
         n, v = self.x.shape[0], block.stop - block.start

@@ -40,7 +40,7 @@ def native(transform: LogitTransform) -> _cuda.Transform:
     return _cuda.Transform(scale, softcap or 0.0, temperature)
 
 
-def machine(device: torch.device) -> tuple[bool, int]:
+def _machine(device: torch.device) -> tuple[bool, int]:
     """Whether it is a Hopper GPU, and its number of multiprocessors. What has no memory is asked for a plan: of the
     GPU that is here."""
     if device.type == "meta" and torch.cuda.is_available():
@@ -52,9 +52,11 @@ def machine(device: torch.device) -> tuple[bool, int]:
 
 
 def splits_of(n: int, v: int, multiprocessors: int) -> int:
-    """How many parts of the vocabulary keep the clusters busiest."""
+    """How many parts of the vocabulary keep the clusters busiest: all have as many blocks of columns, but the last."""
     clusters = max(1, multiprocessors // _cuda.CLUSTER_BLOCKS)
-    return waves.splits_of(math.ceil(n / _cuda.CLUSTER_ROWS), math.ceil(v / _cuda.BLOCK_COLUMNS), clusters)
+    blocks = math.ceil(v / _cuda.BLOCK_COLUMNS)
+    splits = waves.splits_of(math.ceil(n / _cuda.CLUSTER_ROWS), blocks, clusters)
+    return math.ceil(blocks / math.ceil(blocks / splits))
 
 
 def can_be_copied_in_boxes(t: Tensor, dtype: torch.dtype) -> bool:
@@ -127,7 +129,7 @@ class Sums(NamedTuple):
 
 def fold(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transform: LogitTransform, stats: bool) -> Sums:
     """Of all of x.W^T [N, V], for at least one row."""
-    _, multiprocessors = machine(x.device)
+    _, multiprocessors = _machine(x.device)
     splits = splits_of(x.shape[0], weight.shape[0], multiprocessors)
     sums = Sums.empty(x.shape[0], splits, stats, x)
     with torch.cuda.device_of(x):

@@ -306,6 +306,7 @@ inline void finish(Fiber& f, int pending) {
 
 namespace dpo_kernels {
 
+inline int thread_read_anew() { return static_cast<int>(threadIdx.x); }
 inline uint32_t cluster_rank() { return emulation::state.current->block->rank; }
 inline void cluster_sync() { emulation::meet(emulation::state.cluster, emulation::state.running, "cluster_sync"); }
 
