@@ -176,8 +176,10 @@ MUTATIONS = {
         # the last of equal segments
         Mutation(CPU, "if (kStats && segment_max > old_max)", "if (kStats && segment_max >= old_max)", ON_CPU),
         # cancels
-        Mutation(FINISH, "lead > 0 ? -log1p(sum * exp(-lead)) : lead", "lead", "test_logps.py -k 'cpu and confident'"),
-        Mutation(FINISH, "y[row] < state.argmax[row]", "y[row] <= state.argmax[row] + 1", ON_CPU),
+        Mutation(
+            FINISH, "lead > 0 ? -log1p(of.sum * exp(-lead)) : lead", "lead", "test_logps.py -k 'cpu and confident'"
+        ),
+        Mutation(FINISH, "y < state.argmax[row]", "y <= state.argmax[row] + 1", ON_CPU),
         Mutation(CPU, "-::expm1(logp[row]) * g[row]", "(1 - static_cast<T>(::exp(logp[row]))) * g[row]", ON_CPU),
         # a wrong stride
         Mutation(

@@ -404,9 +404,8 @@ void finish(DType dtype, const FoldState& state, const int64_t* y, int64_t n, in
             void* norm, void* values, int threads) {
   const auto with = [&](auto t) {
     using T = decltype(t);
-    for_rows(n, threads, [&](int64_t row) {
-      finish_row(state, y, row, n, v, stats, static_cast<T*>(logp), static_cast<T*>(norm), static_cast<T*>(values));
-    });
+    const Finished<T> finished{static_cast<T*>(logp), static_cast<T*>(norm), static_cast<T*>(values), n, v, stats};
+    for_rows(n, threads, [&](int64_t row) { finished.write(row, row_sums(state, row, y[row])); });
   };
   dtype == DType::f64 ? with(double()) : with(float());
 }
