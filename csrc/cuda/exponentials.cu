@@ -5,7 +5,6 @@
 #include <stdexcept>
 
 #include "exponentials.cuh"
-#include "finish.cuh"
 #include "row.cuh"
 
 namespace dpo_kernels::cuda {

@@ -8,7 +8,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "finish.cuh"
 #include "kernels.h"
 #include "math.cuh"
 #include "row.cuh"

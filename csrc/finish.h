@@ -1,10 +1,18 @@
 // What the sums of a whole row say; derived in dpo_kernels/impl/fold.py.
 #pragma once
 
-#include "kernels.h"
-#include "math.cuh"
+#include <cmath>
 
-namespace dpo_kernels::cuda {
+#include "tiles.h"
+
+namespace dpo_kernels {
+
+enum Stat { kEntropy, kIsTop1, kMeanLogit, kLogSumSqProbs };
+// Those that are asked for, in their order.
+struct Stats {
+  int count;
+  int names[4];
+};
 
 // Of a row's entries beside the label: their largest, and sums over them of e = exp(z - shift), e (z - shift) and e^2,
 // with a shift that is no larger than `top`. sum_z is of all entries.
@@ -21,16 +29,15 @@ struct Finished {
   Stats stats;
 
   // Returns what exp(z - shift) is multiplied by to be a probability.
-  __device__ __forceinline__ double write(int64_t row, const RowSums& of) const {
+  DPO_HOST_DEVICE double write(int64_t row, const RowSums& of) const {
     const double lead = of.target - of.shift;
     const double own = lead > 0 ? -log1p(of.sum * exp(-lead)) : lead - log(of.sum + exp(lead));
-    const double largest = larger(of.top, of.target), scale = exp(of.shift - largest);
+    const double largest = of.top > of.target ? of.top : of.target, scale = exp(of.shift - largest);
     const double total = of.sum * scale + exp(of.target - largest), log_prob_of_shift = (of.shift - largest) - log(total);
     logp[row] = static_cast<T>(own);
     norm[row] = static_cast<T>(largest);
     norm[n + row] = static_cast<T>(total);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) {
+    for (int k = 0; k < 4; ++k) {  // unrolled, so that no name is looked up in memory
       if (k >= stats.count) break;
       double value = 0;
       switch (stats.names[k]) {
@@ -44,7 +51,7 @@ struct Finished {
           value = of.sum_z / static_cast<double>(v);
           break;
         default: {
-          const double a = log(of.sum_sq) + 2 * log_prob_of_shift, b = 2 * own, most = larger(a, b);
+          const double a = log(of.sum_sq) + 2 * log_prob_of_shift, b = 2 * own, most = a > b ? a : b;
           value = most == -INFINITY ? most : most + log1p(exp(-fabs(a - b)));
         }
       }
@@ -54,4 +61,12 @@ struct Finished {
   }
 };
 
-}  // namespace dpo_kernels::cuda
+// Of one row of a state; y: its label.
+DPO_HOST_DEVICE RowSums row_sums(const FoldState& state, int64_t row, int64_t y) {
+  const double* at = state.data + row;
+  const auto field = [&](Field f) { return at[f * state.stride]; };
+  return {field(kMax), field(kMax), field(kTarget), field(kSum), field(kSumZ), field(kSumEz), field(kSumSq),
+          y < state.argmax[row]};
+}
+
+}  // namespace dpo_kernels
