@@ -4,9 +4,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "finish.h"
 #include "tiles.h"
 
 namespace dpo_kernels {
@@ -26,6 +29,13 @@ inline DType dtype_of(const std::string& name) {
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
   throw std::invalid_argument("dtype: expected float32, float64, bfloat16 or float16, got '" + name + "'");
+}
+
+inline Stats stats_of(const std::vector<int>& names) {
+  Stats stats{static_cast<int>(names.size()), {}};
+  if (names.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
+  std::copy(names.begin(), names.end(), stats.names);
+  return stats;
 }
 
 inline void define_operands(py::module_& m) {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def check_finite(x: Tensor, rows: Rows, waits: bool) -> None:
         return
     # the extremes: NaN is passed on, and nothing of the size of x is made
     low, high = x.aminmax()
-    if low.isfinite() & high.isfinite():
+    if math.isfinite(low.item()) and math.isfinite(high.item()):
         return
     broken = torch.nonzero(~x.isfinite().all(1))[:, 0]
     s, t = rows.sequence[broken[0]].item(), rows.position[broken[0]].item()

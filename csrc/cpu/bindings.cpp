@@ -92,6 +92,14 @@ PYBIND11_MODULE(_native, m) {
       },
       release_gil());
   m.def(
+      "finish",
+      [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
+         const std::vector<int>& stats, Address logp, Address norm, Address values, int threads) {
+        kernels->finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, stats_of(stats), as<void>(logp),
+                        as<void>(norm), as<void>(values), threads);
+      },
+      release_gil());
+  m.def(
       "transpose",
       [](Address a, Address out, int64_t n, int64_t v, int threads) {
         kernels->transpose(as<const float>(a), as<float>(out), n, v, threads);

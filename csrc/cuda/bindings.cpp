@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -12,13 +10,6 @@
 
 namespace py = pybind11;
 using namespace dpo_kernels;
-
-static cuda::Stats asked(const std::vector<int>& stats) {
-  cuda::Stats found{static_cast<int>(stats.size()), {}};
-  if (stats.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
-  std::copy(stats.begin(), stats.end(), found.names);
-  return found;
-}
 
 PYBIND11_MODULE(_cuda, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -70,7 +61,7 @@ PYBIND11_MODULE(_cuda, m) {
       "finish",
       [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
          const std::vector<int>& stats, Address logp, Address norm, Address values, Address stream) {
-        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, asked(stats), as<void>(logp), as<void>(norm),
+        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, stats_of(stats), as<void>(logp), as<void>(norm),
                      as<void>(values), as<CUstream_st>(stream));
       },
       release_gil());
@@ -79,7 +70,7 @@ PYBIND11_MODULE(_cuda, m) {
       [](const std::string& dtype, const LogitsRows& logits, const cuda::Labels& labels, int64_t v,
          int64_t num_labelled, const std::vector<int>& stats, Address logp, Address norm, Address values, Address fit,
          Address stream) {
-        cuda::logits_fwd(dtype_of(dtype), logits, labels, v, num_labelled, asked(stats), as<void>(logp), as<void>(norm),
+        cuda::logits_fwd(dtype_of(dtype), logits, labels, v, num_labelled, stats_of(stats), as<void>(logp), as<void>(norm),
                          as<void>(values), as<int>(fit), as<CUstream_st>(stream));
       },
       release_gil());

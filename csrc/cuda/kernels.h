@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../finish.h"
 #include "../tiles.h"
 
 namespace dpo_kernels::cuda {
@@ -53,11 +54,6 @@ void linear_fold(DType type, const LinearFold&, const FoldState&, bool stats, in
 
 // What a finished state says of each row, of `type`: logp [N], norm [2, N], and the statistics [count, N] that `stats`
 // names, in its order. See dpo_kernels/impl/fold.py, whose `finish` this is.
-enum Stat { kEntropy, kIsTop1, kMeanLogit, kLogSumSqProbs };
-struct Stats {
-  int count;
-  int names[4];
-};
 void finish(DType type, const FoldState&, const int64_t* y, int64_t n, int64_t v, const Stats& stats, void* logp,
             void* norm, void* values, cudaStream_t);
 

@@ -233,54 +233,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4)
   });
 }
 
-// A row that a sweep is done with; what is computed of it is derived in dpo_kernels/impl/fold.py.
-struct FinishedRow {
-  double top, target, sum, sum_z, sum_ez, sum_sq;
-  bool label_is_first;  // of it and the entry where the maximum is
-
-  // Row `n` of `rows`, with v entries.
-  template <class T>
-  __device__ void write(int64_t n, int64_t rows, int64_t v, const Stats& stats, T* logp, T* norm, T* values) const {
-    const double lead = target - top;
-    const double own = lead > 0 ? -log1p(sum * exp(-lead)) : lead - log(sum + exp(lead));
-    const double shift = larger(top, target), scale = exp(top - shift);
-    const double total = sum * scale + exp(target - shift), log_prob_of_top = (top - shift) - log(total);
-    logp[n] = static_cast<T>(own);
-    norm[n] = static_cast<T>(shift);
-    norm[rows + n] = static_cast<T>(total);
-    for (int k = 0; k < stats.count; ++k) {
-      double value = 0;
-      switch (stats.names[k]) {
-        case kEntropy:
-          value = (own == -INFINITY ? 0 : -exp(own) * own) - scale / total * (sum_ez + sum * log_prob_of_top);
-          break;
-        case kIsTop1:
-          value = target > top || (target == top && label_is_first);
-          break;
-        case kMeanLogit:
-          value = sum_z / static_cast<double>(v);
-          break;
-        default: {
-          const double a = log(sum_sq) + 2 * log_prob_of_top, b = 2 * own, most = larger(a, b);
-          value = most == -INFINITY ? most : most + log1p(exp(-fabs(a - b)));
-        }
-      }
-      values[k * rows + n] = static_cast<T>(value);
-    }
-  }
-};
-
 // One thread a row.
 template <class T>
-__global__ void finish_kernel(FoldState state, const int64_t* y, int64_t n, int64_t v, Stats stats, T* logp, T* norm,
-                              T* values) {
+__global__ void finish_kernel(FoldState state, const int64_t* y, Finished<T> finished) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= n) return;
-  const auto field = [&](Field f) { return state.data[f * state.stride + row]; };
-  const FinishedRow finished{field(kMax),   field(kTarget), field(kSum),
-                             field(kSumZ),  field(kSumEz),  field(kSumSq),
-                             y[row] < state.argmax[row]};
-  finished.write(row, n, v, stats, logp, norm, values);
+  if (row < finished.n) finished.write(row, row_sums(state, row, y[row]));
 }
 
 // Sequence and place in it of position n.
@@ -317,25 +274,23 @@ __device__ void check_labels(const Labels& labels, int v, int64_t num_labelled, 
 // The first block looks whether labels fit; each other one has a position, of which it reads nothing if it is ignored.
 template <class S, bool kStats, class T = typename Accumulate<S>::T>
 __global__ void __launch_bounds__(kThreads, kStats || sizeof(S) == 8 ? 2 : 4)
-    logits_fwd_kernel(LogitsRows logits, Labels labels, int v, int64_t num_labelled, Stats stats, T* logp, T* norm,
-                      T* values, int* fit) {
+    logits_fwd_kernel(LogitsRows logits, Labels labels, int64_t num_labelled, Finished<T> finished, int* fit) {
+  const int v = static_cast<int>(finished.v);
   if (blockIdx.x == 0) return check_labels(labels, v, num_labelled, fit);
   const int n = blockIdx.x - 1;
   const auto [s, t] = position_of(labels, n);
-  const int64_t count = labels.count(), y = labels.at(s, t);
+  const int64_t y = labels.at(s, t);
   if (y == labels.ignore_index) {
-    for (int k = threadIdx.x; k < 3 + stats.count; k += kThreads) {
-      (k == 0 ? logp : k < 3 ? norm + (k - 1) * count : values + (k - 3) * count)[n] = 0;
-    }
+    if (threadIdx.x == 0) finished.write_zeros(n);
     return;
   }
   const Row<S> row = row_of<S>(logits, s, t, v);
   const int label = label_among(y, v);
   const T target = threadIdx.x == 0 && label >= 0 ? widen(row[label]) : -INFINITY;
-  const auto [top, sum, sum_z, sum_ez, sum_sq, argmax] = fold_row<kStats>(row, PlainEntries<T>(), label);
+  const RowFold<T> found = fold_row<kStats>(row, PlainEntries<T>(), label);
   if (threadIdx.x != 0) return;
-  const FinishedRow finished{top, target, sum, sum_z, sum_ez, sum_sq, label < argmax};
-  finished.write(n, count, v, stats, logp, norm, values);
+  finished.write(n, {found.top, found.top, target, found.sum, found.sum_z, found.sum_ez, found.sum_sq,
+                     label < found.argmax});
 }
 
 // Zeros where there is no label, of which no logit is read.
@@ -449,9 +404,10 @@ void logits_fwd(DType type, const LogitsRows& logits, const Labels& labels, int6
   for_type(type, [&](auto s) {
     using S = decltype(s);
     using T = typename Accumulate<S>::T;
+    const Finished<T> finished{static_cast<T*>(logp), static_cast<T*>(norm), static_cast<T*>(values),
+                               labels.count(),        entries(v),            stats};
     run(stats.count != 0 ? logits_fwd_kernel<S, true> : logits_fwd_kernel<S, false>, 1 + labels.count(), 1, stream,
-        logits, labels, entries(v), num_labelled, stats, static_cast<T*>(logp), static_cast<T*>(norm),
-        static_cast<T*>(values), fit);
+        logits, labels, num_labelled, finished, fit);
   });
 }
 
@@ -469,8 +425,8 @@ void finish(DType type, const FoldState& state, const int64_t* y, int64_t n, int
             void* norm, void* values, cudaStream_t stream) {
   const auto with = [&](auto t) {
     using T = decltype(t);
-    run(finish_kernel<T>, (n + kThreads - 1) / kThreads, 1, stream, state, y, n, v, stats, static_cast<T*>(logp),
-        static_cast<T*>(norm), static_cast<T*>(values));
+    run(finish_kernel<T>, (n + kThreads - 1) / kThreads, 1, stream, state, y,
+        Finished<T>{static_cast<T*>(logp), static_cast<T*>(norm), static_cast<T*>(values), n, v, stats});
   };
   type == DType::f64 ? with(double()) : with(float());
 }

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 import dpo_kernels._cuda as _cuda
-from dpo_kernels.impl.fold import Fold
+from dpo_kernels.impl.fold import CompiledFold, Fold, stats_numbers
 from dpo_kernels.impl.interface import (
-    STATS,
     Columns,
     GradPositions,
     GradRows,
@@ -53,25 +52,17 @@ def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
     return a.view(dtype)[:, :v]  # the first half of each row
 
 
-class CudaFold(Fold):
+class CudaFold(CompiledFold):
     """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E."""
 
     def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.y.shape[0]
-        self.logp, self.norm, values = (
-            self.state.new_empty(*shape, dtype=dtype) for shape in ((n,), (2, n), (len(self.names), n))
-        )
+        self.logp, self.norm, values = self.empty_results(dtype)
         with torch.cuda.device_of(self.y):
             _cuda.finish(
-                _type(self.logp), _state(self), _address(self.y), n, vocab_size, _stats(self.names),
-                _address(self.logp), _address(self.norm), _address(values), _stream(self.y),
+                _type(self.logp), _state(self), _address(self.y), self.y.shape[0], vocab_size,
+                stats_numbers(self.names), _address(self.logp), _address(self.norm), _address(values), _stream(self.y),
             )  # fmt: skip
         return self.logp, self.norm, values
-
-    @property
-    def others(self) -> Tensor:
-        shift, total = self.norm.double()
-        return torch.exp(self.max - shift) / total
 
 
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
@@ -236,10 +227,6 @@ def _labels(labels: Tensor, ignore_index: int) -> _cuda.Labels:
     return _cuda.Labels(_address(labels), stride_s, stride_t, sequences, length, ignore_index)
 
 
-def _stats(names: Sequence[str]) -> list[int]:
-    return [STATS.index(name) for name in names]
-
-
 def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
     y, acc, v = labels.y, accumulate_dtype(logits.dtype), logits.shape[-1]
     logp, norm, values = (logits.new_empty(*lead, *y.shape, dtype=acc) for lead in ((), (2,), (len(stats),)))
@@ -247,7 +234,7 @@ def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> t
     with torch.cuda.device_of(logits):
         _cuda.logits_fwd(
             _type(logits), _logits(logits), _labels(y, labels.ignore_index), v,
-            -1 if labels.num_labelled is None else labels.num_labelled, _stats(stats),
+            -1 if labels.num_labelled is None else labels.num_labelled, stats_numbers(stats),
             _address(logp), _address(norm), _address(values), _address(fit), _stream(logits),
         )  # fmt: skip
     check_labels(fit, labels, v)
