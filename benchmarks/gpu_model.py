@@ -426,6 +426,17 @@ def table(gpu_name: str, impl: str, size: tuple[int, int, int]) -> str:
     return "\n".join([title, *aligned(lines)])
 
 
+def markdown(size: tuple[int, int, int], gpu_name: str = "H200") -> str:
+    """As README.md has it: `x g` of the paths, best to expected."""
+    gpu, impls = GPUS[gpu_name], ("cuda", "triton", "tiles")
+    lines = ["| path | CUDA on Hopper | Triton | tiles of logits | target |", "|---|---|---|---|---|"]
+    for path in ("A", "B", "C, 4 GiB", "D"):
+        of_impls = [predict(path, impl, gpu, size) for impl in impls]
+        cells = [f"{found.over_g(best=True):.2f} to {found.over_g():.2f}" for found in of_impls]
+        lines.append("| " + " | ".join([path, *cells, f"{TARGETS[path]:.2f}" if path in TARGETS else ""]) + " |")
+    return "\n".join(lines)
+
+
 def listed(path: str, found: Prediction) -> str:
     """What is launched, in order."""
     lines = [[path, "launches", "product", "% of waves", "MB", "us, best", "expected"]]
@@ -450,6 +461,7 @@ def main() -> None:
     add("--gpu", choices=GPUS, default="H200", help="default: %(default)s")
     add("--impl", choices=ASSUMED, help="default: what runs there")
     add("--launches", action="store_true", help="and each launch of each path")
+    add("--markdown", action="store_true", help="the tables of README.md instead")
     args = parser.parse_args()
     given = (args.rows, args.hidden, args.vocab)
     if None in given and any(given) or any(size is not None and size < 1 for size in given):
@@ -457,7 +469,14 @@ def main() -> None:
     gpu = GPUS[args.gpu]
     if args.impl and args.impl not in (*implementations(gpu), "tiles"):
         parser.error(f"--impl cuda: products with our epilogues are Hopper's; {args.gpu} has {implementations(gpu)}")
-    for size in [given] if args.rows else SIZES:
+    sizes = [given] if args.rows else SIZES
+    if args.markdown:
+        if not gpu.sm_90a:
+            parser.error("--markdown: of a Hopper GPU, where all implementations run")
+        for size in sizes:
+            print("N {}, H {}, V {}:\n\n{}\n".format(*size, markdown(size, args.gpu)))
+        return
+    for size in sizes:
         for impl in [args.impl] if args.impl else implementations(gpu):
             print(table(args.gpu, impl, size) + "\n")
             if args.launches:

@@ -86,7 +86,32 @@ def test_any_size_on_any_gpu(run, gpu_model, gpu):
     assert "linear_exp_fwd_kernel" in found and "us, best" in found
 
 
-@pytest.mark.parametrize("arguments", [("--rows", "8"), ("--gpu", "A100", "--impl", "cuda"), ("--gpu", "V100")])
+def test_commands_of_the_readme(run):
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    commands = re.findall(r"^ +python benchmarks/gpu_model.py(.*?)(?:  # .*)?$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert "% of waves" in run(*command.split())
+
+
+def test_figures_of_the_readme(run, gpu_model):
+    """And of docs/gpu.md, which has the first size."""
+    tables = run("--markdown").strip().split("\n\n")
+    printed = dict(zip(tables[::2], tables[1::2], strict=True))
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    stated = re.findall(r"^(N .*:)\n\n((?:\|.*\n)+)", text, re.MULTILINE)
+    assert len(stated) == 2 and all(printed[size] == table.strip() for size, table in stated)
+    docs = (ROOT / "docs" / "gpu.md").read_text()
+    for line in printed["N 8192, H 4096, V 128256:"].splitlines()[2:]:
+        path, *figures, target, _ = [cell.strip() for cell in line.strip("|").split("|")] + [""]
+        figures = " | ".join(f"{figure} g" for figure in figures)
+        assert re.search(rf"^\| {path[0]}, .* \| {re.escape(figures)} \| {target}", docs, re.MULTILINE), path
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("--rows", "8"), ("--gpu", "A100", "--impl", "cuda"), ("--gpu", "A100", "--markdown"), ("--gpu", "V100")],
+)
 def test_what_cannot_be_predicted_is_refused(run, capsys, arguments):
     with pytest.raises(SystemExit):
         run(*arguments)
