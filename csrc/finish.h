@@ -59,6 +59,12 @@ struct Finished {
     }
     return scale / total;
   }
+
+  // Of a row that is not to count.
+  DPO_HOST_DEVICE void write_zeros(int64_t row) const {
+    logp[row] = norm[row] = norm[n + row] = 0;
+    for (int k = 0; k < stats.count; ++k) values[k * n + row] = 0;
+  }
 };
 
 // Of one row of a state; y: its label.

@@ -52,10 +52,6 @@ inline void define_operands(py::module_& m) {
       .def(py::init([](Address data, int64_t stride_s, int64_t stride_t, int64_t stride_v) {
         return LogitsRows{as<void>(data), stride_s, stride_t, stride_v};
       }));
-  py::class_<Rows>(m, "Rows", local)
-      .def(py::init([](Address sequence, Address position, Address y, int64_t n, int64_t v) {
-        return Rows{as<const int64_t>(sequence), as<const int64_t>(position), as<const int64_t>(y), n, v};
-      }));
 }
 
 }  // namespace dpo_kernels

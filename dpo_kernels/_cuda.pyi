@@ -21,9 +21,6 @@ class Tile:
 class LogitsRows:
     def __init__(self, data: int, stride_s: int, stride_t: int, stride_v: int) -> None: ...
 
-class Rows:
-    def __init__(self, sequence: int, position: int, y: int, n: int, v: int) -> None: ...
-
 class GradRows:
     def __init__(self, norm: int, norm_stride: int, logp: int, g: int) -> None: ...
 
@@ -38,6 +35,14 @@ class LinearProduct:
 class Parts:
     def __init__(self, data: int, split_stride: int, field_stride: int, label: int, label_stride: int) -> None: ...
 
+class Positions:
+    def __init__(self, data: int, stride_s: int, stride_t: int) -> None: ...
+
+class Labels:
+    def __init__(
+        self, data: int, stride_s: int, stride_t: int, sequences: int, length: int, ignore_index: int
+    ) -> None: ...
+
 def fold(
     dtype: str,
     tile: Tile,
@@ -49,7 +54,6 @@ def fold(
     stream: int,
 ) -> None: ...
 def dlogits(dtype: str, tile: Tile, out_dtype: str, out: Matrix, grad: GradRows, value: int, stream: int) -> None: ...
-def zero_rows(dtype: str, out: LogitsRows, rows: Rows, stream: int) -> None: ...
 def finish(
     dtype: str,
     state: FoldState,
@@ -62,8 +66,30 @@ def finish(
     values: int,
     stream: int,
 ) -> None: ...
-def logits_fold(dtype: str, logits: LogitsRows, rows: Rows, state: FoldState, stats: bool, stream: int) -> None: ...
-def logits_bwd(dtype: str, logits: LogitsRows, out: LogitsRows, rows: Rows, grad: GradRows, stream: int) -> None: ...
+def logits_fwd(
+    dtype: str,
+    logits: LogitsRows,
+    labels: Labels,
+    v: int,
+    num_labelled: int,
+    stats: list[int],
+    logp: int,
+    norm: int,
+    values: int,
+    fit: int,
+    stream: int,
+) -> None: ...
+def logits_bwd(
+    dtype: str,
+    logits: LogitsRows,
+    out: LogitsRows,
+    labels: Labels,
+    v: int,
+    norm: int,
+    logp: int,
+    g: Positions,
+    stream: int,
+) -> None: ...
 def linear_fold(
     dtype: str, product: LinearProduct, parts: Parts, stats: bool, processors: int, stream: int
 ) -> None: ...
@@ -118,3 +144,25 @@ def exp_dlogits(
     stream: int,
 ) -> None: ...
 def dhidden(out_dtype: str, sums: Matrix, w: Matrix, y: int, scale: int, label: int, out: int, stream: int) -> None: ...
+def sum_tokens(
+    dtype: str,
+    logps: Positions,
+    labels: Labels,
+    weights: Positions,
+    mean: bool,
+    sums: int,
+    counts: int,
+    stream: int,
+) -> None: ...
+def sum_tokens_bwd(
+    dtype: str,
+    grad: int,
+    grad_stride: int,
+    logps: Positions,
+    labels: Labels,
+    weights: Positions,
+    counts: int,
+    dlogps: int,
+    dweights: int,
+    stream: int,
+) -> None: ...

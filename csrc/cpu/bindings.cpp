@@ -40,6 +40,10 @@ PYBIND11_MODULE(_native, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
 
   define_operands(m);
+  py::class_<Rows>(m, "Rows", py::module_local())
+      .def(py::init([](Address sequence, Address position, Address y, int64_t n, int64_t v) {
+        return Rows{as<const int64_t>(sequence), as<const int64_t>(position), as<const int64_t>(y), n, v};
+      }));
 
   m.def("isas", [] {
     std::vector<std::string> names;

@@ -10,6 +10,12 @@
 
 namespace dpo_kernels {
 
+// Labelled rows of logits: row r lies at sequence[r] * stride_s + position[r] * stride_t.
+struct Rows {
+  const int64_t *sequence, *position, *y;
+  int64_t n, v;
+};
+
 struct Kernels {
   const char* name;
   // Takes a tile into the state. With `rescale` [n], of the tile's type: leaves exp(z - max) times the softcap's slope

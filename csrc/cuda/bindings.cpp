@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -12,15 +10,6 @@
 
 namespace py = pybind11;
 using namespace dpo_kernels;
-
-namespace {
-cuda::Stats asked_for(const std::vector<int>& stats) {
-  cuda::Stats asked{static_cast<int>(stats.size()), {}};
-  if (stats.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
-  std::copy(stats.begin(), stats.end(), asked.names);
-  return asked;
-}
-}  // namespace
 
 PYBIND11_MODULE(_cuda, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
@@ -47,6 +36,15 @@ PYBIND11_MODULE(_cuda, m) {
         return cuda::Matrix{as<void>(data), rows, columns, stride};
       }));
 
+  py::class_<cuda::Positions>(m, "Positions", local).def(py::init([](Address data, int64_t stride_s, int64_t stride_t) {
+    return cuda::Positions{as<const void>(data), stride_s, stride_t};
+  }));
+  py::class_<cuda::Labels>(m, "Labels", local)
+      .def(py::init([](Address data, int64_t stride_s, int64_t stride_t, int64_t sequences, int64_t length,
+                       int64_t ignore_index) {
+        return cuda::Labels{as<const int64_t>(data), stride_s, stride_t, sequences, length, ignore_index};
+      }));
+
   m.def(
       "fold",
       [](const std::string& dtype, const Tile& tile, const FoldState& state, const std::string& out_dtype,
@@ -62,29 +60,29 @@ PYBIND11_MODULE(_cuda, m) {
       },
       release_gil());
   m.def(
-      "zero_rows",
-      [](const std::string& dtype, const LogitsRows& out, const Rows& rows, Address stream) {
-        cuda::zero_rows(dtype_of(dtype), out, rows, as<CUstream_st>(stream));
-      },
-      release_gil());
-  m.def(
       "finish",
       [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
          const std::vector<int>& stats, Address logp, Address norm, Address values, Address stream) {
-        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, asked_for(stats), as<void>(logp),
-                     as<void>(norm), as<void>(values), as<CUstream_st>(stream));
+        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, stats_of(stats), as<void>(logp), as<void>(norm),
+                     as<void>(values), as<CUstream_st>(stream));
       },
       release_gil());
   m.def(
-      "logits_fold",
-      [](const std::string& dtype, const LogitsRows& logits, const Rows& rows, const FoldState& state, bool stats,
-         Address stream) { cuda::logits_fold(dtype_of(dtype), logits, rows, state, stats, as<CUstream_st>(stream)); },
+      "logits_fwd",
+      [](const std::string& dtype, const LogitsRows& logits, const cuda::Labels& labels, int64_t v,
+         int64_t num_labelled, const std::vector<int>& stats, Address logp, Address norm, Address values, Address fit,
+         Address stream) {
+        cuda::logits_fwd(dtype_of(dtype), logits, labels, v, num_labelled, stats_of(stats), as<void>(logp), as<void>(norm),
+                         as<void>(values), as<int>(fit), as<CUstream_st>(stream));
+      },
       release_gil());
   m.def(
       "logits_bwd",
-      [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const Rows& rows,
-         const cuda::GradRows& grad,
-         Address stream) { cuda::logits_bwd(dtype_of(dtype), logits, out, rows, grad, as<CUstream_st>(stream)); },
+      [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const cuda::Labels& labels,
+         int64_t v, Address norm, Address logp, const cuda::Positions& g, Address stream) {
+        cuda::logits_bwd(dtype_of(dtype), logits, out, labels, v, as<const void>(norm), as<const void>(logp), g,
+                         as<CUstream_st>(stream));
+      },
       release_gil());
   py::class_<cuda::LinearProduct>(m, "LinearProduct", local)
       .def(py::init([](const cuda::Matrix& x, const cuda::Matrix& w, Address bias, Address y, int64_t first,
@@ -127,7 +125,7 @@ PYBIND11_MODULE(_cuda, m) {
          Address top, Address scale, Address label, Address stream) {
         const cuda::Joined out{as<float>(logp), as<float>(norm),  as<float>(values),
                                as<float>(top),  as<float>(scale), as<float>(label)};
-        cuda::join(transform, parts, splits, n, v, asked_for(stats), as<const float>(shift),
+        cuda::join(transform, parts, splits, n, v, stats_of(stats), as<const float>(shift),
                    far_above, out, as<CUstream_st>(stream));
       },
       release_gil());
@@ -149,6 +147,23 @@ PYBIND11_MODULE(_cuda, m) {
          Address label, Address out, Address stream) {
         cuda::dhidden(dtype_of(out_dtype), sums, w, as<const int64_t>(y), as<const float>(scale),
                       as<const float>(label), as<void>(out), as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "sum_tokens",
+      [](const std::string& dtype, const cuda::Positions& logps, const cuda::Labels& labels,
+         const cuda::Positions& weights, bool mean, Address sums, Address counts, Address stream) {
+        cuda::sum_tokens(dtype_of(dtype), logps, labels, weights, mean, as<void>(sums), as<int64_t>(counts),
+                         as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "sum_tokens_bwd",
+      [](const std::string& dtype, Address grad, int64_t grad_stride, const cuda::Positions& logps,
+         const cuda::Labels& labels, const cuda::Positions& weights, Address counts, Address dlogps, Address dweights,
+         Address stream) {
+        cuda::sum_tokens_bwd(dtype_of(dtype), as<const void>(grad), grad_stride, logps, labels, weights,
+                             as<const int64_t>(counts), as<void>(dlogps), as<void>(dweights), as<CUstream_st>(stream));
       },
       release_gil());
 }

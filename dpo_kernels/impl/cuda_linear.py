@@ -15,7 +15,8 @@ from torch import Tensor
 
 import dpo_kernels._cuda as _cuda
 from dpo_kernels.impl import waves
-from dpo_kernels.impl.interface import STATS, LogitTransform
+from dpo_kernels.impl.fold import stats_numbers
+from dpo_kernels.impl.interface import LogitTransform
 
 
 def address(t: Tensor | None) -> int:
@@ -117,12 +118,11 @@ class Sums(NamedTuple):
         `csrc/cuda/kernels.h`."""
         n = self.label.shape[1]
         logp, norm, values = (self.label.new_empty(*shape) for shape in ((n,), (2, n), (len(stats), n)))
-        asked = [STATS.index(name) for name in stats]
         with torch.cuda.device_of(self.label):
             _cuda.join(
-                native(transform), self.native(), self.splits.shape[1], n, vocab_size, asked, address(shift), far,
-                address(logp), address(norm), address(values), address(top), address(scale), address(label),
-                stream(self.label),
+                native(transform), self.native(), self.splits.shape[1], n, vocab_size, stats_numbers(stats),
+                address(shift), far, address(logp), address(norm), address(values), address(top), address(scale),
+                address(label), stream(self.label),
             )  # fmt: skip
         return logp, norm, values
 

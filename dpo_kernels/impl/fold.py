@@ -87,15 +87,15 @@ class Fold:
         return self.logp.to(dtype), torch.stack([shift, total]).to(dtype), stats.to(dtype)
 
 
+def stats_numbers(names: Sequence[str]) -> list[int]:
+    """Of statistics, in `csrc/finish.h`."""
+    return [get_args(Stat).index(name) for name in names]
+
+
 class CompiledFold(Fold):
     """A fold that compiled code finishes."""
 
     norm: Tensor
-
-    @property
-    def asked(self) -> list[int]:
-        """The statistics by their numbers in `csrc/finish.h`."""
-        return [get_args(Stat).index(name) for name in self.names]
 
     def empty_results(self, dtype: torch.dtype) -> list[Tensor]:
         """logp [N], norm [2, N] and the statistics [K, N], to be written."""
