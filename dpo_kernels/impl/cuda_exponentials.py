@@ -35,6 +35,11 @@ def exponential_rows(n: int, v: int, h: int, device: torch.device) -> int:
     return waves.rows_at_a_time(n, v, h, multiprocessors, EXP_BYTES, _cuda.CLUSTER_BLOCKS)
 
 
+def shift_columns(device: torch.device) -> int:
+    """How many entries of the vocabulary share a shift of packed exponentials."""
+    return _cuda.BLOCK_COLUMNS
+
+
 def _dense(x: Tensor) -> Tensor:
     return x if cuda_linear.can_be_copied_in_boxes(x, x.dtype) else x.contiguous()
 
@@ -85,12 +90,12 @@ class Exponentials:
                 _Part(first, weight[here], None if bias is None else bias[here], own, splits, blocks)
             )  # fmt: skip
             first, splits = first + size, splits + own
-            blocks += math.ceil(size / _cuda.BLOCK_COLUMNS)
+            blocks += math.ceil(size / shift_columns(x.device))
         assert first == weight.shape[0]
         self.sums = Sums.empty(n, splits, bool(stats), x)
         self.top, self.scale, self.label, self.missing = x.new_empty(4, n, dtype=torch.float32)
         if packed:
-            self.shift, self.far = x.new_empty(blocks, rows, dtype=torch.float32), None
+            self.shift, self.far = x.new_empty(blocks, padded_rows(rows), dtype=torch.float32), None
         else:
             some = weight[:FIRST_COLUMNS]
             self.shift = cuda_linear.fold(self.x, some, bias, self.y, transform, False).max.amax(0)
