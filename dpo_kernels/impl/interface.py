@@ -87,12 +87,12 @@ class Shards(Protocol):
 
 class Exponentials(Protocol):
     """N rows of a sweep that stores no logits: what the product x.W^T writes is exp(z - c), times the softcap's part of
-    dz/da, with one shift c a row. Sums come from what was not rounded; the label's entry is 0. Whatever the logits are,
-    nothing overflows.
+    dz/da. Sums come from what was not rounded; the label's entry is 0. Whatever the logits are, nothing overflows.
 
     Exponentials of n rows are a tensor [v, n] for each part of the vocabulary, in the dtype of an operand, whose rows
-    are `padded_rows(n)` apart: operands of products as they are; or `packed`, in the same memory, with more digits,
-    until they become dlogits."""
+    are `padded_rows(n)` apart: operands of products as they are, with one shift c a row; or `packed`, in the same
+    memory, with more digits, until they become dlogits. These have a shift for each block of the vocabulary and row,
+    the largest logit of the row so far."""
 
     def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
         """Goes over the vocabulary for these rows, and writes their exponentials to `out`; without it, nowhere."""
@@ -147,8 +147,8 @@ class TileKernels(Protocol):
         done nothing, where there is no such kernel or products of tiles are faster."""
 
     def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
-        """Whether there are `exponentials` for rows of this dtype and this weight. The three functions below are not
-        called, and need not be there, where there never are."""
+        """Whether there are `exponentials` for rows of this dtype and this weight. The functions from here to
+        `shift_columns` are not called, and need not be there, where there never are."""
 
     def exponentials(
         self,
@@ -170,6 +170,10 @@ class TileKernels(Protocol):
 
     def padded_rows(self, n: int) -> int:
         """How far apart exponentials [v, n] have their rows."""
+
+    def shift_columns(self, device: torch.device) -> int:
+        """How many vocabulary entries of a row share a shift of packed exponentials, which are kept beside them in
+        fp32, as many rows apart. A part of the vocabulary begins with a new one."""
 
     def fold_(
         self, fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool

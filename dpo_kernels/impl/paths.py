@@ -35,7 +35,9 @@ MIN_ROWS = 128
 # Rows of W that belong to labels are gathered so many at a time.
 LABEL_ROWS = 1024
 # Vocabulary entries that dW is ahead of the exponentials in its memory: no product of a block of dW has fewer.
-DW_COLUMNS = 2048
+DW_COLUMNS = 512
+# A shift of exponentials, in fp32.
+SHIFT_BYTES = 4
 # Columns of a tile are a multiple of this, but for the last: its rows then begin where wide loads and products like it.
 ALIGNED = 64
 
@@ -303,7 +305,9 @@ def kept_bytes(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, exponen
     v = weight.shape[0]
     if exponentials:
         kept = _kept_columns(k, n, weight) if dweight else 0
-        return Kept(v * weight.dtype.itemsize, (v - kept) * k.padded_rows(n) * weight.dtype.itemsize)
+        columns, e = k.shift_columns(weight.device), weight.dtype.itemsize
+        whole, parts = (SHIFT_BYTES * sum(math.ceil(size / columns) for size in _sizes(v, each)) for each in (0, kept))
+        return Kept(v * e + whole, k.padded_rows(n) * ((v - kept) * e + parts))
     row = v * acc.itemsize
     return Kept(row, (n - (_grouped_blocks(k, n, weight, acc, alone=True)[2] if dweight else 0)) * row)
 
@@ -496,14 +500,15 @@ def _exponentials_grouped(
     stats: Sequence[str],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path C: one product for dX and one for dW a group. A dW is rounded once: by its product if there is one group,
-    whose exponentials then lie in its memory as far as they fit; else it is summed in fp32."""
+    whose exponentials then lie in its memory as far as they fit; else it is summed in fp32. A bias's gradient is
+    summed group by group, and over these at the end."""
     (n, h), v = x.shape, weight.shape[0]
     largest, alone = max(group.stop - group.start for group in groups), len(groups) == 1
     stride = k.padded_rows(largest)
     kept = _kept_columns(k, largest, weight) if alone and need[1] else 0
     dw = weight.new_empty(v, h) if need[1] else None
     dw_sum = dw if alone or dw is None else torch.empty_like(dw, dtype=torch.float32)
-    db = weight.new_empty(v, dtype=torch.float32) if need[2] and bias is not None else None
+    db = weight.new_empty(len(groups), v, dtype=torch.float32) if need[2] and bias is not None else None
     sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
     places = [weight.new_empty(v - kept, stride)]
     if kept and dw is not None:
@@ -519,8 +524,7 @@ def _exponentials_grouped(
             if sums is not None:
                 k.product(part.t(), weight[block], sums[group], accumulate=block.start > 0)
             if db is not None:
-                found = part.sum(1, dtype=db.dtype)
-                db[block] = found if i == 0 else db[block] + found
+                torch.sum(part, 1, dtype=db.dtype, out=db[i, block])
         if dw_sum is not None:
             for block in _dw_blocks(v, h, kept, stride):
                 part = d[0][block] if block.stop <= kept else d[-1][block.start - kept : block.stop - kept]
@@ -528,4 +532,6 @@ def _exponentials_grouped(
     dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
     if dw is not None and dw_sum is not None and dw_sum is not dw:
         dw.copy_(dw_sum)
-    return dx, dw, None if db is None or bias is None else db.to(bias.dtype)
+    if db is not None and bias is not None:
+        db = (db[0] if alone else db.sum(0)).to(bias.dtype)
+    return dx, dw, db

@@ -23,6 +23,7 @@ from dpo_kernels.impl.products import product as product
 from dpo_kernels.impl.products import zero_rows_ as zero_rows_
 from dpo_kernels.impl.triton_exponentials import exponential_rows as exponential_rows
 from dpo_kernels.impl.triton_exponentials import padded_rows as padded_rows
+from dpo_kernels.impl.triton_exponentials import shift_columns as shift_columns
 from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_math import exp, one_minus_exp, to_logits, transform_constants
 

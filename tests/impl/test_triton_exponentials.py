@@ -34,6 +34,7 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(linear, "BLOCK_N", 16)
         monkeypatch.setattr(linear, "BLOCK_H", 32)
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 32 // (2 if stats else 1))
+        monkeypatch.setattr(exponentials, "PIECE_COLUMNS", 8)
     monkeypatch.setattr(exponentials, "PRODUCT_TILE", (16, 256))
     monkeypatch.setattr(exponentials, "EXP_BYTES", 2**14)
     monkeypatch.setattr(exponentials, "FIRST_COLUMNS", 40)
@@ -117,7 +118,8 @@ def hinge_coefficients(inputs):
 def pair_bytes(inputs, dweight):
     """What the longest pair takes, beside the sums of dW; less than all of them do."""
     sizes = (inputs.labels >= 0).sum(1).view(2, -1).sum(0).tolist()
-    found = kernels.padded_rows(max(sizes)) * inputs.weight.shape[0] * 2 + inputs.weight.numel() * 4 * dweight
+    of_row = paths.kept_bytes(kernels, 1, inputs.weight, torch.float32, True, False).of_row
+    found = kernels.padded_rows(max(sizes)) * of_row + inputs.weight.numel() * 4 * dweight
     assert found < paths.kept_bytes(kernels, sum(sizes), inputs.weight, torch.float32, True, dweight).buffer
     return found
 
@@ -150,21 +152,21 @@ def test_trained_head(transform, need, shape, confident):
 def growing(after=40, by=200.0):
     """Logits that grow beyond fp32's exponentials behind the first columns, in some rows; and their labels: among the
     first, the large ones, and the last."""
-    inputs = head_inputs(4, 12, 48, 123, labelled=1.0, logit_std=1.0)
+    inputs = head_inputs(4, 12, 48, 251, labelled=1.0, logit_std=1.0)
     hidden, weight = inputs.hidden.detach().clone(), inputs.weight.detach().clone()
     weight[:, 0] = 0.0
     weight[after:, 0] = by / 4
     hidden[..., 0] = 0.0
     hidden[:, ::3, 0] = 4.0
     labels = inputs.labels.clone()
-    labels[:, 1::4], labels[:, 2::4] = 3, 122
+    labels[:, 1::4], labels[:, 2::4] = 3, 250
     return inputs._replace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), labels=labels)
 
 
 @pytest.mark.parametrize("path", ["B", "C"])
 @pytest.mark.parametrize("softcap", [None, 300.0])
 def test_rows_that_would_overflow(path, softcap):
-    """They alone have their exponentials written again."""
+    """They alone have path B's exponentials written again; in path C others come to be of no size."""
     inputs, options = growing().to(BF16), {"softcap": softcap}
     coefficients = hinge_coefficients(inputs)
     if path == "B":
@@ -237,20 +239,42 @@ def test_each_confident_row_keeps_its_digits():
         assert error.median() < 5e-4, error
 
 
-def test_packed_exponentials_have_more_digits():
-    """Each within 2^-11 of fp32's, where bf16 has 2^-8, from 2^-32 on, below which they are 0."""
-    inputs = head_inputs(2, 8, 48, 123, labelled=1.0, logit_std=6.0).to(BF16)
+def packed(inputs, transform):
+    """Packed exponentials [V, N], the shift of each, in powers of two, and its logit in fp64 [N, V]."""
     x, weight, y = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach(), inputs.labels.flatten()
-    sweep = kernels.exponentials(x, weight, None, y, LogitTransform(), (), 16, (123,), packed=True)
-    e = weight.new_empty(123, 16)
-    sweep.write(slice(0, 16), [e])
-    codes = e.view(torch.int16).int() & 0xFFFF
-    wide = torch.where(codes == 0, 0, (codes + (95 << 10)) << 13).view(torch.float32).T
-    exact = (eager_logits(x.double(), weight.double()) - sweep.shift[:, None]).exp()
-    others = torch.arange(123) != y[:, None]
-    large = others & (exact >= 2.0**-32)
-    assert (wide[~others] == 0).all() and (wide[others & (exact < 0.99 * 2.0**-32)] == 0).all()
-    assert large.any() and ((wide / exact - 1).abs()[large] < 2.0**-11 + 2e-5).all()
+    (n, v), sizes = (x.shape[0], weight.shape[0]), (48, weight.shape[0] - 48)
+    sweep = kernels.exponentials(x, weight, None, y, transform, (), n, sizes, packed=True)
+    out = weight.new_empty(v, kernels.padded_rows(n))
+    e = out[:, :n]
+    sweep.write(slice(0, n), list(e.split(sizes)))
+    block = sweep.columns
+    of_entry = [(0 if at < 48 else -(-48 // block)) + (at if at < 48 else at - 48) // block for at in range(v)]
+    options = {"softcap": transform.softcap, "logit_scale": transform.scale, "temperature": transform.temperature}
+    logits = eager_logits(x.double(), weight.double(), **options)
+    return e.view(torch.float16).double(), sweep.shifts[of_entry, :n].double(), logits
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(), LogitTransform(-0.7, 5.0, 1.3)])
+def test_packed_exponentials_have_more_digits(transform):
+    """Each within 2^-11 of fp32's, where bf16 has 2^-8, from 2^-29 of the largest so far on."""
+    inputs = head_inputs(2, 8, 48, 123, labelled=1.0, logit_std=6.0).to(BF16)
+    e, shifts, logits = packed(inputs, transform)
+    others = torch.arange(123)[:, None] != inputs.labels.flatten()
+    slope = 1.0 if transform.softcap is None else 1 - (logits.T * transform.temperature / transform.softcap) ** 2
+    exact = torch.exp2(logits.T * math.log2(math.e) - shifts) * slope
+    large = others & (exact >= 2.0**-14)
+    assert (e[~others] == 0).all() and e.max() <= 2**15
+    assert large.any() and ((e / exact - 1).abs()[large] < 2.0**-11 + 2e-5).all()
+    logits = torch.where(others, logits.T, -torch.inf) * math.log2(math.e) - 15
+    assert (shifts >= logits - 1e-4).all() and (shifts <= logits.max(0).values + 1e-4).all()
+    assert (shifts[1:] < shifts[:-1]).any(), "of parts of the vocabulary"
+
+
+@pytest.mark.parametrize("size", [1e3, 1e7, 1e12])
+def test_packed_exponentials_of_logits_of_any_size(size):
+    """Where what fp32 rounds of a logit is more than all that fp16 holds of its exponential."""
+    e, shifts, logits = packed(head_inputs(2, 8, 48, 123, labelled=1.0, logit_std=size).to(BF16), LogitTransform())
+    assert e.isfinite().all() and shifts.isfinite().all() and e.max() <= 2**15 and logits.abs().max() > size
 
 
 def test_weights_of_rows_of_any_size():
@@ -417,35 +441,37 @@ def test_what_path_b_launches(recorded):
     assert operators.largest < 80 * 251 / 2, "logits"
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_what_path_c_launches(recorded, groups):
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 3, 6])
+def test_what_path_c_launches(recorded, groups, with_bias):
     """At most 8 + 5 a chunk, and one more for each block of dW beyond its first, where exponentials are in its memory;
-    the coefficients' own are not counted."""
+    of a bias, one more a chunk, or two, and two. The coefficients' own are not counted."""
     launches, shapes = recorded
-    inputs = head_inputs(4, 20, 48, 251, labelled=1.0).to(BF16)
+    inputs = head_inputs(4, 24, 48, 251, labelled=1.0).to(BF16)
     x, weight, y = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach(), inputs.labels.flatten()
-    of_rows = [slice(0, 80)] if groups == 1 else [slice(0, 40), slice(40, 80)]
+    of_rows = list(paths.spans(96, 96 // groups))
     with Operators() as operators:
-        dx, dw, _ = paths.linear_logps_grouped(
-            kernels, x, weight, None, y, LogitTransform(), of_rows, lambda i, logp, stats: logp,
-            compute_dtype=BF16, need=(True, True, False), exponentials=True,
+        dx, dw, db = paths.linear_logps_grouped(
+            kernels, x, weight, inputs.bias.detach() if with_bias else None, y, LogitTransform(), of_rows,
+            lambda i, logp, stats: logp, compute_dtype=BF16, need=(True, True, True), exponentials=True,
         )  # fmt: skip
-    assert dx.dtype == dw.dtype == BF16
+    assert dx.dtype == dw.dtype == BF16 and (db is not None) == with_bias
     parts, of_dw = 1, 1
     if groups == 1:
-        kept = paths._kept_columns(kernels, 80, weight)
-        parts, of_dw = 2, len(list(paths._dw_blocks(251, 48, kept, 80)))
+        kept = paths._kept_columns(kernels, 96, weight)
+        parts, of_dw = 2, len(list(paths._dw_blocks(251, 48, kept, 96)))
         assert kept > 0 and of_dw > 2
     assert launches == {
-        "linear_fold_fwd_kernel": 1, "linear_exp_fwd_kernel": 2 * parts * groups, "exp_join_kernel": groups,
-        "exp_dlogits_kernel": parts * groups, "dhidden_kernel": 1,
+        "linear_pack_fwd_kernel": parts * groups, "exp_join_kernel": groups, "exp_dlogits_kernel": parts * groups,
+        "dhidden_kernel": 1,
     }  # fmt: skip
     assert len(shapes) == groups * (parts + of_dw)
     work = sum(a * b * c for a, b, c, _ in shapes)
-    assert work == 2 * 80 * 251 * 48, "each product once"
+    assert work == 2 * 96 * 251 * 48, "each product once"
     total = sum(launches.values()) + sum(operators.count.values()) + len(shapes)
-    assert total <= 8 + 5 * groups + (of_dw - 1), (launches, operators.count)
-    assert operators.largest < 80 * 251 / 2 or groups > 1, "logits"
+    of_bias = (parts * groups + 2) * with_bias
+    assert total <= 8 + 5 * groups + (of_dw - 1) + of_bias, (launches, operators.count)
+    assert operators.largest < 96 * 251 / 2 or groups > 1, "logits"
 
 
 @pytest.mark.parametrize("v, h, n", [(128256, 4096, 8192), (128256, 2048, 8192), (32000, 4096, 100), (5003, 48, 48)])
@@ -465,8 +491,9 @@ def test_blocks_of_dw_overwrite_nothing_that_is_still_read(monkeypatch, v, h, n,
     assert blocks[-1].start == kept
 
 
-def test_default_chunk_of_a_common_head():
-    """8192 rows of Llama 3's head are one group within 1 GiB: dW comes of one sum."""
+def test_default_chunk_of_a_common_head(monkeypatch):
+    """8192 rows of Llama 3's head are one group within 1 GiB, shifts with them: dW comes of one sum."""
+    monkeypatch.undo()  # blocks of their true size
     weight = torch.empty(128256, 4096, dtype=BF16, device="meta")
     assert 2**29 < paths.kept_bytes(kernels, 8192, weight, torch.float32, True, True).buffer <= 2**30
 
