@@ -171,6 +171,7 @@ def linear_token_logps_bwd_impl(
         LogitTransform(logit_scale, softcap, temperature),
         compute_dtype=compute_dtype,
         need=(need_dhidden, need_dweight, need_dbias),
+        fused=is_fused(impl),
     )
     if dx is None:
         dhidden = hidden.new_empty(0)

@@ -334,12 +334,20 @@ MUTATIONS = {
             "impl/test_triton.py -k 'every_batch and A'",
         ),
         # exponentials that overflow, and those of others that are written again
-        Mutation(TRITON_EXP, "FAR, PACKED_FAR = 60.0, 20.0", "FAR, PACKED_FAR = 1e9, 1e9", EXP_TESTS),
-        Mutation(TRITON_EXP, "shift = tl.where(top > shift + FAR, top, shift)", "shift = shift", EXP_TESTS),
+        Mutation("dpo_kernels/impl/exponentials.py", "FAR = 60.0", "FAR = 1e9", EXP_TESTS),
+        Mutation(TRITON_EXP, "shift = tl.where(is_far, top, shift)", "shift = shift", EXP_TESTS),
+        # a shift that rounds downwards, one for all blocks, sums that do not follow it, and another split's
+        Mutation(TRITON_EXP, "return shift + tl.abs(shift) * 2.0**-22", "return shift", EXP_TESTS),
+        Mutation(TRITON_EXP, "factor = weight * tl.exp2(shift - joint)", "factor = weight", EXP_TESTS),
+        Mutation(TRITON_EXP, "        total = total * rescale\n", "", EXP_TESTS),
+        Mutation(TRITON_EXP, "total += part_total * factor", "total += part_total", EXP_TESTS),
         # the label's part: its rounding, its slope, where it is, and what a split finds of another part's
         Mutation(TRITON_EXP, "is_label = (columns == label) & inside", "is_label = columns == label", EXP_TESTS),
+        Mutation(TRITON_EXP, "has_entry = (label >= begin) & (label < end)", "has_entry = label < V", EXP_TESTS),
+        Mutation(TRITON_EXP, "leaves_out = (has_label > 0) |", "leaves_out =", EXP_TESTS),
         # the softcap's part of the gradient
-        Mutation(TRITON_EXP, "            e = e * slope\n", "            pass\n", EXP_TESTS),
+        Mutation(TRITON_EXP, "e = e * slope\n            e_block_ptr", "pass\n            e_block_ptr", EXP_TESTS),
+        Mutation(TRITON_EXP, "e = e * slope\n            v = start", "pass\n            v = start", EXP_TESTS),
         # sums that do not follow the maximum
         Mutation(TRITON_LINEAR, "(part[4] + part[2] * (top - fold.max)) * factor", "part[4] * factor", TRITON_TESTS),
         # the argmax of another split

@@ -15,6 +15,7 @@ from torch import Tensor
 import dpo_kernels._cuda as _cuda
 from dpo_kernels.impl import cuda_exponentials, cuda_linear
 from dpo_kernels.impl.cuda_exponentials import exponential_rows as exponential_rows
+from dpo_kernels.impl.cuda_exponentials import recomputed_columns as recomputed_columns
 from dpo_kernels.impl.cuda_exponentials import shift_columns as shift_columns
 from dpo_kernels.impl.cuda_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.cuda_linear import address as _address

@@ -17,7 +17,7 @@ from torch import Tensor
 import dpo_kernels._cuda as _cuda
 from dpo_kernels.impl import cuda_linear, waves
 from dpo_kernels.impl.cuda_linear import Sums, address, matrix, stream
-from dpo_kernels.impl.exponentials import EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
+from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
 from dpo_kernels.impl.interface import GradRows, LogitTransform
 
 
@@ -33,6 +33,12 @@ def exponential_rows(n: int, v: int, h: int, device: torch.device) -> int:
     """How many rows of exponentials path B has at a time."""
     _, multiprocessors = cuda_linear._machine(device)
     return waves.rows_at_a_time(n, v, h, multiprocessors, EXP_BYTES, _cuda.CLUSTER_BLOCKS)
+
+
+def recomputed_columns(n: int, v: int, h: int, device: torch.device) -> int:
+    """How many vocabulary entries of the gradient of n rows path D has at a time."""
+    _, multiprocessors = cuda_linear._machine(device)
+    return waves.columns_at_a_time(n, v, h, multiprocessors, DLOGITS_BYTES, _cuda.CLUSTER_BLOCKS)
 
 
 def shift_columns(device: torch.device) -> int:

@@ -12,6 +12,8 @@ FIRST_COLUMNS = 512
 FAR = 60.0
 # A block of path B's exponentials takes this at most.
 EXP_BYTES = 2**29
+# A block of path D's gradient of the logits takes this at most.
+DLOGITS_BYTES = 2**28
 
 
 def padded_rows(rows: int) -> int:

@@ -104,12 +104,12 @@ class Shards(Protocol):
 
 class Exponentials(Protocol):
     """N rows of a sweep that stores no logits: what the product x.W^T writes is exp(z - c), times the softcap's part of
-    dz/da, with one shift c a row. Sums come from what was not rounded; the label's entry is 0. Whatever the logits are,
-    nothing overflows.
+    dz/da. Sums come from what was not rounded; the label's entry is 0. Whatever the logits are, nothing overflows.
 
     Exponentials of n rows are a tensor [v, n] for each part of the vocabulary, in the dtype of an operand, whose rows
-    are `padded_rows(n)` apart: operands of products as they are; or `packed`, in the same memory, with more digits,
-    until they become dlogits."""
+    are `padded_rows(n)` apart: operands of products as they are, with one shift c a row; or `packed`, in the same
+    memory, with more digits, until they become dlogits. These have a shift for each block of the vocabulary and row,
+    the largest logit of the row so far."""
 
     def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
         """Goes over the vocabulary for these rows, and writes their exponentials to `out`; without it, nowhere."""
@@ -124,6 +124,19 @@ class Exponentials(Protocol):
     def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
         """From the sums [N, H] of exponentials times W over the vocabulary, d logp / dx; or dX, from those of dlogits:
         in `out` [N, H], which may be `sums`. What rounding left of the labels' entries is added exactly."""
+
+
+class Recomputed(Protocol):
+    """N rows whose gradient of the logits is what the product x.W^T writes, a block of the vocabulary at a time."""
+
+    def write(self, block: slice, out: Tensor) -> None:
+        """The gradient with respect to x.W of all rows and of these entries, to `out` [v, N]: in the dtype of an
+        operand, each rounded once, labels' entries too. Rows of `out` are `padded_rows(N)` apart, and what is between
+        them becomes 0."""
+
+    def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
+        """dX, in `out` [N, H], which may be `sums`: from the sums [N, H] in fp32 of what was written for the whole
+        vocabulary, times W. What rounding left of the labels' entries is added exactly."""
 
 
 class TileKernels(Protocol):
@@ -164,8 +177,8 @@ class TileKernels(Protocol):
         done nothing, where there is no such kernel or products of tiles are faster."""
 
     def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
-        """Whether there are `exponentials` for rows of this dtype and this weight. The three functions below are not
-        called, and need not be there, where there never are."""
+        """Whether there are `exponentials` and `recomputed` for rows of this dtype and this weight. The functions from
+        here to `shift_columns` are not called, and need not be there, where there never are."""
 
     def exponentials(
         self,
@@ -182,11 +195,23 @@ class TileKernels(Protocol):
         """Of at least one row. `rows`: how many are written at once, at most; `sizes`: how many entries of the
         vocabulary each part has, multiples of 16 but for the last."""
 
+    def recomputed(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform
+    ) -> Recomputed:
+        """Of at least one row."""
+
+    def recomputed_columns(self, n: int, v: int, h: int, device: torch.device) -> int:
+        """How many vocabulary entries path D is to write at once: a multiple of 64, but where there are fewer."""
+
     def exponential_rows(self, n: int, v: int, h: int, device: torch.device) -> int:
         """How many of n rows path B is to write at once."""
 
     def padded_rows(self, n: int) -> int:
         """How far apart exponentials [v, n] have their rows."""
+
+    def shift_columns(self, device: torch.device) -> int:
+        """How many vocabulary entries of a row share a shift of packed exponentials, which are kept beside them in
+        fp32, as many rows apart. A part of the vocabulary begins with a new one."""
 
     def fold_(
         self, fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool

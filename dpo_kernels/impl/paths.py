@@ -5,9 +5,10 @@ block, K statistics. A *tile* is [n, v] in the accumulation dtype (fp32; fp64 fo
 exceeds `tile_bytes`, except the [N, H] accumulators and results, and the buffer of path C. What happens inside a tile,
 and the matrix products, are `k`'s: the implementation's.
 
-Where `k` can write exponentials as the product x.W^T leaves the registers, paths B and C store no logits. Exponentials
-lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block of rows as it
-is. Path C's become dlogits in one pass, and one product over all rows of a chunk is dW. See "Exponentials" at the end.
+Where `k` can write exponentials as the product x.W^T leaves the registers, paths B, C and D store no logits.
+Exponentials lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block
+of rows as it is. Path C's become dlogits in one pass, and one product over all rows of a chunk is dW. Path D's product
+writes dlogits at once, [v, N] of a block of the vocabulary. See "Exponentials" at the end.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ MIN_ROWS = 128
 # Rows of W that belong to labels are gathered so many at a time.
 LABEL_ROWS = 1024
 # Vocabulary entries that dW is ahead of the exponentials in its memory: no product of a block of dW has fewer.
-DW_COLUMNS = 2048
+DW_COLUMNS = 512
+# A shift of exponentials, in fp32.
+SHIFT_BYTES = 4
 # Columns of a tile are a multiple of this, but for the last: its rows then begin where wide loads and products like it.
 ALIGNED = 64
 
@@ -254,11 +257,15 @@ def linear_logps_bwd(
     *,
     compute_dtype: torch.dtype,
     need: tuple[bool, bool, bool],
+    fused: bool = False,
     shards: Shards | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path D: gradients of sum_n g_n logp_n with respect to x, weight and bias, those that are needed. The vocabulary
-    is the outer loop, so each block of dW is summed over all rows and rounded once, straight into its place."""
+    is the outer loop, so each block of dW is summed over all rows and rounded once, straight into its place. `fused`:
+    without tiles of logits, where `k` has that for these operands."""
     (n, h), v = x.shape, weight.shape[0]
+    if fused and n > 0 and shards is None and k.takes_exponentials(x.dtype, weight, compute_dtype):
+        return _recomputed_bwd(k, x, weight, bias, of, transform, need)
     acc = accumulate_dtype(compute_dtype)
     rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
     grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns, rows >= n, shards)
@@ -303,7 +310,9 @@ def kept_bytes(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, exponen
     v = weight.shape[0]
     if exponentials:
         kept = _kept_columns(k, n, weight) if dweight else 0
-        return Kept(v * weight.dtype.itemsize, (v - kept) * k.padded_rows(n) * weight.dtype.itemsize)
+        columns, e = k.shift_columns(weight.device), weight.dtype.itemsize
+        whole, parts = (SHIFT_BYTES * sum(math.ceil(size / columns) for size in _sizes(v, each)) for each in (0, kept))
+        return Kept(v * e + whole, k.padded_rows(n) * ((v - kept) * e + parts))
     row = v * acc.itemsize
     return Kept(row, (n - (_grouped_blocks(k, n, weight, acc, alone=True)[2] if dweight else 0)) * row)
 
@@ -496,14 +505,15 @@ def _exponentials_grouped(
     stats: Sequence[str],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path C: one product for dX and one for dW a group. A dW is rounded once: by its product if there is one group,
-    whose exponentials then lie in its memory as far as they fit; else it is summed in fp32."""
+    whose exponentials then lie in its memory as far as they fit; else it is summed in fp32. A bias's gradient is
+    summed group by group, and over these at the end."""
     (n, h), v = x.shape, weight.shape[0]
     largest, alone = max(group.stop - group.start for group in groups), len(groups) == 1
     stride = k.padded_rows(largest)
     kept = _kept_columns(k, largest, weight) if alone and need[1] else 0
     dw = weight.new_empty(v, h) if need[1] else None
     dw_sum = dw if alone or dw is None else torch.empty_like(dw, dtype=torch.float32)
-    db = weight.new_empty(v, dtype=torch.float32) if need[2] and bias is not None else None
+    db = weight.new_empty(len(groups), v, dtype=torch.float32) if need[2] and bias is not None else None
     sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
     places = [weight.new_empty(v - kept, stride)]
     if kept and dw is not None:
@@ -519,8 +529,7 @@ def _exponentials_grouped(
             if sums is not None:
                 k.product(part.t(), weight[block], sums[group], accumulate=block.start > 0)
             if db is not None:
-                found = part.sum(1, dtype=db.dtype)
-                db[block] = found if i == 0 else db[block] + found
+                torch.sum(part, 1, dtype=db.dtype, out=db[i, block])
         if dw_sum is not None:
             for block in _dw_blocks(v, h, kept, stride):
                 part = d[0][block] if block.stop <= kept else d[-1][block.start - kept : block.stop - kept]
@@ -528,4 +537,36 @@ def _exponentials_grouped(
     dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
     if dw is not None and dw_sum is not None and dw_sum is not dw:
         dw.copy_(dw_sum)
+    if db is not None and bias is not None:
+        db = (db[0] if alone else db.sum(0)).to(bias.dtype)
+    return dx, dw, db
+
+
+def _recomputed_bwd(
+    k: TileKernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    of: GradRows,
+    transform: LogitTransform,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Path D, three products a block of the vocabulary: of dlogits of all rows, of dW, and of what they add to dX."""
+    (n, h), v = x.shape, weight.shape[0]
+    columns = k.recomputed_columns(n, v, h, x.device)
+    sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
+    dw = weight.new_empty(v, h) if need[1] else None
+    db = weight.new_empty(v, dtype=torch.float32) if need[2] and bias is not None else None
+    buffer = weight.new_empty(min(v, columns), k.padded_rows(n))
+    sweep = k.recomputed(x, weight, bias, of, transform)
+    for block in spans(v, columns):
+        d = buffer[: block.stop - block.start, :n]
+        sweep.write(block, d)
+        if dw is not None:
+            k.product(d, x, dw[block])
+        if sums is not None:
+            k.product(d.t(), weight[block], sums, accumulate=block.start > 0)
+        if db is not None:
+            torch.sum(d, 1, dtype=db.dtype, out=db[block])
+    dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
     return dx, dw, None if db is None or bias is None else db.to(bias.dtype)

@@ -24,6 +24,8 @@ from dpo_kernels.impl.products import out_tile as out_tile
 from dpo_kernels.impl.products import product as product
 from dpo_kernels.impl.triton_exponentials import exponential_rows as exponential_rows
 from dpo_kernels.impl.triton_exponentials import padded_rows as padded_rows
+from dpo_kernels.impl.triton_exponentials import recomputed_columns as recomputed_columns
+from dpo_kernels.impl.triton_exponentials import shift_columns as shift_columns
 from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_linear import LOWEST
 from dpo_kernels.impl.triton_math import exp, log1p, one_minus_exp, stats_constants, to_logits, transform_constants
@@ -31,6 +33,7 @@ from dpo_kernels.impl.triton_sequences import sum_tokens as sum_tokens
 from dpo_kernels.impl.triton_sequences import sum_tokens_bwd as sum_tokens_bwd
 
 exponentials = triton_exponentials.Exponentials
+recomputed = triton_exponentials.Recomputed
 TILE_BYTES = 128 * 2**20
 # A program takes 16 KiB of a row at once, or of each of its rows: so much has to be on its way from memory.
 BLOCK_N, MAX_BLOCK_BYTES, MAX_BLOCK_H = 1, 2**14, 1024

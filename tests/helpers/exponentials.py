@@ -30,17 +30,17 @@ def hinge_coefficients(inputs):
     return torch.tensor([-0.001 / pairs] * pairs + [0.001 / pairs] * pairs)
 
 
-def growing(after=40, by=200.0):
+def growing(after=40, by=200.0, vocab=123):
     """Logits that grow beyond fp32's exponentials behind the first columns, in some rows; and their labels: among the
     first, the large ones, and the last."""
-    inputs = head_inputs(4, 12, 48, 251, labelled=1.0, logit_std=1.0)
+    inputs = head_inputs(4, 12, 48, vocab, labelled=1.0, logit_std=1.0)
     hidden, weight = inputs.hidden.detach().clone(), inputs.weight.detach().clone()
     weight[:, 0] = 0.0
     weight[after:, 0] = by / 4
     hidden[..., 0] = 0.0
     hidden[:, ::3, 0] = 4.0
     labels = inputs.labels.clone()
-    labels[:, 1::4], labels[:, 2::4] = 3, 250
+    labels[:, 1::4], labels[:, 2::4] = 3, vocab - 1
     return inputs._replace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), labels=labels)
 
 

@@ -32,11 +32,16 @@ from dpo_kernels.impl.triton_exponentials import (
     DLOGITS_BLOCK_N,
     DLOGITS_BLOCK_V,
     FAR,
+    GROUP,
     JOIN_ROWS,
+    SQUARED,
     dhidden_kernel,
     exp_dlogits_kernel,
     exp_join_kernel,
+    linear_dlogits_bwd_kernel,
     linear_exp_fwd_kernel,
+    linear_pack_fwd_kernel,
+    pieces,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
 from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
@@ -104,21 +109,44 @@ def cases(capability):
                 )
                 if storage == "fp16":
                     continue
+                types |= {"shift_ptr": "*fp32", "e_ptr": "*bf16"}
                 where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
-                for packed in (False, True):
-                    yield (
-                        f"linear exp {name}{' stats' * stats}{' packed' * packed}",
-                        linear_exp_fwd_kernel,
-                        types | {"shift_ptr": "*fp32", "e_ptr": "*i16" if packed else "*bf16"},
-                        {**where, "STATS": stats, "AGAIN": packed != stats, "PACKED": packed, "FAR": FAR},
-                        odd,
-                    )
-    join = {"SLOPE": 1.0, "HAS_SLOPE": True, "FAR": FAR, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
+                yield (
+                    f"linear exp {name}{' stats' * stats}",
+                    linear_exp_fwd_kernel,
+                    types,
+                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED},
+                    odd,
+                )
+                where["BLOCK_V"] = block_v(False, False, hopper=capability == 90)
+                where["PIECES"] = pieces(where["BLOCK_V"], name == "softcap")
+                yield (
+                    f"linear pack {name}{' stats' * stats}",
+                    linear_pack_fwd_kernel,
+                    types | {"e_ptr": "*fp16"},
+                    {**where, "STATS": stats},
+                    odd,
+                )
+                if stats:
+                    continue
+                yield (
+                    f"linear dlogits {name}",
+                    linear_dlogits_bwd_kernel,
+                    types | {"d_ptr": "*bf16"} | {f"{n}_ptr": "*fp32" for n in ("norm", "logp", "g", "missing")},
+                    {**where, "SLOPE": 1.0, "GROUP": GROUP},
+                    odd,
+                )
+    join = {"SLOPE": 1.0, "HAS_SLOPE": True, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
     join |= {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
-    numbers = ("part", "shift", "logp", "norm", "stats", "scale", "label", "missing", "g", "sums")
+    numbers = ("part", "shift", "logp", "norm", "stats", "joint", "scale", "label", "missing", "g", "sums")
     types = {f"{name}_ptr": "*fp32" for name in numbers}
-    types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*i16"}
-    of_dlogits = {"BLOCK_N": DLOGITS_BLOCK_N, "BLOCK_V": DLOGITS_BLOCK_V, "num_warps": 4}
+    types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*fp16"}
+    of_dlogits = {
+        "COLUMNS": block_v(False, False, hopper=capability == 90),
+        "BLOCK_N": DLOGITS_BLOCK_N,
+        "BLOCK_V": DLOGITS_BLOCK_V,
+        "num_warps": 4,
+    }
     yield "rows join", exp_join_kernel, types, join, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()

@@ -388,7 +388,7 @@ def test_rewards_of_a_model_against_itself_are_zero(kernels, gradients, several,
 def test_the_order_of_threads_and_copies_changes_nothing(kernels, monkeypatch):
     """Not even a bit, of all that is computed and stored. (On a GPU, where nobody can choose the order: from run to
     run.)"""
-    inputs, found = growing(by=300.0).to(BF16), []
+    inputs, found = growing(by=300.0, vocab=251).to(BF16), []
     x, weight, y = flat(inputs)
     for seed in range(5):
         monkeypatch.setenv("DPO_EMULATION_SEED", str(seed))

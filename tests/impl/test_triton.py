@@ -175,30 +175,34 @@ def test_fused_forward_under_autocast(fused, no_tiles):
     "dtype, hidden_size, autocast", [("bfloat16", 31, False), ("float16", 32, False), ("float32", 32, True)]
 )
 def test_gradients_of_other_matrices_go_through_tiles(monkeypatch, dtype, hidden_size, autocast):
-    monkeypatch.setattr(kernels, "exponentials", None)
+    for name in ("exponentials", "recomputed"):
+        monkeypatch.setattr(kernels, name, None)
     inputs = head_inputs(4, 9, hidden_size, 123).to(getattr(torch, dtype))
-    for path in ("B", "C"):
+    for path in ("B", "C", "D"):
         results = []
         for impl in ("triton", "torch"):
-            leaves = [inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(path == "C")]
+            leaves = [inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(path != "B")]
+            chunk_bytes = 0 if path == "D" else None
             with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
-                out = linear_dpo_loss(*leaves, inputs.labels, inputs.ref_logps, impl=impl)
+                out = linear_dpo_loss(*leaves, inputs.labels, inputs.ref_logps, chunk_bytes=chunk_bytes, impl=impl)
             results.append(torch.autograd.grad(out.loss, [t for t in leaves if t.requires_grad]))
         for ours, theirs in zip(*results, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-4)
 
 
 def test_a_verdict_can_take_tiles(monkeypatch):
-    """Of paths B and C, too: the two ways are two families."""
-    monkeypatch.setattr(kernels, "exponentials", None)
+    """Of paths B to D, too: the two ways are two families."""
+    for name in ("exponentials", "recomputed"):
+        monkeypatch.setattr(kernels, name, None)
     inputs = head_inputs(4, 9, 48, 123).to(torch.bfloat16)
-    with dispatch.taking("triton"):
-        linear_dpo_loss(*inputs[:3], inputs.ref_logps)
-    with dispatch.taking("triton_fused"), pytest.raises(TypeError, match="NoneType"):
-        linear_dpo_loss(*inputs[:3], inputs.ref_logps)
+    for chunk_bytes in (None, 0):
+        with dispatch.taking("triton"):
+            linear_dpo_loss(*inputs[:3], inputs.ref_logps, chunk_bytes=chunk_bytes).loss.backward()
+        with dispatch.taking("triton_fused"), pytest.raises(TypeError, match="NoneType"):
+            linear_dpo_loss(*inputs[:3], inputs.ref_logps, chunk_bytes=chunk_bytes).loss.backward()
     device = inputs.hidden.device
     assert [dispatch.choose("triton", device, path, torch.bfloat16, 123, 48) for path in "ABCDE"] == [
-        "triton", "triton_fused", "triton_fused", "triton", "triton",
+        "triton", "triton_fused", "triton_fused", "triton_fused", "triton",
     ]  # fmt: skip
 
 
@@ -365,7 +369,7 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
 # Older assemblers spill a few bytes of two variants with statistics.
 STACK = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 32
 # A few registers of what follows a block's product, once a block, and not in the loop over H.
-EXP_STACK = 32
+EXP_STACK, PACK_STATS_STACK = 32, 96
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB of a block
 # Instructions for an entry of a row in the loop that folds it: the loop waits for them as soon as for memory.
 # (A third of those without a softcap are gone through in two blocks of a row alone, the label's and the last.)
@@ -379,6 +383,8 @@ ONE_OF_EACH = [
     "dlogits logits bf16",
     "linear fold bf16 plain",
     "linear exp plain",
+    "linear pack plain",
+    "linear dlogits plain",
 ]
 
 
@@ -390,18 +396,19 @@ def test_machine_code(sm, only, tmp_path):
     done = forks.python(COMPILE, sm, *only, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = len(only) or (31 if sm == 90 else 24)
+    expected = len(only) or (39 if sm == 90 else 26)
     assert len({row["kernel"] for row in rows}) == len(rows) == expected
     for row in rows:
         kernel = row["kernel"]
-        assert (
-            row["stack"] <= (EXP_STACK if "linear exp" in kernel else STACK) and row["local"] == row["atomics"] == 0
-        ), row
+        stack = EXP_STACK if kernel.startswith(("linear exp", "linear pack")) else STACK
+        if kernel.startswith("linear pack") and kernel.endswith("stats"):
+            stack = PACK_STATS_STACK
+        assert row["stack"] <= stack and row["local"] == row["atomics"] == 0, row
         if kernel.startswith("linear"):
             assert row["tensor_core"] > 0 and row["copy_to_shared"] > 0, row
             assert (row["hgmma"] > 0) == (sm == 90), row
             assert row["shared"] <= SHARED_MEMORY[sm] * 1024, row
-            assert (row["store128"] > 0) == ("exp" in kernel), row
+            assert (row["store128"] > 0) == ("fold" not in kernel), row
             continue
         if kernel == "rows join":  # a number of each row at a time
             continue
