@@ -282,7 +282,7 @@ MUTATIONS = {
         ),
         # what rounding leaves of labels; labels of another part
         Mutation(FUSED_CU, "own - widen(narrow<__nv_bfloat16>(own))", "0", CUDA_EXP_TESTS),
-        Mutation(EXP_CU, "places[begin + k] == c ?", "places[begin + k] % 256 == c % 256 ?", CUDA_EXP_TESTS),
+        Mutation(EXP_CU, "label = rows.y[row] - rows.first;", "label = rows.y[row];", CUDA_EXP_TESTS),
         # a scale forgotten
         Mutation(
             EXP_CU,

@@ -73,6 +73,18 @@ def test_frozen_head(kernels, transform, stats, shape, confident):
         torch.testing.assert_close(mine, best, rtol=1e-5, atol=1e-5, msg=lambda text, at=name: f"{at}: {text}")
 
 
+def assert_gradients(inputs, need, mine, eager, oracle):
+    """Within the budget as a whole, and each labelled row of hidden states and each label's row of the weight too."""
+    for name, ours, theirs, exact in zip(need, mine, eager, oracle, strict=True):
+        assert_within_budget(ours, theirs, exact, f"d{name}")
+        if name == "hidden":
+            labelled = inputs.labels >= 0
+            assert_rows_within(ours[labelled], theirs[labelled], exact[labelled], "dhidden")
+        elif name == "weight":  # of labels, where what was confident nearly cancels
+            rows = inputs.labels[inputs.labels >= 0].unique()
+            assert_rows_within(ours[rows], theirs[rows], exact[rows], "dweight")
+
+
 def trained(inputs, need, transform, chunk_bytes=None, stats=()):
     """Path C's loss with row weights that do not depend on log-probabilities, and its gradients."""
     leaves = [getattr(inputs, name).detach().requires_grad_(name in need) for name in NAMES]
@@ -106,14 +118,28 @@ def test_trained_head(kernels, transform, need, shape, confident, stats):
     _, eager = by_eager(inputs, coefficients, need, options, with_bias)
     best, oracle = by_eager(inputs.to(torch.float64), coefficients, need, options, with_bias)
     torch.testing.assert_close(out.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
-    for name, ours, theirs, exact in zip(need, mine, eager, oracle, strict=True):
-        assert_within_budget(ours, theirs, exact, f"d{name}")
-        if name == "hidden":
-            labelled = inputs.labels >= 0
-            assert_rows_within(ours[labelled], theirs[labelled], exact[labelled], "dhidden")
-        elif name == "weight":  # of labels, where what was confident nearly cancels
-            rows = inputs.labels[inputs.labels >= 0].unique()
-            assert_rows_within(ours[rows], theirs[rows], exact[rows], "dweight")
+    assert_gradients(inputs, need, mine, eager, oracle)
+
+
+@pytest.mark.parametrize(
+    ("transform", "need", "shape", "confident"),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], ["tails", "blocks"], [0.0, 1.0]),
+)
+def test_any_loss_of_a_trained_head(kernels, monkeypatch, transform, need, shape, confident):
+    """Path D, in blocks of the vocabulary."""
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: 64 if v < 256 else 320)
+    options, need = TRANSFORMS[transform], NEED.get(need, ("bias",))
+    inputs = head_inputs(*SHAPES[shape], confident=confident, labelled=0.8).to(BF16)
+    leaves, with_bias = [getattr(inputs, name).detach().requires_grad_(name in need) for name in NAMES], "bias" in need
+    coefficients = torch.linspace(-1.0, 2.0, inputs.labels.shape[0])
+    found = linear_sequence_logps(
+        *leaves[:2], inputs.labels, bias=leaves[2] if with_bias else None, impl="cuda", **options
+    )
+    mine = torch.autograd.grad((found.logps * coefficients).sum(), [t for t in leaves if t.requires_grad])
+    _, eager = by_eager(inputs, coefficients, need, options, with_bias)
+    best, oracle = by_eager(inputs.to(torch.float64), coefficients, need, options, with_bias)
+    torch.testing.assert_close(found.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
+    assert_gradients(inputs, need, mine, eager, oracle)
 
 
 @pytest.mark.parametrize("path", ["B", "C"])
@@ -139,7 +165,7 @@ def test_rows_that_would_overflow(kernels, path, softcap):
     assert_rows_within(mine[0], eager[0], oracle[0], "dhidden")
 
 
-@pytest.mark.parametrize("path", ["A", "B", "C"])
+@pytest.mark.parametrize("path", ["A", "B", "C", "D"])
 @pytest.mark.parametrize("impossible", ["first columns", "some", "all but one more", "a block"])
 def test_entries_that_cannot_be(kernels, path, impossible):
     """A bias of -inf: in all of the columns that a shift is taken from, here and there, nearly everywhere, and in all
@@ -160,15 +186,16 @@ def test_entries_that_cannot_be(kernels, path, impossible):
     coefficients, mine = hinge_coefficients(inputs), ()
     if path == "C":
         found, mine = trained(inputs, NAMES, {})
-        mine = mine[: len(need)]
     else:
-        hidden = inputs.hidden.detach().requires_grad_(path == "B")
-        found = linear_sequence_logps(hidden, inputs.weight.detach(), inputs.labels, bias=bias.detach(), impl="cuda")
-        mine = torch.autograd.grad((found.logps * coefficients).sum(), hidden) if path == "B" else ()
+        on = {"A": (), "B": NAMES[:1], "D": NAMES}[path]
+        leaves = [getattr(inputs, name).detach().requires_grad_(name in on) for name in NAMES]
+        found = linear_sequence_logps(*leaves[:2], inputs.labels, bias=leaves[2], impl="cuda")
+        if on:
+            mine = torch.autograd.grad((found.logps * coefficients).sum(), [t for t in leaves if t.requires_grad])
     _, eager = by_eager(inputs, coefficients, NAMES, {}, True)
     best, oracle = by_eager(inputs.to(torch.float64), coefficients, NAMES, {}, True)
     torch.testing.assert_close(found.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
-    for name, ours, theirs, exact in zip(need, mine, eager, oracle, strict=False):
+    for name, ours, theirs, exact in zip(need, mine, eager, oracle, strict=False):  # the first ones
         assert_within_budget(ours, theirs, exact, f"d{name}")
 
 
@@ -525,6 +552,23 @@ def test_what_path_c_launches(kernels, recorded, groups):
     of_dw = len(shapes) - groups * parts
     assert sum(launches.values()) + sum(operators.count.values()) + len(shapes) <= 4 + 5 * groups + of_dw
     assert operators.largest < 80 * 251 / 2 or groups > 1, "logits"
+
+
+def test_what_path_d_launches(kernels, recorded, monkeypatch):
+    """Three a block of the vocabulary, and one more. No tensor but the gradients and their sums is larger than a block
+    of dlogits."""
+    launches, shapes = recorded
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: 64)
+    x, weight, y = flat(head_inputs(4, 20, 48, 251, labelled=1.0).to(BF16))
+    norm, logp = torch.stack([torch.zeros(80), torch.full((80,), 251.0)]), torch.full((80,), -math.log(251))
+    of = GradRows(y, norm, logp, torch.ones(80))
+    with Operators() as operators:
+        dx, dw, _ = paths.linear_logps_bwd(
+            kernels, x, weight, None, of, LogitTransform(), compute_dtype=BF16, need=(True, True, False), fused=True
+        )
+    assert dx.dtype == dw.dtype == BF16 and launches == {"linear_dlogits": 4, "dhidden": 1}
+    assert sum(a * b * c for a, b, c, _ in shapes) == 2 * 80 * 251 * 48 and len(shapes) == 8
+    assert not operators.count and operators.largest == 80 * 48
 
 
 def test_which_heads_it_takes(kernels, monkeypatch):
