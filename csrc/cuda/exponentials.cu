@@ -168,7 +168,7 @@ void join(const Transform& transform, const Parts& parts, int splits, int64_t n,
 void exp_dlogits(const Transform& transform, const Matrix& e, const PackedRows& rows, cudaStream_t stream) {
   run(exp_dlogits_kernel, (e.columns + kThreads - 1) / kThreads, (e.rows + kBlockColumns - 1) / kBlockColumns, stream,
       e.data, e.stride, e.columns, static_cast<int>(e.rows), rows,
-      static_cast<float>(Scales(transform).outer) * kLog2E);
+      static_cast<float>(Scales(transform).outer * kLog2E));
 }
 
 void dhidden(DType out_type, const Matrix& sums, const Matrix& w, const int64_t* y, const float* scale,
@@ -177,8 +177,8 @@ void dhidden(DType out_type, const Matrix& sums, const Matrix& w, const int64_t*
   const auto with = [&](auto o) {
     using O = decltype(o);
     run(dhidden_kernel<O>, sums.rows, 1, stream, TileRows<float>{static_cast<float*>(sums.data), sums.stride, h},
-        TileRows<O>{static_cast<O*>(out), h, h}, TileRows<__nv_bfloat16>{static_cast<__nv_bfloat16*>(w.data), w.stride, h},
-        y, scale, label);
+        TileRows<O>{static_cast<O*>(out), h, h},
+        TileRows<__nv_bfloat16>{static_cast<__nv_bfloat16*>(w.data), w.stride, h}, y, scale, label);
   };
   out_type == DType::bf16 ? with(__nv_bfloat16()) : with(float());
 }

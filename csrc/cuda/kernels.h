@@ -43,8 +43,8 @@ struct LinearProduct {
 constexpr int kClusterBlocks = 2, kClusterRows = 256, kBlockColumns = 256;
 
 // What the splits of a vocabulary leave of each row, before the factor `outer`: field f of split s and row n, of the
-// entries beside the label but for the sum of z, lies at data[f * field_stride + s * split_stride + n]. What is known of
-// the label, its split alone writes: field f at label[f * label_stride + n].
+// entries beside the label but for the sum of z, lies at data[f * field_stride + s * split_stride + n]. What is known
+// of the label, its split alone writes: field f at label[f * label_stride + n].
 enum PartField { kPartMax, kPartSum, kPartFields, kPartSumZ = kPartFields, kPartSumEz, kPartSumSq, kPartStatsFields };
 enum LabelField {
   kLabelLogit,
@@ -72,9 +72,9 @@ struct Exponentials {
   bool packed;
   float* shift;          // [N], or packed: [blocks of columns, N]
   int64_t shift_stride;  // from block to block
-  // Not packed: an entry is far that is more than `far_above` (of z) above the shift. `far` [N] gets a 1 at the first of
-  // kClusterRows rows if there is a far one among these. `again`: these rows are gone over once more, with the largest
-  // entry of all splits in the place of the shift of a row that has a far one; nothing else is touched.
+  // Not packed: an entry is far that is more than `far_above` (of z) above the shift. `far` [N] gets a 1 at the first
+  // of kClusterRows rows if there is a far one among these. `again`: these rows are gone over once more, with the
+  // largest entry of all splits in the place of the shift of a row that has a far one; nothing else is touched.
   int* far;
   double far_above;
   bool again;
@@ -102,8 +102,8 @@ struct Joined {
 };
 void join(const Transform&, const Parts&, int splits, int64_t n, int64_t v, const Stats& stats, const float* shift,
           double far_above, const Joined&, cudaStream_t);
-// Packed exponentials e [V, N] become dlogits in bf16, in their place, for rows with the gradient g of logp; the label's
-// entries too: `missing` [N] is what rounding leaves of them.
+// Packed exponentials e [V, N] become dlogits in bf16, in their place, for rows with the gradient g of logp; the
+// label's entries too: `missing` [N] is what rounding leaves of them.
 struct PackedRows {
   const int64_t* y;
   int64_t first;

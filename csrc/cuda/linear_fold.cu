@@ -125,7 +125,7 @@ struct Problem {
   const int64_t* y;
   const void* bias;  // or null
   int n, v, depths;
-  int64_t first;       // y's number of the first of the v entries
+  int64_t first;             // y's number of the first of the v entries
   float inner, outer_log2e;  // exp(outer x) is 2^(outer_log2e x); outer > 0, inner is of either sign
   Schedule schedule;
   Parts parts;
@@ -270,8 +270,8 @@ __device__ __forceinline__ uint32_t narrow_pair(float a, float b) {
   }
 }
 
-// A warpgroup's way to store its 64 rows of kPieceColumns columns through a piece of shared memory, where a column is 128
-// bytes, swizzled. Consecutive ones have different pieces.
+// A warpgroup's way to store its 64 rows of kPieceColumns columns through a piece of shared memory, where a column is
+// 128 bytes, swizzled. Consecutive ones have different pieces.
 struct Stores {
   unsigned char* piece;
   int folder;
@@ -523,7 +523,7 @@ void launch(DType type, const LinearProduct& args, const Matrix& e, const Proble
   const CUtensorMap w = tensor_map(type, args.w, kColumns / kCluster, kDepth);
   const CUtensorMap stored = p.stores ? tensor_map(DType::bf16, e, kPieceColumns, 64) : CUtensorMap{};
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "shared memory of the fused forward");
+        "shared memory of the fused product");
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = kCluster;
@@ -535,7 +535,7 @@ void launch(DType type, const LinearProduct& args, const Matrix& e, const Proble
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, x, w, stored, p), "launch of the fused forward");
+  check(cudaLaunchKernelEx(&config, kernel, x, w, stored, p), "launch of the fused product");
 }
 
 template <class T, Epilogue kTo>
