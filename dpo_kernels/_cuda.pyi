@@ -6,6 +6,8 @@ CLUSTER_ROWS: int
 BLOCK_COLUMNS: int
 PART_FIELDS: int
 PART_STATS_FIELDS: int
+LABEL_FIELDS: int
+LABEL_STATS_FIELDS: int
 
 class Transform:
     def __init__(self, scale: float, softcap: float, temperature: float) -> None: ...
@@ -19,14 +21,27 @@ class Tile:
 class LogitsRows:
     def __init__(self, data: int, stride_s: int, stride_t: int, stride_v: int) -> None: ...
 
-class Rows:
-    def __init__(self, sequence: int, position: int, y: int, n: int, v: int) -> None: ...
-
 class GradRows:
     def __init__(self, norm: int, norm_stride: int, logp: int, g: int) -> None: ...
 
 class Matrix:
     def __init__(self, data: int, rows: int, columns: int, stride: int) -> None: ...
+
+class LinearProduct:
+    def __init__(
+        self, x: Matrix, w: Matrix, bias: int, y: int, first: int, transform: Transform, splits: int
+    ) -> None: ...
+
+class Parts:
+    def __init__(self, data: int, split_stride: int, field_stride: int, label: int, label_stride: int) -> None: ...
+
+class Positions:
+    def __init__(self, data: int, stride_s: int, stride_t: int) -> None: ...
+
+class Labels:
+    def __init__(
+        self, data: int, stride_s: int, stride_t: int, sequences: int, length: int, ignore_index: int
+    ) -> None: ...
 
 def fold(
     dtype: str,
@@ -39,7 +54,6 @@ def fold(
     stream: int,
 ) -> None: ...
 def dlogits(dtype: str, tile: Tile, out_dtype: str, out: Matrix, grad: GradRows, value: int, stream: int) -> None: ...
-def zero_rows(dtype: str, out: LogitsRows, rows: Rows, stream: int) -> None: ...
 def finish(
     dtype: str,
     state: FoldState,
@@ -52,20 +66,103 @@ def finish(
     values: int,
     stream: int,
 ) -> None: ...
-def logits_fold(dtype: str, logits: LogitsRows, rows: Rows, state: FoldState, stats: bool, stream: int) -> None: ...
-def logits_bwd(dtype: str, logits: LogitsRows, out: LogitsRows, rows: Rows, grad: GradRows, stream: int) -> None: ...
-def linear_fold(
+def logits_fwd(
     dtype: str,
-    x: Matrix,
-    w: Matrix,
-    bias: int,
-    y: int,
-    transform: Transform,
-    state: FoldState,
-    splits: int,
-    part: int,
-    part_argmax: int,
+    logits: LogitsRows,
+    labels: Labels,
+    v: int,
+    num_labelled: int,
+    stats: list[int],
+    logp: int,
+    norm: int,
+    values: int,
+    fit: int,
+    stream: int,
+) -> None: ...
+def logits_bwd(
+    dtype: str,
+    logits: LogitsRows,
+    out: LogitsRows,
+    labels: Labels,
+    v: int,
+    norm: int,
+    logp: int,
+    g: Positions,
+    stream: int,
+) -> None: ...
+def linear_fold(
+    dtype: str, product: LinearProduct, parts: Parts, stats: bool, processors: int, stream: int
+) -> None: ...
+def linear_exp(
+    product: LinearProduct,
+    parts: Parts,
+    first_split: int,
+    e: Matrix,
+    packed: bool,
+    shift: int,
+    shift_stride: int,
+    far: int,
+    far_above: float,
+    again: bool,
+    all_splits: int,
     stats: bool,
     processors: int,
+    stream: int,
+) -> None: ...
+def linear_dlogits(
+    product: LinearProduct, out: Matrix, grad: GradRows, missing: int, processors: int, stream: int
+) -> None: ...
+def join(
+    transform: Transform,
+    parts: Parts,
+    splits: int,
+    n: int,
+    v: int,
+    stats: list[int],
+    shift: int,
+    far_above: float,
+    logp: int,
+    norm: int,
+    values: int,
+    top: int,
+    scale: int,
+    label: int,
+    stream: int,
+) -> None: ...
+def exp_dlogits(
+    transform: Transform,
+    e: Matrix,
+    y: int,
+    first: int,
+    shift: int,
+    shift_stride: int,
+    top: int,
+    scale: int,
+    label: int,
+    g: int,
+    missing: int,
+    stream: int,
+) -> None: ...
+def dhidden(out_dtype: str, sums: Matrix, w: Matrix, y: int, scale: int, label: int, out: int, stream: int) -> None: ...
+def sum_tokens(
+    dtype: str,
+    logps: Positions,
+    labels: Labels,
+    weights: Positions,
+    mean: bool,
+    sums: int,
+    counts: int,
+    stream: int,
+) -> None: ...
+def sum_tokens_bwd(
+    dtype: str,
+    grad: int,
+    grad_stride: int,
+    logps: Positions,
+    labels: Labels,
+    weights: Positions,
+    counts: int,
+    dlogps: int,
+    dweights: int,
     stream: int,
 ) -> None: ...

@@ -1,10 +1,10 @@
 """Which kernels compute a call, and why the others do not.
 
 A *family* of kernels is an implementation, or one whose product x.W^T does at its end what tiles of logits are else
-stored for ("_fused"): the forward without gradients is then a single kernel, and paths B and C store exponentials. What
-"auto" takes is looked up: the verdict of this very device, which `dpo-kernels tune` has measured; then the table of
-measurements that come with the package; then "torch". The number of rows is not asked for, so results do not depend on
-how a batch is cut, and nothing is ever measured in a call.
+stored for ("_fused"): the forward without gradients is then a single kernel, paths B and C store exponentials, and path
+D the gradient of the logits. What "auto" takes is looked up: the verdict of this very device, which `dpo-kernels tune`
+has measured; then the table of measurements that come with the package; then "torch". The number of rows is not asked
+for, so results do not depend on how a batch is cut, and nothing is ever measured in a call.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ _MODULES = {
     "cuda": "dpo_kernels.impl.cuda",
 }
 _FUSED = "_fused"
-# The paths with a forward that leaves no gradient.
-FORWARDS = ("A", "D")
+# The path without gradients.
+FORWARDS = ("A",)
 # What an implementation's own name takes there. Of Triton's fused forward no GPU has yet said that it is faster.
 FORWARD_OF: dict[str, Family] = {"cuda": "cuda_fused"}
-# Those that can store exponentials, and what an implementation's own name takes there: a tile costs more than its pass.
-SWEEPS = ("B", "C")
-SWEEP_OF: dict[str, Family] = {"triton": "triton_fused"}
+# Those that can do without logits, and what an implementation's own name takes there: a tile costs more than its pass.
+SWEEPS = ("B", "C", "D")
+SWEEP_OF: dict[str, Family] = {"triton": "triton_fused", "cuda": "cuda_fused"}
 
 
 class Choice(NamedTuple):
@@ -183,6 +183,11 @@ def impl_of(family: str) -> Impl:
 def is_fused(family: str) -> bool:
     """Whether no tiles of logits are stored, where that can be for the operands."""
     return family.endswith(_FUSED)
+
+
+def sums_tokens(family: str) -> bool:
+    """Whether the family has kernels for sums over the tokens of sequences, each a launch."""
+    return impl_of(family) in ("triton", "cuda")
 
 
 def paths_of(family: str) -> tuple[str, ...]:

@@ -110,7 +110,8 @@ def emulated_cuda(monkeypatch):
     monkeypatch.setattr(dispatch, "CUDA_DEVICE", "cpu")
     monkeypatch.setattr(dispatch, "CUDA_PROBLEM", None)
     module = dispatch.load("cuda")
-    monkeypatch.setattr(module, "_cuda", emulation.cuda_module())
+    for each in (module, module.cuda_linear, module.cuda_exponentials):
+        monkeypatch.setattr(each, "_cuda", emulation.cuda_module())
     return module
 
 

@@ -51,8 +51,10 @@ class Mutation(NamedTuple):
 
 
 # Sources, and the tests of several mutations
-SIMD, CPU = "csrc/cpu/simd.h", "csrc/cpu/kernels_impl.h"
+SIMD, CPU, FINISH = "csrc/cpu/simd.h", "csrc/cpu/kernels_impl.h", "csrc/finish.h"
 ROWS_CU, ROW, MATH, FUSED_CU = (f"csrc/cuda/{name}" for name in ("rows.cu", "row.cuh", "math.cuh", "linear_fold.cu"))
+EXP_CU, EXP_CUH = "csrc/cuda/exponentials.cu", "csrc/cuda/exponentials.cuh"
+CUDA_LINEAR, CUDA_EXP = "dpo_kernels/impl/cuda_linear.py", "dpo_kernels/impl/cuda_exponentials.py"
 TRITON, TRITON_LINEAR, TRITON_MATH = (f"dpo_kernels/impl/triton{part}.py" for part in ("", "_linear", "_math"))
 TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch", "paths", "fold", "native", "cuda"))
 DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES, PARALLEL = (
@@ -87,6 +89,7 @@ PREVIEW = "dpo_kernels/data/preview.py"
 LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger", "scoring", "trainers"))
 TRL = "dpo_kernels/trl"
 
+CUDA_EXP_TESTS = "impl/test_cuda_exponentials.py"
 TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
@@ -176,6 +179,10 @@ MUTATIONS = {
         # the last of equal segments
         Mutation(CPU, "if (kStats && segment_max > old_max)", "if (kStats && segment_max >= old_max)", ON_CPU),
         # cancels
+        Mutation(
+            FINISH, "lead > 0 ? -log1p(of.sum * exp(-lead)) : lead", "lead", "test_logps.py -k 'cpu and confident'"
+        ),
+        Mutation(FINISH, "y < state.argmax[row]", "y <= state.argmax[row] + 1", ON_CPU),
         Mutation(CPU, "-::expm1(logp[row]) * g[row]", "(1 - static_cast<T>(::exp(logp[row]))) * g[row]", ON_CPU),
         # a wrong stride
         Mutation(
@@ -260,12 +267,31 @@ MUTATIONS = {
         ),
         # a stage given back while products read it
         Mutation(FUSED_CU, "wgmma_wait<1>();", "wgmma_wait<2>();", CUDA_TESTS),
+        # a piece filled anew while it is copied
+        Mutation(FUSED_CU, "stores_wait<kPieces - 1>();", "stores_wait<kPieces>();", f"{CUDA_EXP_TESTS} -k order"),
+        # tanh of what is not to count; the softcap's part of what is stored
+        Mutation(FUSED_CU, "return t == kNothing ? -INFINITY : u;", "return u;", CUDA_TESTS),
+        Mutation(FUSED_CU, "e * slope * kPackedOne", "e * kPackedOne", CUDA_EXP_TESTS),
+        # far rows that are told where nobody looks, or not gone over again
+        Mutation(FUSED_CU, "p.far[row / kClusterRows * kClusterRows] = 1", "p.far[row] = 1", CUDA_EXP_TESTS),
+        Mutation(
+            CUDA_EXP,
+            "for again in (False,) if self.packed else (False, True):",
+            "for again in (False,):",
+            CUDA_EXP_TESTS,
+        ),
+        # what rounding leaves of labels; labels of another part
+        Mutation(FUSED_CU, "own - widen(narrow<__nv_bfloat16>(own))", "0", CUDA_EXP_TESTS),
+        Mutation(EXP_CU, "places[begin + k] == c ?", "places[begin + k] % 256 == c % 256 ?", CUDA_EXP_TESTS),
         # a scale forgotten
         Mutation(
-            FUSED_CU, "outer * (at(kPartMax, split) - top), factor", "at(kPartMax, split) - top, factor", CUDA_TESTS
+            EXP_CU,
+            "outer * (static_cast<double>(of_split) - shift)",
+            "static_cast<double>(of_split) - shift",
+            CUDA_TESTS,
         ),
         # the last of equal splits
-        Mutation(FUSED_CU, "if (argmax < 0 && apart == 0)", "if (apart == 0)", CUDA_TESTS),
+        Mutation(EXP_CU, "if (split < label_split) before", "if (split > label_split) before", CUDA_TESTS),
     ],
     "Triton kernels": [
         # a label of an earlier tile
@@ -308,7 +334,7 @@ MUTATIONS = {
             "impl/test_triton.py -k 'every_batch and A'",
         ),
         # exponentials that overflow, and those of others that are written again
-        Mutation(TRITON_EXP, "\nFAR = 60.0\n", "\nFAR = 1e9\n", EXP_TESTS),
+        Mutation("dpo_kernels/impl/exponentials.py", "FAR = 60.0", "FAR = 1e9", EXP_TESTS),
         Mutation(TRITON_EXP, "shift = tl.where(is_far, top, shift)", "shift = shift", EXP_TESTS),
         # a shift that rounds downwards, one for all blocks, sums that do not follow it, and another split's
         Mutation(TRITON_EXP, "return shift + tl.abs(shift) * 2.0**-22", "return shift", EXP_TESTS),
@@ -417,14 +443,9 @@ MUTATIONS = {
         Mutation(NATIVE, "fold.argmax[start:]", "fold.argmax", ON_CPU),
         Mutation(CUDA, "fold.argmax[rows]", "fold.argmax", ON_CUDA),
         # 0 times infinity
-        Mutation(
-            CUDA,
-            "or (transform.softcap is None and abs(transform.slope) < torch.finfo(torch.float32).tiny)",
-            "",
-            CUDA_TESTS,
-        ),
+        Mutation(EXP_CUH, "if (!logit.capped && outer < FLT_MIN) inner = 0, outer = 1;", "", CUDA_TESTS),
         # rows that lie one over another
-        Mutation(CUDA, "rows = t.stride(0) >= t.shape[1] and t.stride(0)", "rows = t.stride(0)", CUDA_TESTS),
+        Mutation(CUDA_LINEAR, "rows = t.stride(0) >= t.shape[1] and t.stride(0)", "rows = t.stride(0)", CUDA_TESTS),
     ],
     "functions and operators": [
         # what lies at ignored positions
@@ -476,7 +497,9 @@ MUTATIONS = {
         # swallowed errors
         Mutation(LOGPS, "if inplace_backward and any(", "if False and any(", ON_TORCH),
         Mutation(OPS, "        check_finite(x, rows, waits=num_labelled == UNKNOWN)", "        pass", ON_TORCH),
-        Mutation(GATHER, "if low.isfinite() & high.isfinite():", "if low.isfinite():", ON_TORCH),
+        Mutation(
+            GATHER, "if math.isfinite(low.item()) and math.isfinite(high.item()):", "if low.isfinite():", ON_TORCH
+        ),
         Mutation(DISPATCH, "else unavailable_reason(name, device)", "else None", LOGPS_TESTS),
         # a setting that is off
         Mutation(
@@ -566,6 +589,8 @@ MUTATIONS = {
         Mutation(
             PAIR_GROUPS, "max(map(operator.add, filled, more)) > budget", "filled[0] + more[0] > budget", SEQUENCE_TESTS
         ),
+        # a small part at the end
+        Mutation(PAIR_GROUPS, "rows)) == fewest", "rows)) >= 1", "test_pair_groups.py"),
         Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
         Mutation(
             LINEAR_DPO, "check_hidden=check_hidden and ranks is None", "check_hidden=check_hidden", SEQUENCE_TESTS

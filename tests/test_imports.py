@@ -34,7 +34,12 @@ LAYERS = (
     ("__main__",),
 )
 COMPILED = {"_native", "_cuda"}  # imported by implementations alone
-IMPLEMENTATIONS = ({"torch"}, {"native"}, {"triton", "triton_linear", "triton_math"}, {"cuda"})
+IMPLEMENTATIONS = (
+    {"torch"},
+    {"native"},
+    {"triton", "triton_linear", "triton_math", "triton_sequences"},
+    {"cuda", "cuda_exponentials", "cuda_linear"},
+)
 
 
 def arrows(package: Path) -> dict[str, set[str]]:

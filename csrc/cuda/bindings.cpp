@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -25,6 +23,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("BLOCK_COLUMNS") = cuda::kBlockColumns;
   m.attr("PART_FIELDS") = static_cast<int>(cuda::kPartFields);
   m.attr("PART_STATS_FIELDS") = static_cast<int>(cuda::kPartStatsFields);
+  m.attr("LABEL_FIELDS") = static_cast<int>(cuda::kLabelFields);
+  m.attr("LABEL_STATS_FIELDS") = static_cast<int>(cuda::kLabelStatsFields);
 
   const auto local = py::module_local();
   py::class_<cuda::GradRows>(m, "GradRows", local)
@@ -34,6 +34,15 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<cuda::Matrix>(m, "Matrix", local)
       .def(py::init([](Address data, int64_t rows, int64_t columns, int64_t stride) {
         return cuda::Matrix{as<void>(data), rows, columns, stride};
+      }));
+
+  py::class_<cuda::Positions>(m, "Positions", local).def(py::init([](Address data, int64_t stride_s, int64_t stride_t) {
+    return cuda::Positions{as<const void>(data), stride_s, stride_t};
+  }));
+  py::class_<cuda::Labels>(m, "Labels", local)
+      .def(py::init([](Address data, int64_t stride_s, int64_t stride_t, int64_t sequences, int64_t length,
+                       int64_t ignore_index) {
+        return cuda::Labels{as<const int64_t>(data), stride_s, stride_t, sequences, length, ignore_index};
       }));
 
   m.def(
@@ -51,41 +60,110 @@ PYBIND11_MODULE(_cuda, m) {
       },
       release_gil());
   m.def(
-      "zero_rows",
-      [](const std::string& dtype, const LogitsRows& out, const Rows& rows, Address stream) {
-        cuda::zero_rows(dtype_of(dtype), out, rows, as<CUstream_st>(stream));
-      },
-      release_gil());
-  m.def(
       "finish",
       [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
          const std::vector<int>& stats, Address logp, Address norm, Address values, Address stream) {
-        cuda::Stats asked{static_cast<int>(stats.size()), {}};
-        if (stats.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
-        std::copy(stats.begin(), stats.end(), asked.names);
-        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, asked, as<void>(logp), as<void>(norm),
+        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, stats_of(stats), as<void>(logp), as<void>(norm),
                      as<void>(values), as<CUstream_st>(stream));
       },
       release_gil());
   m.def(
-      "logits_fold",
-      [](const std::string& dtype, const LogitsRows& logits, const Rows& rows, const FoldState& state, bool stats,
-         Address stream) { cuda::logits_fold(dtype_of(dtype), logits, rows, state, stats, as<CUstream_st>(stream)); },
+      "logits_fwd",
+      [](const std::string& dtype, const LogitsRows& logits, const cuda::Labels& labels, int64_t v,
+         int64_t num_labelled, const std::vector<int>& stats, Address logp, Address norm, Address values, Address fit,
+         Address stream) {
+        cuda::logits_fwd(dtype_of(dtype), logits, labels, v, num_labelled, stats_of(stats), as<void>(logp), as<void>(norm),
+                         as<void>(values), as<int>(fit), as<CUstream_st>(stream));
+      },
       release_gil());
   m.def(
       "logits_bwd",
-      [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const Rows& rows,
-         const cuda::GradRows& grad,
-         Address stream) { cuda::logits_bwd(dtype_of(dtype), logits, out, rows, grad, as<CUstream_st>(stream)); },
+      [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const cuda::Labels& labels,
+         int64_t v, Address norm, Address logp, const cuda::Positions& g, Address stream) {
+        cuda::logits_bwd(dtype_of(dtype), logits, out, labels, v, as<const void>(norm), as<const void>(logp), g,
+                         as<CUstream_st>(stream));
+      },
       release_gil());
+  py::class_<cuda::LinearProduct>(m, "LinearProduct", local)
+      .def(py::init([](const cuda::Matrix& x, const cuda::Matrix& w, Address bias, Address y, int64_t first,
+                       const Transform& transform, int splits) {
+        return cuda::LinearProduct{x, w, as<const void>(bias), as<const int64_t>(y), first, transform, splits};
+      }));
+  py::class_<cuda::Parts>(m, "Parts", local)
+      .def(py::init([](Address data, int64_t split_stride, int64_t field_stride, Address label, int64_t label_stride) {
+        return cuda::Parts{as<float>(data), split_stride, field_stride, as<float>(label), label_stride};
+      }));
+
   m.def(
       "linear_fold",
-      [](const std::string& dtype, const cuda::Matrix& x, const cuda::Matrix& w, Address bias, Address y,
-         const Transform& transform, const FoldState& state, int splits, Address part, Address part_argmax, bool stats,
+      [](const std::string& dtype, const cuda::LinearProduct& product, const cuda::Parts& parts, bool stats,
          int processors, Address stream) {
-        const cuda::LinearFold args{x,         w,      as<const void>(bias), as<const int64_t>(y),
-                                    transform, splits, as<float>(part),      as<int64_t>(part_argmax)};
-        cuda::linear_fold(dtype_of(dtype), args, state, stats, processors, as<CUstream_st>(stream));
+        cuda::linear_fold(dtype_of(dtype), product, parts, stats, processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "linear_exp",
+      [](const cuda::LinearProduct& product, const cuda::Parts& parts, int first_split, const cuda::Matrix& e,
+         bool packed, Address shift, int64_t shift_stride, Address far, double far_above, bool again, int all_splits,
+         bool stats, int processors, Address stream) {
+        const cuda::Exponentials out{e,         packed, as<float>(shift), shift_stride, as<int>(far),
+                                     far_above, again,  all_splits};
+        cuda::linear_exp(product, parts, first_split, out, stats, processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "linear_dlogits",
+      [](const cuda::LinearProduct& product, const cuda::Matrix& out, const cuda::GradRows& grad, Address missing,
+         int processors, Address stream) {
+        cuda::linear_dlogits(product, out, grad, as<float>(missing), processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "join",
+      [](const Transform& transform, const cuda::Parts& parts, int splits, int64_t n, int64_t v,
+         const std::vector<int>& stats, Address shift, double far_above, Address logp, Address norm, Address values,
+         Address top, Address scale, Address label, Address stream) {
+        const cuda::Joined out{as<float>(logp), as<float>(norm),  as<float>(values),
+                               as<float>(top),  as<float>(scale), as<float>(label)};
+        cuda::join(transform, parts, splits, n, v, stats_of(stats), as<const float>(shift),
+                   far_above, out, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "exp_dlogits",
+      [](const Transform& transform, const cuda::Matrix& e, Address y, int64_t first, Address shift,
+         int64_t shift_stride, Address top, Address scale, Address label, Address g, Address missing, Address stream) {
+        const cuda::PackedRows rows{as<const int64_t>(y),   first,
+                                    as<const float>(shift), shift_stride,
+                                    as<const float>(top),   as<const float>(scale),
+                                    as<const float>(label), as<const float>(g),
+                                    as<float>(missing)};
+        cuda::exp_dlogits(transform, e, rows, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "dhidden",
+      [](const std::string& out_dtype, const cuda::Matrix& sums, const cuda::Matrix& w, Address y, Address scale,
+         Address label, Address out, Address stream) {
+        cuda::dhidden(dtype_of(out_dtype), sums, w, as<const int64_t>(y), as<const float>(scale),
+                      as<const float>(label), as<void>(out), as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "sum_tokens",
+      [](const std::string& dtype, const cuda::Positions& logps, const cuda::Labels& labels,
+         const cuda::Positions& weights, bool mean, Address sums, Address counts, Address stream) {
+        cuda::sum_tokens(dtype_of(dtype), logps, labels, weights, mean, as<void>(sums), as<int64_t>(counts),
+                         as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "sum_tokens_bwd",
+      [](const std::string& dtype, Address grad, int64_t grad_stride, const cuda::Positions& logps,
+         const cuda::Labels& labels, const cuda::Positions& weights, Address counts, Address dlogps, Address dweights,
+         Address stream) {
+        cuda::sum_tokens_bwd(dtype_of(dtype), as<const void>(grad), grad_stride, logps, labels, weights,
+                             as<const int64_t>(counts), as<void>(dlogps), as<void>(dweights), as<CUstream_st>(stream));
       },
       release_gil());
 }

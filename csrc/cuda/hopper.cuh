@@ -24,6 +24,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// threadIdx.x, where it is not to be kept in a register.
+__device__ __forceinline__ int thread_read_anew() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -92,6 +99,38 @@ __device__ __forceinline__ void copy_box_to_cluster(void* to, const CUtensorMap&
       " [%0], [%1, {%4, %5}], [%2], %3;" ::"r"(shared_address(to)),
       "l"(reinterpret_cast<uint64_t>(&map)), "r"(shared_address(barrier)), "h"(blocks), "r"(column), "r"(row)
       : "memory");
+}
+
+// Copies shared memory to the box of `map` that begins at (row, column), as far as that lies inside of the matrix; one
+// thread calls it. Those of a thread that are committed together are waited for together.
+__device__ __forceinline__ void store_box(const CUtensorMap& map, const void* from, int column, int row) {
+  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(
+                   reinterpret_cast<uint64_t>(&map)),
+               "r"(shared_address(from)), "r"(column), "r"(row)
+               : "memory");
+}
+__device__ __forceinline__ void stores_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Returns once shared memory has been read by all but kPending of the groups that this thread has committed.
+template <int kPending>
+__device__ __forceinline__ void stores_wait() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// What this thread has written to shared memory is seen by the copies that are issued once the threads have met.
+__device__ __forceinline__ void fence_before_stores() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// Four matrices [8, 8] of 16-bit numbers, in which thread t of a warp has row t / 4, columns 2 (t % 4) and one more, in
+// registers: their columns go to 16 bytes each. Thread t says where that of matrix t / 8, column t % 8, is.
+__device__ __forceinline__ void store_transposed(void* column, const uint32_t (&matrices)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(column)),
+               "r"(matrices[0]), "r"(matrices[1]), "r"(matrices[2]), "r"(matrices[3])
+               : "memory");
+}
+
+// Waits for the four warps of a group; each group of the block has a number, above 0.
+__device__ __forceinline__ void group_sync(int group) {
+  asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
 }
 
 // Between what threads do with registers and what wgmma does with them.

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../finish.h"
 #include "../tiles.h"
 
 namespace dpo_kernels::cuda {
@@ -27,45 +28,126 @@ void fold(DType type, const Tile&, const FoldState&, DType out_type, const Matri
           cudaStream_t);
 // Writes -g p dz/da of a tile to `out`, 0 at the label, whose own entry goes to value [n]; 0 if it is not in the tile.
 void dlogits(DType type, const Tile&, DType out_type, const Matrix& out, const GradRows&, void* value, cudaStream_t);
-// Writes 0 to rows of `out`; their labels are not read.
-void zero_rows(DType type, const LogitsRows& out, const Rows&, cudaStream_t);
-// From logits that exist: folds whole rows into a new state, and writes the gradient of sum g logp over rows of `out`.
-void logits_fold(DType type, const LogitsRows&, const Rows&, const FoldState&, bool stats, cudaStream_t);
-void logits_bwd(DType type, const LogitsRows&, const LogitsRows& out, const Rows&, const GradRows&, cudaStream_t);
 
-struct LinearFold {
+// Products x.W^T on Hopper's tensor cores without tiles of logits: see linear_fold.cu. `processors`: multiprocessors of
+// the device.
+struct LinearProduct {
   Matrix x, w;       // [N, H], [V, H]
   const void* bias;  // [V] of their type, or null
   const int64_t* y;  // [N]
+  int64_t first;     // what y calls the first of the V entries
   Transform transform;
-  int splits;            // of the vocabulary
-  float* part;           // [kPartFields or kPartStatsFields, splits, N]
-  int64_t* part_argmax;  // [splits, N], with statistics
-};
-enum PartField {
-  kPartMax,
-  kPartTarget,
-  kPartSum,
-  kPartFields,
-  kPartSumZ = kPartFields,
-  kPartSumEz,
-  kPartSumSq,
-  kPartStatsFields
+  int splits;  // of these entries
 };
 // Rows that a cluster of two blocks takes at once, and columns: what `splits` is chosen by.
 constexpr int kClusterBlocks = 2, kClusterRows = 256, kBlockColumns = 256;
-// Folds x.W^T on Hopper's tensor cores, without tiles: see linear_fold.cu. `processors`: multiprocessors of the device.
-void linear_fold(DType type, const LinearFold&, const FoldState&, bool stats, int processors, cudaStream_t);
+
+// What the splits of a vocabulary leave of each row, before the factor `outer`: field f of split s and row n, of the
+// entries beside the label but for the sum of z, lies at data[f * field_stride + s * split_stride + n]. What is known of
+// the label, its split alone writes: field f at label[f * label_stride + n].
+enum PartField { kPartMax, kPartSum, kPartFields, kPartSumZ = kPartFields, kPartSumEz, kPartSumSq, kPartStatsFields };
+enum LabelField {
+  kLabelLogit,
+  kLabelDerivative,  // the softcap's part of dz/da
+  kLabelFields,
+  kLabelSplit = kLabelFields,  // the bits of an int
+  kLabelBefore,                // four numbers: the largest of these is that of the split's entries before the label
+  kLabelStatsFields = kLabelBefore + 4
+};
+struct Parts {
+  float* data;
+  int64_t split_stride, field_stride;
+  float* label;
+  int64_t label_stride;
+};
+// Folds all of the vocabulary.
+void linear_fold(DType type, const LinearProduct&, const Parts&, bool stats, int processors, cudaStream_t);
+
+// Exponentials exp(z - shift) dz/da, without the scale's part, as [V, N] in 16 bits; 0 at the label. The sums that go
+// with them are of what was not rounded. In bf16 with the row's shift, which is given; or `packed`: times kPackedOne in
+// fp16, with the largest that a split has seen so far of the row, which is written for each block of columns. Shifts
+// have no factor `outer`.
+struct Exponentials {
+  Matrix e;  // no data: they are stored nowhere
+  bool packed;
+  float* shift;          // [N], or packed: [blocks of columns, N]
+  int64_t shift_stride;  // from block to block
+  // Not packed: an entry is far that is more than `far_above` (of z) above the shift. `far` [N] gets a 1 at the first of
+  // kClusterRows rows if there is a far one among these. `again`: these rows are gone over once more, with the largest
+  // entry of all splits in the place of the shift of a row that has a far one; nothing else is touched.
+  int* far;
+  double far_above;
+  bool again;
+  int splits;  // of all of the vocabulary
+};
+// Writes the exponentials of W's entries, and sums to the parts from `first_split` on.
+void linear_exp(const LinearProduct&, const Parts&, int first_split, const Exponentials&, bool stats, int processors,
+                cudaStream_t);
+// Writes the gradient of sum_n g_n logp_n with respect to x.W^T to out [V, N or more] in bf16; 0 in columns behind N.
+// missing [N]: of rows with a label among these entries, what rounding left of the label's. `grad` is of fp32.
+void linear_dlogits(const LinearProduct&, const Matrix& out, const GradRows& grad, float* missing, int processors,
+                    cudaStream_t);
 
 // What a finished state says of each row, of `type`: logp [N], norm [2, N], and the statistics [count, N] that `stats`
 // names, in its order. See dpo_kernels/impl/fold.py, whose `finish` this is.
-enum Stat { kEntropy, kIsTop1, kMeanLogit, kLogSumSqProbs };
-struct Stats {
-  int count;
-  int names[4];
-};
 void finish(DType type, const FoldState&, const int64_t* y, int64_t n, int64_t v, const Stats& stats, void* logp,
             void* norm, void* values, cudaStream_t);
+
+// The same of what a sweep without tiles left: logp [N], norm [2, N] and values [count, N] in fp32. And for what was
+// stored, unless `scale` is null: what exponentials are multiplied by to be d logp / da, for the largest entry `top`
+// (without the factor `outer`) or the row's shift; and the label's entry, which is so multiplied too.
+struct Joined {
+  float *logp, *norm, *values;
+  float *top, *scale, *label;  // [N]
+};
+void join(const Transform&, const Parts&, int splits, int64_t n, int64_t v, const Stats& stats, const float* shift,
+          double far_above, const Joined&, cudaStream_t);
+// Packed exponentials e [V, N] become dlogits in bf16, in their place, for rows with the gradient g of logp; the label's
+// entries too: `missing` [N] is what rounding leaves of them.
+struct PackedRows {
+  const int64_t* y;
+  int64_t first;
+  const float* shift;  // [blocks of columns, N]
+  int64_t shift_stride;
+  const float *top, *scale, *label, *g;
+  float* missing;
+};
+void exp_dlogits(const Transform&, const Matrix& e, const PackedRows&, cudaStream_t);
+// scale (sums + label W_y), or without a scale if that is null: sums [N, H] in fp32, W in bf16, out in fp32 or bf16.
+void dhidden(DType out_type, const Matrix& sums, const Matrix& w, const int64_t* y, const float* scale,
+             const float* label, void* out, cudaStream_t);
+
+// Numbers of positions [S, T] that lie apart as strides say; no data: none.
+struct Positions {
+  const void* data;
+  int64_t stride_s, stride_t;
+
+  template <class T>
+  DPO_HOST_DEVICE T at(int64_t s, int64_t t) const {
+    return static_cast<const T*>(data)[s * stride_s + t * stride_t];
+  }
+};
+struct Labels {  // of fewer than 2^31 positions
+  const int64_t* data;
+  int64_t stride_s, stride_t, sequences, length, ignore_index;
+
+  DPO_HOST_DEVICE int64_t count() const { return sequences * length; }
+  DPO_HOST_DEVICE int64_t at(int64_t s, int64_t t) const { return data[s * stride_s + t * stride_t]; }
+};
+// Path E, from logits [S, T, V]: logp [S, T], norm [2, S, T] and the statistics [count, S, T] that `stats` names, 0 at
+// ignored positions; fit: 1 if all labels are among the v entries, and `num_labelled` of them, unless negative; or 0.
+void logits_fwd(DType type, const LogitsRows&, const Labels&, int64_t v, int64_t num_labelled, const Stats& stats,
+                void* logp, void* norm, void* values, int* fit, cudaStream_t);
+// The gradient of sum g logp, in `out`, which may be the logits; 0 at ignored positions.
+void logits_bwd(DType type, const LogitsRows&, const LogitsRows& out, const Labels&, int64_t v, const void* norm,
+                const void* logp, const Positions& g, cudaStream_t);
+// Sums [S], or means over labelled positions, of log-probabilities times weights, of `type`; and how many are labelled.
+void sum_tokens(DType type, const Positions& logps, const Labels&, const Positions& weights, bool mean, void* sums,
+                int64_t* counts, cudaStream_t);
+// From the gradient with respect to the sums, those with respect to log-probabilities and, unless null, weights, dense
+// [S, T]. counts: of means alone.
+void sum_tokens_bwd(DType type, const void* grad, int64_t grad_stride, const Positions& logps, const Labels&,
+                    const Positions& weights, const int64_t* counts, void* dlogps, void* dweights, cudaStream_t);
 
 // Throws a std::runtime_error that names what failed.
 void check(cudaError_t status, const char* what);

@@ -1,5 +1,6 @@
-// Path A in one kernel, for sm_90a alone: a matrix product whose epilogue folds each tile of logits in registers and
-// stores none.
+// The product x.W^T for sm_90a alone, whose epilogue takes each tile of logits in registers and stores none: it folds
+// them (path A), or stores 16-bit numbers that come of them, as [V, N]: exponentials (paths B and C) or the gradient of
+// the logits (path D).
 //
 // Dimensions: N labelled rows, H hidden size, V vocabulary size. A block has kRows rows and takes kColumns vocabulary
 // entries at a time, kDepth of H at a time; a tile of x and one of W are a stage of kStages.
@@ -12,10 +13,14 @@
 //
 // For u = +-(x.W + b), or tanh of it, with the sign that makes z = outer * u rise with u, a row keeps max u and
 // sum exp(outer (u - max)): the scale costs nothing, and `join_kernel` multiplies in fp64.
+//
+// What is stored leaves the registers through kPieces pieces of shared memory, transposed on the way, and is copied to
+// its place while the next piece is computed.
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
+#include "exponentials.cuh"
 #include "hopper.cuh"
 #include "kernels.h"
 #include "math.cuh"
@@ -29,7 +34,12 @@ constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kFolders = 2, kThreads = (1 + kFolders) * kGroup;
 constexpr int kRowBytes = kDepth * 2;  // of a tile, which is one row of the 128-byte swizzle
 constexpr int kXBytes = kRows * kRowBytes, kWBytes = kColumns * kRowBytes, kStageBytes = kXBytes + kWBytes;
-constexpr int kSharedBytes = kStages * kStageBytes + 2 * kStages * static_cast<int>(sizeof(Barrier));
+// A warpgroup's rows of so many columns are stored at once; there are two of these, so that one can be filled while the
+// other is copied.
+constexpr int kPieceColumns = 64, kPieceBytes = kPieceColumns * 64 * 2, kPieces = 2;
+static_assert(kColumns / kPieceColumns % kPieces == 0);
+constexpr int kSharedBytes = kStages * kStageBytes + kFolders * kPieces * kPieceBytes +
+                             2 * kStages * static_cast<int>(sizeof(Barrier));
 static_assert(kSharedBytes + 1024 <= 228 * 1024, "more shared memory than a multiprocessor of Hopper has");
 // So many pairs of blocks of rows take turns with the same columns, so that their x stays in the second-level cache.
 constexpr int kRowPairsTogether = 8;
@@ -37,7 +47,8 @@ constexpr int kEntries = kColumns / 4;  // of one row that a thread has: two row
 
 // The work items and their order, the same for all threads.
 struct Schedule {
-  int row_pairs, splits, column_blocks;
+  int clusters, row_pairs, splits, column_blocks, split_blocks;
+  const int* only;  // null, or [N]: pairs of blocks of rows whose first row has no 1 here are left out
 
   __device__ int items() const { return row_pairs * splits; }
 
@@ -50,9 +61,10 @@ struct Schedule {
     const int split = in_group / pairs;
     return {group * kRowPairsTogether + in_group % pairs, split, boundary(split), boundary(split + 1)};
   }
-  __device__ int boundary(int split) const {
-    return static_cast<int>(static_cast<int64_t>(split) * column_blocks / splits);
+  __device__ bool skips(const Item& item) const {
+    return only != nullptr && only[static_cast<int64_t>(item.row_pair) * kClusterRows] == 0;
   }
+  __device__ int boundary(int split) const { return min(split * split_blocks, column_blocks); }
 };
 
 // A ring of stages, as one of the sides that go round it sees it.
@@ -70,9 +82,10 @@ struct Shared {
 
   __device__ unsigned char* x(int stage) const { return memory + stage * kStageBytes; }
   __device__ unsigned char* w(int stage) const { return x(stage) + kXBytes; }
-  __device__ Barrier* full(int stage) const {
-    return reinterpret_cast<Barrier*>(memory + kStages * kStageBytes) + stage;
+  __device__ unsigned char* piece(int folder, int i) const {
+    return memory + kStages * kStageBytes + (folder * kPieces + i) * kPieceBytes;
   }
+  __device__ Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(piece(kFolders, 0)) + stage; }
   __device__ Barrier* empty(int stage) const { return full(stage) + kStages; }
 };
 
@@ -87,10 +100,11 @@ constexpr uint64_t kNextTerms = 16 * 2 / 16;
 __device__ void copy_tiles(const CUtensorMap& x_map, const CUtensorMap& w_map, const Shared& shared, Schedule schedule,
                            int depths) {
   constexpr int half = kColumns / kCluster;
-  const int rank = static_cast<int>(cluster_rank()), clusters = static_cast<int>(gridDim.x) / kCluster;
+  const int rank = static_cast<int>(cluster_rank());
   Stage stage;
-  for (int i = static_cast<int>(blockIdx.x) / kCluster; i < schedule.items(); i += clusters) {
+  for (int i = static_cast<int>(blockIdx.x) / kCluster; i < schedule.items(); i += schedule.clusters) {
     const Schedule::Item item = schedule[i];
+    if (schedule.skips(item)) continue;
     const int row = (item.row_pair * kCluster + rank) * kRows;
     for (int block = item.first; block < item.last; ++block) {
       for (int depth = 0; depth < depths; ++depth, stage.next()) {
@@ -104,119 +118,222 @@ __device__ void copy_tiles(const CUtensorMap& x_map, const CUtensorMap& w_map, c
   }
 }
 
-// What a thread has seen of one row: a quarter of the columns, beside the label.
-template <bool kStats>
-struct PartFold {
-  float top = -FLT_MAX, target = -INFINITY, sum = 0, sum_z = 0, sum_ez = 0, sum_sq = 0;
-  int argmax = -1;
-
-  // u[k] for the column first + 8 (k / 2) + k % 2; -inf does not count. outer_log2e: what makes u a power of two.
-  template <class U>
-  __device__ __forceinline__ void add(const U& u, int first, float outer_log2e) {
-    float most[4] = {u(0), u(1), u(2), u(3)};  // each in turn, so that none waits for the one before
-#pragma unroll
-    for (int k = 4; k < kEntries; ++k) most[k % 4] = fmaxf(most[k % 4], u(k));
-    const float block = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
-    const float next = fmaxf(top, block), rescale = exp2f((top - next) * outer_log2e);
-    if (kStats) {
-      if (block > top) {
-#pragma unroll
-        for (int k = kEntries - 1; k >= 0; --k) argmax = u(k) == block ? first + 8 * (k / 2) + k % 2 : argmax;
-      }
-      sum_ez = (sum_ez + sum * fmaxf(top - next, -FLT_MAX)) * rescale;
-      sum_sq *= rescale * rescale;
-    }
-    top = next;
-    float part[2] = {0, 0};
-#pragma unroll
-    for (int k = 0; k < kEntries; ++k) {
-      const float shifted = u(k) - next, e = exp2f(shifted * outer_log2e);
-      part[k % 2] += e;
-      if (kStats) {
-        // 0 times -inf is to be 0
-        sum_ez += e * fmaxf(shifted, -FLT_MAX);
-        sum_sq += e * e;
-      }
-    }
-    sum = sum * rescale + (part[0] + part[1]);
-  }
-
-  // The same of all four threads of a row.
-  __device__ __forceinline__ void join(float outer_log2e) {
-#pragma unroll
-    for (int distance = 1; distance < 4; distance *= 2) {
-      const float other = __shfl_xor_sync(kAllLanes, top, distance), next = fmaxf(top, other);
-      const float factor = exp2f((top - next) * outer_log2e);
-      if (kStats) {
-        const int index = __shfl_xor_sync(kAllLanes, argmax, distance);
-        const bool take = other > top || (other == top && index >= 0 && (index < argmax || argmax < 0));
-        argmax = take ? index : argmax;
-        sum_ez = (sum_ez + sum * fmaxf(top - next, -FLT_MAX)) * factor;
-        sum_ez += __shfl_xor_sync(kAllLanes, sum_ez, distance);
-        sum_sq *= factor * factor;
-        sum_sq += __shfl_xor_sync(kAllLanes, sum_sq, distance);
-        sum_z += __shfl_xor_sync(kAllLanes, sum_z, distance);
-      }
-      sum *= factor;
-      sum += __shfl_xor_sync(kAllLanes, sum, distance);
-      const float other_target = __shfl_xor_sync(kAllLanes, target, distance);
-      target = target == -INFINITY ? other_target : target;  // one of the four has it
-      top = next;
-    }
-  }
-};
-
-struct Output {
-  float* part;
-  int64_t* argmax;
-  int64_t n;
-  int splits;
-
-  template <bool kStats>
-  __device__ __forceinline__ void write(const PartFold<kStats>& fold, int64_t row, int split) const {
-    const int64_t at = split * n + row, field = splits * n;
-    part[kPartMax * field + at] = fold.top;
-    part[kPartTarget * field + at] = fold.target;
-    part[kPartSum * field + at] = fold.sum;
-    if (kStats) {
-      part[kPartSumZ * field + at] = fold.sum_z;
-      part[kPartSumEz * field + at] = fold.sum_ez;
-      part[kPartSumSq * field + at] = fold.sum_sq;
-      argmax[at] = fold.argmax;
-    }
-  }
-};
+// What becomes of a tile of logits.
+enum class Epilogue { fold, packed, shifted, dlogits };
 
 struct Problem {
   const int64_t* y;
   const void* bias;  // or null
-  int64_t n;
-  int v, depths;
-  float inner, outer;  // outer > 0; inner is of either sign
+  int n, v, depths;
+  int64_t first;       // y's number of the first of the v entries
+  float inner, outer_log2e;  // exp(outer x) is 2^(outer_log2e x); outer > 0, inner is of either sign
   Schedule schedule;
-  Output out;
+  Parts parts;
+  int first_split;
+  bool stores;
+  // Of exponentials, in the units of u: [blocks of columns, N] maxima that are written, or one shift a row.
+  float* shift;
+  int64_t shift_stride;
+  int* far;
+  float far_above;
+  bool again;
+  int all_splits;
+  // Of dlogits.
+  const float *norm, *logp, *g;
+  int64_t norm_stride;
+  float slope, *missing;
 };
 
-template <class T, bool kCapped, bool kStats>
-__device__ void multiply_and_fold(const Problem& p, const Shared& shared) {
+// What a thread has seen of one row: a quarter of the columns, beside the label; but `top` is of all of them.
+template <Epilogue kTo, bool kCapped, bool kStats>
+struct RowFold {
+  static constexpr bool kFolds = true;
+
+  float top = -FLT_MAX, given_shift = 0;
+  float sum = 0, sum_z = 0, sum_ez = 0, sum_sq = 0, part[2] = {0, 0};
+
+  __device__ __forceinline__ float shift() const { return kTo == Epilogue::shifted ? given_shift : top; }
+
+  __device__ __forceinline__ void begin(const Problem& p, int row) {
+    if (kTo != Epilogue::shifted) return;
+    given_shift = row < p.n ? p.shift[row] : 0;
+    if (!p.again || row >= p.n) return;
+    float most = -FLT_MAX;
+    for (int split = 0; split < p.all_splits; ++split) {
+      most = fmaxf(most, p.parts.data[kPartMax * p.parts.field_stride + split * p.parts.split_stride + row]);
+    }
+    given_shift = is_far(most, given_shift, p.far_above) ? most : given_shift;
+  }
+
+  // t: this thread's largest entry before the label in its block.
+  __device__ __forceinline__ void before_label(const Problem& p, int row, float t) {
+    if (kStats) p.parts.label[(kLabelBefore + threadIdx.x % 4) * p.parts.label_stride + row] = fmaxf(top, t);
+  }
+  __device__ __forceinline__ void label(const Problem& p, int row, int split, float u, float slope) {
+    p.parts.label[kLabelLogit * p.parts.label_stride + row] = u;
+    p.parts.label[kLabelDerivative * p.parts.label_stride + row] = slope;
+    if (kStats) {
+      if (kCapped) sum_z += u;
+      p.parts.label[kLabelSplit * p.parts.label_stride + row] = __int_as_float(p.first_split + split);
+    }
+  }
+
+  // What is largest in the block of columns, in each of the four threads of the row.
+  __device__ __forceinline__ void raise(const Problem& p, int row, int block, float most) {
+    const float next = fmaxf(top, most);
+    if (kTo != Epilogue::shifted) {
+      const float rescale = exp2f((top - next) * p.outer_log2e);
+      if (kStats) {
+        sum_ez = (sum_ez + sum * fmaxf(top - next, -FLT_MAX)) * rescale;
+        sum_sq *= rescale * rescale;
+      }
+      sum *= rescale;
+    }
+    top = next;
+    if (kTo == Epilogue::packed && p.stores && threadIdx.x % 4 == 0 && row < p.n) {
+      p.shift[block * p.shift_stride + row] = next;
+    }
+  }
+
+  // Takes an entry, -inf if it does not count, and says what is stored of it.
+  __device__ __forceinline__ float entry(const Problem& p, float u, float slope, int k) {
+    const float shifted = u - shift(), e = exp2f(shifted * p.outer_log2e);
+    part[k] += e;
+    if (kStats) {
+      sum_ez += e * fmaxf(shifted, -FLT_MAX);  // 0 times -inf is to be 0
+      const float small = kTo == Epilogue::shifted ? e * kSquared : e;
+      sum_sq += small * small;
+    }
+    return kTo == Epilogue::packed ? e * slope * kPackedOne : e * slope;
+  }
+  __device__ __forceinline__ void end_block() {
+    sum += part[0] + part[1];
+    part[0] = part[1] = 0;
+  }
+
+  // Puts the four threads of the row together, and writes what they have.
+  __device__ __forceinline__ void end(const Problem& p, int row, int split) {
+#pragma unroll
+    for (int distance = 1; distance < 4; distance *= 2) {
+      const auto other = [&](auto x) { return __shfl_xor_sync(kAllLanes, x, distance); };
+      sum += other(sum);
+      if (kStats) {
+        sum_z += other(sum_z);
+        sum_ez += other(sum_ez);
+        sum_sq += other(sum_sq);
+      }
+    }
+    if (threadIdx.x % 4 != 0 || row >= p.n) return;
+    float* at = p.parts.data + (p.first_split + split) * p.parts.split_stride + row;
+    const auto write = [&](PartField field, float x) { at[field * p.parts.field_stride] = x; };
+    write(kPartSum, sum);
+    if (kStats) {
+      write(kPartSumEz, sum_ez);
+      write(kPartSumSq, sum_sq);
+    }
+    if (kTo == Epilogue::shifted && p.again) return;
+    write(kPartMax, top);
+    if (kStats) write(kPartSumZ, sum_z);
+    if (kTo == Epilogue::shifted && is_far(top, shift(), p.far_above)) p.far[row / kClusterRows * kClusterRows] = 1;
+  }
+};
+
+// The gradient of one row's logits. Rows behind the last have none.
+struct RowGradient {
+  static constexpr bool kFolds = false;
+
+  float shift_log2e = INFINITY, factor = 0, own = 0;
+
+  __device__ __forceinline__ void begin(const Problem& p, int row) {
+    if (row >= p.n) return;
+    shift_log2e = p.norm[row] * kLog2E;
+    factor = -p.g[row] * p.slope / p.norm[p.norm_stride + row];
+  }
+  __device__ __forceinline__ void label(const Problem& p, int row, int, float, float slope) {
+    own = -expm1f(p.logp[row]) * (p.g[row] * p.slope) * slope;
+    p.missing[row] = own - widen(narrow<__nv_bfloat16>(own));
+  }
+  __device__ __forceinline__ float entry(const Problem& p, float u, float slope, int) {
+    return exp2f(fmaf(u, p.outer_log2e, -shift_log2e)) * factor * slope;
+  }
+  __device__ __forceinline__ void end_block() {}
+  __device__ __forceinline__ void end(const Problem&, int, int) {}
+};
+
+// Two 16-bit numbers of neighbouring columns.
+template <Epilogue kTo>
+__device__ __forceinline__ uint32_t narrow_pair(float a, float b) {
+  if constexpr (kTo == Epilogue::packed) {
+    return bit_cast<uint32_t>(__floats2half2_rn(a, b));
+  } else {
+    return bit_cast<uint32_t>(__floats2bfloat162_rn(a, b));
+  }
+}
+
+// A warpgroup's way to store its 64 rows of kPieceColumns columns through a piece of shared memory, where a column is 128
+// bytes, swizzled. Consecutive ones have different pieces.
+struct Stores {
+  unsigned char* piece;
+  int folder;
+
+  __device__ __forceinline__ int thread() const { return static_cast<int>(threadIdx.x) % kGroup; }
+
+  __device__ __forceinline__ void begin() const {
+    if (thread() == 0) stores_wait<kPieces - 1>();  // what this piece had before has been read
+    group_sync(1 + folder);
+  }
+  // This thread's pairs of columns from 8 j on, of its two rows, and from 8 (j + 1) on.
+  __device__ __forceinline__ void put(int j, const uint32_t (&numbers)[4]) const {
+    const int lane = thread() % 32, matrix = lane / 8, of_16_bytes = thread() / 32 * 2 + matrix % 2;
+    store_transposed(piece + (8 * (j + matrix / 2) + lane % 8) * 128 + (of_16_bytes ^ lane % 8) * 16, numbers);
+  }
+  // row: the thread's; the first one's counts.
+  __device__ __forceinline__ void end(const CUtensorMap& map, int row, int column) const {
+    fence_before_stores();
+    group_sync(1 + folder);
+    if (thread() == 0) {
+      store_box(map, piece, row, column);
+      stores_commit();
+    }
+  }
+};
+
+template <class T, bool kCapped, bool kStats, Epilogue kTo>
+__device__ void multiply_and_fold(const Problem& p, const CUtensorMap& e_map, const Shared& shared) {
+  using Row = std::conditional_t<kTo == Epilogue::dlogits, RowGradient, RowFold<kTo, kCapped, kStats>>;
+  constexpr bool kStores = kTo != Epilogue::fold;
+  // Where nothing is to be counted: no logit, and below all. (tanh makes a number of -inf.)
+  constexpr float kNothing = kCapped ? -FLT_MAX : -INFINITY;
   const int thread = static_cast<int>(threadIdx.x) % kGroup, lane = thread % 32;
   const int folder = static_cast<int>(threadIdx.x) / kGroup - 1;
-  const int row_in_block = folder * 64 + thread / 32 * 16 + lane / 4;
-  const int rank = static_cast<int>(cluster_rank()), clusters = static_cast<int>(gridDim.x) / kCluster;
-  const float outer_log2e = p.outer * kLog2E;
+  const int rank = static_cast<int>(cluster_rank());
   const T* bias = static_cast<const T*>(p.bias);
   const auto release = [&](int stage) {  // to both blocks, which fill it with their halves of W
     if (lane < kCluster) barrier_arrive_at(shared.empty(stage), lane);
   };
+  const auto logit = [](float t, float& slope) {
+    if (!kCapped) {
+      slope = 1;
+      return t;
+    }
+    const float u = tanh_of(t, slope);
+    return t == kNothing ? -INFINITY : u;
+  };
 
   Stage stage;
-  for (int i = static_cast<int>(blockIdx.x) / kCluster; i < p.schedule.items(); i += clusters) {
+  for (int i = static_cast<int>(blockIdx.x) / kCluster; i < p.schedule.items(); i += p.schedule.clusters) {
     const Schedule::Item item = p.schedule[i];
-    const int64_t row = static_cast<int64_t>(item.row_pair * kCluster + rank) * kRows + row_in_block;
-    PartFold<kStats> fold[2];  // of `row` and row + 8
+    if (kTo == Epilogue::shifted && p.schedule.skips(item)) continue;
+    const int thread_now = thread_read_anew() - kGroup;  // kept, its place in the block would be a register too many
+    const int row = (item.row_pair * kCluster + rank) * kRows + thread_now / 32 * 16 + thread_now % 32 / 4;
+    Row rows[2];  // `row` and row + 8
     int label[2];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) label[r] = row + 8 * r < p.n ? static_cast<int>(p.y[row + 8 * r]) : -1;
+    for (int r = 0; r < 2; ++r) {
+      const int64_t y = row + 8 * r < p.n ? p.y[row + 8 * r] - p.first : -1;
+      label[r] = y >= 0 && y < p.v ? static_cast<int>(y) : -1;
+      rows[r].begin(p, row + 8 * r);
+    }
 
     for (int block = item.first; block < item.last; ++block) {
       float acc[kColumns / 2];
@@ -244,56 +361,96 @@ __device__ void multiply_and_fold(const Problem& p, const Shared& shared) {
       const int first = block * kColumns + 2 * (lane % 4);
 #pragma unroll
       for (int j = 0; j < kColumns / 2; ++j) {
-        float& u = acc[j];
         if (bias != nullptr) {
           const int column = first + 8 * (j / 4) + j % 2;
-          if (column < p.v) u += widen(bias[column]);
+          if (column < p.v) acc[j] += widen(bias[column]);
         }
-        float slope;
-        if (kCapped) {
-          u = tanh_of(u * p.inner, slope);
-        } else if (p.inner < 0) {
-          u = -u;
-        }
+        if (kCapped || p.inner != 1) acc[j] *= p.inner;
       }
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
-        const auto u = [&](int k) -> float& { return acc[4 * (k / 2) + 2 * r + k % 2]; };
+        const auto t = [&](int k) -> float& { return acc[4 * (k / 2) + 2 * r + k % 2]; };
+        const auto column = [&](int k) { return first + 8 * (k / 2) + k % 2; };
+        constexpr bool kSumsHere = kStats && !kCapped;
         if ((block + 1) * kColumns > p.v) {  // the last block; its columns beyond V count for nothing
 #pragma unroll
           for (int k = 0; k < kEntries; ++k) {
-            const bool inside = first + 8 * (k / 2) + k % 2 < p.v;
-            if (kStats) fold[r].sum_z += inside ? u(k) : 0;
-            u(k) = inside ? u(k) : -INFINITY;
+            const bool inside = column(k) < p.v;
+            if constexpr (kSumsHere) rows[r].sum_z += inside ? t(k) : 0;
+            t(k) = inside ? t(k) : kNothing;
           }
-        } else if (kStats) {
+        } else if constexpr (kSumsHere) {
 #pragma unroll
-          for (int k = 0; k < kEntries; ++k) fold[r].sum_z += u(k);
+          for (int k = 0; k < kEntries; ++k) rows[r].sum_z += t(k);
         }
         if (label[r] >= block * kColumns && label[r] < (block + 1) * kColumns) {
+          float own = 0, before = kNothing;
 #pragma unroll
           for (int k = 0; k < kEntries; ++k) {
-            if (first + 8 * (k / 2) + k % 2 == label[r]) {
-              fold[r].target = u(k);
-              u(k) = -INFINITY;
-            }
+            if (kStats) before = column(k) < label[r] ? fmaxf(before, t(k)) : before;
+            own = column(k) == label[r] ? t(k) : own;
+            t(k) = column(k) == label[r] ? kNothing : t(k);
+          }
+          float slope;
+          if constexpr (kStats) rows[r].before_label(p, row + 8 * r, logit(before, slope));
+          if (label[r] % 8 / 2 == lane % 4) {
+            const float u = logit(own, slope);
+            rows[r].label(p, row + 8 * r, item.split, u, slope);
           }
         }
-        fold[r].add(u, first, outer_log2e);
+        if constexpr (Row::kFolds) {
+          float most[4] = {t(0), t(1), t(2), t(3)};  // each in turn, so that none waits for the one before
+#pragma unroll
+          for (int k = 4; k < kEntries; ++k) most[k % 4] = fmaxf(most[k % 4], t(k));
+          float top = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3])), slope;
+#pragma unroll
+          for (int distance = 1; distance < 4; distance *= 2) {
+            top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, distance));
+          }
+          rows[r].raise(p, row + 8 * r, block, logit(top, slope));
+        }
       }
+#pragma unroll
+      for (int piece = 0; piece < kColumns / kPieceColumns; ++piece) {
+        const int first_column = block * kColumns + piece * kPieceColumns;
+        const bool stored = kStores && p.stores;
+        const Stores stores{shared.piece(folder, piece % kPieces), folder};
+        if (stored) stores.begin();
+#pragma unroll
+        for (int j = 0; j < kPieceColumns / 8; j += 2) {
+          uint32_t numbers[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const int r = i % 2, group = piece * kPieceColumns / 8 + j + i / 2;
+            float written[2];
+#pragma unroll
+            for (int k = 0; k < 2; ++k) {
+              const int column = first + 8 * group + k;
+              float slope;
+              const float u = logit(acc[4 * group + 2 * r + k], slope);
+              if constexpr (kStats && kCapped) rows[r].sum_z += u == -INFINITY ? 0 : u;
+              written[k] = rows[r].entry(p, u, slope, k);
+              if constexpr (!Row::kFolds) written[k] = column == label[r] ? rows[r].own : written[k];
+            }
+            numbers[i] = narrow_pair<kTo>(written[0], written[1]);
+          }
+          if (stored) stores.put(j, numbers);
+        }
+        if (stored) stores.end(e_map, row, first_column);
+      }
+#pragma unroll
+      for (int r = 0; r < 2; ++r) rows[r].end_block();
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      fold[r].join(outer_log2e);
-      if (lane % 4 == 0 && row + 8 * r < p.n) p.out.write(fold[r], row + 8 * r, item.split);
-    }
+    for (int r = 0; r < 2; ++r) rows[r].end(p, row + 8 * r, item.split);
   }
+  if (kStores && thread == 0) stores_wait<0>();
 }
 
-template <class T, bool kCapped, bool kStats>
+template <class T, bool kCapped, bool kStats, Epilogue kTo>
 __global__ void __launch_bounds__(kThreads, 1)
     linear_fold_kernel(const __grid_constant__ CUtensorMap x_map, const __grid_constant__ CUtensorMap w_map,
-                       const Problem p) {
+                       const __grid_constant__ CUtensorMap e_map, const Problem p) {
   const Shared shared{shared_memory()};
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
@@ -309,49 +466,13 @@ __global__ void __launch_bounds__(kThreads, 1)
     __syncwarp();
   } else {
     registers_increase<232>();
-    multiply_and_fold<T, kCapped, kStats>(p, shared);
+    multiply_and_fold<T, kCapped, kStats, kTo>(p, e_map, shared);
   }
   cluster_sync();  // the other block may still write here, and arrive at barriers
 }
 
-// One thread a row.
-template <bool kStats>
-__global__ void join_kernel(Output parts, double outer, FoldState state) {
-  const int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (n >= parts.n) return;
-  const int64_t field = parts.splits * parts.n;
-  const auto at = [&](int f, int split) -> double { return parts.part[f * field + split * parts.n + n]; };
-  double top = -FLT_MAX, target = -INFINITY, sum = 0, sum_z = 0, sum_ez = 0, sum_sq = 0;
-  int64_t argmax = -1;
-  for (int split = 0; split < parts.splits; ++split) {
-    top = larger(top, at(kPartMax, split));
-    if (target == -INFINITY) target = at(kPartTarget, split);  // which one split has
-  }
-  for (int split = 0; split < parts.splits; ++split) {
-    const double apart = outer * (at(kPartMax, split) - top), factor = exp(apart);
-    sum += at(kPartSum, split) * factor;
-    if (kStats) {
-      sum_z += at(kPartSumZ, split);
-      sum_ez += (outer * at(kPartSumEz, split) + at(kPartSum, split) * apart) * factor;
-      sum_sq += at(kPartSumSq, split) * factor * factor;
-      const int64_t place = parts.argmax[split * parts.n + n];
-      if (argmax < 0 && apart == 0) argmax = place;
-    }
-  }
-  // a row without another entry than the label's keeps the maximum that it began with
-  if (top > -FLT_MAX) state.data[kMax * state.stride + n] = outer * top;
-  state.data[kTarget * state.stride + n] = outer * target;
-  state.data[kSum * state.stride + n] = sum;
-  if (kStats) {
-    state.data[kSumZ * state.stride + n] = outer * sum_z;
-    state.data[kSumEz * state.stride + n] = sum_ez;
-    state.data[kSumSq * state.stride + n] = sum_sq;
-    state.argmax[n] = argmax;
-  }
-}
-
-// Boxes of `rows` rows by kDepth columns, swizzled; what lies outside of the matrix is 0.
-CUtensorMap tensor_map(DType type, const Matrix& m, int rows) {
+// Boxes of `rows` rows by `columns` columns, swizzled; what lies outside of the matrix is read as 0, and not written.
+CUtensorMap tensor_map(DType type, const Matrix& m, int rows, int columns) {
   static const auto encode = [] {
     void* function = nullptr;
     cudaDriverEntryPointQueryResult found;
@@ -363,7 +484,7 @@ CUtensorMap tensor_map(DType type, const Matrix& m, int rows) {
   CUtensorMap map;
   const cuuint64_t size[2] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
   const cuuint64_t stride[1] = {static_cast<cuuint64_t>(m.stride) * 2};
-  const cuuint32_t box[2] = {kDepth, static_cast<cuuint32_t>(rows)}, step[2] = {1, 1};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(rows)}, step[2] = {1, 1};
   const CUresult status =
       encode(&map, type == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, m.data,
              size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -374,56 +495,99 @@ CUtensorMap tensor_map(DType type, const Matrix& m, int rows) {
   return map;
 }
 
-template <class T, bool kCapped, bool kStats>
-void launch(const CUtensorMap& x, const CUtensorMap& w, const Problem& p, int processors, cudaStream_t stream) {
-  const auto kernel = linear_fold_kernel<T, kCapped, kStats>;
+int blocks_of(int64_t size, int of) { return static_cast<int>((size + of - 1) / of); }
+
+// What all epilogues have in common.
+Problem problem(const LinearProduct& args, int processors) {
+  const Scales scales(args.transform);
+  Problem p = {};
+  p.y = args.y;
+  p.bias = args.bias;
+  p.n = static_cast<int>(args.x.rows);
+  p.v = static_cast<int>(args.w.rows);
+  p.depths = blocks_of(args.x.columns, kDepth);
+  p.first = args.first;
+  p.inner = static_cast<float>(scales.inner);
+  p.outer_log2e = static_cast<float>(scales.outer * kLog2E);
+  const int row_pairs = blocks_of(args.x.rows, kClusterRows);
+  const int clusters = std::min(row_pairs * args.splits, std::max(1, processors / kCluster));
+  const int column_blocks = blocks_of(args.w.rows, kColumns);
+  p.schedule = {clusters, row_pairs, args.splits, column_blocks, blocks_of(column_blocks, args.splits), nullptr};
+  return p;
+}
+
+template <class T, bool kCapped, bool kStats, Epilogue kTo>
+void launch(DType type, const LinearProduct& args, const Matrix& e, const Problem& p, cudaStream_t stream) {
+  const auto kernel = linear_fold_kernel<T, kCapped, kStats, kTo>;
+  const CUtensorMap x = tensor_map(type, args.x, kRows, kDepth);
+  const CUtensorMap w = tensor_map(type, args.w, kColumns / kCluster, kDepth);
+  const CUtensorMap stored = p.stores ? tensor_map(DType::bf16, e, kPieceColumns, 64) : CUtensorMap{};
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
         "shared memory of the fused forward");
-  const int clusters = std::min(p.schedule.row_pairs * p.schedule.splits, std::max(1, processors / kCluster));
   cudaLaunchAttribute cluster;
   cluster.id = cudaLaunchAttributeClusterDimension;
   cluster.val.clusterDim.x = kCluster;
   cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
   cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(clusters * kCluster);
+  config.gridDim = dim3(p.schedule.clusters * kCluster);
   config.blockDim = dim3(kThreads);
   config.dynamicSmemBytes = kSharedBytes;
   config.stream = stream;
   config.attrs = &cluster;
   config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, x, w, p), "launch of the fused forward");
+  check(cudaLaunchKernelEx(&config, kernel, x, w, stored, p), "launch of the fused forward");
+}
+
+template <class T, Epilogue kTo>
+void launch_fold(DType type, const LinearProduct& args, const Matrix& e, const Problem& p, bool stats,
+                 cudaStream_t stream) {
+  const bool capped = args.transform.softcap != 0;
+  const auto run = capped ? (stats ? launch<T, true, true, kTo> : launch<T, true, false, kTo>)
+                          : (stats ? launch<T, false, true, kTo> : launch<T, false, false, kTo>);
+  run(type, args, e, p, stream);
 }
 
 }  // namespace
 
-void linear_fold(DType type, const LinearFold& args, const FoldState& state, bool stats, int processors,
+void linear_fold(DType type, const LinearProduct& args, const Parts& parts, bool stats, int processors,
                  cudaStream_t stream) {
-  const Logit<double> logit(args.transform);
-  const auto blocks = [](int64_t size, int of) { return static_cast<int>((size + of - 1) / of); };
-  const Output out{args.part, args.part_argmax, args.x.rows, args.splits};
-  Problem p{args.y,
-            args.bias,
-            args.x.rows,
-            static_cast<int>(args.w.rows),
-            blocks(args.x.columns, kDepth),
-            static_cast<float>(logit.capped ? logit.inner : logit.outer),
-            static_cast<float>(std::fabs(logit.outer)),
-            Schedule{blocks(args.x.rows, kRows * kCluster), args.splits, blocks(args.w.rows, kColumns)},
-            out};
-  const CUtensorMap x = tensor_map(type, args.x, kRows), w = tensor_map(type, args.w, kColumns / kCluster);
-  const auto with = [&](auto t) {
-    using T = decltype(t);
-    const auto run = logit.capped ? (stats ? launch<T, true, true> : launch<T, true, false>)
-                                  : (stats ? launch<T, false, true> : launch<T, false, false>);
-    run(x, w, p, processors, stream);
-  };
-  type == DType::bf16 ? with(__nv_bfloat16()) : with(__half());
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(blocks(args.x.rows, 128));
-  config.blockDim = dim3(128);
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, stats ? join_kernel<true> : join_kernel<false>, out, std::fabs(logit.outer), state),
-        "launch of the fused forward's second kernel");
+  Problem p = problem(args, processors);
+  p.parts = parts;
+  type == DType::bf16 ? launch_fold<__nv_bfloat16, Epilogue::fold>(type, args, {}, p, stats, stream)
+                      : launch_fold<__half, Epilogue::fold>(type, args, {}, p, stats, stream);
+}
+
+void linear_exp(const LinearProduct& args, const Parts& parts, int first_split, const Exponentials& out, bool stats,
+                int processors, cudaStream_t stream) {
+  Problem p = problem(args, processors);
+  p.parts = parts;
+  p.first_split = first_split;
+  p.stores = out.e.data != nullptr;
+  p.shift = out.shift;
+  p.shift_stride = out.shift_stride;
+  p.far = out.far;
+  p.far_above = static_cast<float>(out.far_above / Scales(args.transform).outer);
+  p.again = out.again;
+  p.all_splits = out.splits;
+  if (out.again) p.schedule.only = out.far;
+  const auto run =
+      out.packed ? launch_fold<__nv_bfloat16, Epilogue::packed> : launch_fold<__nv_bfloat16, Epilogue::shifted>;
+  run(DType::bf16, args, out.e, p, stats, stream);
+}
+
+void linear_dlogits(const LinearProduct& args, const Matrix& out, const GradRows& grad, float* missing, int processors,
+                    cudaStream_t stream) {
+  Problem p = problem(args, processors);
+  p.stores = true;
+  p.norm = static_cast<const float*>(grad.norm);
+  p.norm_stride = grad.norm_stride;
+  p.logp = static_cast<const float*>(grad.logp);
+  p.g = static_cast<const float*>(grad.g);
+  p.slope = static_cast<float>(args.transform.slope());
+  p.missing = missing;
+  const auto run = args.transform.softcap != 0 ? launch<__nv_bfloat16, true, false, Epilogue::dlogits>
+                                               : launch<__nv_bfloat16, false, false, Epilogue::dlogits>;
+  run(DType::bf16, args, out, p, stream);
 }
 
 }  // namespace dpo_kernels::cuda

@@ -5,6 +5,7 @@
 // A thread takes kUnroll times 16 bytes at once, all loads before the first use, so that enough bytes are in flight.
 #pragma once
 
+#include "kernels.h"
 #include "math.cuh"
 
 namespace dpo_kernels::cuda {
@@ -45,19 +46,6 @@ struct TileRows {
   int v;
 
   __device__ Row<S> operator[](int64_t row) const { return {data + row * stride, 1, v}; }
-};
-
-// The labelled rows of logits [S, T, V].
-template <class S>
-struct GatheredRows {
-  S* data;
-  int64_t stride_s, stride_t, stride_v;
-  const int64_t *sequence, *position;
-  int v;
-
-  __device__ Row<S> operator[](int64_t row) const {
-    return {data + sequence[row] * stride_s + position[row] * stride_t, stride_v, v};
-  }
 };
 
 template <class T, class S, int kCount>
@@ -111,6 +99,30 @@ __device__ __forceinline__ void map_row(const Row<S>& row, const Row<O>& to, int
       }
     }
   }
+}
+
+// row[i] = value, by `parts` blocks of which this one is `part`.
+template <class S>
+__device__ __forceinline__ void fill_row(const Row<S>& row, S value, int part, int parts) {
+  const int head = row.head(), packs = row.packs(), first = part * kThreads + threadIdx.x, step = parts * kThreads;
+  Pack<S, kPer<S>> filled;
+#pragma unroll
+  for (S& each : filled.at) each = value;
+  for (int i = first; i < head; i += step) row[i] = value;
+  for (int i = head + packs * kPer<S> + first; i < row.v; i += step) row[i] = value;
+  auto* at = reinterpret_cast<Pack<S, kPer<S>>*>(row.data + head);
+  for (int p = first; p < packs; p += step) at[p] = filled;
+}
+
+// `blocks` blocks of kThreads for each of n rows.
+template <class... Parameters, class... Arguments>
+void run(void (*kernel)(Parameters...), int64_t n, int64_t blocks, cudaStream_t stream, Arguments... arguments) {
+  if (n == 0 || blocks == 0) return;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(n), static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch of a row kernel");
 }
 
 }  // namespace dpo_kernels::cuda

@@ -6,26 +6,39 @@ of one tile. Kernels go to the current stream of their tensors' device, and noth
 
 from __future__ import annotations
 
-import functools
-import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import dpo_kernels._cuda as _cuda
-from dpo_kernels.impl.fold import Fold
+from dpo_kernels.impl import cuda_exponentials, cuda_linear
+from dpo_kernels.impl.cuda_exponentials import exponential_rows as exponential_rows
+from dpo_kernels.impl.cuda_exponentials import recomputed_columns as recomputed_columns
+from dpo_kernels.impl.cuda_exponentials import shift_columns as shift_columns
+from dpo_kernels.impl.cuda_exponentials import takes_exponentials as takes_exponentials
+from dpo_kernels.impl.cuda_linear import address as _address
+from dpo_kernels.impl.cuda_linear import matrix as _matrix
+from dpo_kernels.impl.cuda_linear import native as _transform
+from dpo_kernels.impl.cuda_linear import stream as _stream
+from dpo_kernels.impl.cuda_linear import type_name as _type
+from dpo_kernels.impl.exponentials import padded_rows as padded_rows
+from dpo_kernels.impl.fold import CompiledFold, Fold, stats_numbers
 from dpo_kernels.impl.interface import (
-    STATS,
     Columns,
+    GradPositions,
     GradRows,
-    LinearLogps,
+    Labels,
     LogitTransform,
-    Rows,
     accumulate_dtype,
 )
+from dpo_kernels.impl.positions import check_labels
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import product as product
+
+exponentials = cuda_exponentials.Exponentials
+recomputed = cuda_exponentials.Recomputed
 
 TILE_BYTES = 128 * 2**20
 
@@ -36,7 +49,7 @@ def description() -> str:
 
 def has_fused_forward(device: torch.device) -> bool:
     """Whether path A in half precision can be one kernel instead of products of tiles: on Hopper."""
-    return _machine(device)[0]
+    return cuda_linear._machine(device)[0]
 
 
 def tile_bytes(device: torch.device) -> int:
@@ -52,56 +65,39 @@ def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
     return a.view(dtype)[:, :v]  # the first half of each row
 
 
-class CudaFold(Fold):
-    """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E."""
+class CudaFold(CompiledFold):
+    """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E. Its state
+    comes to be where tiles are folded."""
+
+    def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
+        self.y, self.names, self._dtype = y, tuple(stats), dtype
+        self.in_one_kernel: tuple[cuda_linear.Sums, LogitTransform] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("state", "argmax", *_STATE):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        super().__init__(self.y, self._dtype, self.names)
+        return getattr(self, name)
 
     def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.y.shape[0]
-        self.logp, self.norm, values = (
-            self.state.new_empty(*shape, dtype=dtype) for shape in ((n,), (2, n), (len(self.names), n))
-        )
-        asked = [STATS.index(name) for name in self.names]
+        if self.in_one_kernel is not None:
+            assert dtype == torch.float32
+            sums, transform = self.in_one_kernel
+            return sums.join(vocab_size, transform, self.names)
+        self.logp, self.norm, values = self.empty_results(dtype)
         with torch.cuda.device_of(self.y):
             _cuda.finish(
-                _type(self.logp), _state(self), _address(self.y), n, vocab_size, asked, _address(self.logp),
-                _address(self.norm), _address(values), _stream(self.y),
+                _type(self.logp), _state(self), _address(self.y), self.y.shape[0], vocab_size,
+                stats_numbers(self.names), _address(self.logp), _address(self.norm), _address(values), _stream(self.y),
             )  # fmt: skip
         return self.logp, self.norm, values
 
-    @property
-    def others(self) -> Tensor:
-        shift, total = self.norm.double()
-        return torch.exp(self.max - shift) / total
+
+_STATE = ("max", "target", "label_slope", "sum", "sum_z", "sum_ez", "sum_sq")
 
 
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
     return CudaFold(y.contiguous(), torch.float64, stats)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _type(t: Tensor) -> str:
-    return str(t.dtype).removeprefix("torch.")
-
-
-def _stream(t: Tensor) -> int:
-    """The current one of its device. (On the CPU, where tests run the kernels, there is none.)"""
-    return torch.cuda.current_stream(t.device).cuda_stream if t.device.type == "cuda" else 0
-
-
-def _machine(device: torch.device) -> tuple[bool, int]:
-    """Whether it is a Hopper GPU, and its number of multiprocessors."""
-    if device.type != "cuda":
-        return True, 4
-    properties = torch.cuda.get_device_properties(device)
-    return properties.major == 9, properties.multi_processor_count
-
-
-def _transform(transform: LogitTransform) -> _cuda.Transform:
-    scale, softcap, temperature = transform
-    return _cuda.Transform(scale, softcap or 0.0, temperature)
 
 
 def _state(fold: Fold, rows: slice = slice(None)) -> _cuda.FoldState:
@@ -117,57 +113,20 @@ def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> 
     return _cuda.Tile(_address(a), n, v, columns.start, _address(y), _address(columns.bias), _transform(transform))
 
 
-@functools.lru_cache
-def splits_of(n: int, v: int, multiprocessors: int) -> int:
-    """How many parts of the vocabulary keep the clusters busiest, the fewest that come within 1% of the best."""
-    clusters = max(1, multiprocessors // _cuda.CLUSTER_BLOCKS)
-    groups_of_rows, column_blocks = math.ceil(n / _cuda.CLUSTER_ROWS), math.ceil(v / _cuda.BLOCK_COLUMNS)
-    # blocks of columns that the busiest cluster goes through
-    blocks = [
-        math.ceil(groups_of_rows * splits / clusters) * math.ceil(column_blocks / splits)
-        for splits in range(1, min(column_blocks, 4 * clusters) + 1)
-    ]
-    enough = 1.01 * min(blocks)
-    return 1 + next(i for i, count in enumerate(blocks) if count <= enough)
-
-
-def _matrix(t: Tensor) -> _cuda.Matrix:
-    return _cuda.Matrix(_address(t), t.shape[0], t.shape[1], t.stride(0))
-
-
-def _can_be_copied_in_boxes(t: Tensor, dtype: torch.dtype) -> bool:
-    """What the tensor memory accelerator asks of a matrix."""
-    rows = t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0
-    return t.dtype == dtype and t.stride(1) == 1 and rows and t.data_ptr() % 16 == 0
-
-
 def linear_fold_(
     fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
 ) -> bool:
-    hopper, multiprocessors = _machine(x.device)
-    (n, _), v = x.shape, weight.shape[0]
-    if (
-        not (hopper and n)
-        or compute_dtype not in (torch.bfloat16, torch.float16)
-        or not all(_can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight))
-        or (transform.softcap is None and abs(transform.slope) < torch.finfo(torch.float32).tiny)  # 0 times infinity
-    ):
+    hopper, _ = cuda_linear._machine(x.device)
+    half = compute_dtype in (torch.bfloat16, torch.float16)
+    if not (hopper and half and x.shape[0]):
         return False
-    stats = bool(fold.names)
-    splits = splits_of(n, v, multiprocessors)
-    part = x.new_empty(_cuda.PART_STATS_FIELDS if stats else _cuda.PART_FIELDS, splits, n, dtype=torch.float32)
-    part_argmax = fold.y.new_empty(splits if stats else 0, n)
+    if not all(cuda_linear.can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight)):
+        return False
+    assert isinstance(fold, CudaFold)
     rounded_bias = None if bias is None else bias.to(compute_dtype).contiguous()
-    with torch.cuda.device_of(x):
-        _cuda.linear_fold(
-            _type(x), _matrix(x), _matrix(weight), _address(rounded_bias), _address(fold.y), _transform(transform),
-            _state(fold), splits, _address(part), _address(part_argmax), stats, multiprocessors, _stream(x),
-        )  # fmt: skip
+    sums = cuda_linear.fold(x, weight, rounded_bias, fold.y, transform, bool(fold.names))
+    fold.in_one_kernel = sums, transform
     return True
-
-
-def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
-    return False
 
 
 def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool) -> None:
@@ -226,32 +185,71 @@ def _logits(logits: Tensor) -> _cuda.LogitsRows:
     return _cuda.LogitsRows(_address(logits), *logits.stride())
 
 
-def _rows(rows: Rows, y: Tensor, v: int) -> tuple[_cuda.Rows, tuple[Tensor, ...]]:
-    """And the tensors that must live until the kernel has its place in the stream."""
-    kept = rows.sequence.contiguous(), rows.position.contiguous(), y.contiguous()
-    assert all(t.dtype == torch.int64 for t in kept)
-    sequence, position, labels = map(_address, kept)
-    return _cuda.Rows(sequence, position, labels, y.shape[0], v), kept
+def _positions(t: Tensor | None) -> _cuda.Positions:
+    return _cuda.Positions(0, 0, 0) if t is None else _cuda.Positions(_address(t), *t.stride())
 
 
-def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
-    acc, v = accumulate_dtype(logits.dtype), logits.shape[-1]
-    fold = new_fold(y, acc, stats)
-    native_rows, _kept = _rows(rows, y, v)
+def _labels(labels: Tensor, ignore_index: int) -> _cuda.Labels:
+    assert labels.dtype == torch.int64
+    (stride_s, stride_t), (sequences, length) = labels.stride(), labels.shape
+    return _cuda.Labels(_address(labels), stride_s, stride_t, sequences, length, ignore_index)
+
+
+def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    y, acc, v = labels.y, accumulate_dtype(logits.dtype), logits.shape[-1]
+    logp, norm, values = (logits.new_empty(*lead, *y.shape, dtype=acc) for lead in ((), (2,), (len(stats),)))
+    fit = y.new_empty((), dtype=torch.int32)
     with torch.cuda.device_of(logits):
-        _cuda.logits_fold(_type(logits), _logits(logits), native_rows, _state(fold), bool(stats), _stream(logits))
-    return LinearLogps(*fold.finish(v, acc), None)
+        _cuda.logits_fwd(
+            _type(logits), _logits(logits), _labels(y, labels.ignore_index), v,
+            -1 if labels.num_labelled is None else labels.num_labelled, stats_numbers(stats),
+            _address(logp), _address(norm), _address(values), _address(fit), _stream(logits),
+        )  # fmt: skip
+    check_labels(fit, labels, v)
+    return logp, norm, values
 
 
-def logps_bwd_(logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
+def logps_bwd_(logits: Tensor, labels: Labels, of: GradPositions, out: Tensor) -> None:
     assert out.dtype == logits.dtype and out.shape == logits.shape
-    of = _contiguous(of, accumulate_dtype(logits.dtype))
-    native_rows, _kept = _rows(rows, of.y, logits.shape[-1])
+    norm, logp, g = of.norm.contiguous(), of.logp.contiguous(), of.g
+    assert norm.dtype == logp.dtype == g.dtype == accumulate_dtype(logits.dtype)
     with torch.cuda.device_of(logits):
-        _cuda.logits_bwd(_type(logits), _logits(logits), _logits(out), native_rows, _grad_rows(of), _stream(logits))
+        _cuda.logits_bwd(
+            _type(logits), _logits(logits), _logits(out), _labels(labels.y, labels.ignore_index), logits.shape[-1],
+            _address(norm), _address(logp), _positions(g), _stream(logits),
+        )  # fmt: skip
 
 
-def zero_rows_(out: Tensor, rows: Rows) -> None:
-    native_rows, _kept = _rows(rows, rows.sequence, out.shape[-1])
-    with torch.cuda.device_of(out):
-        _cuda.zero_rows(_type(out), _logits(out), native_rows, _stream(out))
+def sum_tokens(
+    token_logps: Tensor, labels: Tensor, ignore_index: int, weights: Tensor | None, mean: bool
+) -> tuple[Tensor, Tensor]:
+    assert weights is None or weights.dtype == token_logps.dtype
+    logps, num_tokens = token_logps.new_empty(labels.shape[0]), labels.new_empty(labels.shape[0])
+    with torch.cuda.device_of(labels):
+        _cuda.sum_tokens(
+            _type(token_logps), _positions(token_logps), _labels(labels, ignore_index), _positions(weights), mean,
+            _address(logps), _address(num_tokens), _stream(labels),
+        )  # fmt: skip
+    return logps, num_tokens
+
+
+def sum_tokens_bwd(
+    grad: Tensor,
+    token_logps: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    weights: Tensor | None,
+    num_tokens: Tensor,
+    mean: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, Tensor]:
+    assert grad.dtype == token_logps.dtype
+    dlogps = token_logps.new_empty(labels.shape)
+    dweights = token_logps.new_empty(labels.shape if need_dweights else 0)
+    with torch.cuda.device_of(labels):
+        _cuda.sum_tokens_bwd(
+            _type(token_logps), _address(grad), grad.stride(0), _positions(token_logps), _labels(labels, ignore_index),
+            _positions(weights), _address(num_tokens) if mean else 0, _address(dlogps),
+            _address(dweights) if need_dweights else 0, _stream(labels),
+        )  # fmt: skip
+    return dlogps, dweights

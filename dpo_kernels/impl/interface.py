@@ -1,7 +1,8 @@
 """What an implementation of the fused log-probabilities provides. Implementations never import one another.
 
 Dimensions: N labelled rows, H hidden size, V vocabulary size, K requested statistics, n rows and v vocabulary entries
-of one tile. Every tensor that an implementation receives is compacted: row n has a label in [0, V).
+of one tile. What paths A to D give an implementation is compacted: row n has a label in [0, V). Path E and sums have S
+sequences of T positions with ignored labels left in.
 
 An implementation is a module with the functions of `TileKernels`. `paths.py` builds the algorithms A to D from the
 first functions, the same for every implementation; `torch.py` is the one to read first.
@@ -41,6 +42,14 @@ class Rows(NamedTuple):
     position: Tensor  # [N] int64
 
 
+class Labels(NamedTuple):
+    """Of S sequences of T positions."""
+
+    y: Tensor  # [S, T] int64, in [0, V), or `ignore_index`
+    ignore_index: int
+    num_labelled: int | None  # how many are not ignored, if the host knows: a CUDA device is then not waited for
+
+
 class LinearLogps(NamedTuple):
     """What a pass over the vocabulary leaves for each row, in fp32 (fp64 for fp64 inputs)."""
 
@@ -62,6 +71,14 @@ class GradRows(NamedTuple):
 
     def part(self, rows: slice) -> GradRows:
         return GradRows(self.y[rows], self.norm[:, rows], self.logp[rows], self.g[rows])
+
+
+class GradPositions(NamedTuple):
+    """The same of all positions; whatever these hold where they are ignored."""
+
+    norm: Tensor  # [2, S, T]
+    logp: Tensor  # [S, T]
+    g: Tensor  # [S, T]
 
 
 class Columns(NamedTuple):
@@ -109,6 +126,19 @@ class Exponentials(Protocol):
         in `out` [N, H], which may be `sums`. What rounding left of the labels' entries is added exactly."""
 
 
+class Recomputed(Protocol):
+    """N rows whose gradient of the logits is what the product x.W^T writes, a block of the vocabulary at a time."""
+
+    def write(self, block: slice, out: Tensor) -> None:
+        """The gradient with respect to x.W of all rows and of these entries, to `out` [v, N]: in the dtype of an
+        operand, each rounded once, labels' entries too. Rows of `out` are `padded_rows(N)` apart, and what is between
+        them becomes 0."""
+
+    def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
+        """dX, in `out` [N, H], which may be `sums`: from the sums [N, H] in fp32 of what was written for the whole
+        vocabulary, times W. What rounding left of the labels' entries is added exactly."""
+
+
 class TileKernels(Protocol):
     """The functions of an implementation. A tile `a` holds the products x.W of n rows and v vocabulary entries, in the
     accumulation dtype and contiguous; a row of it costs one read, and one write of what comes of it. That goes to `out`
@@ -147,8 +177,8 @@ class TileKernels(Protocol):
         done nothing, where there is no such kernel or products of tiles are faster."""
 
     def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
-        """Whether there are `exponentials` for rows of this dtype and this weight. The functions from here to
-        `shift_columns` are not called, and need not be there, where there never are."""
+        """Whether there are `exponentials` and `recomputed` for rows of this dtype and this weight. The functions from
+        here to `shift_columns` are not called, and need not be there, where there never are."""
 
     def exponentials(
         self,
@@ -164,6 +194,14 @@ class TileKernels(Protocol):
     ) -> Exponentials:
         """Of at least one row. `rows`: how many are written at once, at most; `sizes`: how many entries of the
         vocabulary each part has, multiples of 16 but for the last."""
+
+    def recomputed(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform
+    ) -> Recomputed:
+        """Of at least one row."""
+
+    def recomputed_columns(self, n: int, v: int, h: int, device: torch.device) -> int:
+        """How many vocabulary entries path D is to write at once: a multiple of 64, but where there are fewer."""
 
     def exponential_rows(self, n: int, v: int, h: int, device: torch.device) -> int:
         """How many of n rows path B is to write at once."""
@@ -190,15 +228,34 @@ class TileKernels(Protocol):
         """Writes -g p dz/da to `out`, with 0 at the labels. Returns value [n] of the label's own entry
         g (1 - p_y) dz/da, 0 where the label lies in another block."""
 
-    def logps_fwd(self, logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
-        """Path E: one read of the labelled rows of logits [S, T, V]."""
+    def logps_fwd(self, logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Path E: logp [S, T], norm [2, S, T] and statistics [K, S, T], 0 at ignored positions, of one read of the
+        labelled rows of logits [S, T, V]. Checks the labels; see `positions.labelled_rows`."""
 
-    def logps_bwd_(self, logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
-        """Path E: the gradient of sum_n g_n logp_n with respect to the logits, written to the labelled rows of `out`
-        [S, T, V], which may be `logits`."""
+    def logps_bwd_(self, logits: Tensor, labels: Labels, of: GradPositions, out: Tensor) -> None:
+        """Path E: the gradient of sum g logp with respect to the logits, in `out` [S, T, V], which may be `logits`."""
 
-    def zero_rows_(self, out: Tensor, rows: Rows) -> None:
-        """Writes 0 to these rows of `out` [S, T, V]."""
+    def sum_tokens(
+        self, token_logps: Tensor, labels: Tensor, ignore_index: int, weights: Tensor | None, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[S] sums of token_logps [S, T], 0 at ignored positions, times weights [S, T] of their dtype, which count at
+        labelled positions alone; or `mean`: divided by how many these are. And this number [S], int64. Summed in fp64,
+        always in the same order. This function and the next are called, and need be there, where
+        `dispatch.sums_tokens` says so: elsewhere PyTorch sums."""
+
+    def sum_tokens_bwd(
+        self,
+        grad: Tensor,
+        token_logps: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        weights: Tensor | None,
+        num_tokens: Tensor,
+        mean: bool,
+        need_dweights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """From the gradient [S] with respect to these sums, those [S, T] with respect to token_logps and weights; the
+        latter without elements if it is not needed."""
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -5,9 +5,10 @@ block, K statistics. A *tile* is [n, v] in the accumulation dtype (fp32; fp64 fo
 exceeds `tile_bytes`, except the [N, H] accumulators and results, and the buffer of path C. What happens inside a tile,
 and the matrix products, are `k`'s: the implementation's.
 
-Where `k` can write exponentials as the product x.W^T leaves the registers, paths B and C store no logits. Exponentials
-lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block of rows as it
-is. Path C's become dlogits in one pass, and one product over all rows of a chunk is dW. See "Exponentials" at the end.
+Where `k` can write exponentials as the product x.W^T leaves the registers, paths B, C and D store no logits.
+Exponentials lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block
+of rows as it is. Path C's become dlogits in one pass, and one product over all rows of a chunk is dW. Path D's product
+writes dlogits at once, [v, N] of a block of the vocabulary. See "Exponentials" at the end.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ class _Gradients:
         block yet."""
         if self.dx is not None:
             self.k.product(d, w, self.dx[rows], accumulate=True)
-            self.label[rows] += value
+            self.label[rows].add_(value)
         if self.dw_sum is not None or self.db is not None:
             _put_labels_(d, y, block.start, value)
         if self.dw_sum is not None:
@@ -256,11 +257,15 @@ def linear_logps_bwd(
     *,
     compute_dtype: torch.dtype,
     need: tuple[bool, bool, bool],
+    fused: bool = False,
     shards: Shards | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path D: gradients of sum_n g_n logp_n with respect to x, weight and bias, those that are needed. The vocabulary
-    is the outer loop, so each block of dW is summed over all rows and rounded once, straight into its place."""
+    is the outer loop, so each block of dW is summed over all rows and rounded once, straight into its place. `fused`:
+    without tiles of logits, where `k` has that for these operands."""
     (n, h), v = x.shape, weight.shape[0]
+    if fused and n > 0 and shards is None and k.takes_exponentials(x.dtype, weight, compute_dtype):
+        return _recomputed_bwd(k, x, weight, bias, of, transform, need)
     acc = accumulate_dtype(compute_dtype)
     rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
     grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns, rows >= n, shards)
@@ -535,3 +540,33 @@ def _exponentials_grouped(
     if db is not None and bias is not None:
         db = (db[0] if alone else db.sum(0)).to(bias.dtype)
     return dx, dw, db
+
+
+def _recomputed_bwd(
+    k: TileKernels,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    of: GradRows,
+    transform: LogitTransform,
+    need: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Path D, three products a block of the vocabulary: of dlogits of all rows, of dW, and of what they add to dX."""
+    (n, h), v = x.shape, weight.shape[0]
+    columns = k.recomputed_columns(n, v, h, x.device)
+    sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
+    dw = weight.new_empty(v, h) if need[1] else None
+    db = weight.new_empty(v, dtype=torch.float32) if need[2] and bias is not None else None
+    buffer = weight.new_empty(min(v, columns), k.padded_rows(n))
+    sweep = k.recomputed(x, weight, bias, of, transform)
+    for block in spans(v, columns):
+        d = buffer[: block.stop - block.start, :n]
+        sweep.write(block, d)
+        if dw is not None:
+            k.product(d, x, dw[block])
+        if sums is not None:
+            k.product(d.t(), weight[block], sums, accumulate=block.start > 0)
+        if db is not None:
+            torch.sum(d, 1, dtype=db.dtype, out=db[block])
+    dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
+    return dx, dw, None if db is None or bias is None else db.to(bias.dtype)

@@ -1,10 +1,10 @@
-"""What paths B and C of heads in bf16 are made of on Triton: exponentials that the product's epilogue writes, and the
-kernels between the products of these.
+"""What paths B, C and D of heads in bf16 are made of on Triton: the product's epilogue writes exponentials, or the
+gradient of the logits; and the kernels between the products of these.
 
 Dimensions: N labelled rows, n of them in a block; H hidden size, V vocabulary size, v entries of a part of it; K
-statistics. Exponentials lie as [v, n]: the entries of a row of memory are rows of x.
+statistics. What is written lies as [v, n]: the entries of a row of memory are rows of x.
 
-What is written is e = 2^(z log2 e - shift). An operand, in path B, is a number in bf16, and a row has one shift.
+An exponential is e = 2^(z log2 e - shift). An operand, in path B, is a number in bf16, and a row has one shift.
 Packed, in path C, where it becomes an entry of dlogits and is rounded then, it is one in fp16: an eighth of bf16's
 error. Each block of columns has shifts of its own, by which none is above 2^15: the sums of a row follow its maximum as
 in path A, and what is summed is what is stored.
@@ -20,33 +20,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_kernels.impl import triton_linear
-from dpo_kernels.impl.interface import LogitTransform
+from dpo_kernels.impl import triton_linear, waves
+from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
+from dpo_kernels.impl.interface import GradRows, LogitTransform
 from dpo_kernels.impl.triton_linear import LOWEST, NUM_STAGES, NUM_WARPS, products
-from dpo_kernels.impl.triton_math import to_logits, transform_constants
+from dpo_kernels.impl.triton_math import log1p, one_minus_exp, stats_constants, to_logits, transform_constants
 
 # As fp32 rounds it, in fp64 too: what joins exponentials takes it back.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950216293335)
 
-# No logit of path B is more than this above its row's shift, so that exponentials, their sums and what these are
-# divided by stay within what bf16 and fp32 hold. Rows of which one is are gone over again.
-FAR = 60.0
-# Path B's shift is the largest of so many logits, the first ones.
-FIRST_COLUMNS = 512
 # A square of path B's exponentials stays far within fp32 as one of its part 2^-40.
 SQUARED = 2.0**-40
 # No packed exponential is above 2^15, half of what fp16 holds.
 MOST: tl.constexpr = tl.constexpr(15.0)
 # The least of maxima, times log2 e too.
 FLOOR: tl.constexpr = tl.constexpr(-(2.0**126))
-# A block of path B's exponentials takes this at most.
-EXP_BYTES = 2**29
-# Of the product of exponentials with W.
-PRODUCT_TILE = (128, 256)
-# Columns of a block of products that are exponentials in registers at a time, in path C.
+# Columns of a block of products that become what is written at a time, in paths C and D.
 PIECE_COLUMNS = 32
 JOIN_ROWS, BLOCK_ROWS, MAX_BLOCK_H = 32, 4, 1024
 DLOGITS_BLOCK_V, DLOGITS_BLOCK_N = 8, 512
+# Blocks of rows that path D's programs take by turns before they go to the next columns: what runs at the same time
+# then reads about as much of x as of W.
+GROUP = 16
 # What a split leaves of a row: maxima of the entries beside the label, and of those before it; its last shift; sums.
 TOP, TOP_BEFORE, SHIFT, TARGET, LABEL_SLOPE, SUM, SUM_Z, SUM_EZ, SUM_SQ = (tl.constexpr(field) for field in range(9))
 FIELDS = 9
@@ -299,13 +294,6 @@ def linear_pack_fwd_kernel(
         tl.store(at + SUM_SQ * stride_field, sum_sq, mask=is_row)
 
 
-@triton.jit
-def _log1p(x):
-    """Of x >= 0, where 1 + x rounds: its logarithm, and what it is off."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0))))
-
-
 @triton.jit(
     do_not_specialize=["N", "V", "splits", "stride_split", "stride_field", "stride_out"],
     do_not_specialize_on_alignment=[
@@ -365,7 +353,7 @@ def exp_join_kernel(
     top, top_before = top.to(tl.float64), top_before.to(tl.float64)
     lead = target - shift
     mass = total + tl.exp(lead)
-    logp = tl.where(lead > 0, -_log1p(total * tl.exp(-tl.maximum(lead, 0.0))), lead - tl.log(mass))
+    logp = tl.where(lead > 0, -log1p(total * tl.exp(-tl.maximum(lead, 0.0))), lead - tl.log(mass))
     tl.store(logp_ptr + n, logp.to(tl.float32), mask=is_row)
     largest = tl.maximum(top, target)
     near = total * tl.exp(shift - largest) + tl.exp(target - largest)
@@ -443,6 +431,59 @@ def dhidden_kernel(
     tl.store(out_ptr + place, d.to(out_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit(
+    do_not_specialize=["N", "V", "first", "stride_norm"],
+    do_not_specialize_on_alignment=["y_ptr", "norm_ptr", "logp_ptr", "g_ptr", "missing_ptr"],
+)
+def linear_dlogits_bwd_kernel(
+    x_ptr, w_ptr, bias_ptr, y_ptr, norm_ptr, logp_ptr, g_ptr, missing_ptr, d_ptr,
+    stride_xn, stride_wv, stride_dv, stride_norm, N, V, H, first, stored,
+    INNER: tl.constexpr, OUTER: tl.constexpr, SLOPE: tl.constexpr, HAS_BIAS: tl.constexpr, GROUP: tl.constexpr,
+    PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Path D's: the gradient of the logits is written to d [V, N], the label's entry with it, 0 behind the last row, of
+    the first `stored` ones; `missing` is what the rounding of the label's entry leaves."""
+    PIECE_V: tl.constexpr = BLOCK_V // PIECES
+    of_group = GROUP * tl.cdiv(V, BLOCK_V)
+    first_block = tl.program_id(0) // of_group * GROUP
+    together = tl.minimum(tl.cdiv(N, BLOCK_N) - first_block, GROUP)
+    row_block = first_block + tl.program_id(0) % of_group % together
+    start = tl.program_id(0) % of_group // together * BLOCK_V
+    rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
+    columns = start + tl.arange(0, BLOCK_V)
+    is_row = rows < N
+    a = products(
+        x_ptr + tl.cast(row_block, tl.int64) * BLOCK_N * stride_xn, w_ptr + tl.cast(start, tl.int64) * stride_wv,
+        bias_ptr, stride_xn, stride_wv, is_row, columns, columns < V, H, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
+    )  # fmt: skip
+
+    label = (tl.load(y_ptr + rows, mask=is_row, other=-1) - first).to(tl.int32)
+    has_label = (label >= start) & (label < tl.minimum(start + BLOCK_V, V))
+    some_label = tl.max(has_label.to(tl.int32), axis=0) > 0
+    shift = tl.load(norm_ptr + rows, mask=is_row, other=float("inf")) * LOG2_E
+    g = tl.load(g_ptr + rows, mask=is_row, other=0.0) * SLOPE
+    factor = -g / tl.load(norm_ptr + stride_norm + rows, mask=is_row, other=1.0)
+    own = g * one_minus_exp(tl.load(logp_ptr + rows, mask=is_row, other=0.0))
+    missing = tl.zeros([BLOCK_N], tl.float32)
+    pieces = _pieces(a, BLOCK_N, BLOCK_V, PIECES)
+    for i in tl.static_range(PIECES):
+        z, slope = to_logits(pieces[i], INNER, OUTER)
+        d = tl.exp2(tl.fma(z, LOG2_E, -shift[:, None])) * factor[:, None]
+        if INNER is not None:
+            d *= slope
+        v = start + i * PIECE_V + tl.arange(0, PIECE_V)[None, :]
+        if some_label:
+            is_label = v == label[:, None]
+            own_entry = own[:, None] * slope
+            d = tl.where(is_label, own_entry, d)
+            left = own_entry - own_entry.to(d_ptr.dtype.element_ty).to(tl.float32)
+            missing += tl.sum(tl.where(is_label, left, 0.0), axis=1)
+        d_block_ptr = d_ptr + tl.cast(start + i * PIECE_V, tl.int64) * stride_dv
+        place = rows[:, None] + tl.arange(0, PIECE_V)[None, :] * stride_dv
+        tl.store(d_block_ptr + place, d.to(d_ptr.dtype.element_ty), mask=(rows < stored)[:, None] & (v < V))
+    tl.store(missing_ptr + rows, missing, mask=has_label)
+
+
 class _Part(NamedTuple):
     """Entries of the vocabulary whose exponentials lie in one tensor."""
 
@@ -454,11 +495,6 @@ class _Part(NamedTuple):
     split_blocks: int
     first_split: int
     splits: int
-
-
-def padded_rows(rows: int) -> int:
-    """The distance of entries in memory: so that each begins where wide loads and stores like it."""
-    return triton.cdiv(rows, 16) * 16
 
 
 def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
@@ -485,15 +521,46 @@ def shift_columns(device: torch.device) -> int:
 
 
 def exponential_rows(n: int, v: int, h: int, device: torch.device) -> int:
-    """How many rows of exponentials path B has at a time: as many as give the product with W [V, H] a tile for each
-    multiprocessor, if they fit; all blocks are alike, but for the last."""
+    """How many rows of exponentials path B has at a time."""
     _, multiprocessors = triton_linear._machine(device)
-    tile_n, tile_h = PRODUCT_TILE
-    rows = tile_n * max(1, multiprocessors // triton.cdiv(h, tile_h))
-    fit = EXP_BYTES // (2 * v)
-    rows = max(16, min(rows, fit - fit % 16))
-    share = triton.cdiv(n, triton.cdiv(n, rows))
-    return min(rows, triton.cdiv(share, tile_n) * tile_n)
+    return waves.rows_at_a_time(n, v, h, multiprocessors, EXP_BYTES)
+
+
+def recomputed_columns(n: int, v: int, h: int, device: torch.device) -> int:
+    """How many vocabulary entries of the gradient of n rows path D has at a time."""
+    _, multiprocessors = triton_linear._machine(device)
+    return waves.columns_at_a_time(n, v, h, multiprocessors, DLOGITS_BYTES)
+
+
+def _readable(x: Tensor, weight: Tensor) -> Tensor:
+    return x if triton_linear.can_take(x, weight, x.dtype) else x.contiguous()
+
+
+def _row_blocks(rows: int) -> int:
+    return triton.cdiv(rows, triton_linear.BLOCK_N)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, **constants: Any) -> None:
+    """On the device of `where`, which need not be the current one."""
+    with torch.cuda.device_of(where):
+        kernel[grid](*args, **constants)
+
+
+def _constants(transform: LogitTransform, bias: Tensor | None, columns: int) -> dict[str, Any]:
+    return {
+        **transform_constants(transform), "HAS_BIAS": bias is not None, "BLOCK_N": triton_linear.BLOCK_N,
+        "BLOCK_V": columns, "BLOCK_H": triton_linear.BLOCK_H, "num_warps": NUM_WARPS, "num_stages": NUM_STAGES,
+    }  # fmt: skip
+
+
+def _dhidden(sums: Tensor, weight: Tensor, y: Tensor, scale: Tensor | None, label: Tensor, out: Tensor) -> Tensor:
+    (n, h), block_h = sums.shape, min(triton.next_power_of_2(sums.shape[1]), MAX_BLOCK_H)
+    assert sums.is_contiguous() and out.is_contiguous()
+    _run(
+        dhidden_kernel, (triton.cdiv(n, BLOCK_ROWS), triton.cdiv(h, block_h)), sums,
+        sums, weight, y, scale, label, out, weight.stride(0), n, h, BLOCK_N=BLOCK_ROWS, BLOCK_H=block_h,
+    )  # fmt: skip
+    return out
 
 
 class Exponentials:
@@ -503,7 +570,7 @@ class Exponentials:
         self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transform: LogitTransform,
         stats: Sequence[str], rows: int, sizes: Sequence[int], packed: bool,
     ):  # fmt: skip
-        self.x = x if triton_linear.can_take(x, weight, x.dtype) else x.contiguous()
+        self.x = _readable(x, weight)
         self.y, self.weight, self.transform, self.names = y.contiguous(), weight, transform, tuple(stats)
         self.packed, self.rows = packed, rows
         _, multiprocessors = triton_linear._machine(x.device)
@@ -511,14 +578,11 @@ class Exponentials:
         self.columns = _columns(x.device, packed or transform.softcap is None)
         n, v = x.shape[0], weight.shape[0]
         bias = None if bias is None else bias.to(weight.dtype).contiguous()
-        self.constants = {
-            **transform_constants(transform), "HAS_BIAS": bias is not None, "BLOCK_N": triton_linear.BLOCK_N,
-            "BLOCK_V": self.columns, "BLOCK_H": triton_linear.BLOCK_H, "num_warps": NUM_WARPS, "num_stages": NUM_STAGES,
-        }  # fmt: skip
+        self.constants = _constants(transform, bias, self.columns)
         self.parts, first, self.blocks, self.splits = list[_Part](), 0, 0, 0
         for size in sizes:
             blocks = triton.cdiv(size, self.columns)
-            busy = triton_linear.splits_of(self._row_blocks(rows), blocks, multiprocessors)
+            busy = waves.splits_of(_row_blocks(rows), blocks, multiprocessors)
             split_blocks = triton.cdiv(blocks, busy)
             splits = triton.cdiv(blocks, split_blocks)
             here = slice(first, first + size)
@@ -539,20 +603,12 @@ class Exponentials:
         n, some = self.x.shape[0], slice(0, min(self.weight.shape[0], FIRST_COLUMNS))
         splits = triton.cdiv(some.stop, self.columns)
         found = self.x.new_empty(triton_linear.FIELDS, splits, n, dtype=torch.float32)
-        self._run(
-            triton_linear.linear_fold_fwd_kernel, (self._row_blocks(n), splits),
+        _run(
+            triton_linear.linear_fold_fwd_kernel, (_row_blocks(n), splits), self.x,
             self.x, self.weight[some], None if bias is None else bias[some], self.y, found, None,
             self.x.stride(0), self.weight.stride(0), n, some.stop, self.x.shape[1], 1, STATS=False, **self.constants,
         )  # fmt: skip
         return found[0].amax(0)
-
-    @staticmethod
-    def _row_blocks(rows: int) -> int:
-        return triton.cdiv(rows, triton_linear.BLOCK_N)
-
-    def _run(self, kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
-        with torch.cuda.device_of(self.x):
-            kernel[grid](*args, **constants)
 
     def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
         if not self.packed:
@@ -581,8 +637,8 @@ class Exponentials:
         nowhere = x.new_empty(1, 16, dtype=torch.float16 if self.packed else x.dtype)
         places = [nowhere] * len(self.parts) if out is None else out
         for part, e, of_part in zip(self.parts, places, of_parts, strict=True):
-            self._run(
-                kernel, (self._row_blocks(n), part.splits),
+            _run(
+                kernel, (_row_blocks(n), part.splits), x,
                 x, part.weight, part.bias, self.y[rows], shift, self.sums[:, :, rows], e,
                 x.stride(0), part.weight.stride(0), e.stride(0), self.x.shape[0], self.sums.stride(0),
                 n, part.weight.shape[0], x.shape[1], part.split_blocks, part.first, part.first_split,
@@ -593,14 +649,14 @@ class Exponentials:
         n = rows.stop - rows.start
         logp, norm = self.scale.new_empty(n), self.scale.new_empty(2, n)
         stats = self.scale.new_empty(len(self.names), n)
-        self._run(
-            exp_join_kernel, (triton.cdiv(n, JOIN_ROWS),),
+        _run(
+            exp_join_kernel, (triton.cdiv(n, JOIN_ROWS),), self.x,
             self.sums[:, :, rows], logp, norm, stats, self.joint[rows], self.scale[rows], self.label[rows],
             self.x.shape[0], self.sums.stride(0), n,
             n, self.weight.shape[0], self.splits,
             SLOPE=self.transform.slope, HAS_SLOPE=self.transform.softcap is not None,
             SQUARED=1.0 if self.packed else SQUARED, STATS=bool(self.names), BLOCK_N=JOIN_ROWS, num_warps=1,
-            **{own: self.names.index(name) if name in self.names else None for name, own in _CONSTANTS.items()},
+            **stats_constants(self.names),
         )  # fmt: skip
         return logp, norm, stats
 
@@ -608,8 +664,8 @@ class Exponentials:
         assert self.shifts is not None
         n, g = rows.stop - rows.start, g.contiguous()
         for part, each in zip(self.parts, e, strict=True):
-            self._run(
-                exp_dlogits_kernel, (part.blocks, triton.cdiv(padded_rows(n), DLOGITS_BLOCK_N)),
+            _run(
+                exp_dlogits_kernel, (part.blocks, triton.cdiv(padded_rows(n), DLOGITS_BLOCK_N)), each,
                 each.view(torch.float16), each, self.y[rows], g, self.shifts, self.joint[rows], self.scale[rows],
                 self.label[rows], self.missing[rows], each.stride(0), self.shifts.stride(0), n, each.shape[0],
                 part.first, part.first_block, padded_rows(n),
@@ -617,20 +673,32 @@ class Exponentials:
             )  # fmt: skip
 
     def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
-        (n, h), block_h = sums.shape, min(triton.next_power_of_2(sums.shape[1]), MAX_BLOCK_H)
-        assert sums.is_contiguous() and out.is_contiguous()
         scale, label = (None, self.missing) if self.packed else (self.scale, self.label)
-        self._run(
-            dhidden_kernel, (triton.cdiv(n, BLOCK_ROWS), triton.cdiv(h, block_h)),
-            sums, self.weight, self.y, scale, label, out, self.weight.stride(0), n, h,
-            BLOCK_N=BLOCK_ROWS, BLOCK_H=block_h,
+        return _dhidden(sums, self.weight, self.y, scale, label, out)
+
+
+class Recomputed:
+    """See `interface.Recomputed`."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform):
+        self.x, self.weight, self.transform = _readable(x, weight), weight, transform
+        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self.y, self.norm, self.logp, self.g = (t.contiguous() for t in of)
+        self.missing = torch.empty_like(self.logp)
+        columns = shift_columns(x.device)
+        self.constants = _constants(transform, bias, columns)
+        self.constants["PIECES"] = pieces(columns, transform.softcap is not None)
+
+    def write(self, block: slice, out: Tensor) -> None:
+        (n, h), v = self.x.shape, block.stop - block.start
+        assert out.shape == (v, n) and out.stride() == (padded_rows(n), 1)
+        weight, bias = self.weight[block], None if self.bias is None else self.bias[block]
+        _run(
+            linear_dlogits_bwd_kernel, (_row_blocks(n) * triton.cdiv(v, self.constants["BLOCK_V"]),), self.x,
+            self.x, weight, bias, self.y, self.norm, self.logp, self.g, self.missing, out,
+            self.x.stride(0), weight.stride(0), out.stride(0), self.norm.stride(0), n, v, h, block.start,
+            padded_rows(n), SLOPE=self.transform.slope, GROUP=GROUP, **self.constants,
         )  # fmt: skip
-        return out
 
-
-_CONSTANTS = {
-    "entropy": "ENTROPY",
-    "is_top1": "IS_TOP1",
-    "mean_logit": "MEAN_LOGIT",
-    "log_sum_sq_probs": "SUM_SQ_PROBS",
-}
+    def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
+        return _dhidden(sums, self.weight, self.y, None, self.missing, out)

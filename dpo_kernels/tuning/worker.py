@@ -262,8 +262,8 @@ def _far(ours: Tensor, eager: Tensor, oracle: Tensor, what: str) -> str:
 @contextmanager
 def _taken(family: str, case: Case) -> Iterator[list[bool]]:
     """The family in the sizes of the case; and whether its fused forward was taken, each time."""
-    kernels: Any = dispatch.load(family)
-    home = importlib.import_module("dpo_kernels.impl.triton_linear") if family == "triton_fused" else kernels
+    kernels, fused = cast(Any, dispatch.load(family)), dispatch.is_fused(family)
+    home: Any = importlib.import_module(f"dpo_kernels.impl.{dispatch.impl_of(family)}_linear") if fused else None
     taken: list[bool] = []
     with ExitStack() as stack:
         stack.enter_context(dispatch.taking(cast(Any, family)))

@@ -10,6 +10,8 @@ INSTRUCTIONS = {
     "tensor_core": r"\b(HMMA|HGMMA|UTCHMMA)\b",
     "hgmma": r"\bHGMMA\b",
     "multicast": r"\bUTMALDG\.2D\.MULTICAST\b",
+    "transposed_store": r"\bSTSM\.16\.MT88\.4\b",
+    "box_store": r"\bUTMASTG\.2D\b",
     "load128": r"\bLDG\.E\.128|\bLDG\.E\.\w*\.?128",
     "store128": r"\bSTG\.E\.128|\bSTG\.E\.\w*\.?128",
     "store64": r"\bSTG\.E\.64|\bSTG\.E\.\w*\.?64",

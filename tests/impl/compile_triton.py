@@ -18,17 +18,27 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpo_kernels.impl.triton import MAX_BLOCK_H, MAX_BLOCK_V, dlogits_bwd_kernel, fold_fwd_kernel
+from dpo_kernels.impl.triton import (
+    CHECKED_LABELS,
+    MAX_BLOCK_BYTES,
+    MAX_BLOCK_H,
+    dlogits_bwd_kernel,
+    fold_fwd_kernel,
+    logits_bwd_kernel,
+    logits_fwd_kernel,
+)
 from dpo_kernels.impl.triton_exponentials import (
     BLOCK_ROWS,
     DLOGITS_BLOCK_N,
     DLOGITS_BLOCK_V,
     FAR,
+    GROUP,
     JOIN_ROWS,
     SQUARED,
     dhidden_kernel,
     exp_dlogits_kernel,
     exp_join_kernel,
+    linear_dlogits_bwd_kernel,
     linear_exp_fwd_kernel,
     linear_pack_fwd_kernel,
     pieces,
@@ -42,16 +52,18 @@ def cases(capability):
     differs little, all for Hopper and a part for the others."""
     transforms = {"plain": (None, 1.0), "softcap": (1 / 30.0, 30.0)}
     everything = capability == 90
-    for storage in ("fp32", "bf16", "fp64") if everything else ("fp32", "bf16"):
-        acc = "fp64" if storage == "fp64" else "fp32"
-        half = storage == "bf16"
-        common = {"ACC": getattr(tl, f"float{acc[2:]}"), "GATHER": half, "BLOCK_N": 1, "BLOCK_V": MAX_BLOCK_V}
+    for storage in ("fp32", "fp64") if everything else ("fp32",):
+        common = {"ACC": getattr(tl, f"float{storage[2:]}"), "BLOCK_N": 1, "num_warps": 8}
+        common["BLOCK_V"] = MAX_BLOCK_BYTES // BYTES[storage]
         for name, (inner, outer) in transforms.items():
-            if half and name != "plain" or storage == "fp64" and name != "softcap":
+            if storage == "fp64" and name != "softcap":
                 continue
-            where = common | {"INNER": inner, "OUTER": outer, "HAS_BIAS": name == "softcap", "num_warps": 8}
+            per = 16 // BYTES[storage]
+            where = common | {"INNER": inner, "OUTER": outer, "HAS_BIAS": name == "softcap"}
+            types = {f"{n}_ptr": f"*{storage}" for n in ("a", "bias", "sums", "norm", "logp", "g", "value")}
+            types["out_ptr"] = "*bf16"
             for stats in (False, True):
-                for write in (False,) if half else (False, True):
+                for write in (False, True):
                     if storage == "fp64" and not (stats and write):
                         continue
                     if storage == "fp32" and not everything and stats != (name == "softcap"):
@@ -59,18 +71,23 @@ def cases(capability):
                     yield (
                         f"fold {storage} {name}{' stats' * stats}{' exp' * write}",
                         fold_fwd_kernel,
-                        {"a_ptr": f"*{storage}", "out_ptr": "*bf16", "bias_ptr": f"*{acc}", "sums_ptr": f"*{acc}"},
-                        {**where, "BLOCK_H": MAX_BLOCK_H, "STATS": stats, "WRITE_EXP": write},
+                        types,
+                        {**where, "BLOCK_H": MAX_BLOCK_H, "STATS": stats, "WRITE_EXP": write, "PER": per},
                         (),
                     )
-            yield (
-                f"dlogits {storage} {name}",
-                dlogits_bwd_kernel,
-                {"a_ptr": f"*{storage}", "out_ptr": f"*{storage}" if half else "*bf16",
-                 **{f"{n}_ptr": f"*{acc}" for n in ("bias", "norm", "logp", "g", "value")}},
-                {**where, "SLOPE": 1.0},
-                (),
-            )  # fmt: skip
+            yield f"dlogits {storage} {name}", dlogits_bwd_kernel, types, {**where, "SLOPE": 1.0}, ()
+    for storage in ("bf16", "fp32", "fp64") if everything else ("bf16",):
+        acc = "fp64" if storage == "fp64" else "fp32"
+        common = {"ACC": getattr(tl, f"float{acc[2:]}"), "BLOCK_N": 1, "num_warps": 8}
+        common["BLOCK_V"] = MAX_BLOCK_BYTES // BYTES[storage]
+        types = {"a_ptr": f"*{storage}", "out_ptr": f"*{storage}", "fit_ptr": "*i32"}
+        types |= {f"{n}_ptr": f"*{acc}" for n in ("logp", "norm", "stats", "g")}
+        for stats in (False, True):
+            names = ("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS")
+            asked = {name: i if stats else None for i, name in enumerate(names)}
+            settings = {**common, **asked, "STATS": stats, "PER": 16 // BYTES[storage], "BLOCK_T": CHECKED_LABELS}
+            yield f"fold logits {storage}{' stats' * stats}", logits_fwd_kernel, types, settings, ()
+        yield f"dlogits logits {storage}", logits_bwd_kernel, types, common, ()
     for storage in ("bf16", "fp16") if everything else ("bf16",):
         for name, (inner, outer) in transforms.items():
             for stats in (False, True):
@@ -110,6 +127,15 @@ def cases(capability):
                     {**where, "STATS": stats},
                     odd,
                 )
+                if stats:
+                    continue
+                yield (
+                    f"linear dlogits {name}",
+                    linear_dlogits_bwd_kernel,
+                    types | {"d_ptr": "*bf16"} | {f"{n}_ptr": "*fp32" for n in ("norm", "logp", "g", "missing")},
+                    {**where, "SLOPE": 1.0, "GROUP": GROUP},
+                    odd,
+                )
     join = {"SLOPE": 1.0, "HAS_SLOPE": True, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
     join |= {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
     numbers = ("part", "shift", "logp", "norm", "stats", "joint", "scale", "label", "missing", "g", "sums")
@@ -126,7 +152,8 @@ def cases(capability):
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
 
-POINTERS = {"y_ptr": "*i64", "sequence_ptr": "*i64", "position_ptr": "*i64", "state_ptr": "*fp64", "argmax_ptr": "*i64"}
+BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+POINTERS = {"y_ptr": "*i64", "state_ptr": "*fp64", "argmax_ptr": "*i64"}
 UNIT = {"stride_av": 1, "stride_ov": 1}
 
 

@@ -39,7 +39,7 @@ def kernels(request):
 @pytest.fixture
 def fused(kernels, monkeypatch):
     """The same, where a forward that is not fused is an error."""
-    if not kernels._machine(torch.get_default_device())[0]:
+    if not kernels.has_fused_forward(torch.get_default_device()):
         pytest.skip("the fused forward is Hopper's")
     monkeypatch.setattr(kernels, "fold_", None)
     return kernels
@@ -75,7 +75,7 @@ def test_the_splits_change_nothing(fused, monkeypatch, stats):
     inputs = head_inputs(4, 150, 24, 1500, labelled=1.0).to(torch.float16)  # three pairs of blocks of rows
     found = []
     for splits in (1, 2, 5, 6):
-        monkeypatch.setattr(fused, "splits_of", lambda *_, splits=splits: splits)
+        monkeypatch.setattr(fused.cuda_linear, "splits_of", lambda *_, splits=splits: splits)
         with torch.no_grad():
             found.append(linear_sequence_logps(*inputs[:3], stats=stats, impl="cuda"))
     for other in found[1:]:
@@ -121,7 +121,7 @@ def test_the_order_of_threads_changes_no_row(kernels, monkeypatch):
 
 @pytest.mark.parametrize("splits", [1, 3])
 def test_the_first_of_equal_logits_is_the_top_one(fused, monkeypatch, splits):
-    monkeypatch.setattr(fused, "splits_of", lambda *_: splits)
+    monkeypatch.setattr(fused.cuda_linear, "splits_of", lambda *_: splits)
     # of one thread and of two, in one block of columns and in two, in one split and in two
     for top in ((3, 5, 7), (2, 3, 259), (3, 12, 260), (3, 259, 515), (40, 300, 700), (255, 256, 511), (0, 1, 2)):
         weight = torch.zeros(768, 16, dtype=torch.float16)
@@ -190,7 +190,7 @@ def test_matrices_that_cannot_be_copied_in_boxes_go_through_tiles(kernels, monke
 @pytest.mark.parametrize("n, v", [(1, 256000), (300, 151936), (8192, 128256), (32768, 32000), (8192, 100)])
 def test_splits_keep_the_clusters_busy(kernels, n, v):
     row_pairs, column_blocks = -(-n // 256), -(-v // 256)
-    splits = kernels.splits_of(n, v, 132)
+    splits = kernels.cuda_linear.splits_of(n, v, 132)
     busiest = -(-row_pairs * splits // 66) * -(-column_blocks // splits)
     assert 1 <= splits <= column_blocks
     assert busiest <= max(1.1 * row_pairs * column_blocks / 66, 1) or busiest == -(-row_pairs // 66)
@@ -282,29 +282,58 @@ def machine_code_of(generation):
 @pytest.mark.parametrize("arch", ["80", "90", "100"])
 def test_machine_code_of_the_row_kernels(arch):
     """Nothing spills, nothing is atomic, and rows move in 16 bytes; results in half precision of fp32 in 8."""
-    counts = dict.fromkeys(("fold_kernel", "dlogits_kernel", "zero_kernel", "finish_kernel"), 0)
+    sums = ("sum_tokens_kernel", "sum_tokens_bwd_kernel")
+    of_rows = ("fold_kernel", "logits_fwd_kernel", "dlogits_kernel", "logits_bwd_kernel")
+    counts = dict.fromkeys((*of_rows, "finish_kernel", *sums), 0)
     for kernel in machine_code_of(arch)[arch]:
         (name,) = (name for name in counts if name in kernel["function"])
         counts[name] += 1
-        assert kernel["stack"] == kernel["local"] == kernel["atomics"] == 0, kernel
+        assert kernel["local"] == kernel["atomics"] == 0, kernel
+        assert kernel["stack"] <= (8 if name in sums else 0), kernel  # of a division in fp64, once a sequence
         assert kernel["registers"] <= 128, kernel  # two blocks of 8 warps a multiprocessor at least
-        if name in ("fold_kernel", "dlogits_kernel"):
+        if name in of_rows:
             assert kernel["load128"] >= 4, kernel  # in flight at once
-        if name == "dlogits_kernel":
+        if name in ("dlogits_kernel", "logits_bwd_kernel"):
             assert kernel["store128"] + kernel["store64"] >= 4, kernel
-    assert counts == {"fold_kernel": 20, "dlogits_kernel": 8, "zero_kernel": 4, "finish_kernel": 2}
+    assert counts == {
+        "fold_kernel": 12, "logits_fwd_kernel": 8, "dlogits_kernel": 4, "logits_bwd_kernel": 4, "finish_kernel": 2,
+        "sum_tokens_kernel": 2, "sum_tokens_bwd_kernel": 2,
+    }  # fmt: skip
 
 
 @pytest.mark.full
-def test_machine_code_of_the_fused_forward():
-    """Its products are Hopper's, operands come in multicast boxes, and the accumulators stay in registers."""
+def test_machine_code_of_the_fused_product():
+    """Its products are Hopper's, operands come in multicast boxes, and the accumulators stay in registers. What is
+    stored is transposed on its way to shared memory, and leaves that in boxes."""
     kernels = [kernel for kernel in machine_code_of("90")["90a"] if "linear_fold_kernel" in kernel["function"]]
-    assert len(kernels) == 8
+    # folds of two dtypes; exponentials of two formats; dlogits, which have no statistics
+    assert len(kernels) == 8 + 8 + 2
     for kernel in kernels:
         assert kernel["hgmma"] > 0 and kernel["multicast"] > 0, kernel
         assert kernel["stack"] == kernel["local"] == kernel["atomics"] == 0, kernel
         # what a block of 384 threads starts with; the kernel then gives 232 to those that multiply
         assert kernel["registers"] == 168, kernel
+        folds = "EpilogueE0" in kernel["function"]
+        assert kernel["transposed_store"] == (0 if folds else 16) and kernel["box_store"] == (0 if folds else 4), kernel
+        assert kernel["store128"] == 0, kernel
+
+
+@pytest.mark.full
+def test_machine_code_between_hoppers_products():
+    """Exponentials are read and written 16 bytes at a time, and several in flight."""
+    names = ("join_kernel", "exp_dlogits_kernel", "dhidden_kernel")
+    counts = dict.fromkeys(names, 0)
+    for kernel in machine_code_of("90")["90a"]:
+        if "linear_fold_kernel" in kernel["function"]:
+            continue
+        (name,) = (name for name in counts if name in kernel["function"])
+        counts[name] += 1
+        assert kernel["stack"] == kernel["local"] == kernel["atomics"] == 0, kernel
+        if name == "exp_dlogits_kernel":
+            assert kernel["load128"] >= 4 and kernel["store128"] >= 4, kernel
+        if name == "dhidden_kernel":
+            assert kernel["load128"] >= 4 and kernel["store128"] + kernel["store64"] >= 4, kernel
+    assert counts == {"join_kernel": 1, "exp_dlogits_kernel": 1, "dhidden_kernel": 2}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def on_the_host():
 @pytest.fixture(scope="module")
 def library():
     library = ctypes.CDLL(str(emulation.build(emulation.HERE)))
-    for name in "block_sums", "shuffles", "product", "box", "faulty", "nothing":
+    for name in "block_sums", "shuffles", "product", "box", "transpose", "faulty", "nothing":
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
     return library
 
@@ -162,6 +162,39 @@ def test_swizzled_rows_of_128_bytes(run):
     run("box", tensor, out, 8, 32, 32, 0, 0, True)
     chunks = torch.arange(8)[:, None] ^ torch.arange(8)
     assert torch.equal(out, tensor.view(8, 8, 4)[torch.arange(8)[:, None], chunks])
+
+
+STORE_MISTAKES = ["none", "no fence", "no wait", "no end", "unaligned"]
+
+
+def transpose(run, seed, mistake="none"):
+    """64 rows of 128 numbers to [rows, 20] of memory whose rows have 24; and what is expected there."""
+    numbers, out = torch.arange(64 * 128, dtype=torch.int16).view(64, 128), torch.full((90, 24), -1, dtype=torch.int16)
+    run("transpose", numbers, out, 90, 20, 24, 128, STORE_MISTAKES.index(mistake), seed=seed)
+    expected = torch.full_like(out, -1)
+    expected[:, :20] = numbers.T[16:106, 8:28]
+    return out, expected
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_numbers_are_transposed_on_their_way_to_a_box(run, seed):
+    """Through swizzled shared memory, which is written anew while it may still be read; outside of the tensor nothing
+    is written."""
+    assert torch.equal(*transpose(run, seed))
+
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [("no fence", "without fence_before_stores"), ("no end", "under way"), ("unaligned", "not aligned")],
+)
+def test_a_mistake_in_storing_is_named(run, mistake, message):
+    for seed in SEEDS:
+        with pytest.raises(RuntimeError, match=message):
+            transpose(run, seed, mistake)
+
+
+def test_shared_memory_that_is_written_before_it_was_read_shows(run):
+    assert not all(torch.equal(*transpose(run, seed, "no wait")) for seed in SEEDS)
 
 
 def test_a_tensor_map_is_refused_as_the_driver_refuses_it(library):

@@ -1,4 +1,4 @@
-"""Paths B and C of half-precision heads on Triton, which store exponentials and no logits: values and gradients against
+"""Paths B, C and D of half-precision heads on Triton, which store no logits: values and gradients against
 fp64, rows that overflow, what is launched and allocated, and sums of a reference."""
 
 import math
@@ -6,14 +6,15 @@ from collections import Counter
 
 import pytest
 import torch
+from exponentials import Operators, assert_rows_within, by_eager, growing, hinge_coefficients
 from grids import covering
 from places import DEVICE
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import paths
-from dpo_kernels.impl.interface import STATS, LogitTransform
-from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
+from dpo_kernels.impl.interface import STATS, GradRows, LogitTransform
+from dpo_kernels.impl.reference import eager_logits, eager_stats
 from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.testing import assert_within_budget, head_inputs
 
@@ -35,7 +36,6 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(linear, "BLOCK_H", 32)
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 32 // (2 if stats else 1))
         monkeypatch.setattr(exponentials, "PIECE_COLUMNS", 8)
-    monkeypatch.setattr(exponentials, "PRODUCT_TILE", (16, 256))
     monkeypatch.setattr(exponentials, "EXP_BYTES", 2**14)
     monkeypatch.setattr(exponentials, "FIRST_COLUMNS", 40)
     monkeypatch.setattr(paths, "DW_COLUMNS", 40)
@@ -46,21 +46,6 @@ def small_blocks(monkeypatch):
 def no_tiles(monkeypatch):
     for name in ("fold_", "fold_exp_", "dlogits"):
         monkeypatch.setattr(kernels, name, None)
-
-
-def by_eager(inputs, coefficients, names, transform, with_bias):
-    """Log-probabilities and gradients of the textbook, in the dtype of the inputs."""
-    logits = eager_logits(inputs.hidden, inputs.weight, bias=inputs.bias if with_bias else None, **transform)
-    token_logps = eager_token_logps(logits, inputs.labels)
-    wanted = [getattr(inputs, name) for name in names]
-    return token_logps, torch.autograd.grad((token_logps.sum(1) * coefficients.to(token_logps.dtype)).sum(), wanted)
-
-
-def assert_rows_within(ours, eager, oracle, what):
-    """Each row by itself: the worst is no further off than eager's worst, nor than two roundings to bf16."""
-    size = oracle.norm(dim=-1).clamp(min=1e-30)
-    mine, theirs = (((t.double() - oracle).norm(dim=-1) / size).max().item() for t in (ours, eager))
-    assert mine <= max(theirs, 2**-7), f"{what}: a row is {mine:.2e} off, eager's worst {theirs:.2e}"
 
 
 # [S, T, H, V]: a vocabulary that no block divides; one row; several blocks of rows, and of the vocabulary's parts
@@ -109,12 +94,6 @@ NAMES = ("hidden", "weight", "bias")
 NEED = {"head": ("hidden", "weight"), "all": NAMES, "head alone": ("weight", "bias"), "bias": ("hidden", "bias")}
 
 
-def hinge_coefficients(inputs):
-    """Of the sum over sequences that the loss of `trained` has the gradient of."""
-    pairs = inputs.labels.shape[0] // 2
-    return torch.tensor([-0.001 / pairs] * pairs + [0.001 / pairs] * pairs)
-
-
 def pair_bytes(inputs, dweight):
     """What the longest pair takes, beside the sums of dW; less than all of them do."""
     sizes = (inputs.labels >= 0).sum(1).view(2, -1).sum(0).tolist()
@@ -149,35 +128,55 @@ def test_trained_head(transform, need, shape, confident):
             assert_rows_within(ours[rows], theirs[rows], exact[rows], "dweight")
 
 
-def growing(after=40, by=200.0):
-    """Logits that grow beyond fp32's exponentials behind the first columns, in some rows; and their labels: among the
-    first, the large ones, and the last."""
-    inputs = head_inputs(4, 12, 48, 251, labelled=1.0, logit_std=1.0)
-    hidden, weight = inputs.hidden.detach().clone(), inputs.weight.detach().clone()
-    weight[:, 0] = 0.0
-    weight[after:, 0] = by / 4
-    hidden[..., 0] = 0.0
-    hidden[:, ::3, 0] = 4.0
-    labels = inputs.labels.clone()
-    labels[:, 1::4], labels[:, 2::4] = 3, 250
-    return inputs._replace(hidden=hidden.requires_grad_(), weight=weight.requires_grad_(), labels=labels)
+@pytest.mark.parametrize(
+    ("transform", "need", "shape", "confident"),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], ["tails", "blocks"], [0.0, 1.0]),
+)
+def test_any_loss_of_a_trained_head(transform, need, shape, confident):
+    options, need = TRANSFORMS[transform], NEED.get(need, ("bias",))
+    inputs = head_inputs(*SHAPES[shape], confident=confident, labelled=0.8).to(BF16)
+    leaves, with_bias = [getattr(inputs, name).detach().requires_grad_(name in need) for name in NAMES], "bias" in need
+    coefficients = torch.linspace(-1.0, 2.0, inputs.labels.shape[0])
+    found = linear_sequence_logps(
+        *leaves[:2], inputs.labels, bias=leaves[2] if with_bias else None, impl="triton", **options
+    )
+    mine = torch.autograd.grad((found.logps * coefficients).sum(), [t for t in leaves if t.requires_grad])
+    _, eager = by_eager(inputs, coefficients, need, options, with_bias)
+    best, oracle = by_eager(inputs.to(torch.float64), coefficients, need, options, with_bias)
+    torch.testing.assert_close(found.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
+    for name, ours, theirs, exact in zip(need, mine, eager, oracle, strict=True):
+        assert_within_budget(ours, theirs, exact, f"d{name}")
+        if name == "hidden":
+            labelled = inputs.labels >= 0
+            assert_rows_within(ours[labelled], theirs[labelled], exact[labelled], "dhidden")
+        elif name == "weight":
+            rows = inputs.labels[inputs.labels >= 0].unique()
+            assert_rows_within(ours[rows], theirs[rows], exact[rows], "dweight")
 
 
-@pytest.mark.parametrize("path", ["B", "C"])
+def of_path(inputs, path, bias=None, **options):
+    """Log-probabilities of sequences, and the gradients of a sum over them."""
+    coefficients = hinge_coefficients(inputs)
+    weight = inputs.weight.detach() if path == "B" else inputs.weight
+    if path == "C":
+        return trained(inputs, NAMES if bias is not None else NAMES[:2], options)
+    found = linear_sequence_logps(
+        inputs.hidden, weight, inputs.labels, bias=bias.detach() if path == "B" and bias is not None else bias,
+        stats=STATS if path == "B" and bias is None else (), impl="triton", **options,
+    )  # fmt: skip
+    wanted = [t for t in (inputs.hidden, weight, bias) if t is not None and t.requires_grad][: 1 if path == "B" else 3]
+    return found, torch.autograd.grad((found.logps * coefficients).sum(), wanted)
+
+
+@pytest.mark.parametrize("path", ["B", "C", "D"])
 @pytest.mark.parametrize("softcap", [None, 300.0])
 def test_rows_that_would_overflow(path, softcap):
     """They alone have path B's exponentials written again; in path C others come to be of no size."""
-    inputs, options = growing().to(BF16), {"softcap": softcap}
+    inputs, options = growing(vocab=251).to(BF16), {"softcap": softcap}
     coefficients = hinge_coefficients(inputs)
-    if path == "B":
-        found = linear_sequence_logps(
-            inputs.hidden, inputs.weight.detach(), inputs.labels, stats=STATS, impl="triton", **options
-        )
-        mine = torch.autograd.grad((found.logps * coefficients).sum(), inputs.hidden)
-        assert all(torch.isfinite(t).all() for t in found.stats.values())
-    else:
-        found, mine = trained(inputs, ("hidden", "weight"), options)
-    names = ("hidden", "weight")[: len(mine)]
+    found, mine = of_path(inputs, path, **options)
+    assert all(torch.isfinite(t).all() for t in found.stats.values())
+    names = NAMES[: len(mine)]
     _, eager = by_eager(inputs, coefficients, names, options, False)
     best, oracle = by_eager(inputs.to(torch.float64), coefficients, names, options, False)
     torch.testing.assert_close(found.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-4)
@@ -186,7 +185,7 @@ def test_rows_that_would_overflow(path, softcap):
     assert_rows_within(mine[0], eager[0], oracle[0], "dhidden")
 
 
-@pytest.mark.parametrize("path", ["B", "C"])
+@pytest.mark.parametrize("path", ["B", "C", "D"])
 @pytest.mark.parametrize("impossible", ["first columns", "some", "all but one more"])
 def test_entries_that_cannot_be(path, impossible):
     """A bias of -inf: in all of the columns that a shift is taken from, here and there, and nearly everywhere."""
@@ -203,14 +202,8 @@ def test_entries_that_cannot_be(path, impossible):
     # of two entries alone, chance decides how well the gradient of the bias is rounded
     need = NAMES[:1] if path == "B" else NAMES[:2] if impossible == "all but one more" else NAMES
     coefficients = hinge_coefficients(inputs)
-    if path == "B":
-        found = linear_sequence_logps(
-            inputs.hidden, inputs.weight.detach(), inputs.labels, bias=bias.detach(), impl="triton"
-        )
-        mine = torch.autograd.grad((found.logps * coefficients).sum(), inputs.hidden)
-    else:
-        found, mine = trained(inputs, NAMES, {})
-        mine = mine[: len(need)]
+    found, mine = of_path(inputs, path, inputs.bias)
+    mine = mine[: len(need)]
     _, eager = by_eager(inputs, coefficients, need, {}, True)
     best, oracle = by_eager(inputs.to(torch.float64), coefficients, need, {}, True)
     torch.testing.assert_close(found.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
@@ -234,7 +227,12 @@ def test_each_confident_row_keeps_its_digits():
     sweep.finish(rows)
     sweep.to_dlogits_([d], rows, torch.ones(48))
     sums = kernels.product(d.t(), weight, torch.empty(48, 64))
-    for dx in (out.dhidden, sweep.dhidden(sums, torch.empty(48, 64))):
+    again = kernels.recomputed(x, weight, None, GradRows(y, out.norm, out.logp, torch.ones(48)), LogitTransform())
+    again.write(slice(0, 500), d)
+    sums_again = kernels.product(d.t(), weight, torch.empty(48, 64))
+    for dx in (
+        out.dhidden, sweep.dhidden(sums, torch.empty(48, 64)), again.dhidden(sums_again, torch.empty(48, 64))
+    ):  # fmt: skip
         error = (dx.double() - best).norm(dim=1) / best.norm(dim=1)
         assert error.median() < 5e-4, error
 
@@ -380,25 +378,6 @@ class Launched:
         return launch
 
 
-class Operators(TorchDispatchMode):
-    """Counts PyTorch's operators that launch something, and notes the largest tensor in fp32 that comes to be."""
-
-    WITHOUT_KERNEL = ("empty", "view", "slice", "select", "t", "transpose", "as_strided", "unbind", "detach", "alias")
-
-    def __init__(self):
-        super().__init__()
-        self.count, self.largest = Counter(), 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        if not any(name == each or name.startswith((f"{each}_", f"new_{each}")) for each in self.WITHOUT_KERNEL):
-            self.count[name] += 1
-        if isinstance(out, torch.Tensor) and out.dtype == torch.float32:
-            self.largest = max(self.largest, out.numel())
-        return out
-
-
 @pytest.fixture
 def recorded(monkeypatch):
     """Launches of kernels by name, and shapes of products."""
@@ -472,6 +451,40 @@ def test_what_path_c_launches(recorded, groups, with_bias):
     of_bias = (parts * groups + 2) * with_bias
     assert total <= 8 + 5 * groups + (of_dw - 1) + of_bias, (launches, operators.count)
     assert operators.largest < 96 * 251 / 2 or groups > 1, "logits"
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_what_path_d_launches(recorded, monkeypatch, with_bias):
+    """Three a block of the vocabulary, and one more; of a bias one a block, and one. No tensor but the gradients and
+    their sums is larger than a block of dlogits."""
+    launches, shapes = recorded
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: 64)
+    inputs = head_inputs(4, 20, 48, 251, labelled=1.0).to(BF16)
+    x, weight, y = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach(), inputs.labels.flatten()
+    bias = inputs.bias.detach() if with_bias else None
+    norm, logp = torch.stack([torch.zeros(80), torch.full((80,), 251.0)]), torch.full((80,), -math.log(251))
+    of = GradRows(y, norm, logp, torch.ones(80))
+    with Operators() as operators:
+        dx, dw, db = paths.linear_logps_bwd(
+            kernels, x, weight, bias, of, LogitTransform(), compute_dtype=BF16, need=(True, True, True), fused=True
+        )
+    assert dx.dtype == dw.dtype == BF16 and (db is not None) == with_bias
+    blocks = 4
+    assert launches == {"linear_dlogits_bwd_kernel": blocks, "dhidden_kernel": 1}
+    of_dw, of_dx = ([shape for shape in shapes if shape[1] == 80], [shape for shape in shapes if shape[0] == 80])
+    assert sum(v for v, *_ in of_dw) == sum(v for _, v, *_ in of_dx) == 251 and len(shapes) == 2 * blocks
+    assert not any(more for *_, more in of_dw) and [more for *_, more in of_dx] == [False, True, True, True]
+    total = sum(launches.values()) + sum(operators.count.values()) + len(shapes)
+    assert total <= 3 * blocks + 1 + (blocks + 1) * with_bias, (launches, operators.count)
+    assert operators.largest == 80 * 48, "logits"
+
+
+def test_blocks_of_dlogits_are_bounded():
+    """By 256 MiB, for heads of every size; and no small one is left at the end."""
+    for n, v, h in [(8192, 128256, 4096), (100, 32000, 2048), (100_000, 262144, 3584), (1, 50, 64)]:
+        columns = kernels.recomputed_columns(n, v, h, torch.device(DEVICE))
+        assert columns % 64 == 0 and 2 * columns * kernels.padded_rows(n) <= 2**28
+        assert columns >= v or 2 * (v % columns or columns) >= columns
 
 
 @pytest.mark.parametrize("v, h, n", [(128256, 4096, 8192), (128256, 2048, 8192), (32000, 4096, 100), (5003, 48, 48)])

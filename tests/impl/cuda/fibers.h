@@ -77,6 +77,12 @@ struct Accumulator {
   std::vector<float> sums;
 };
 
+// A copy out of shared memory that this thread has issued: it has read when it is waited for at the latest.
+struct Store {
+  std::function<void()> read;
+  int group;
+};
+
 struct Fiber {
   ucontext_t context;
   jmp_buf jump;
@@ -93,6 +99,9 @@ struct Fiber {
   std::vector<Accumulator> accumulators;
   int groups = 0;
   bool fenced = false;
+  std::vector<Store> stores;
+  int store_groups = 0;
+  bool wrote_unfenced = false;  // to shared memory, for copies out of it
 
   bool ready() const {
     if (word == nullptr) return true;
@@ -196,6 +205,7 @@ inline void run_fiber() {
     try {
       state.body();
       expect(f.products.empty(), "the thread ended with a wgmma under way");
+      expect(f.stores.empty(), "the thread ended with a copy out of its shared memory under way");
     } catch (...) {
       state.error = std::current_exception();
     }
@@ -244,6 +254,9 @@ inline void prepare(Fiber& f, Block& block, uint32_t index) {
   f.accumulators.clear();
   f.groups = 0;
   f.fenced = false;
+  f.stores.clear();
+  f.store_groups = 0;
+  f.wrote_unfenced = false;
 }
 
 [[noreturn]] inline void fail_deadlock(size_t count) {

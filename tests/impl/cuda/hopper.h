@@ -1,7 +1,8 @@
 // The functions of csrc/cuda/hopper.cuh, which the guard below makes empty, and the tensor maps of the driver.
 //
-// A copy arrives at once, later, or when nothing else can happen; a wgmma reads its operands when it is issued or when
-// it is waited for, and its accumulators are NaN in between. DPO_EMULATION_SEED decides: see fibers.h.
+// A copy arrives at once, later, or when nothing else can happen; a wgmma, and a copy out of shared memory, reads its
+// operands when it is issued or when it is waited for, and accumulators are NaN in between. DPO_EMULATION_SEED decides:
+// see fibers.h.
 #pragma once
 #define DPO_KERNELS_HOPPER_CUH
 
@@ -194,6 +195,20 @@ inline void copy(void* to, const CUtensorMap& encoded, dpo_kernels::Barrier* bar
   maybe_interrupt();
 }
 
+// What lies outside of the tensor is not written.
+inline void write_box(const Block& block, size_t offset, const Map& map, int64_t column, int64_t row) {
+  const int64_t inner = map.box_columns * map.size;
+  for (int64_t r = std::max<int64_t>(0, -row); r < map.box_rows && row + r < map.rows; ++r) {
+    for (int64_t at = 0; at < inner; at += map.size) {
+      const int64_t to = column + at / map.size;
+      if (to < 0 || to >= map.columns) continue;
+      const uint32_t address = kSharedBase + static_cast<uint32_t>(static_cast<int64_t>(offset) + r * inner + at);
+      memcpy(const_cast<unsigned char*>(map.data) + (row + r) * map.stride + to * map.size,
+             block.shared + (map.swizzled ? swizzle(address) : address) - kSharedBase, static_cast<size_t>(map.size));
+    }
+  }
+}
+
 // Number types of operands.
 inline const float* half_values() {
   static const std::vector<float> values = [] {
@@ -291,6 +306,7 @@ inline void finish(Fiber& f, int pending) {
 
 namespace dpo_kernels {
 
+inline int thread_read_anew() { return static_cast<int>(threadIdx.x); }
 inline uint32_t cluster_rank() { return emulation::state.current->block->rank; }
 inline void cluster_sync() { emulation::meet(emulation::state.cluster, emulation::state.running, "cluster_sync"); }
 
@@ -324,6 +340,61 @@ inline void copy_box(void* to, const CUtensorMap& map, Barrier* barrier, int col
 inline void copy_box_to_cluster(void* to, const CUtensorMap& map, Barrier* barrier, int column, int row,
                                 uint16_t blocks) {
   emulation::copy(to, map, barrier, column, row, blocks);
+}
+
+inline void store_box(const CUtensorMap& encoded, const void* from, int column, int row) {
+  emulation::Map map;
+  memcpy(&map, &encoded, sizeof map);
+  emulation::expect(map.magic == emulation::kEncoded, "a copy by a tensor map that was not encoded");
+  emulation::Fiber& f = *emulation::state.current;
+  const size_t offset = emulation::offset_of(from);
+  const auto bytes = static_cast<size_t>(map.box_rows * map.box_columns * map.size);
+  emulation::expect(offset % (map.swizzled ? 1024 : 128) == 0, "a copy from an address that is not aligned");
+  emulation::expect(offset + bytes <= emulation::state.shared_bytes, "a copy past the end of shared memory");
+  for (const emulation::Fiber& other : emulation::state.fibers) {
+    const bool of_group = !other.done && other.block == f.block && other.index / 128 == f.index / 128;
+    emulation::expect(!of_group || !other.wrote_unfenced, "a copy of what was written without fence_before_stores");
+  }
+  std::function<void()> read = [=, &block = *f.block] { emulation::write_box(block, offset, map, column, row); };
+  if (emulation::state.seed != 0 && emulation::random() % 2 == 0) {
+    read();
+    read = nullptr;
+  }
+  f.stores.push_back({read, f.store_groups});
+  emulation::maybe_interrupt();
+}
+inline void stores_commit() { ++emulation::state.current->store_groups; }
+template <int PENDING>
+void stores_wait() {
+  emulation::Fiber& f = *emulation::state.current;
+  auto store = f.stores.begin();
+  for (; store != f.stores.end() && store->group < f.store_groups - PENDING; ++store) {
+    if (store->read) store->read();
+  }
+  f.stores.erase(f.stores.begin(), store);
+  emulation::maybe_interrupt();
+}
+inline void fence_before_stores() { emulation::state.current->wrote_unfenced = false; }
+
+inline void store_transposed(void* column, const uint32_t (&matrices)[4]) {
+  emulation::Fiber& f = *emulation::state.current;
+  const unsigned lane = f.index % warpSize, own = lane / 8, i = lane % 8;
+  emulation::expect(emulation::offset_of(column) % 16 == 0, "stmatrix to an address that is not aligned");
+  uint16_t numbers[8];
+  for (unsigned m = 0; m < 4; ++m) {
+    const uint64_t* of_lanes = emulation::exchange(~0u, matrices[m], "store_transposed");
+    for (unsigned row = 0; row < 8 && m == own; ++row) {
+      numbers[row] = static_cast<uint16_t>(of_lanes[4 * row + i / 2] >> 16 * (i % 2));
+    }
+  }
+  memcpy(column, numbers, sizeof numbers);
+  f.wrote_unfenced = true;
+}
+
+inline void group_sync(int group) {
+  emulation::Fiber& f = *emulation::state.current;
+  emulation::expect(group > 0 && group < 16, "a group's number is 1 to 15");
+  emulation::meet(f.block->groups[f.index / 128], 128, "group_sync");
 }
 
 template <class T, int N>

@@ -195,6 +195,37 @@ __global__ void box(const __grid_constant__ CUtensorMap map, float* out, int col
   for (unsigned i = threadIdx.x; i < 256; i += blockDim.x) out[i] = reinterpret_cast<float*>(shared_memory())[i];
 }
 
+// out [columns, rows], of which `out_map` knows a part, becomes in [64, columns]^T by way of one piece of shared memory
+// for 64 columns at a time.
+enum StoreMistake { kStoreRight, kNoStoreFence, kNoStoreWait, kNoStoreEnd, kStoreUnaligned };
+
+__global__ void __launch_bounds__(128)
+    transpose(const __grid_constant__ CUtensorMap out_map, const uint16_t* in, int columns, StoreMistake mistake) {
+  unsigned char* piece = shared_memory();
+  const int t = static_cast<int>(threadIdx.x), lane = t % 32, matrix = lane / 8;
+  for (int first = 0; first < columns; first += 64) {
+    if (t == 0 && mistake != kNoStoreWait) stores_wait<0>();
+    group_sync(1);
+    for (int j = 0; j < 8; j += 2) {
+      uint32_t numbers[4];
+      for (int i = 0; i < 4; ++i) {
+        const int row = t / 32 * 16 + lane / 4 + 8 * (i % 2), column = first + 8 * (j + i / 2) + 2 * (lane % 4);
+        memcpy(&numbers[i], in + row * columns + column, 4);
+      }
+      const int chunk = t / 32 * 2 + matrix % 2, line = 8 * (j + matrix / 2) + lane % 8;
+      const int at = line * 128 + (chunk ^ line % 8) * 16 + (mistake == kStoreUnaligned ? 8 : 0);
+      store_transposed(piece + at, numbers);
+    }
+    if (mistake != kNoStoreFence) fence_before_stores();
+    group_sync(1);
+    if (t == 0) {
+      store_box(out_map, piece, -8, first - 16);  // beyond the beginning, and beyond the end
+      stores_commit();
+    }
+  }
+  if (t == 0 && mistake != kNoStoreEnd) stores_wait<0>();
+}
+
 enum Fault {
   kNoFault,
   kMissingThread,
@@ -270,6 +301,18 @@ EXPORT const char* run_box(const float* in, float* out, int rows, int columns, i
                                swizzled ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_NONE);
     if (status != CUDA_SUCCESS) return cudaErrorInvalidValue;
     return launch(box, dim3(1), 64, 1, 1024 + 8, map, out, column, row);
+  });
+}
+
+EXPORT const char* run_transpose(const uint16_t* in, void* out, int rows, int columns, int stride, int in_columns,
+                                 int mistake) {
+  return guarded([&] {
+    CUtensorMap map;
+    if (encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, out, rows, columns, stride * 2ull, 64, 64,
+               CU_TENSOR_MAP_SWIZZLE_128B) != CUDA_SUCCESS) {
+      return cudaErrorInvalidValue;
+    }
+    return launch(transpose, dim3(1), 128, 1, 64 * 128 + 16, map, in, in_columns, static_cast<StoreMistake>(mistake));
   });
 }
 

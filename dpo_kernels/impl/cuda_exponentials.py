@@ -1,0 +1,172 @@
+"""What paths B, C and D of heads in bf16 are made of on Hopper GPUs: the product's epilogue writes exponentials, or the
+gradient of the logits; and the kernels between the products of these. See csrc/README.md.
+
+Dimensions: N labelled rows, n of them in a block; H hidden size, V vocabulary size, v entries of a part of it; K
+statistics. What is written lies as [v, n]: the entries of a row of memory are rows of x.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import dpo_kernels._cuda as _cuda
+from dpo_kernels.impl import cuda_linear, waves
+from dpo_kernels.impl.cuda_linear import Sums, address, matrix, stream
+from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
+from dpo_kernels.impl.interface import GradRows, LogitTransform
+
+
+def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether there is such a product for rows x of this dtype and weight [V, H]: with rows that can be made dense."""
+    bf16 = x_dtype == weight.dtype == compute_dtype == torch.bfloat16
+    hopper, _ = cuda_linear._machine(weight.device)
+    v, h = weight.shape
+    return bf16 and hopper and v > 0 and h % 8 == 0 and cuda_linear.can_be_copied_in_boxes(weight, compute_dtype)
+
+
+def exponential_rows(n: int, v: int, h: int, device: torch.device) -> int:
+    """How many rows of exponentials path B has at a time."""
+    _, multiprocessors = cuda_linear._machine(device)
+    return waves.rows_at_a_time(n, v, h, multiprocessors, EXP_BYTES, _cuda.CLUSTER_BLOCKS)
+
+
+def recomputed_columns(n: int, v: int, h: int, device: torch.device) -> int:
+    """How many vocabulary entries of the gradient of n rows path D has at a time."""
+    _, multiprocessors = cuda_linear._machine(device)
+    return waves.columns_at_a_time(n, v, h, multiprocessors, DLOGITS_BYTES, _cuda.CLUSTER_BLOCKS)
+
+
+def shift_columns(device: torch.device) -> int:
+    return _cuda.BLOCK_COLUMNS
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if cuda_linear.can_be_copied_in_boxes(x, x.dtype) else x.contiguous()
+
+
+def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype).resolve_neg().contiguous()
+
+
+def _dhidden(sums: Tensor, weight: Tensor, y: Tensor, scale: Tensor | None, label: Tensor, out: Tensor) -> Tensor:
+    """scale (sums + label W_y), or without a scale; sums and out [N, H] may be the same."""
+    assert sums.is_contiguous() and out.is_contiguous() and sums.dtype == torch.float32
+    with torch.cuda.device_of(sums):
+        _cuda.dhidden(
+            cuda_linear.type_name(out), matrix(sums), matrix(weight), address(y), address(scale), address(label),
+            address(out), stream(sums),
+        )  # fmt: skip
+    return out
+
+
+class _Part(NamedTuple):
+    """Entries of the vocabulary whose exponentials lie in one tensor."""
+
+    first: int
+    weight: Tensor  # [v, H]
+    bias: Tensor | None  # [v]
+    splits: int
+    first_split: int
+    first_block: int  # of columns
+
+
+class Exponentials:
+    """See `interface.Exponentials`. Packed ones are fp16 with a shift for each block of columns; the others have one
+    for the row, and may have to be written again."""
+
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transform: LogitTransform,
+        stats: Sequence[str], rows: int, sizes: Sequence[int], packed: bool,
+    ):  # fmt: skip
+        self.x, self.y, self.weight = _dense(x), y.contiguous(), weight
+        self.transform, self.names, self.packed = transform, tuple(stats), packed
+        n, bias = x.shape[0], _bias(bias, weight.dtype)
+        _, self.multiprocessors = cuda_linear._machine(x.device)
+        self.parts, first, splits, blocks = list[_Part](), 0, 0, 0
+        for size in sizes:
+            own = cuda_linear.splits_of(rows, size, self.multiprocessors)
+            here = slice(first, first + size)
+            self.parts.append(
+                _Part(first, weight[here], None if bias is None else bias[here], own, splits, blocks)
+            )  # fmt: skip
+            first, splits = first + size, splits + own
+            blocks += math.ceil(size / _cuda.BLOCK_COLUMNS)
+        assert first == weight.shape[0]
+        self.sums = Sums.empty(n, splits, bool(stats), x)
+        self.top, self.scale, self.label, self.missing = x.new_empty(4, n, dtype=torch.float32)
+        if packed:
+            self.shift, self.far = x.new_empty(blocks, rows, dtype=torch.float32), None
+        else:
+            some = weight[:FIRST_COLUMNS]
+            self.shift = cuda_linear.fold(self.x, some, bias, self.y, transform, False).max.amax(0)
+            self.far = torch.zeros(n, dtype=torch.int32, device=x.device)
+
+    def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
+        x, y, sums = self.x[rows], self.y[rows], self.sums.of(rows).native()
+        places: Sequence[Tensor | None] = [None] * len(self.parts) if out is None else out
+        for again in (False,) if self.packed else (False, True):
+            for part, e in zip(self.parts, places, strict=True):
+                to = _cuda.Matrix(0, 0, 0, 0) if e is None else matrix(e)
+                shift = self.shift[part.first_block :] if self.packed else self.shift[rows]
+                with torch.cuda.device_of(x):
+                    _cuda.linear_exp(
+                        cuda_linear.product(x, part.weight, part.bias, y, part.first, self.transform, part.splits),
+                        sums, part.first_split, to, self.packed, address(shift), shift.stride(0),
+                        0 if self.far is None else address(self.far[rows]), FAR, again, self.sums.splits.shape[1],
+                        bool(self.names), self.multiprocessors, stream(x),
+                    )  # fmt: skip
+
+    def finish(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        return self.sums.of(rows).join(
+            self.weight.shape[0], self.transform, self.names, shift=None if self.packed else self.shift[rows],
+            far=FAR, top=self.top[rows], scale=self.scale[rows], label=self.label[rows],
+        )  # fmt: skip
+
+    def to_dlogits_(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> None:
+        assert self.packed
+        g, y = g.float().contiguous(), self.y[rows]
+        for part, each in zip(self.parts, e, strict=True):
+            shift = self.shift[part.first_block :]
+            with torch.cuda.device_of(each):
+                _cuda.exp_dlogits(
+                    cuda_linear.native(self.transform), matrix(each), address(y), part.first, address(shift),
+                    shift.stride(0), address(self.top[rows]), address(self.scale[rows]), address(self.label[rows]),
+                    address(g), address(self.missing[rows]), stream(each),
+                )  # fmt: skip
+
+    def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
+        scale, label = (None, self.missing) if self.packed else (self.scale, self.label)
+        return _dhidden(sums, self.weight, self.y, scale, label, out)
+
+
+class Recomputed:
+    """See `interface.Recomputed`."""
+
+    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform):
+        self.x, self.weight, self.bias, self.transform = _dense(x), weight, _bias(bias, weight.dtype), transform
+        y, norm, logp, g = of
+        self.y, self.logp, self.g = y.contiguous(), logp.float().contiguous(), g.float().contiguous()
+        self.norm = norm.float().contiguous()
+        self.missing = torch.empty_like(self.logp)
+        _, self.multiprocessors = cuda_linear._machine(x.device)
+
+    def write(self, block: slice, out: Tensor) -> None:
+        n, v = self.x.shape[0], block.stop - block.start
+        assert out.dtype == torch.bfloat16 and out.shape == (v, n) and out.stride() == (padded_rows(n), 1)
+        splits = cuda_linear.splits_of(n, v, self.multiprocessors)
+        bias = None if self.bias is None else self.bias[block]
+        to = _cuda.Matrix(address(out), v, padded_rows(n), out.stride(0))
+        with torch.cuda.device_of(self.x):
+            _cuda.linear_dlogits(
+                cuda_linear.product(self.x, self.weight[block], bias, self.y, block.start, self.transform, splits), to,
+                _cuda.GradRows(address(self.norm), self.norm.stride(0), address(self.logp), address(self.g)),
+                address(self.missing), self.multiprocessors, stream(self.x),
+            )  # fmt: skip
+
+    def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
+        return _dhidden(sums, self.weight, self.y, None, self.missing, out)

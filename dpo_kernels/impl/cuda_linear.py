@@ -1,0 +1,140 @@
+"""Hopper's product x.W^T whose epilogue folds logits and stores none, and what the CUDA kernels are given: addresses
+and sizes.
+
+Dimensions: N labelled rows, H hidden size, V vocabulary size, K requested statistics.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import dpo_kernels._cuda as _cuda
+from dpo_kernels.impl import waves
+from dpo_kernels.impl.fold import stats_numbers
+from dpo_kernels.impl.interface import LogitTransform
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def type_name(t: Tensor) -> str:
+    return str(t.dtype).removeprefix("torch.")
+
+
+def stream(t: Tensor) -> int:
+    """The current one of its device. (On the CPU, where tests run the kernels, there is none.)"""
+    return torch.cuda.current_stream(t.device).cuda_stream if t.device.type == "cuda" else 0
+
+
+def matrix(t: Tensor) -> _cuda.Matrix:
+    return _cuda.Matrix(address(t), t.shape[0], t.shape[1], t.stride(0))
+
+
+def native(transform: LogitTransform) -> _cuda.Transform:
+    scale, softcap, temperature = transform
+    return _cuda.Transform(scale, softcap or 0.0, temperature)
+
+
+def _machine(device: torch.device) -> tuple[bool, int]:
+    """Whether it is a Hopper GPU, and its number of multiprocessors. What has no memory is asked for a plan: of the
+    GPU that is here."""
+    if device.type == "meta" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if device.type != "cuda":
+        return True, 4
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major == 9, properties.multi_processor_count
+
+
+def splits_of(n: int, v: int, multiprocessors: int) -> int:
+    """How many parts of the vocabulary keep the clusters busiest: all have as many blocks of columns, but the last."""
+    clusters = max(1, multiprocessors // _cuda.CLUSTER_BLOCKS)
+    blocks = math.ceil(v / _cuda.BLOCK_COLUMNS)
+    splits = waves.splits_of(math.ceil(n / _cuda.CLUSTER_ROWS), blocks, clusters)
+    return math.ceil(blocks / math.ceil(blocks / splits))
+
+
+def can_be_copied_in_boxes(t: Tensor, dtype: torch.dtype) -> bool:
+    """What the tensor memory accelerator asks of a matrix."""
+    rows = t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0
+    return t.dtype == dtype and t.stride(1) == 1 and rows and t.data_ptr() % 16 == 0
+
+
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, first: int, transform: LogitTransform, splits: int
+) -> _cuda.LinearProduct:
+    """Of entries of the vocabulary that begin at `first`; `bias` [v] is contiguous, of the dtype of the operands."""
+    return _cuda.LinearProduct(
+        matrix(x), matrix(weight), address(bias), address(y), first, native(transform), splits
+    )  # fmt: skip
+
+
+class Sums(NamedTuple):
+    """What the splits of the vocabulary leave of N rows, in fp32; the fields are those of csrc/cuda/kernels.h."""
+
+    splits: Tensor  # [fields, splits, N]
+    label: Tensor  # [fields, N]
+
+    @classmethod
+    def empty(cls, n: int, splits: int, stats: bool, like: Tensor) -> Sums:
+        of_split, of_label = (
+            (_cuda.PART_STATS_FIELDS, _cuda.LABEL_STATS_FIELDS) if stats else (_cuda.PART_FIELDS, _cuda.LABEL_FIELDS)
+        )
+        return cls(
+            like.new_empty(of_split, splits, n, dtype=torch.float32), like.new_empty(of_label, n, dtype=torch.float32)
+        )
+
+    def of(self, rows: slice) -> Sums:
+        return Sums(self.splits[:, :, rows], self.label[:, rows])
+
+    @property
+    def max(self) -> Tensor:
+        """[splits, N], without the factor of `csrc/cuda/exponentials.cuh`."""
+        return self.splits[0]
+
+    def native(self) -> _cuda.Parts:
+        splits, label = self.splits, self.label
+        return _cuda.Parts(address(splits), splits.stride(1), splits.stride(0), address(label), label.stride(0))
+
+    def join(
+        self,
+        vocab_size: int,
+        transform: LogitTransform,
+        stats: Sequence[str],
+        *,
+        shift: Tensor | None = None,
+        far: float = 0.0,
+        top: Tensor | None = None,
+        scale: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logp [N], norm [2, N] and the statistics [K, N]; see `LinearLogps`. The others are those of
+        `csrc/cuda/kernels.h`."""
+        n = self.label.shape[1]
+        logp, norm, values = (self.label.new_empty(*shape) for shape in ((n,), (2, n), (len(stats), n)))
+        with torch.cuda.device_of(self.label):
+            _cuda.join(
+                native(transform), self.native(), self.splits.shape[1], n, vocab_size, stats_numbers(stats),
+                address(shift), far, address(logp), address(norm), address(values), address(top), address(scale),
+                address(label), stream(self.label),
+            )  # fmt: skip
+        return logp, norm, values
+
+
+def fold(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transform: LogitTransform, stats: bool) -> Sums:
+    """Of all of x.W^T [N, V], for at least one row."""
+    _, multiprocessors = _machine(x.device)
+    splits = splits_of(x.shape[0], weight.shape[0], multiprocessors)
+    sums = Sums.empty(x.shape[0], splits, stats, x)
+    with torch.cuda.device_of(x):
+        _cuda.linear_fold(
+            type_name(x), product(x, weight, bias, y, 0, transform, splits), sums.native(), stats, multiprocessors,
+            stream(x),
+        )  # fmt: skip
+    return sums
