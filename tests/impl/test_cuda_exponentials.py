@@ -10,6 +10,7 @@ import torch
 from exponentials import Operators, assert_rows_within, by_eager, growing, hinge_coefficients
 from grids import covering
 from places import DEVICE
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import paths
@@ -496,7 +497,7 @@ def recorded(kernels, monkeypatch):
         assert a.dtype == b.dtype == BF16, "as a GPU multiplies them"
         assert out.dtype == torch.float32 or not accumulate, "a sum is rounded once"
         shapes.append((*a.shape, b.shape[1], accumulate))
-        with torch._C._DisableTorchDispatch():
+        with _disable_current_modes():
             wide = a.float() @ b.float()
             return out.add_(wide) if accumulate else out.copy_(wide)
 
