@@ -384,15 +384,14 @@ __device__ void multiply_and_fold(const Problem& p, const CUtensorMap& e_map, co
           for (int k = 0; k < kEntries; ++k) rows[r].sum_z += t(k);
         }
         if (label[r] >= block * kColumns && label[r] < (block + 1) * kColumns) {
-          float own = 0, before = kNothing;
+          float own = 0, earlier = kNothing, slope;
 #pragma unroll
           for (int k = 0; k < kEntries; ++k) {
-            if (kStats) before = column(k) < label[r] ? fmaxf(before, t(k)) : before;
+            if (kStats) earlier = column(k) < label[r] ? fmaxf(earlier, t(k)) : earlier;
             own = column(k) == label[r] ? t(k) : own;
             t(k) = column(k) == label[r] ? kNothing : t(k);
           }
-          float slope;
-          if constexpr (kStats) rows[r].before_label(p, row + 8 * r, logit(before, slope));
+          if constexpr (kStats) rows[r].before_label(p, row + 8 * r, logit(earlier, slope));
           if (label[r] % 8 / 2 == lane % 4) {
             const float u = logit(own, slope);
             rows[r].label(p, row + 8 * r, item.split, u, slope);
