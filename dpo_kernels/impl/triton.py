@@ -154,7 +154,14 @@ def fold_fwd_kernel(
     label = (tl.load(y_ptr + n, mask=is_row, other=0) - start).to(tl.int32)
     has_label = is_row & (label >= 0) & (label < V)
     label = tl.where(has_label, label, -1)
+    # now: between here and where they are written all threads meet
     state = state_ptr + n
+    old_top = tl.load(state, mask=is_row, other=0.0).to(ACC)
+    old_total = tl.load(state + SUM * stride_field, mask=is_row, other=0.0)
+    if STATS:
+        old_z = tl.load(state + SUM_Z * stride_field, mask=is_row, other=0.0)
+        old_ez = tl.load(state + SUM_EZ * stride_field, mask=is_row, other=0.0)
+        old_sq = tl.load(state + SUM_SQ * stride_field, mask=is_row, other=0.0)
 
     at_label = _load(row_ptr, label, has_label, 1, bias_ptr, ACC, HAS_BIAS)
     target, label_slope = to_logits(at_label, INNER, OUTER)
@@ -164,11 +171,9 @@ def fold_fwd_kernel(
     tile_top, total, sum_z, sum_ez, sum_sq, argmax = _fold_row(
         row_ptr, is_row, label, 1, bias_ptr, V, ACC, INNER, OUTER, HAS_BIAS, STATS, BLOCK_N, BLOCK_V, PER
     )
-    old_top = tl.load(state, mask=is_row, other=0.0).to(ACC)
     top = tl.maximum(old_top, tile_top)
-    old_apart, apart = (tl.maximum(old_top - top, -1e4), tl.maximum(tile_top - top, -1e4))
+    old_apart, apart = tl.maximum(old_top - top, -1e4), tl.maximum(tile_top - top, -1e4)
     old_factor, factor = tl.exp(old_apart).to(tl.float64), tl.exp(apart).to(tl.float64)
-    old_total = tl.load(state + SUM * stride_field, mask=is_row, other=0.0)
 
     if WRITE_EXP:
         out_row_ptr = (out_ptr + n * stride_on)[:, None]
@@ -189,12 +194,9 @@ def fold_fwd_kernel(
     tl.store(state, top, mask=is_row)
     tl.store(state + SUM * stride_field, old_total * old_factor + total * factor, mask=is_row)
     if STATS:
-        old_z = tl.load(state + SUM_Z * stride_field, mask=is_row, other=0.0)
         tl.store(state + SUM_Z * stride_field, old_z + sum_z, mask=is_row)
-        old_ez = tl.load(state + SUM_EZ * stride_field, mask=is_row, other=0.0)
         joint_ez = (old_ez + old_total * old_apart) * old_factor + (sum_ez + total * apart) * factor
         tl.store(state + SUM_EZ * stride_field, joint_ez, mask=is_row)
-        old_sq = tl.load(state + SUM_SQ * stride_field, mask=is_row, other=0.0)
         joint_sq = old_sq * old_factor * old_factor + sum_sq * factor * factor
         tl.store(state + SUM_SQ * stride_field, joint_sq, mask=is_row)
         tl.store(argmax_ptr + n, start + argmax, mask=is_row & (tile_top > old_top))
