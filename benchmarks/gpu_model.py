@@ -265,7 +265,7 @@ class Model:
             parts = paths._sizes(v, kept)
             logits = [size * self.k.padded_rows(n) for size in parts]
             found += [
-                self.fused("linear_exp_fwd_kernel", n, size, WRITE, 2 * of)
+                self.fused("linear_pack_fwd_kernel", n, size, WRITE, 2 * of)
                 for size, of in zip(parts, logits, strict=True)
             ]
             found += [self.join(n), *(Launch("exp_dlogits_kernel", 1, 4 * of) for of in logits)]

@@ -335,6 +335,12 @@ def _swept(t: _Tiles, positions: int, small: int, with_dhidden: bool) -> HeadMem
 def _recomputed(t: _Tiles, positions: int, small: int) -> HeadMemory:
     """D. Its forward is A's, with smaller tiles or equal ones."""
     x, dx_sum, dx, dw = (size * t.h for size in (t.n * t.e, t.n * t.a, positions * t.e, t.v * t.e))
+    if t.n and t.exponentials:
+        columns = min(t.v, t.k.recomputed_columns(t.n, t.v, t.h, t.device))
+        sums = small + x + dx_sum + dw + columns * t.k.padded_rows(t.n) * t.e
+        moments = {"sums": sums, "cast": sums + x, "dX": small + dw + x + dx}
+        moments["forward"] = _swept(t, positions, small, with_dhidden=False).peak
+        return _highest(moments, dw + dx, 4, t.n, "D")
     d = t.rows * t.columns * t.apart
     base = small + x + dx_sum + dw + t.dw_sum(t.columns, True) + t.tile + t.kept_product
     after = base + t.last_operands + d

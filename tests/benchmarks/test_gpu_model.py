@@ -18,11 +18,6 @@ from dpo_kernels.testing import head_inputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
 BF16 = torch.bfloat16
-# What the code launches beside what the model says: one shift a row on path C, and blocks that are gone over again.
-BESIDE = {
-    "B": lambda parts, chunks: {},
-    "C": lambda parts, chunks: {"linear_fold_fwd_kernel": 1, "amax": 1, "linear_exp_fwd_kernel": parts * chunks},
-}
 
 
 @pytest.fixture(scope="module")
@@ -213,7 +208,7 @@ def test_what_path_b_launches(gpu_model, recorded, monkeypatch, shape):
             kernels, x, weight, None, y, LogitTransform(), compute_dtype=BF16, with_dhidden=True, fused=True
         )
     names, products = predicted(gpu_model, n, h, v, lambda model: model.exponentials_b(rows))
-    assert launches == names + Counter(BESIDE["B"](1, 1)) and sorted(shapes) == sorted(products)
+    assert launches == names and sorted(shapes) == sorted(products)
 
 
 @pytest.mark.parametrize("chunks", [(80,), (36,), (40, 40), (40, 24, 16)], ids=str)
@@ -229,8 +224,7 @@ def test_what_path_c_launches(gpu_model, recorded, chunks):
             compute_dtype=BF16, need=(True, True, False), exponentials=True,
         )  # fmt: skip
     names, products = predicted(gpu_model, n, h, v, lambda model: model.exponentials_c(list(chunks)))
-    parts = 1 + (len(chunks) == 1)
-    assert launches == names + Counter(BESIDE["C"](parts, len(chunks))) and sorted(shapes) == sorted(products)
+    assert launches == names and sorted(shapes) == sorted(products)
 
 
 # The schedule of the CUDA kernel
