@@ -34,7 +34,7 @@ LAYERS = (
     ("__main__",),
 )
 COMPILED = {"_native", "_cuda"}  # imported by implementations alone
-IMPLEMENTATIONS = ({"torch"}, {"native"}, {"triton", "triton_linear", "triton_math"}, {"cuda"})
+IMPLEMENTATIONS = ({"torch"}, {"native"}, {"triton", "triton_linear", "triton_math", "triton_rows"}, {"cuda"})
 
 
 def arrows(package: Path) -> dict[str, set[str]]:

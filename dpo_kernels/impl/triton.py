@@ -25,6 +25,7 @@ from dpo_kernels.impl.triton_exponentials import exponential_rows as exponential
 from dpo_kernels.impl.triton_exponentials import padded_rows as padded_rows
 from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_math import exp, one_minus_exp, to_logits, transform_constants
+from dpo_kernels.impl.triton_rows import linear_token_logps as linear_token_logps
 
 exponentials = triton_exponentials.Exponentials
 TILE_BYTES = 128 * 2**20
@@ -53,7 +54,7 @@ def tile_bytes(device: torch.device) -> int:
 
 
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
-    return Fold(y.contiguous(), torch.float64, stats)
+    return triton_linear.LinearFold(y.contiguous(), torch.float64, stats)
 
 
 @triton.jit
@@ -213,6 +214,7 @@ def linear_fold_(
 ) -> bool:
     if x.shape[0] == 0 or not triton_linear.can_take(x, weight, compute_dtype):
         return False
+    assert isinstance(fold, triton_linear.LinearFold)
     triton_linear.linear_fold_(fold, x, weight, bias, transform)
     return True
 

@@ -56,6 +56,13 @@ def one_minus_exp(x):
     return tl.where(x > -0.35, -x * series, 1.0 - tl.exp(x))
 
 
+@triton.jit
+def log1p(x):
+    """Of x >= 0, where 1 + x rounds: its logarithm, and what it is off."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0))))
+
+
 def transform_constants(transform: LogitTransform) -> dict[str, Any]:
     scale, softcap, temperature = transform
     if softcap is None:

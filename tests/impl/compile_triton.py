@@ -31,7 +31,18 @@ from dpo_kernels.impl.triton_exponentials import (
     linear_exp_fwd_kernel,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
-from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
+from dpo_kernels.impl.triton_linear import (
+    BLOCK_H,
+    BLOCK_N,
+    JOIN_SPLITS,
+    NUM_STAGES,
+    NUM_WARPS,
+    block_v,
+    linear_fold_fwd_kernel,
+    linear_join_kernel,
+)
+from dpo_kernels.impl.triton_linear import JOIN_ROWS as LINEAR_JOIN_ROWS
+from dpo_kernels.impl.triton_rows import BLOCK_P, rows_kernel
 
 
 def cases(capability):
@@ -80,13 +91,14 @@ def cases(capability):
                 }  # fmt: skip
                 types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr"), f"*{storage}") | {"part_ptr": "*fp32"}
                 odd = ("V",) if name == "softcap" else ()
-                yield (
-                    f"linear fold {storage} {name}{' stats' * stats}",
-                    linear_fold_fwd_kernel,
-                    types,
-                    {**where, "STATS": stats},
-                    odd,
-                )
+                for slots in (True, False):
+                    yield (
+                        f"linear fold {storage} {name}{' stats' * stats}{' slots' * slots}",
+                        linear_fold_fwd_kernel,
+                        types,
+                        {**where, "STATS": stats, "slot_ptr": None} if not slots else {**where, "STATS": stats},
+                        odd,
+                    )
                 if storage == "fp16":
                     continue
                 where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
@@ -98,18 +110,49 @@ def cases(capability):
                         {**where, "STATS": stats, "AGAIN": packed != stats, "PACKED": packed, "FAR": FAR},
                         odd,
                     )
+    names = {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
     join = {"SLOPE": 1.0, "HAS_SLOPE": True, "FAR": FAR, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
-    join |= {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
+    join |= names
     numbers = ("part", "shift", "logp", "norm", "stats", "scale", "label", "missing", "g", "sums")
     types = {f"{name}_ptr": "*fp32" for name in numbers}
+    of_rows = types | {"out_ptr": "*fp32"}
     types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*i16"}
     of_dlogits = {"BLOCK_N": DLOGITS_BLOCK_N, "BLOCK_V": DLOGITS_BLOCK_V, "num_warps": 4}
+    yield (
+        "rows linear join",
+        linear_join_kernel,
+        of_rows,
+        {
+            "INNER": 1 / 30.0,
+            "OUTER": 30.0,
+            "STATS": True,
+            **names,
+            "BLOCK_N": LINEAR_JOIN_ROWS,
+            "BLOCK_SPLITS": JOIN_SPLITS,
+            "num_warps": 4,
+        },
+        (),
+    )
+    yield "rows found", rows_kernel, of_rows, {"SHIFT": 1, "OUTPUTS": 5, "BLOCK_P": BLOCK_P, "num_warps": 4}, ()
     yield "rows join", exp_join_kernel, types, join, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
 
-POINTERS = {"y_ptr": "*i64", "sequence_ptr": "*i64", "position_ptr": "*i64", "state_ptr": "*fp64", "argmax_ptr": "*i64"}
+POINTERS = {
+    "slot_ptr": "*i64",
+    "place_ptr": "*i64",
+    "broken_ptr": "*i64",
+    "labels_ptr": "*i64",
+    "predictors_ptr": "*i64",
+    "rows_ptr": "*i64",
+    "notes_ptr": "*i64",
+    "y_ptr": "*i64",
+    "sequence_ptr": "*i64",
+    "position_ptr": "*i64",
+    "state_ptr": "*fp64",
+    "argmax_ptr": "*i64",
+}
 UNIT = {"stride_av": 1, "stride_ov": 1}
 
 
