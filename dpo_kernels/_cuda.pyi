@@ -28,6 +28,14 @@ class GradRows:
 class Matrix:
     def __init__(self, data: int, rows: int, columns: int, stride: int) -> None: ...
 
+class Positions:
+    def __init__(self, data: int, stride_s: int, stride_t: int) -> None: ...
+
+class Labels:
+    def __init__(
+        self, data: int, stride_s: int, stride_t: int, sequences: int, length: int, ignore_index: int
+    ) -> None: ...
+
 def fold(
     dtype: str,
     tile: Tile,
@@ -67,5 +75,27 @@ def linear_fold(
     part_argmax: int,
     stats: bool,
     processors: int,
+    stream: int,
+) -> None: ...
+def sum_tokens(
+    dtype: str,
+    logps: Positions,
+    labels: Labels,
+    weights: Positions,
+    mean: bool,
+    sums: int,
+    counts: int,
+    stream: int,
+) -> None: ...
+def sum_tokens_bwd(
+    dtype: str,
+    grad: int,
+    grad_stride: int,
+    logps: Positions,
+    labels: Labels,
+    weights: Positions,
+    counts: int,
+    dlogps: int,
+    dweights: int,
     stream: int,
 ) -> None: ...

@@ -185,6 +185,11 @@ def is_fused(family: str) -> bool:
     return family.endswith(_FUSED)
 
 
+def sums_tokens(family: str) -> bool:
+    """Whether the family has kernels for sums over the tokens of sequences, each a launch."""
+    return impl_of(family) in ("triton", "cuda")
+
+
 def paths_of(family: str) -> tuple[str, ...]:
     """The paths of which the family has kernels of its own."""
     if not is_fused(family):

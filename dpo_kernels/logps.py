@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import ops
-from dpo_kernels.dispatch import check_runs, choose, load
+from dpo_kernels.dispatch import Family, check_runs, choose, load, sums_tokens
 from dpo_kernels.impl.interface import STATS, LogitTransform
 from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
 from dpo_kernels.parallel import (
@@ -167,7 +167,7 @@ def linear_sequence_logps(
             weights = None if token_weights is None else token_weights[:, first:]
             return _reduce(
                 found.token_logps[:, :last], labels[:, first:].long(), weights, ignore_index, reduction, stats,
-                found.stats, None, {},
+                found.stats, None, {}, family,
             )._replace(token_logps=found.token_logps)  # fmt: skip
     check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
@@ -199,7 +199,7 @@ def linear_sequence_logps(
         if check_hidden:
             check_head_is_finite(row_logps, head)
     same = {} if ranks is None else of_operands(hidden, weight, bias, logit_scale, softcap, temperature)
-    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values, ranks, same)
+    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values, ranks, same, family)
 
 
 @in_step
@@ -253,7 +253,7 @@ def sequence_logps(
     known = ops.UNKNOWN if num_labelled is None else num_labelled
     token_logps, _, values = ops.token_logps(logits, labels, ignore_index, known, list(stats), inplace_backward, family)
     same = {} if ranks is None else {"logits": described(logits, f"[S, T, {logits.shape[2]}]")}
-    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values, ranks, same)
+    return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values, ranks, same, family)
 
 
 def _reduce(
@@ -266,18 +266,23 @@ def _reduce(
     values: Tensor,
     ranks: SequenceRanks | None,
     same: Mapping[str, object],
+    family: Family,
 ) -> SequenceLogps:
     """`same`: by the argument's name, what is so on all ranks."""
-    weighted = token_logps
-    if token_weights is not None:  # whatever it holds at ignored positions
-        weights = token_weights.to(token_logps.dtype).masked_fill(labels == ignore_index, 0)
-        if is_at_hand(weights) and not torch.isfinite(weights).all():
-            place = torch.nonzero(~torch.isfinite(weights))[0].tolist()
-            raise ValueError(
-                f"token_weights: expected finite numbers, got {weights[tuple(place)].item()} for sequence {place[0]}, "
-                f"position {place[1]}"
-            )
-        weighted = token_logps * weights
+    by_kernel = ranks is None and sums_tokens(family)
+    weights = None if token_weights is None else token_weights.to(token_logps.dtype)
+    if weights is not None and (is_at_hand(weights) or not by_kernel):  # whatever it holds at ignored positions
+        weights = weights.masked_fill(labels == ignore_index, 0)
+    if weights is not None and is_at_hand(weights) and not torch.isfinite(weights).all():
+        place = torch.nonzero(~torch.isfinite(weights))[0].tolist()
+        raise ValueError(
+            f"token_weights: expected finite numbers, got {weights[tuple(place)].item()} for sequence {place[0]}, "
+            f"position {place[1]}"
+        )
+    if by_kernel:
+        logps, num_tokens = ops.sum_tokens(token_logps, labels, weights, ignore_index, reduction == "mean", family)
+        return SequenceLogps(logps, num_tokens, token_logps, named_stats(stats, values.detach()))
+    weighted = token_logps if weights is None else token_logps * weights
     labelled = labels != ignore_index
     whole = None if ranks is None else ranks.agree(labelled, reduction=reduction, **same)
     num_tokens = labelled.sum(1) if whole is None else whole.num_tokens

@@ -354,6 +354,86 @@ def _logits_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 token_logps.register_autograd(_logits_backward, setup_context=_logits_setup_context)
 
+
+def sum_tokens_impl(
+    token_logps: Tensor, labels: Tensor, weights: Tensor | None, ignore_index: int, mean: bool, impl: str
+) -> tuple[Tensor, Tensor]:
+    return load(impl).sum_tokens(token_logps, labels, ignore_index, weights, mean)
+
+
+sum_tokens = torch.library.custom_op(
+    "dpo_kernels::sum_tokens",
+    sum_tokens_impl,
+    mutates_args=(),
+    schema="(Tensor token_logps, Tensor labels, Tensor? weights, int ignore_index, bool mean, str impl) "
+    "-> (Tensor, Tensor)",
+)
+
+
+@sum_tokens.register_fake
+def _(token_logps: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    return token_logps.new_empty(labels.shape[0]), labels.new_empty(labels.shape[0])
+
+
+def sum_tokens_bwd_impl(
+    grad: Tensor,
+    token_logps: Tensor,
+    labels: Tensor,
+    weights: Tensor | None,
+    num_tokens: Tensor,
+    ignore_index: int,
+    mean: bool,
+    need_dweights: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    return load(impl).sum_tokens_bwd(grad, token_logps, labels, ignore_index, weights, num_tokens, mean, need_dweights)
+
+
+sum_tokens_bwd = torch.library.custom_op(
+    "dpo_kernels::sum_tokens_bwd",
+    sum_tokens_bwd_impl,
+    mutates_args=(),
+    schema="(Tensor grad, Tensor token_logps, Tensor labels, Tensor? weights, Tensor num_tokens, int ignore_index, "
+    "bool mean, bool need_dweights, str impl) -> (Tensor, Tensor)",
+)
+
+
+@sum_tokens_bwd.register_fake
+def _(grad: Tensor, token_logps: Tensor, labels: Tensor, *options: Any) -> tuple[Tensor, Tensor]:
+    *_, need_dweights, _ = options
+    return (
+        token_logps.new_empty(labels.shape),
+        token_logps.new_empty(labels.shape if need_dweights else (0,)),
+    )
+
+
+def _sum_tokens_setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    token_logps, labels, weights, ignore_index, mean, impl = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.scalars, ctx.shape = (ignore_index, mean), labels.shape
+    ctx.impl = impl
+    if weights is not None or mean:
+        ctx.save_for_backward(token_logps, labels, weights, output[1])
+
+
+def _sum_tokens_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    nothing = (None,) * 6
+    if grad is None:
+        return nothing
+    if not ctx.saved_tensors:  # a view, of which no kernel makes a copy
+        return (grad[:, None].expand(ctx.shape), *nothing[1:])
+    refuse_second_derivative()
+    token_logps, labels, weights, num_tokens = ctx.saved_tensors
+    need_dweights = weights is not None and ctx.needs_input_grad[2]
+    dlogps, dweights = sum_tokens_bwd(
+        grad, token_logps, labels, weights, num_tokens, *ctx.scalars, need_dweights, ctx.impl
+    )
+    return (dlogps, None, dweights if need_dweights else None, *nothing[3:])
+
+
+sum_tokens.register_autograd(_sum_tokens_backward, setup_context=_sum_tokens_setup_context)
+
 # The plain functions behind the operators, for tools that must see the tensors made inside.
 IMPLEMENTATION_OF: dict[str, Callable[..., Any]] = {
     "dpo_kernels::linear_token_logps": linear_token_logps_impl,
@@ -361,4 +441,6 @@ IMPLEMENTATION_OF: dict[str, Callable[..., Any]] = {
     "dpo_kernels::token_logps": token_logps_impl,
     "dpo_kernels::token_logps_bwd": token_logps_bwd_impl,
     "dpo_kernels::token_logps_bwd_": token_logps_bwd_inplace_impl,
+    "dpo_kernels::sum_tokens": sum_tokens_impl,
+    "dpo_kernels::sum_tokens_bwd": sum_tokens_bwd_impl,
 }

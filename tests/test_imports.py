@@ -34,7 +34,12 @@ LAYERS = (
     ("__main__",),
 )
 COMPILED = {"_native", "_cuda"}  # imported by implementations alone
-IMPLEMENTATIONS = ({"torch"}, {"native"}, {"triton", "triton_linear", "triton_math", "triton_rows"}, {"cuda"})
+IMPLEMENTATIONS = (
+    {"torch"},
+    {"native"},
+    {"triton", "triton_linear", "triton_math", "triton_rows", "triton_sequences"},
+    {"cuda"},
+)
 
 
 def arrows(package: Path) -> dict[str, set[str]]:

@@ -36,6 +36,15 @@ PYBIND11_MODULE(_cuda, m) {
         return cuda::Matrix{as<void>(data), rows, columns, stride};
       }));
 
+  py::class_<cuda::Positions>(m, "Positions", local).def(py::init([](Address data, int64_t stride_s, int64_t stride_t) {
+    return cuda::Positions{as<const void>(data), stride_s, stride_t};
+  }));
+  py::class_<cuda::Labels>(m, "Labels", local)
+      .def(py::init([](Address data, int64_t stride_s, int64_t stride_t, int64_t sequences, int64_t length,
+                       int64_t ignore_index) {
+        return cuda::Labels{as<const int64_t>(data), stride_s, stride_t, sequences, length, ignore_index};
+      }));
+
   m.def(
       "fold",
       [](const std::string& dtype, const Tile& tile, const FoldState& state, const std::string& out_dtype,
@@ -86,6 +95,23 @@ PYBIND11_MODULE(_cuda, m) {
         const cuda::LinearFold args{x,         w,      as<const void>(bias), as<const int64_t>(y),
                                     transform, splits, as<float>(part),      as<int64_t>(part_argmax)};
         cuda::linear_fold(dtype_of(dtype), args, state, stats, processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "sum_tokens",
+      [](const std::string& dtype, const cuda::Positions& logps, const cuda::Labels& labels,
+         const cuda::Positions& weights, bool mean, Address sums, Address counts, Address stream) {
+        cuda::sum_tokens(dtype_of(dtype), logps, labels, weights, mean, as<void>(sums), as<int64_t>(counts),
+                         as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "sum_tokens_bwd",
+      [](const std::string& dtype, Address grad, int64_t grad_stride, const cuda::Positions& logps,
+         const cuda::Labels& labels, const cuda::Positions& weights, Address counts, Address dlogps, Address dweights,
+         Address stream) {
+        cuda::sum_tokens_bwd(dtype_of(dtype), as<const void>(grad), grad_stride, logps, labels, weights,
+                             as<const int64_t>(counts), as<void>(dlogps), as<void>(dweights), as<CUstream_st>(stream));
       },
       release_gil());
 }

@@ -67,6 +67,25 @@ struct Stats {
 void finish(DType type, const FoldState&, const int64_t* y, int64_t n, int64_t v, const Stats& stats, void* logp,
             void* norm, void* values, cudaStream_t);
 
+// Numbers of positions [S, T] that lie apart as strides say; no data: none.
+struct Positions {
+  const void* data;
+  int64_t stride_s, stride_t;
+};
+struct Labels {
+  const int64_t* data;
+  int64_t stride_s, stride_t, sequences, length, ignore_index;
+
+  DPO_HOST_DEVICE int64_t operator()(int64_t s, int64_t t) const { return data[s * stride_s + t * stride_t]; }
+};
+// Sums [S], or means over labelled positions, of log-probabilities times weights, of `type`; and how many are labelled.
+void sum_tokens(DType type, const Positions& logps, const Labels&, const Positions& weights, bool mean, void* sums,
+                int64_t* counts, cudaStream_t);
+// From the gradient with respect to the sums, those with respect to log-probabilities and, unless null, weights, dense
+// [S, T]. counts: of means alone.
+void sum_tokens_bwd(DType type, const void* grad, int64_t grad_stride, const Positions& logps, const Labels&,
+                    const Positions& weights, const int64_t* counts, void* dlogps, void* dweights, cudaStream_t);
+
 // Throws a std::runtime_error that names what failed.
 void check(cudaError_t status, const char* what);
 

@@ -5,6 +5,7 @@
 // A thread takes kUnroll times 16 bytes at once, all loads before the first use, so that enough bytes are in flight.
 #pragma once
 
+#include "kernels.h"
 #include "math.cuh"
 
 namespace dpo_kernels::cuda {
@@ -111,6 +112,17 @@ __device__ __forceinline__ void map_row(const Row<S>& row, const Row<O>& to, int
       }
     }
   }
+}
+
+// `blocks` blocks of kThreads for each of n rows.
+template <class... Parameters, class... Arguments>
+void run(void (*kernel)(Parameters...), int64_t n, int64_t blocks, cudaStream_t stream, Arguments... arguments) {
+  if (n == 0 || blocks == 0) return;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(n), static_cast<unsigned>(blocks));
+  config.blockDim = dim3(kThreads);
+  config.stream = stream;
+  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch of a row kernel");
 }
 
 }  // namespace dpo_kernels::cuda

@@ -293,16 +293,6 @@ int entries(int64_t v) {
   return static_cast<int>(v);
 }
 
-template <class... Parameters, class... Arguments>
-void run(void (*kernel)(Parameters...), int64_t n, int64_t blocks, cudaStream_t stream, Arguments... arguments) {
-  if (n == 0 || blocks == 0) return;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(n), static_cast<unsigned>(blocks));
-  config.blockDim = dim3(kThreads);
-  config.stream = stream;
-  check(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...), "launch of a row kernel");
-}
-
 // Blocks that share a row of v entries of type S in dlogits_kernel.
 template <class S>
 int64_t blocks_of(int64_t v) {

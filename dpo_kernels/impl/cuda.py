@@ -255,3 +255,48 @@ def zero_rows_(out: Tensor, rows: Rows) -> None:
     native_rows, _kept = _rows(rows, rows.sequence, out.shape[-1])
     with torch.cuda.device_of(out):
         _cuda.zero_rows(_type(out), _logits(out), native_rows, _stream(out))
+
+
+def _positions(t: Tensor | None) -> _cuda.Positions:
+    return _cuda.Positions(0, 0, 0) if t is None else _cuda.Positions(_address(t), *t.stride())
+
+
+def _labels(labels: Tensor, ignore_index: int) -> _cuda.Labels:
+    assert labels.dtype == torch.int64
+    (stride_s, stride_t), (sequences, length) = labels.stride(), labels.shape
+    return _cuda.Labels(_address(labels), stride_s, stride_t, sequences, length, ignore_index)
+
+
+def sum_tokens(
+    token_logps: Tensor, labels: Tensor, ignore_index: int, weights: Tensor | None, mean: bool
+) -> tuple[Tensor, Tensor]:
+    assert weights is None or weights.dtype == token_logps.dtype
+    logps, num_tokens = token_logps.new_empty(labels.shape[0]), labels.new_empty(labels.shape[0])
+    with torch.cuda.device_of(labels):
+        _cuda.sum_tokens(
+            _type(token_logps), _positions(token_logps), _labels(labels, ignore_index), _positions(weights), mean,
+            _address(logps), _address(num_tokens), _stream(labels),
+        )  # fmt: skip
+    return logps, num_tokens
+
+
+def sum_tokens_bwd(
+    grad: Tensor,
+    token_logps: Tensor,
+    labels: Tensor,
+    ignore_index: int,
+    weights: Tensor | None,
+    num_tokens: Tensor,
+    mean: bool,
+    need_dweights: bool,
+) -> tuple[Tensor, Tensor]:
+    assert grad.dtype == token_logps.dtype
+    dlogps = token_logps.new_empty(labels.shape)
+    dweights = token_logps.new_empty(labels.shape if need_dweights else 0)
+    with torch.cuda.device_of(labels):
+        _cuda.sum_tokens_bwd(
+            _type(token_logps), _address(grad), grad.stride(0), _positions(token_logps), _labels(labels, ignore_index),
+            _positions(weights), _address(num_tokens) if mean else 0, _address(dlogps),
+            _address(dweights) if need_dweights else 0, _stream(labels),
+        )  # fmt: skip
+    return dlogps, dweights

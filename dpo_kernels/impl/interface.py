@@ -224,6 +224,28 @@ class TileKernels(Protocol):
     def zero_rows_(self, out: Tensor, rows: Rows) -> None:
         """Writes 0 to these rows of `out` [S, T, V]."""
 
+    def sum_tokens(
+        self, token_logps: Tensor, labels: Tensor, ignore_index: int, weights: Tensor | None, mean: bool
+    ) -> tuple[Tensor, Tensor]:
+        """[S] sums of token_logps [S, T], 0 at ignored positions, times weights [S, T] of their dtype, which count at
+        labelled positions alone; or `mean`: divided by how many these are. And this number [S], int64. Summed in fp64,
+        always in the same order. This function and the next are called, and need be there, where
+        `dispatch.sums_tokens` says so: elsewhere PyTorch sums."""
+
+    def sum_tokens_bwd(
+        self,
+        grad: Tensor,
+        token_logps: Tensor,
+        labels: Tensor,
+        ignore_index: int,
+        weights: Tensor | None,
+        num_tokens: Tensor,
+        mean: bool,
+        need_dweights: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """From the gradient [S] with respect to these sums, those [S, T] with respect to token_logps and weights; the
+        latter without elements if it is not needed."""
+
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of logits, sums and log-probabilities: fp32, or fp64 for fp64 operands."""

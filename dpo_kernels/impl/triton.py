@@ -26,6 +26,8 @@ from dpo_kernels.impl.triton_exponentials import padded_rows as padded_rows
 from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_math import exp, one_minus_exp, to_logits, transform_constants
 from dpo_kernels.impl.triton_rows import linear_token_logps as linear_token_logps
+from dpo_kernels.impl.triton_sequences import sum_tokens as sum_tokens
+from dpo_kernels.impl.triton_sequences import sum_tokens_bwd as sum_tokens_bwd
 
 exponentials = triton_exponentials.Exponentials
 TILE_BYTES = 128 * 2**20
