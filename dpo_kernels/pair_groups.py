@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -62,16 +63,31 @@ def plan_groups(
     sizes_of_ranks = [[size] for size in sizes] if counts is None else _of_groups(counts, comparisons, rows)
     if max(map(max, sizes_of_ranks)) > budget:
         return None
-    groups, first_row, first, filled = [], 0, 0, [0] * len(of_ranks)
-    for group, more in enumerate([*sizes_of_ranks, [budget + 1] * len(of_ranks)]):
-        if max(map(operator.add, filled, more)) > budget:
-            if any(filled):
-                end = first_row + sum(sizes[first:group])
-                groups.append(Group(slice(first_row, end), slice(first, group)))
-                first_row, first = end, group
-            filled = [0] * len(of_ranks)
-        filled = list(map(operator.add, filled, more))
+    # as few parts as fit, and these as alike as whole groups can be: the largest is as small as may be
+    fewest = len(_ends(sizes_of_ranks, budget))
+    budget = bisect.bisect_left(
+        range(budget),
+        True,
+        lo=max(map(max, sizes_of_ranks)),
+        key=lambda rows: len(_ends(sizes_of_ranks, rows)) == fewest,
+    )
+    groups, first_row, first = [], 0, 0
+    for end in _ends(sizes_of_ranks, budget):
+        stop = first_row + sum(sizes[first:end])
+        groups.append(Group(slice(first_row, stop), slice(first, end)))
+        first_row, first = stop, end
     return groups
+
+
+def _ends(sizes: Sequence[Sequence[int]], budget: int) -> list[int]:
+    """Where parts of consecutive groups end that have as many of the rows [groups, R] as fit on all ranks."""
+    ends, filled = [], [0] * len(sizes[0])
+    for group, more in enumerate(sizes):
+        if max(map(operator.add, filled, more)) > budget:
+            ends.append(group)
+            filled = [0] * len(filled)
+        filled = list(map(operator.add, filled, more))
+    return [*ends, len(sizes)]
 
 
 def _of_groups(counts: Sequence[Sequence[int]], comparisons: Comparisons, rows: Rows) -> list[list[int]]:

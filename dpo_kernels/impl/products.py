@@ -8,7 +8,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dpo_kernels.impl import waves
 from dpo_kernels.impl.interface import Rows, accumulate_dtype
+
+# Sums over a vocabulary are at least so long; shorter ones are left to the library as they are.
+LONG_SUM = 2**14
 
 
 @contextlib.contextmanager
@@ -46,8 +50,28 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tens
         with _sums_in_fp32() if out.itemsize < 4 else contextlib.nullcontext():
             return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     if not accumulate:
-        return torch.mm(a, b, out_dtype=out.dtype, out=out)
+        parts = parts_of_sum(a.shape[0], a.shape[1], b.shape[1], a.device)
+        return _product_in_parts(a, b, out, parts) if parts > 1 else torch.mm(a, b, out_dtype=out.dtype, out=out)
     if torch.__version__ >= "2.10":
         return torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     # which took no fp32 `out` beside half-precision operands
     return out.add_(torch.mm(a, b, out_dtype=out.dtype))
+
+
+def parts_of_sum(m: int, k: int, n: int, device: torch.device) -> int:
+    """Of a product [m, k] x [k, n] of half-precision operands, with sums in fp32."""
+    if device.type != "cuda" or k < LONG_SUM:
+        return 1
+    return waves.sum_parts(m, k, n, torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _product_in_parts(a: Tensor, b: Tensor, out: Tensor, parts: int) -> Tensor:
+    """Of [m, k] and [k, n]: products of parts of k, computed side by side where one would leave a GPU half idle, and
+    added in their order."""
+    size = a.shape[1] // parts
+    whole = parts * size
+    of_a = a[:, :whole].unflatten(1, (parts, size)).transpose(0, 1)
+    of_b = b[:whole].unflatten(0, (parts, size))
+    found = torch.bmm(of_a, of_b) if a.dtype == out.dtype else torch.bmm(of_a, of_b, out_dtype=out.dtype)
+    torch.sum(found, 0, out=out)
+    return out if whole == a.shape[1] else product(a[:, whole:], b[whole:], out, accumulate=True)

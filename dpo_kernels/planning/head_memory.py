@@ -20,6 +20,7 @@ from dpo_kernels.comparisons import Halves
 from dpo_kernels.dispatch import check_runs, choose, impl_of, is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import Rows, accumulate_dtype
+from dpo_kernels.impl.products import parts_of_sum
 from dpo_kernels.pair_groups import plan_groups
 
 # [N]: where rows lie (16), labels (8), the running sums of a sweep (64) and what they are finished in
@@ -297,8 +298,10 @@ def _swept(t: _Tiles, positions: int, small: int, with_dhidden: bool) -> HeadMem
     """A and B."""
     if with_dhidden and t.n and t.exponentials:
         x, sums, rows = t.n * t.h * t.e, t.n * t.h * t.a, t.k.exponential_rows(t.n, t.v, t.h, t.device)
+        parts = parts_of_sum(rows, t.v, t.h, t.device) if torch.cuda.is_available() else 1
+        partial = parts * rows * t.h * t.a * (parts > 1)
         moments = {
-            "sums": small + x + sums + t.v * t.k.padded_rows(rows) * t.e + t.sums_of_rows,
+            "sums": small + x + sums + t.v * t.k.padded_rows(rows) * t.e + t.sums_of_rows + partial,
             "backward": small + 2 * sums,
             "dX": small + x + positions * t.h * t.e,
         }
