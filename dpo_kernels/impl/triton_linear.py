@@ -7,7 +7,6 @@ always in the same order, and finishes the rows.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import LogitTransform
 from dpo_kernels.impl.triton_math import log1p, to_logits, transform_constants
+from dpo_kernels.impl.waves import splits_of as splits_of
 
 BLOCK_N, BLOCK_H = 128, 64
 MAX_ROWS = 256  # of x or W in a block
@@ -30,7 +30,7 @@ def block_v(stats: bool, softcap: bool, hopper: bool) -> int:
     return max(64, (256 if hopper else 128) // (2 if stats else 1) // (2 if softcap else 1))
 
 
-JOIN_ROWS, JOIN_SPLITS = 32, 16
+JOIN_ROWS, JOIN_SPLITS = 32, 32
 # As fp32 has it, so that what it does to logits in fp32 is undone in fp64.
 LOG2_E = tl.constexpr(torch.tensor(math.log2(math.e), dtype=torch.float32).item())
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -150,18 +150,18 @@ def linear_fold_fwd_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["N", "V", "splits", "stride_out"],
-    do_not_specialize_on_alignment=["part_ptr", "place_ptr", "out_ptr", "norm_ptr", "broken_ptr"],
+    do_not_specialize=["N", "V", "splits", "stride_stats"],
+    do_not_specialize_on_alignment=["part_ptr", "place_ptr", "logp_ptr", "norm_ptr", "stats_ptr", "broken_ptr"],
 )
 def linear_join_kernel(
-    part_ptr, place_ptr, out_ptr, norm_ptr, broken_ptr, N, V, splits, stride_out,
+    part_ptr, place_ptr, logp_ptr, norm_ptr, stats_ptr, broken_ptr, N, V, splits, stride_stats,
     INNER: tl.constexpr, OUTER: tl.constexpr, STATS: tl.constexpr,
     ENTROPY: tl.constexpr, IS_TOP1: tl.constexpr, MEAN_LOGIT: tl.constexpr, SUM_SQ_PROBS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """What the splits have of each row, put together as `Fold.finish` does, in fp64. `out` [1 + K, ...] has logp first
-    and then the statistics, a row at its place, or without places one after the other. `broken` becomes 1 where the
-    label's own x.W + b is not finite, as it never is of hidden states that are not."""
+    """What the splits have of each row, put together as `Fold.finish` does, in fp64. To logp and stats a
+    row goes at its place, or without places one after the other. `broken` becomes 1 where the label's own x.W + b is
+    not finite, as it never is of hidden states that are not."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     is_row = n < N
     stride_field = splits.to(tl.int64) * N
@@ -207,8 +207,8 @@ def linear_join_kernel(
     )
     if broken_ptr is not None:  # all that write write the same
         tl.store(broken_ptr + n * 0, 1, mask=is_row & ((at_label - at_label) != 0.0))
-    out = out_ptr + (n if place_ptr is None else tl.load(place_ptr + n, mask=is_row, other=0))
-    tl.store(out, logp.to(tl.float32), mask=is_row)
+    place = n if place_ptr is None else tl.load(place_ptr + n, mask=is_row, other=0)
+    tl.store(logp_ptr + place, logp.to(tl.float32), mask=is_row)
     if norm_ptr is not None or STATS:
         largest = tl.maximum(shift, target)
         near = total * tl.exp(shift - largest) + tl.exp(target - largest)
@@ -216,33 +216,23 @@ def linear_join_kernel(
         tl.store(norm_ptr + n, largest.to(tl.float32), mask=is_row)
         tl.store(norm_ptr + N + n, near.to(tl.float32), mask=is_row)
     if STATS:
-        stride_out = tl.cast(stride_out, tl.int64)
+        at = stats_ptr + place
+        stride_stats = tl.cast(stride_stats, tl.int64)
         others, log_prob_of_shift = tl.exp(shift - largest) / near, (shift - largest) - tl.log(near)
         if ENTROPY is not None:  # -sum p log p: the label's term, and the others' with z = shift + (z - shift)
             own_term = tl.where(logp == float("-inf"), 0.0, -tl.exp(logp) * logp)
             value = own_term - others * (sum_ez / LOG2_E + total * log_prob_of_shift)
-            tl.store(out + (1 + ENTROPY) * stride_out, value.to(tl.float32), mask=is_row)
+            tl.store(at + ENTROPY * stride_stats, value.to(tl.float32), mask=is_row)
         if IS_TOP1 is not None:  # the first of equal entries is
             is_top = (target_z > top) | ((target_z == top) & (target_z > top_before))
-            tl.store(out + (1 + IS_TOP1) * stride_out, is_top.to(tl.float32), mask=is_row)
+            tl.store(at + IS_TOP1 * stride_stats, is_top.to(tl.float32), mask=is_row)
         if MEAN_LOGIT is not None:
-            tl.store(out + (1 + MEAN_LOGIT) * stride_out, (sum_z / V).to(tl.float32), mask=is_row)
+            tl.store(at + MEAN_LOGIT * stride_stats, (sum_z / V).to(tl.float32), mask=is_row)
         if SUM_SQ_PROBS is not None:
             a, b = tl.log(sum_sq) + 2 * log_prob_of_shift, 2 * logp
             high = tl.maximum(a, b)
             value = high + tl.log(tl.exp(a - high) + tl.exp(b - high))
-            tl.store(out + (1 + SUM_SQ_PROBS) * stride_out, value.to(tl.float32), mask=is_row)
-
-
-@functools.lru_cache
-def splits_of(row_blocks: int, column_blocks: int, multiprocessors: int) -> int:
-    """How many parts of the vocabulary keep the multiprocessors busiest, the fewest of equal ones."""
-
-    def rounds(splits: int) -> int:
-        """Blocks of columns that the busiest multiprocessor goes through."""
-        return math.ceil(row_blocks * splits / multiprocessors) * math.ceil(column_blocks / splits)
-
-    return min(range(1, min(column_blocks, 4 * multiprocessors) + 1), key=rounds)
+            tl.store(at + SUM_SQ_PROBS * stride_stats, value.to(tl.float32), mask=is_row)
 
 
 def _machine(device: torch.device) -> tuple[bool, int]:
@@ -281,9 +271,9 @@ def linear_fold_(fold: LinearFold, x: Tensor, weight: Tensor, bias: Tensor | Non
     of their dtype."""
     n = x.shape[0]
     part = fold_splits(x, None, fold.y, weight, bias, transform, bool(fold.names))
-    out, norm = part.new_empty(1 + len(fold.names), n), part.new_empty(2, n)
-    join_splits(part, out, weight.shape[0], transform, fold.names, norm=norm)
-    fold.finished = out[0], norm, out[1:]
+    logp, norm, stats = (part.new_empty(*shape, n) for shape in ((), (2,), (len(fold.names),)))
+    join_splits(part, logp, stats, weight.shape[0], transform, fold.names, norm=norm)
+    fold.finished = logp, norm, stats
 
 
 def fold_splits(
@@ -318,23 +308,25 @@ def fold_splits(
 
 def join_splits(
     part: Tensor,
-    out: Tensor,
+    logp: Tensor,
+    stats: Tensor,
     v: int,
     transform: LogitTransform,
-    stats: Sequence[str],
+    names: Sequence[str],
     *,
     places: Tensor | None = None,
     norm: Tensor | None = None,
     broken: Tensor | None = None,
 ) -> None:
-    """Finishes the rows of `part` [fields, splits, N]: logp and the statistics go to `out` [1 + K, ...], each row to
-    its place [N] in these. `norm` [2, N]: see `LinearLogps`. `broken` []: see `TokenLogps`."""
+    """Finishes the rows of `part` [fields, splits, N]: what is known of each goes to `logp` [...] and, if it is among
+    the `names`, to `stats` [K, ...], row after row or to the rows' places [N] there. `norm` [2, N]: see `LinearLogps`.
+    `broken` []: see `TokenLogps`."""
     _, splits, n = part.shape
     with torch.cuda.device_of(part):
         linear_join_kernel[(triton.cdiv(n, JOIN_ROWS),)](
-            part, places, out, norm, broken, n, v, splits, out.stride(0), **transform_constants(transform),
-            STATS=bool(stats), **{own: stats.index(name) if name in stats else None for name, own in CONSTANTS.items()},
-            BLOCK_N=JOIN_ROWS, BLOCK_SPLITS=JOIN_SPLITS, num_warps=4,
+            part, places, logp, norm, stats, broken, n, v, splits, logp.numel(), **transform_constants(transform),
+            STATS=bool(names), **{own: names.index(name) if name in names else None for name, own in CONSTANTS.items()},
+            BLOCK_N=JOIN_ROWS, BLOCK_SPLITS=JOIN_SPLITS, num_warps=8,
         )  # fmt: skip
 
 

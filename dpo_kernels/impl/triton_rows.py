@@ -39,21 +39,22 @@ def _labels(
         slot = p.to(tl.int64)
     else:
         slot = tl.load(predictors_ptr + s * stride_ps + t * stride_pt, mask=is_row, other=0)
-        wrong = wrong | (slot < 0) | (slot >= slots)
+        wrong = wrong | (is_row & ((slot < 0) | (slot >= slots)))
     return label, is_row, slot, wrong
 
 
 @triton.jit(
     do_not_specialize=["T", "P", "V", "slots", "ignore_index", "expected", "stride_rows", "stride_ls", "stride_ps"],
-    do_not_specialize_on_alignment=["labels_ptr", "predictors_ptr", "out_ptr"],
+    do_not_specialize_on_alignment=["labels_ptr", "predictors_ptr", "logp_ptr", "stats_ptr"],
 )
 def rows_kernel(
-    labels_ptr, predictors_ptr, rows_ptr, out_ptr, notes_ptr, stride_ls, stride_lt, stride_ps, stride_pt, stride_rows,
-    T, P, V, slots, ignore_index, expected, SHIFT: tl.constexpr, OUTPUTS: tl.constexpr, BLOCK_P: tl.constexpr,
+    labels_ptr, predictors_ptr, rows_ptr, logp_ptr, stats_ptr, notes_ptr,
+    stride_ls, stride_lt, stride_ps, stride_pt, stride_rows, T, P, V, slots, ignore_index, expected,
+    SHIFT: tl.constexpr, STATS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Places, labels and slots of the labelled rows, in the order of positions, to `rows`; 0 to `out` [OUTPUTS, P] at
-    the other positions. Each program counts the rows before its own by itself: labels are few beside what is computed
-    of them."""
+    """Places, labels and slots of the labelled rows, in the order of positions, go to `rows`, 0 to logp [P] and stats
+    [STATS, P] at the other positions. Each program counts the rows before its own by itself: that is nothing beside
+    what is computed of them."""
     program = tl.program_id(0)
     within = tl.arange(0, BLOCK_P)
     before = tl.zeros([BLOCK_P], tl.int32)
@@ -76,15 +77,17 @@ def rows_kernel(
     tl.store(rows_ptr + stride_rows + n, label.to(tl.int64), mask=is_kept)
     if predictors_ptr is not None:
         tl.store(rows_ptr + 2 * stride_rows.to(tl.int64) + n, slot, mask=is_kept)
-    for output in tl.static_range(OUTPUTS):
-        tl.store(out_ptr + output * P.to(tl.int64) + p, 0.0, mask=(p < P) & (is_row == 0))
+    ignored = (p < P) & (is_row == 0)
+    tl.store(logp_ptr + p, 0.0, mask=ignored)
+    for each in tl.static_range(STATS):
+        tl.store(stats_ptr + each * P.to(tl.int64) + p, 0.0, mask=ignored)
     if program == tl.num_programs(0) - 1:
         count = first_row + tl.sum(is_row.to(tl.int32))
         some_wrong = tl.max(any_wrong | wrong.to(tl.int32))
         fits = (some_wrong == 0) & ((expected < 0) | (count == expected))
         tl.store(notes_ptr + COUNT, count.to(tl.int64))
         tl.store(notes_ptr + FITS, fits.to(tl.int64))
-        tl.store(notes_ptr + BROKEN, tl.zeros([], tl.int64))
+        tl.store(notes_ptr + BROKEN, 0)
 
 
 def _can_take(hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: torch.dtype) -> bool:
@@ -120,16 +123,17 @@ def linear_token_logps(
         return None
     (s, t), v = labels.shape, weight.shape[0]
     waits = num_labelled is None or hidden.device.type == "cpu"
-    most = labels.numel() if num_labelled is None else min(num_labelled, labels.numel())
+    most = labels.numel() if num_labelled is None else min(int(num_labelled), labels.numel())
     rows = labels.new_empty(2 if predictors is None else 3, most, dtype=torch.int64)
-    out = hidden.new_empty(1 + len(stats), s, t, dtype=torch.float32)
+    token_logps = hidden.new_empty(s, t, dtype=torch.float32)
+    values = token_logps.new_empty(len(stats), s, t)
     notes = rows.new_empty(NOTES)
     of_predictors = (0, 0) if predictors is None else predictors.stride()
     with torch.cuda.device_of(hidden):
         rows_kernel[(triton.cdiv(s * t, BLOCK_P),)](
-            labels, predictors, rows, out, notes, *labels.stride(), *of_predictors, most, t, s * t, v,
-            hidden.shape[0] * hidden.shape[1], ignore_index, -1 if num_labelled is None else num_labelled,
-            SHIFT=int(shift), OUTPUTS=len(out), BLOCK_P=BLOCK_P, num_warps=4,
+            labels, predictors, rows, token_logps, values, notes, *labels.stride(), *of_predictors, most, t, s * t, v,
+            hidden.shape[0] * hidden.shape[1], ignore_index, -1 if num_labelled is None else int(num_labelled),
+            SHIFT=int(shift), STATS=len(stats), BLOCK_P=BLOCK_P, num_warps=4,
         )  # fmt: skip
     if waits:
         most, fits, _ = notes.tolist()
@@ -143,6 +147,6 @@ def linear_token_logps(
         places, y, *slots = rows[:, :most]
         part = triton_linear.fold_splits(hidden, slots[0] if slots else places, y, weight, bias, transform, bool(stats))
         triton_linear.join_splits(
-            part, out.view(len(out), -1), v, transform, stats, places=places, broken=notes[BROKEN.value]
+            part, token_logps, values, v, transform, stats, places=places, broken=notes[BROKEN.value]
         )
-    return TokenLogps(out[0], out[1:], notes[BROKEN.value])
+    return TokenLogps(token_logps, values, notes[BROKEN.value])

@@ -133,7 +133,7 @@ def cases(capability):
         },
         (),
     )
-    yield "rows found", rows_kernel, of_rows, {"SHIFT": 1, "OUTPUTS": 5, "BLOCK_P": BLOCK_P, "num_warps": 4}, ()
+    yield "rows found", rows_kernel, of_rows, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": 4}, ()
     yield "rows join", exp_join_kernel, types, join, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
