@@ -18,7 +18,7 @@ START = 0.05
 # Fewer rows read W so often that memory is busy for more than a fifth of the products' time.
 MIN_ROWS = 1024
 # Of choices whose time differs by less, the one that takes less memory.
-NEARLY = 0.03
+NEARLY = 0.01
 # Columns of a block of the vocabulary are a multiple of this.
 ALIGNED = 64
 # A byte that is read or written takes the time of so many multiply-adds: 790 TFLOP/s and 4.3 TB/s, an H200.

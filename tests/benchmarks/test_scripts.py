@@ -81,9 +81,14 @@ def test_bench_is_called_as_it_may_be(arguments, monkeypatch, tmp_path, capsys):
 
 
 def test_other_commands_are_those_that_need_a_gpu_or_a_registry():
-    """And the one of them that a CPU runs is run by test_gpu.py, with the flags that are said here among its own."""
+    """And those of them that a CPU runs are run by test_gpu.py, with the flags that are said here among its own, and by
+    test_gpu_model.py."""
     others = [command for command in COMMANDS if not command.startswith("dpo-kernels")]
-    starts = ("pip install ", "python benchmarks/gpu.py ", "bash benchmarks/gpu_runbook.sh ")
+    starts = (
+        "pip install ",
+        "bash benchmarks/gpu_runbook.sh ",
+        *(f"python benchmarks/{n}.py " for n in ("gpu", "gpu_model")),
+    )
     assert others and all(command.startswith(starts) for command in others)
     source = (BENCHMARKS / "gpu.py").read_text()
     flags = {flag for command in others if "gpu.py" in command for flag in re.findall(r"--[\w-]+", command)}

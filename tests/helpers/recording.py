@@ -1,0 +1,62 @@
+"""What is launched: kernels of Triton's by name, PyTorch's operators, and matrix products by shape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+
+class Launched:
+    """In the place of a kernel: notes its launches."""
+
+    def __init__(self, kernel: Any, name: str, launches: Counter[str]):
+        self.kernel, self.name, self.launches = kernel, name, launches
+
+    def __getitem__(self, grid: Any) -> Any:
+        def launch(*args: Any, **constants: Any) -> Any:
+            self.launches[self.name] += 1
+            with _disable_current_modes():  # an interpreter's own
+                return self.kernel[grid](*args, **constants)
+
+        return launch
+
+
+class Operators(TorchDispatchMode):
+    """Counts PyTorch's operators that launch something."""
+
+    WITHOUT_KERNEL = ("empty", "view", "slice", "select", "t", "transpose", "as_strided", "unbind", "detach", "alias")
+
+    def __init__(self, launches: Counter[str]):
+        super().__init__()
+        self.launches = launches
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().removeprefix("aten::").partition(".")[0]
+        if not any(name == each or name.startswith((f"{each}_", f"new_{each}")) for each in self.WITHOUT_KERNEL):
+            self.launches[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def record(monkeypatch: Any, kernels: Any, *modules: Any) -> tuple[Counter[str], list[tuple[int, int, int, bool]]]:
+    """Launches by name, of the kernels of `modules`; and products [m, k] x [k, n] of the implementation `kernels`, with
+    whether they are added to what is there."""
+    launches: Counter[str] = Counter()
+    shapes: list[tuple[int, int, int, bool]] = []
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Launched(getattr(module, name), name, launches))
+
+    def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
+        assert out.dtype == torch.float32 or not accumulate, "a sum is rounded once"
+        launches["product"] += 1
+        shapes.append((*a.shape, b.shape[1], accumulate))
+        with _disable_current_modes():
+            wide = a.float() @ b.float()
+            return out.add_(wide) if accumulate else out.copy_(wide)
+
+    monkeypatch.setattr(kernels, "product", product)
+    return launches, shapes
