@@ -157,18 +157,19 @@ def linear_sequence_logps(
             shift=shift, stats=stats, num_labelled=num_labelled, predictors=predictors,
         )  # fmt: skip
         if found is not None:
+            # aligned without copies: what a last position predicts is not there
+            first, last = int(shift), labels.shape[1] - shift
+            weights = None if token_weights is None else token_weights[:, first:]
+            out = _reduce(
+                found.token_logps[:, :last], labels[:, first:].long(), weights, ignore_index, reduction, stats,
+                found.stats, None, {}, family,
+            )  # fmt: skip
             if check_hidden and (num_labelled is None or is_at_hand(found.broken)) and found.broken.item():
                 rows = labelled_rows(prepare_labels(labels, None, ignore_index, shift)[0], head.vocab, ignore_index)
                 check_finite(rows_of(hidden, rows, predictors), rows, waits=True)
             if check_hidden:
                 check_head_is_finite(found.token_logps, head)
-            # aligned without copies: no label is that of a last position
-            first, last = int(shift), labels.shape[1] - shift
-            weights = None if token_weights is None else token_weights[:, first:]
-            return _reduce(
-                found.token_logps[:, :last], labels[:, first:].long(), weights, ignore_index, reduction, stats,
-                found.stats, None, {}, family,
-            )._replace(token_logps=found.token_logps)  # fmt: skip
+            return out._replace(token_logps=found.token_logps)
     check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     if torch.compiler.is_compiling():
