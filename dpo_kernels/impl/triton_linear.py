@@ -64,7 +64,7 @@ def products(
 @triton.jit
 def _shift(top):
     """What exponentials of a row are taken relative to, as exp2(z log2(e) - shift), which is one multiply-add and then
-    one instruction: the maximum, rounded in this unit. Finite where the maximum is that of nothing."""
+    one instruction: the maximum, rounded in this unit. Finite where that is of nothing."""
     return tl.maximum(top, 0.5 * LOWEST) * LOG2_E
 
 
@@ -253,6 +253,7 @@ def can_take(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:
         and t.stride(0) % 16 == 0
         and t.stride(0) < 2**31 // MAX_ROWS
         and t.data_ptr() % 16 == 0
+        and not t.is_neg()
         for t in (x, weight)
     )
 

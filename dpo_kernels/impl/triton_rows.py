@@ -97,7 +97,7 @@ def _can_take(hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: tor
         and hidden.dtype == compute_dtype
         and hidden.stride(2) == 1
         and hidden.stride(0) % 16 == hidden.stride(1) % 16 == hidden.data_ptr() % 16 == 0
-        and not (hidden.is_neg() or hidden.is_conj())
+        and not hidden.is_neg()
         and 0 < labels.numel() < 2**31 - BLOCK_P
     )
 

@@ -150,6 +150,7 @@ def test_what_the_fused_forward_takes():
     assert not takes((5, 48), (1, 16))  # from entry to entry
     assert takes((5, 48), (2**22, 1)) and not takes((5, 48), (2**23, 1))  # 256 rows beyond int32
     x = torch.zeros(5, 64, dtype=torch.bfloat16)
+    assert not linear.can_take(torch._neg_view(x), x, x.dtype) and not linear.can_take(x, torch._neg_view(x), x.dtype)
     assert linear.can_take(x[:, 8:56], x[:, 8:56], x.dtype) and not linear.can_take(x[:, 4:52], x[:, 4:52], x.dtype)
 
 
