@@ -4,9 +4,12 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
+#include "finish.h"
 #include "tiles.h"
 
 namespace dpo_kernels {
@@ -28,6 +31,13 @@ inline DType dtype_of(const std::string& name) {
   throw std::invalid_argument("dtype: expected float32, float64, bfloat16 or float16, got '" + name + "'");
 }
 
+inline Stats stats_of(const std::vector<int>& names) {
+  Stats stats{static_cast<int>(names.size()), {}};
+  if (names.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
+  std::copy(names.begin(), names.end(), stats.names);
+  return stats;
+}
+
 inline void define_operands(py::module_& m) {
   const auto local = py::module_local();  // each module has its own
   py::class_<Transform>(m, "Transform", local).def(py::init<double, double, double>());
@@ -41,10 +51,6 @@ inline void define_operands(py::module_& m) {
   py::class_<LogitsRows>(m, "LogitsRows", local)
       .def(py::init([](Address data, int64_t stride_s, int64_t stride_t, int64_t stride_v) {
         return LogitsRows{as<void>(data), stride_s, stride_t, stride_v};
-      }));
-  py::class_<Rows>(m, "Rows", local)
-      .def(py::init([](Address sequence, Address position, Address y, int64_t n, int64_t v) {
-        return Rows{as<const int64_t>(sequence), as<const int64_t>(position), as<const int64_t>(y), n, v};
       }));
 }
 

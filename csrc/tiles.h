@@ -24,15 +24,10 @@ struct Tile {
   Transform transform;
 };
 
-// Labelled rows of logits [S, T, V]: row r lies at sequence[r] * stride_s + position[r] * stride_t. Strides in
-// elements.
+// Logits [S, T, V]. Strides in elements.
 struct LogitsRows {
   void* data;
   int64_t stride_s, stride_t, stride_v;
-};
-struct Rows {
-  const int64_t *sequence, *position, *y;
-  int64_t n, v;
 };
 
 }  // namespace dpo_kernels

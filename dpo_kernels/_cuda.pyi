@@ -19,9 +19,6 @@ class Tile:
 class LogitsRows:
     def __init__(self, data: int, stride_s: int, stride_t: int, stride_v: int) -> None: ...
 
-class Rows:
-    def __init__(self, sequence: int, position: int, y: int, n: int, v: int) -> None: ...
-
 class GradRows:
     def __init__(self, norm: int, norm_stride: int, logp: int, g: int) -> None: ...
 
@@ -47,7 +44,6 @@ def fold(
     stream: int,
 ) -> None: ...
 def dlogits(dtype: str, tile: Tile, out_dtype: str, out: Matrix, grad: GradRows, value: int, stream: int) -> None: ...
-def zero_rows(dtype: str, out: LogitsRows, rows: Rows, stream: int) -> None: ...
 def finish(
     dtype: str,
     state: FoldState,
@@ -60,8 +56,30 @@ def finish(
     values: int,
     stream: int,
 ) -> None: ...
-def logits_fold(dtype: str, logits: LogitsRows, rows: Rows, state: FoldState, stats: bool, stream: int) -> None: ...
-def logits_bwd(dtype: str, logits: LogitsRows, out: LogitsRows, rows: Rows, grad: GradRows, stream: int) -> None: ...
+def logits_fwd(
+    dtype: str,
+    logits: LogitsRows,
+    labels: Labels,
+    v: int,
+    num_labelled: int,
+    stats: list[int],
+    logp: int,
+    norm: int,
+    values: int,
+    fit: int,
+    stream: int,
+) -> None: ...
+def logits_bwd(
+    dtype: str,
+    logits: LogitsRows,
+    out: LogitsRows,
+    labels: Labels,
+    v: int,
+    norm: int,
+    logp: int,
+    g: Positions,
+    stream: int,
+) -> None: ...
 def linear_fold(
     dtype: str,
     x: Matrix,

@@ -36,6 +36,18 @@ def logits_bwd(
     g: int,
     threads: int,
 ) -> None: ...
+def finish(
+    dtype: str,
+    state: FoldState,
+    y: int,
+    n: int,
+    v: int,
+    stats: list[int],
+    logp: int,
+    norm: int,
+    values: int,
+    threads: int,
+) -> None: ...
 def transpose(a: int, out: int, n: int, v: int, threads: int) -> None: ...
 def exp(x: int, n: int) -> None: ...
 def tanh(x: int, slope: int, n: int) -> None: ...

@@ -20,6 +20,7 @@ from dpo_kernels.losses import (
     length_desensitized_weights,
     loss_names,
     losses_of_pairs,
+    weighted_losses,
     wpo_weights,
 )
 from dpo_kernels.ops import refuse_second_derivative
@@ -167,8 +168,7 @@ def pair_losses(
         chosen_ref_logps,
         rejected_ref_logps,
         beta=options.beta,
-        loss_type=options.loss_type,
-        loss_weights=options.loss_weights,
+        losses_and_weights=weighted_losses(options.loss_type, options.loss_weights),
         label_smoothing=options.label_smoothing,
         f_divergence=options.f_divergence,
         f_alpha=options.f_alpha,
@@ -280,6 +280,6 @@ class GroupedLoss(torch.autograd.Function):
             )
         # In place: a second [V, H] would double the memory of the gradient.
         formed, ctx.grads = ctx.grads, None
-        if grads[0].device.type == "cpu" and grads[0] == 1:  # on other devices looking would be waiting
+        if grads[0].device.type == "cpu" and grads[0].item() == 1:  # on other devices looking would be waiting
             return (*formed, None)
         return (*(None if grad is None else grad.mul_(grads[0]) for grad in formed), None)

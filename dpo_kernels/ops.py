@@ -18,8 +18,9 @@ from torch import Tensor
 
 from dpo_kernels.dispatch import is_fused, load
 from dpo_kernels.impl import paths
-from dpo_kernels.impl.interface import GradRows, LogitTransform, Rows, accumulate_dtype
-from dpo_kernels.rows import check_finite, labelled_rows, unlabelled_rows
+from dpo_kernels.impl.interface import GradPositions, GradRows, Labels, LogitTransform, Rows, accumulate_dtype
+from dpo_kernels.impl.positions import labelled_rows, spread
+from dpo_kernels.rows import check_finite
 
 # values of num_labelled beside a count
 UNKNOWN = -1
@@ -45,13 +46,13 @@ def _rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int)
     return labelled_rows(labels, vocab_size, ignore_index, None if num_labelled == UNKNOWN else num_labelled)
 
 
+def _labels(labels: Tensor, ignore_index: int, num_labelled: int) -> Labels:
+    return Labels(labels, ignore_index, None if num_labelled == UNKNOWN else num_labelled)
+
+
 def _spread(values: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
     """[..., N] values of labelled rows to [..., S, T], 0 elsewhere."""
-    if rows is None:
-        return values.reshape(*values.shape[:-1], *shape)
-    out = values.new_zeros(*values.shape[:-1], *shape)
-    out[..., rows.sequence, rows.position] = values
-    return out
+    return values.reshape(*values.shape[:-1], *shape) if rows is None else spread(values, rows, shape)
 
 
 def _pick(t: Tensor, rows: Rows | None) -> Tensor:
@@ -250,10 +251,7 @@ def token_logps_impl(
     inplace_backward: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    known = None if num_labelled == UNKNOWN else num_labelled
-    rows = labelled_rows(labels, logits.shape[-1], ignore_index, known)
-    out = load(impl).logps_fwd(logits, rows, _pick(labels, rows), stats=stats)
-    return tuple(_spread(t, rows, labels.shape) for t in (out.logp, out.norm, out.stats))  # type: ignore[return-value]
+    return load(impl).logps_fwd(logits, _labels(labels, ignore_index, num_labelled), stats=stats)
 
 
 token_logps = torch.library.custom_op(
@@ -287,11 +285,8 @@ def _write_dlogits(
     num_labelled: int,
     impl: str,
 ) -> None:
-    known = None if num_labelled == UNKNOWN else num_labelled
-    rows = labelled_rows(labels, logits.shape[-1], ignore_index, known)
-    of = GradRows(_pick(labels, rows), _pick_norm(norm, rows), _pick(logps, rows), _pick(grad, rows))
-    load(impl).logps_bwd_(logits, rows, of, out)
-    load(impl).zero_rows_(out, unlabelled_rows(labels, ignore_index, of.y.shape[0]))
+    of = GradPositions(norm, logps, grad)
+    load(impl).logps_bwd_(logits, _labels(labels, ignore_index, num_labelled), of, out)
 
 
 def token_logps_bwd_impl(grad: Tensor, logits: Tensor, *options: Any) -> Tensor:

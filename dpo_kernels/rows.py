@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpo_kernels.impl.interface import Rows
+from dpo_kernels.impl.positions import labelled_rows as labelled_rows
 
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
     """Hugging Face labels [S, T] (labels[s, t] is the token at t) to predicted ones (labels[s, t] follows t)."""
     sequences, length = labels.shape
     return torch.cat([labels[:, 1:], labels.new_full((sequences, min(1, length)), ignore_index)], dim=1)
-
-
-def labelled_rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int | None = None) -> Rows:
-    """The labelled positions of [S, T] in row-major order, checked.
-
-    With `num_labelled` given, a CUDA device is not waited for, and a wrong count or a label outside the vocabulary
-    trips an assertion on the device instead of the errors below.
-
-    Raises:
-        ValueError: a label outside [0, vocab_size), with its sequence and position, or a `num_labelled` that does not
-            fit the labels.
-    """
-    labelled = labels != ignore_index
-    outside = labelled & ((labels < 0) | (labels >= vocab_size))
-    if num_labelled is not None and labels.device.type == "cuda":
-        torch._assert_async(
-            (labelled.sum() == num_labelled) & ~outside.any(),
-            "num_labelled does not fit the labels, or a label lies outside the vocabulary",
-        )
-        return Rows(*torch.nonzero_static(labelled, size=num_labelled).unbind(1))
-
-    rows = Rows(*torch.nonzero(labelled).unbind(1))
-    if outside.any():
-        s, t = torch.nonzero(outside)[0].tolist()
-        raise ValueError(
-            f"labels: expected values in [0, {vocab_size}) or ignore_index={ignore_index}, got {labels[s, t].item()} "
-            f"for sequence {s}, position {t} ({int(outside.sum())} such label(s))"
-        )
-    if num_labelled is not None and num_labelled != len(rows.sequence):
-        raise ValueError(
-            f"num_labelled: expected {len(rows.sequence)}, the number of predicted labels, got {num_labelled}"
-        )
-    return rows
-
-
-def unlabelled_rows(labels: Tensor, ignore_index: int, num_labelled: int) -> Rows:
-    """The other positions, for which a device is not waited for either; `num_labelled` is right."""
-    unlabelled = labels == ignore_index
-    if labels.device.type == "cuda":
-        return Rows(*torch.nonzero_static(unlabelled, size=labels.numel() - num_labelled).unbind(1))
-    return Rows(*torch.nonzero(unlabelled).unbind(1))
 
 
 def check_finite(x: Tensor, rows: Rows, waits: bool) -> None:
@@ -65,7 +26,7 @@ def check_finite(x: Tensor, rows: Rows, waits: bool) -> None:
         return
     # the extremes: NaN is passed on, and nothing of the size of x is made
     low, high = x.aminmax()
-    if low.isfinite() & high.isfinite():
+    if math.isfinite(low.item()) and math.isfinite(high.item()):
         return
     broken = torch.nonzero(~x.isfinite().all(1))[:, 0]
     s, t = rows.sequence[broken[0]].item(), rows.position[broken[0]].item()

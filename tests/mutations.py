@@ -51,7 +51,7 @@ class Mutation(NamedTuple):
 
 
 # Sources, and the tests of several mutations
-SIMD, CPU = "csrc/cpu/simd.h", "csrc/cpu/kernels_impl.h"
+SIMD, CPU, FINISH = "csrc/cpu/simd.h", "csrc/cpu/kernels_impl.h", "csrc/finish.h"
 ROWS_CU, ROW, MATH, FUSED_CU = (f"csrc/cuda/{name}" for name in ("rows.cu", "row.cuh", "math.cuh", "linear_fold.cu"))
 TRITON, TRITON_LINEAR, TRITON_MATH = (f"dpo_kernels/impl/triton{part}.py" for part in ("", "_linear", "_math"))
 TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch", "paths", "fold", "native", "cuda"))
@@ -177,6 +177,10 @@ MUTATIONS = {
         # the last of equal segments
         Mutation(CPU, "if (kStats && segment_max > old_max)", "if (kStats && segment_max >= old_max)", ON_CPU),
         # cancels
+        Mutation(
+            FINISH, "lead > 0 ? -log1p(of.sum * exp(-lead)) : lead", "lead", "test_logps.py -k 'cpu and confident'"
+        ),
+        Mutation(FINISH, "y < state.argmax[row]", "y <= state.argmax[row] + 1", ON_CPU),
         Mutation(CPU, "-::expm1(logp[row]) * g[row]", "(1 - static_cast<T>(::exp(logp[row]))) * g[row]", ON_CPU),
         # a wrong stride
         Mutation(
@@ -475,7 +479,9 @@ MUTATIONS = {
         # swallowed errors
         Mutation(LOGPS, "if inplace_backward and any(", "if False and any(", ON_TORCH),
         Mutation(OPS, "        check_finite(x, rows, waits=num_labelled == UNKNOWN)", "        pass", ON_TORCH),
-        Mutation(GATHER, "if low.isfinite() & high.isfinite():", "if low.isfinite():", ON_TORCH),
+        Mutation(
+            GATHER, "if math.isfinite(low.item()) and math.isfinite(high.item()):", "if low.isfinite():", ON_TORCH
+        ),
         Mutation(DISPATCH, "else unavailable_reason(name, device)", "else None", LOGPS_TESTS),
         # a setting that is off
         Mutation(

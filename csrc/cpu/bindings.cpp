@@ -40,6 +40,10 @@ PYBIND11_MODULE(_native, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
 
   define_operands(m);
+  py::class_<Rows>(m, "Rows", py::module_local())
+      .def(py::init([](Address sequence, Address position, Address y, int64_t n, int64_t v) {
+        return Rows{as<const int64_t>(sequence), as<const int64_t>(position), as<const int64_t>(y), n, v};
+      }));
 
   m.def("isas", [] {
     std::vector<std::string> names;
@@ -85,6 +89,14 @@ PYBIND11_MODULE(_native, m) {
          int64_t norm_stride, Address logp, Address g, int threads) {
         kernels->logits_bwd(dtype_of(dtype), logits, out, rows, as<void>(norm), norm_stride, as<void>(logp),
                             as<void>(g), threads);
+      },
+      release_gil());
+  m.def(
+      "finish",
+      [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
+         const std::vector<int>& stats, Address logp, Address norm, Address values, int threads) {
+        kernels->finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, stats_of(stats), as<void>(logp),
+                        as<void>(norm), as<void>(values), threads);
       },
       release_gil());
   m.def(

@@ -5,9 +5,16 @@
 
 #include <cstdint>
 
+#include "../finish.h"
 #include "../tiles.h"
 
 namespace dpo_kernels {
+
+// Labelled rows of logits: row r lies at sequence[r] * stride_s + position[r] * stride_t.
+struct Rows {
+  const int64_t *sequence, *position, *y;
+  int64_t n, v;
+};
 
 struct Kernels {
   const char* name;
@@ -22,6 +29,9 @@ struct Kernels {
   void (*logits_fold)(DType, const LogitsRows&, const Rows&, const FoldState&, bool stats, int threads);
   void (*logits_bwd)(DType, const LogitsRows&, const LogitsRows& out, const Rows&, const void* norm,
                      int64_t norm_stride, const void* logp, const void* g, int threads);
+  // What a finished state says of each row, of a type: logp [N], norm [2, N] and the statistics [count, N].
+  void (*finish)(DType, const FoldState&, const int64_t* y, int64_t n, int64_t v, const Stats&, void* logp, void* norm,
+                 void* values, int threads);
   // out [v, n] = a [n, v] transposed.
   void (*transpose)(const float* a, float* out, int64_t n, int64_t v, int threads);
   // Elementwise, in place, for tests of their accuracy.

@@ -400,6 +400,16 @@ void logits_bwd(DType dtype, const LogitsRows& logits, const LogitsRows& out, co
   }
 }
 
+void finish(DType dtype, const FoldState& state, const int64_t* y, int64_t n, int64_t v, const Stats& stats, void* logp,
+            void* norm, void* values, int threads) {
+  const auto with = [&](auto t) {
+    using T = decltype(t);
+    const Finished<T> finished{static_cast<T*>(logp), static_cast<T*>(norm), static_cast<T*>(values), n, v, stats};
+    for_rows(n, threads, [&](int64_t row) { finished.write(row, row_sums(state, row, y[row])); });
+  };
+  dtype == DType::f64 ? with(double()) : with(float());
+}
+
 // Squares of registers, because columns a power of two apart would evict each other from the cache. Four side by side
 // use what a row's page was opened for, and the rows after the next ones are asked for ahead.
 void transpose(const float* a, float* out, int64_t n, int64_t v, int threads) {
@@ -439,7 +449,7 @@ void tanh_all(float* x, float* slope, int64_t n) {
 }
 
 constexpr Kernels make_kernels(const char* name) {
-  return {name, fold, dlogits, logits_fold, logits_bwd, transpose, exp_all, tanh_all};
+  return {name, fold, dlogits, logits_fold, logits_bwd, finish, transpose, exp_all, tanh_all};
 }
 
 }  // namespace

@@ -2,8 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -60,32 +58,29 @@ PYBIND11_MODULE(_cuda, m) {
       },
       release_gil());
   m.def(
-      "zero_rows",
-      [](const std::string& dtype, const LogitsRows& out, const Rows& rows, Address stream) {
-        cuda::zero_rows(dtype_of(dtype), out, rows, as<CUstream_st>(stream));
-      },
-      release_gil());
-  m.def(
       "finish",
       [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
          const std::vector<int>& stats, Address logp, Address norm, Address values, Address stream) {
-        cuda::Stats asked{static_cast<int>(stats.size()), {}};
-        if (stats.size() > 4) throw std::invalid_argument("stats: expected at most 4, got more");
-        std::copy(stats.begin(), stats.end(), asked.names);
-        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, asked, as<void>(logp), as<void>(norm),
+        cuda::finish(dtype_of(dtype), state, as<const int64_t>(y), n, v, stats_of(stats), as<void>(logp), as<void>(norm),
                      as<void>(values), as<CUstream_st>(stream));
       },
       release_gil());
   m.def(
-      "logits_fold",
-      [](const std::string& dtype, const LogitsRows& logits, const Rows& rows, const FoldState& state, bool stats,
-         Address stream) { cuda::logits_fold(dtype_of(dtype), logits, rows, state, stats, as<CUstream_st>(stream)); },
+      "logits_fwd",
+      [](const std::string& dtype, const LogitsRows& logits, const cuda::Labels& labels, int64_t v,
+         int64_t num_labelled, const std::vector<int>& stats, Address logp, Address norm, Address values, Address fit,
+         Address stream) {
+        cuda::logits_fwd(dtype_of(dtype), logits, labels, v, num_labelled, stats_of(stats), as<void>(logp), as<void>(norm),
+                         as<void>(values), as<int>(fit), as<CUstream_st>(stream));
+      },
       release_gil());
   m.def(
       "logits_bwd",
-      [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const Rows& rows,
-         const cuda::GradRows& grad,
-         Address stream) { cuda::logits_bwd(dtype_of(dtype), logits, out, rows, grad, as<CUstream_st>(stream)); },
+      [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const cuda::Labels& labels,
+         int64_t v, Address norm, Address logp, const cuda::Positions& g, Address stream) {
+        cuda::logits_bwd(dtype_of(dtype), logits, out, labels, v, as<const void>(norm), as<const void>(logp), g,
+                         as<CUstream_st>(stream));
+      },
       release_gil());
   m.def(
       "linear_fold",

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../finish.h"
 #include "../tiles.h"
 
 namespace dpo_kernels::cuda {
@@ -27,12 +28,6 @@ void fold(DType type, const Tile&, const FoldState&, DType out_type, const Matri
           cudaStream_t);
 // Writes -g p dz/da of a tile to `out`, 0 at the label, whose own entry goes to value [n]; 0 if it is not in the tile.
 void dlogits(DType type, const Tile&, DType out_type, const Matrix& out, const GradRows&, void* value, cudaStream_t);
-// Writes 0 to rows of `out`; their labels are not read.
-void zero_rows(DType type, const LogitsRows& out, const Rows&, cudaStream_t);
-// From logits that exist: folds whole rows into a new state, and writes the gradient of sum g logp over rows of `out`.
-void logits_fold(DType type, const LogitsRows&, const Rows&, const FoldState&, bool stats, cudaStream_t);
-void logits_bwd(DType type, const LogitsRows&, const LogitsRows& out, const Rows&, const GradRows&, cudaStream_t);
-
 struct LinearFold {
   Matrix x, w;       // [N, H], [V, H]
   const void* bias;  // [V] of their type, or null
@@ -59,11 +54,6 @@ void linear_fold(DType type, const LinearFold&, const FoldState&, bool stats, in
 
 // What a finished state says of each row, of `type`: logp [N], norm [2, N], and the statistics [count, N] that `stats`
 // names, in its order. See dpo_kernels/impl/fold.py, whose `finish` this is.
-enum Stat { kEntropy, kIsTop1, kMeanLogit, kLogSumSqProbs };
-struct Stats {
-  int count;
-  int names[4];
-};
 void finish(DType type, const FoldState&, const int64_t* y, int64_t n, int64_t v, const Stats& stats, void* logp,
             void* norm, void* values, cudaStream_t);
 
@@ -71,13 +61,26 @@ void finish(DType type, const FoldState&, const int64_t* y, int64_t n, int64_t v
 struct Positions {
   const void* data;
   int64_t stride_s, stride_t;
+
+  template <class T>
+  DPO_HOST_DEVICE T at(int64_t s, int64_t t) const {
+    return static_cast<const T*>(data)[s * stride_s + t * stride_t];
+  }
 };
-struct Labels {
+struct Labels {  // of fewer than 2^31 positions
   const int64_t* data;
   int64_t stride_s, stride_t, sequences, length, ignore_index;
 
-  DPO_HOST_DEVICE int64_t operator()(int64_t s, int64_t t) const { return data[s * stride_s + t * stride_t]; }
+  DPO_HOST_DEVICE int64_t count() const { return sequences * length; }
+  DPO_HOST_DEVICE int64_t at(int64_t s, int64_t t) const { return data[s * stride_s + t * stride_t]; }
 };
+// Path E, from logits [S, T, V]: logp [S, T], norm [2, S, T] and the statistics [count, S, T] that `stats` names, 0 at
+// ignored positions; fit: 1 if all labels are among the v entries, and `num_labelled` of them, unless negative; or 0.
+void logits_fwd(DType type, const LogitsRows&, const Labels&, int64_t v, int64_t num_labelled, const Stats& stats,
+                void* logp, void* norm, void* values, int* fit, cudaStream_t);
+// The gradient of sum g logp, in `out`, which may be the logits; 0 at ignored positions.
+void logits_bwd(DType type, const LogitsRows&, const LogitsRows& out, const Labels&, int64_t v, const void* norm,
+                const void* logp, const Positions& g, cudaStream_t);
 // Sums [S], or means over labelled positions, of log-probabilities times weights, of `type`; and how many are labelled.
 void sum_tokens(DType type, const Positions& logps, const Labels&, const Positions& weights, bool mean, void* sums,
                 int64_t* counts, cudaStream_t);

@@ -48,19 +48,6 @@ struct TileRows {
   __device__ Row<S> operator[](int64_t row) const { return {data + row * stride, 1, v}; }
 };
 
-// The labelled rows of logits [S, T, V].
-template <class S>
-struct GatheredRows {
-  S* data;
-  int64_t stride_s, stride_t, stride_v;
-  const int64_t *sequence, *position;
-  int v;
-
-  __device__ Row<S> operator[](int64_t row) const {
-    return {data + sequence[row] * stride_s + position[row] * stride_t, stride_v, v};
-  }
-};
-
 template <class T, class S, int kCount>
 __device__ __forceinline__ void widen_all(const Pack<S, kCount>& pack, T (&x)[kCount]) {
 #pragma unroll
@@ -112,6 +99,19 @@ __device__ __forceinline__ void map_row(const Row<S>& row, const Row<O>& to, int
       }
     }
   }
+}
+
+// row[i] = value, by `parts` blocks of which this one is `part`.
+template <class S>
+__device__ __forceinline__ void fill_row(const Row<S>& row, S value, int part, int parts) {
+  const int head = row.head(), packs = row.packs(), first = part * kThreads + threadIdx.x, step = parts * kThreads;
+  Pack<S, kPer<S>> filled;
+#pragma unroll
+  for (S& each : filled.at) each = value;
+  for (int i = first; i < head; i += step) row[i] = value;
+  for (int i = head + packs * kPer<S> + first; i < row.v; i += step) row[i] = value;
+  auto* at = reinterpret_cast<Pack<S, kPer<S>>*>(row.data + head);
+  for (int p = first; p < packs; p += step) at[p] = filled;
 }
 
 // `blocks` blocks of kThreads for each of n rows.

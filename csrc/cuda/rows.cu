@@ -1,7 +1,7 @@
 // Kernels that read each row of logits once and write it at most once: the tiles of paths A to D, and path E.
 //
-// Dimensions: n rows of a tile (N of logits), v vocabulary entries. Storage type S of what is read, O of what is
-// written, arithmetic type T (fp32; fp64 for fp64).
+// Dimensions: n rows of a tile, or N = S T positions of logits; v vocabulary entries. Storage type S of what is read, O
+// of what is written, arithmetic type T (fp32; fp64 for fp64).
 //
 // A block has a row, or in the backward from logits a part of one; see row.cuh. Sums have one order: no atomics.
 #include <climits>
@@ -44,9 +44,6 @@ struct Entries {
 // Logits that are what they are.
 template <class T>
 struct PlainEntries {
-  const int64_t* y;
-  static constexpr int64_t start = 0;
-
   template <int kCount>
   __device__ __forceinline__ void operator()(T (&)[kCount], int, T (&slope)[kCount]) const {
 #pragma unroll
@@ -55,9 +52,7 @@ struct PlainEntries {
 };
 
 // The label's place among the v entries, or -1.
-template <class Of>
-__device__ __forceinline__ int label_of(const Of& of, int64_t n, int v) {
-  const int64_t label = of.y[n] - of.start;
+__device__ __forceinline__ int label_among(int64_t label, int v) {
   return label >= 0 && label < v ? static_cast<int>(label) : -1;
 }
 
@@ -100,23 +95,21 @@ struct ThreadFold {
   }
 };
 
-// With kSums: writes exponentials to `out`, and brings `sums` to the new maximum.
-template <class S, class O, class Rows, class Of, bool kStats, bool kSums>
-__global__ void __launch_bounds__(kThreads, kStats || sizeof(S) == 8 ? 2 : 4)
-    fold_kernel(Rows rows, Of of, FoldState state, TileRows<O> out, TileRows<typename Accumulate<S>::T> sums) {
+// What a block has found of a row beside the label: the maximum, the sum of exp(z - max), those of the statistics, and
+// where the maximum is, or INT_MAX.
+template <class T>
+struct RowFold {
+  T top;
+  double sum, sum_z, sum_ez, sum_sq;
+  int argmax;
+};
+
+template <bool kStats, class S, class Of>
+__device__ __forceinline__ auto fold_row(const Row<S>& row, const Of& of, int label) {
   using T = typename Accumulate<S>::T;
   __shared__ T shared_top[kWarps];
   __shared__ double shared_sum[kWarps];
   __shared__ int shared_index[kWarps];
-  const int64_t n = blockIdx.x;
-  const Row<S> row = rows[n];
-  const int label = label_of(of, n, row.v);
-  T target[1] = {0}, label_slope[1] = {1};
-  if (threadIdx.x == 0 && label >= 0) {  // now: `out` may be what is read
-    target[0] = widen(row[label]);
-    of(target, label, label_slope);
-  }
-
   // Each thread goes from left to right, so that it finds the first of equal maxima.
   ThreadFold<T, kStats> fold;
   const auto add = [&](const auto& pack, int i) {
@@ -148,29 +141,44 @@ __global__ void __launch_bounds__(kThreads, kStats || sizeof(S) == 8 ? 2 : 4)
   for (; p < packs; p += kThreads) add(from[p], head + p * kPer<S>);
   for (int i = head + packs * kPer<S> + threadIdx.x; i < row.v; i += kThreads) add(Pack<S, 1>{row[i]}, i);
 
-  const T top = over_block(fold.top, shared_top, larger<T>);
+  RowFold<T> found{};
+  found.top = over_block(fold.top, shared_top, larger<T>);
   const auto plus = [](double a, double b) { return a + b; };
-  const double factor = exp_of(fold.top - top), apart = static_cast<double>(fold.top) - top;
-  const double sum = over_block(fold.sum * factor, shared_sum, plus);
-  double sum_z = 0, sum_ez = 0, sum_sq = 0;
-  int argmax = INT_MAX;
+  const double factor = exp_of(fold.top - found.top), apart = static_cast<double>(fold.top) - found.top;
+  found.sum = over_block(fold.sum * factor, shared_sum, plus);
   if (kStats) {
-    sum_z = over_block(static_cast<double>(fold.sum_z), shared_sum, plus);
-    sum_ez = over_block((fold.sum_ez + fold.sum * apart) * factor, shared_sum, plus);
-    sum_sq = over_block(fold.sum_sq * factor * factor, shared_sum, plus);
-    const int mine = fold.top == top && fold.argmax >= 0 ? fold.argmax : INT_MAX;
-    argmax = over_block(mine, shared_index, [](int a, int b) { return a < b ? a : b; });
+    found.sum_z = over_block(static_cast<double>(fold.sum_z), shared_sum, plus);
+    found.sum_ez = over_block((fold.sum_ez + fold.sum * apart) * factor, shared_sum, plus);
+    found.sum_sq = over_block(fold.sum_sq * factor * factor, shared_sum, plus);
+    const int mine = fold.top == found.top && fold.argmax >= 0 ? fold.argmax : INT_MAX;
+    found.argmax = over_block(mine, shared_index, [](int a, int b) { return a < b ? a : b; });
   }
+  return found;
+}
+
+// With kSums: writes exponentials to `out`, and brings `sums` to the new maximum.
+template <class S, class O, bool kStats, bool kSums>
+__global__ void __launch_bounds__(kThreads, kStats || sizeof(S) == 8 ? 2 : 4)
+    fold_kernel(TileRows<S> rows, Entries<S> of, FoldState state, TileRows<O> out, TileRows<S> sums) {
+  const int64_t n = blockIdx.x;
+  const Row<S> row = rows[n];
+  const int label = label_among(of.y[n] - of.start, row.v);
+  S target[1] = {0}, label_slope[1] = {1};
+  if (threadIdx.x == 0 && label >= 0) {  // now: `out` may be what is read
+    target[0] = row[label];
+    of(target, label, label_slope);
+  }
+  const auto [top, sum, sum_z, sum_ez, sum_sq, argmax] = fold_row<kStats>(row, of, label);
 
   if (!kSums && threadIdx.x != 0) return;
   double* field = state.data + n;
   const double old_max = field[kMax * state.stride], new_max = top > old_max ? top : old_max;
   const double old_factor = exp(old_max - new_max), new_factor = exp(top - new_max);
   if constexpr (kSums) {
-    const T shift = static_cast<T>(new_max), factor = static_cast<T>(old_factor);
+    const S shift = static_cast<S>(new_max), factor = static_cast<S>(old_factor);
     map_row(row, out[n], 0, 1, [&](auto& x, int i) {
-      constexpr int count = sizeof(x) / sizeof(T);
-      T slope[count];
+      constexpr int count = sizeof(x) / sizeof(S);
+      S slope[count];
       of(x, i, slope);
 #pragma unroll
       for (int k = 0; k < count; ++k) x[k] = i + k == label ? 0 : exp_of(x[k] - shift) * slope[k];
@@ -178,7 +186,7 @@ __global__ void __launch_bounds__(kThreads, kStats || sizeof(S) == 8 ? 2 : 4)
     if (factor != 1) {  // which gets rarer with every tile
       map_row(sums[n], sums[n], 0, 1, [&](auto& x, int) {
 #pragma unroll
-        for (T& sum : x) sum *= factor;
+        for (S& sum : x) sum *= factor;
       });
     }
     __syncthreads();  // all have read the old maximum
@@ -200,77 +208,109 @@ __global__ void __launch_bounds__(kThreads, kStats || sizeof(S) == 8 ? 2 : 4)
   }
 }
 
-// With `value`: 0 at the label, whose entry goes there. Without: all of the gradient.
-template <class S, class O, class Rows, class OutRows, class Of>
+// 0 at the label, whose entry goes to `value`.
+template <class S, class O>
 __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4)
-    dlogits_kernel(Rows rows, OutRows out_rows, Of of, const typename Accumulate<S>::T* norm, int64_t norm_stride,
-                   const typename Accumulate<S>::T* logp, const typename Accumulate<S>::T* g,
-                   typename Accumulate<S>::T slope_at_0, typename Accumulate<S>::T* value) {
-  using T = typename Accumulate<S>::T;
+    dlogits_kernel(TileRows<S> rows, TileRows<O> out, Entries<S> of, const S* norm, int64_t norm_stride, const S* logp,
+                   const S* g, S slope_at_0, S* value) {
   const int64_t n = blockIdx.x;
   const Row<S> row = rows[n];
-  const Row<O> to = out_rows[n];
-  const int label = label_of(of, n, row.v);
-  const T shift = norm[n], weight = g[n] * slope_at_0, factor = -weight / norm[norm_stride + n];
-  const T own = -expm1(logp[n]) * weight;
-  if (value != nullptr && label < 0 && blockIdx.y == 0 && threadIdx.x == 0) value[n] = 0;
-  map_row(row, to, blockIdx.y, gridDim.y, [&](auto& x, int i) {
-    constexpr int count = sizeof(x) / sizeof(T);
-    T slope[count];
+  const int label = label_among(of.y[n] - of.start, row.v);
+  const S shift = norm[n], weight = g[n] * slope_at_0, factor = -weight / norm[norm_stride + n];
+  const S own = -expm1(logp[n]) * weight;
+  if (label < 0 && threadIdx.x == 0) value[n] = 0;
+  map_row(row, out[n], 0, 1, [&](auto& x, int i) {
+    constexpr int count = sizeof(x) / sizeof(S);
+    S slope[count];
     of(x, i, slope);
 #pragma unroll
     for (int k = 0; k < count; ++k) {
       x[k] = exp_of(x[k] - shift) * factor * slope[k];
       if (i + k != label) continue;
-      if (value != nullptr) value[n] = own * slope[k];
-      x[k] = value != nullptr ? 0 : own * slope[k];
+      value[n] = own * slope[k];
+      x[k] = 0;
     }
   });
 }
 
-template <class S>
-__global__ void __launch_bounds__(kThreads) zero_kernel(GatheredRows<S> rows) {
-  const Row<S> row = rows[blockIdx.x];
-  const int head = row.head(), packs = row.packs();
-  for (int i = threadIdx.x; i < head; i += kThreads) row[i] = S{};
-  for (int i = head + packs * kPer<S> + threadIdx.x; i < row.v; i += kThreads) row[i] = S{};
-  auto* at = reinterpret_cast<Pack<S, kPer<S>>*>(row.data + head);
-  for (int p = threadIdx.x; p < packs; p += kThreads) at[p] = Pack<S, kPer<S>>{};
+// One thread a row.
+template <class T>
+__global__ void finish_kernel(FoldState state, const int64_t* y, Finished<T> finished) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row < finished.n) finished.write(row, row_sums(state, row, y[row]));
 }
 
-// One thread a row; what is computed is derived in dpo_kernels/impl/fold.py.
-template <class T>
-__global__ void finish_kernel(FoldState state, const int64_t* y, int64_t n, int64_t v, Stats stats, T* logp, T* norm,
-                              T* values) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (row >= n) return;
-  const auto field = [&](Field f) { return state.data[f * state.stride + row]; };
-  const double top = field(kMax), target = field(kTarget), sum = field(kSum), lead = target - top;
-  const double own = lead > 0 ? -log1p(sum * exp(-lead)) : lead - log(sum + exp(lead));
-  const double shift = larger(top, target), scale = exp(top - shift);
-  const double total = sum * scale + exp(target - shift), log_prob_of_top = (top - shift) - log(total);
-  logp[row] = static_cast<T>(own);
-  norm[row] = static_cast<T>(shift);
-  norm[n + row] = static_cast<T>(total);
-  for (int k = 0; k < stats.count; ++k) {
-    double value = 0;
-    switch (stats.names[k]) {
-      case kEntropy:
-        value = (own == -INFINITY ? 0 : -exp(own) * own) - scale / total * (field(kSumEz) + sum * log_prob_of_top);
-        break;
-      case kIsTop1:
-        value = target > top || (target == top && y[row] < state.argmax[row]);
-        break;
-      case kMeanLogit:
-        value = field(kSumZ) / static_cast<double>(v);
-        break;
-      default: {
-        const double a = log(field(kSumSq)) + 2 * log_prob_of_top, b = 2 * own, most = larger(a, b);
-        value = most == -INFINITY ? most : most + log1p(exp(-fabs(a - b)));
-      }
-    }
-    values[k * n + row] = static_cast<T>(value);
+// Sequence and place in it of position n.
+struct Position {
+  int64_t s, t;
+};
+__device__ __forceinline__ Position position_of(const Labels& labels, int n) {
+  const int length = static_cast<int>(labels.length);  // divided by in few instructions
+  return {n / length, n % length};
+}
+
+template <class S>
+__device__ __forceinline__ Row<S> row_of(const LogitsRows& logits, int64_t s, int64_t t, int v) {
+  return {static_cast<S*>(logits.data) + s * logits.stride_s + t * logits.stride_t, logits.stride_v, v};
+}
+
+// By a block: whether all labels are among the v entries, and as many as they should be.
+__device__ void check_labels(const Labels& labels, int v, int64_t num_labelled, int* fit) {
+  __shared__ int64_t shared_count[kWarps];
+  int64_t labelled = 0, outside = 0;
+  for (int n = threadIdx.x; n < labels.count(); n += kThreads) {
+    const auto [s, t] = position_of(labels, n);
+    const int64_t y = labels.at(s, t);
+    if (y == labels.ignore_index) continue;
+    ++labelled;
+    outside += y < 0 || y >= v;
   }
+  const auto plus = [](int64_t a, int64_t b) { return a + b; };
+  labelled = over_block(labelled, shared_count, plus);
+  outside = over_block(outside, shared_count, plus);
+  if (threadIdx.x == 0) *fit = outside == 0 && (num_labelled < 0 || labelled == num_labelled);
+}
+
+// The first block looks whether labels fit; each other one has a position, of which it reads nothing if it is ignored.
+template <class S, bool kStats, class T = typename Accumulate<S>::T>
+__global__ void __launch_bounds__(kThreads, kStats || sizeof(S) == 8 ? 2 : 4)
+    logits_fwd_kernel(LogitsRows logits, Labels labels, int64_t num_labelled, Finished<T> finished, int* fit) {
+  const int v = static_cast<int>(finished.v);
+  if (blockIdx.x == 0) return check_labels(labels, v, num_labelled, fit);
+  const int n = blockIdx.x - 1;
+  const auto [s, t] = position_of(labels, n);
+  const int64_t y = labels.at(s, t);
+  if (y == labels.ignore_index) {
+    if (threadIdx.x == 0) finished.write_zeros(n);
+    return;
+  }
+  const Row<S> row = row_of<S>(logits, s, t, v);
+  const int label = label_among(y, v);
+  const T target = threadIdx.x == 0 && label >= 0 ? widen(row[label]) : -INFINITY;
+  const RowFold<T> found = fold_row<kStats>(row, PlainEntries<T>(), label);
+  if (threadIdx.x != 0) return;
+  finished.write(n, {found.top, found.top, target, found.sum, found.sum_z, found.sum_ez, found.sum_sq,
+                     label < found.argmax});
+}
+
+// Zeros where there is no label, of which no logit is read.
+template <class S, class T = typename Accumulate<S>::T>
+__global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4)
+    logits_bwd_kernel(LogitsRows logits, LogitsRows out, Labels labels, int v, const T* norm, const T* logp,
+                      Positions g) {
+  const int n = blockIdx.x;
+  const auto [s, t] = position_of(labels, n);
+  const int64_t count = labels.count(), y = labels.at(s, t);
+  const Row<S> to = row_of<S>(out, s, t, v);
+  if (y == labels.ignore_index) return fill_row(to, S{}, blockIdx.y, gridDim.y);
+  const int label = label_among(y, v);
+  const T shift = norm[n], weight = g.at<T>(s, t), factor = -weight / norm[count + n];
+  const T own = -expm1(logp[n]) * weight;
+  map_row(row_of<S>(logits, s, t, v), to, blockIdx.y, gridDim.y, [&](auto& x, int i) {
+    constexpr int width = sizeof(x) / sizeof(T);
+#pragma unroll
+    for (int k = 0; k < width; ++k) x[k] = i + k == label ? own : exp_of(x[k] - shift) * factor;
+  });
 }
 
 template <class Launch>
@@ -305,43 +345,31 @@ TileRows<S> tile_rows(void* data, int64_t stride, int64_t columns) {
   return {static_cast<S*>(data), stride, entries(columns)};
 }
 
+template <class S>
+Entries<S> entries_of(const Tile& tile) {
+  return {static_cast<const S*>(tile.bias), Logit<S>(tile.transform), tile.start, tile.y};
+}
+
 template <class S, class O>
 void fold_tile(const Tile& tile, const FoldState& state, const Matrix& out, const Matrix& sums, bool stats,
                cudaStream_t stream) {
-  using T = typename Accumulate<S>::T;
-  using Of = Entries<T>;
-  const Of of{static_cast<const T*>(tile.bias), Logit<T>(tile.transform), tile.start, tile.y};
   const auto rows = tile_rows<S>(tile.a, tile.v, tile.v);
   if (sums.data == nullptr) {
-    run(stats ? fold_kernel<S, S, TileRows<S>, Of, true, false> : fold_kernel<S, S, TileRows<S>, Of, false, false>,
-        tile.n, 1, stream, rows, of, state, TileRows<S>{}, TileRows<T>{});
+    run(stats ? fold_kernel<S, S, true, false> : fold_kernel<S, S, false, false>, tile.n, 1, stream, rows,
+        entries_of<S>(tile), state, TileRows<S>{}, TileRows<S>{});
   } else {
-    run(stats ? fold_kernel<S, O, TileRows<S>, Of, true, true> : fold_kernel<S, O, TileRows<S>, Of, false, true>,
-        tile.n, 1, stream, rows, of, state, tile_rows<O>(out.data, out.stride, tile.v),
-        tile_rows<T>(sums.data, sums.stride, sums.columns));
+    run(stats ? fold_kernel<S, O, true, true> : fold_kernel<S, O, false, true>, tile.n, 1, stream, rows,
+        entries_of<S>(tile), state, tile_rows<O>(out.data, out.stride, tile.v),
+        tile_rows<S>(sums.data, sums.stride, sums.columns));
   }
 }
 
 template <class S, class O>
 void dlogits_tile(const Tile& tile, const Matrix& out, const GradRows& grad, void* value, cudaStream_t stream) {
-  using T = typename Accumulate<S>::T;
-  using Of = Entries<T>;
-  run(dlogits_kernel<S, O, TileRows<S>, TileRows<O>, Of>, tile.n, 1, stream, tile_rows<S>(tile.a, tile.v, tile.v),
-      tile_rows<O>(out.data, out.stride, tile.v),
-      Of{static_cast<const T*>(tile.bias), Logit<T>(tile.transform), tile.start, tile.y},
-      static_cast<const T*>(grad.norm), grad.norm_stride, static_cast<const T*>(grad.logp),
-      static_cast<const T*>(grad.g), static_cast<T>(tile.transform.slope()), static_cast<T*>(value));
-}
-
-template <class S>
-GatheredRows<S> gathered(const LogitsRows& logits, const Rows& rows) {
-  return {static_cast<S*>(logits.data),
-          logits.stride_s,
-          logits.stride_t,
-          logits.stride_v,
-          rows.sequence,
-          rows.position,
-          entries(rows.v)};
+  run(dlogits_kernel<S, O>, tile.n, 1, stream, tile_rows<S>(tile.a, tile.v, tile.v),
+      tile_rows<O>(out.data, out.stride, tile.v), entries_of<S>(tile), static_cast<const S*>(grad.norm),
+      grad.norm_stride, static_cast<const S*>(grad.logp), static_cast<const S*>(grad.g),
+      static_cast<S>(tile.transform.slope()), static_cast<S*>(value));
 }
 
 // A tile is of fp32, written in any type but fp64, or all of it is fp64.
@@ -371,40 +399,34 @@ void dlogits(DType type, const Tile& tile, DType out_type, const Matrix& out, co
            [&](auto s, auto o) { dlogits_tile<decltype(s), decltype(o)>(tile, out, grad, value, stream); });
 }
 
-void logits_fold(DType type, const LogitsRows& logits, const Rows& rows, const FoldState& state, bool stats,
-                 cudaStream_t stream) {
-  for_type(type, [&](auto s) {
-    using S = decltype(s);
-    using Of = PlainEntries<typename Accumulate<S>::T>;
-    run(stats ? fold_kernel<S, S, GatheredRows<S>, Of, true, false>
-              : fold_kernel<S, S, GatheredRows<S>, Of, false, false>,
-        rows.n, 1, stream, gathered<S>(logits, rows), Of{rows.y}, state, TileRows<S>{},
-        TileRows<typename Accumulate<S>::T>{});
-  });
-}
-
-void logits_bwd(DType type, const LogitsRows& logits, const LogitsRows& out, const Rows& rows, const GradRows& grad,
-                cudaStream_t stream) {
+void logits_fwd(DType type, const LogitsRows& logits, const Labels& labels, int64_t v, int64_t num_labelled,
+                const Stats& stats, void* logp, void* norm, void* values, int* fit, cudaStream_t stream) {
   for_type(type, [&](auto s) {
     using S = decltype(s);
     using T = typename Accumulate<S>::T;
-    using Of = PlainEntries<T>;
-    run(dlogits_kernel<S, S, GatheredRows<S>, GatheredRows<S>, Of>, rows.n, blocks_of<S>(rows.v), stream,
-        gathered<S>(logits, rows), gathered<S>(out, rows), Of{rows.y}, static_cast<const T*>(grad.norm),
-        grad.norm_stride, static_cast<const T*>(grad.logp), static_cast<const T*>(grad.g), T(1), nullptr);
+    const Finished<T> finished{static_cast<T*>(logp), static_cast<T*>(norm), static_cast<T*>(values),
+                               labels.count(),        entries(v),            stats};
+    run(stats.count != 0 ? logits_fwd_kernel<S, true> : logits_fwd_kernel<S, false>, 1 + labels.count(), 1, stream,
+        logits, labels, num_labelled, finished, fit);
   });
 }
 
-void zero_rows(DType type, const LogitsRows& out, const Rows& rows, cudaStream_t stream) {
-  for_type(type, [&](auto s) { run(zero_kernel<decltype(s)>, rows.n, 1, stream, gathered<decltype(s)>(out, rows)); });
+void logits_bwd(DType type, const LogitsRows& logits, const LogitsRows& out, const Labels& labels, int64_t v,
+                const void* norm, const void* logp, const Positions& g, cudaStream_t stream) {
+  for_type(type, [&](auto s) {
+    using S = decltype(s);
+    using T = typename Accumulate<S>::T;
+    run(logits_bwd_kernel<S>, labels.count(), blocks_of<S>(v), stream, logits, out, labels, entries(v),
+        static_cast<const T*>(norm), static_cast<const T*>(logp), g);
+  });
 }
 
 void finish(DType type, const FoldState& state, const int64_t* y, int64_t n, int64_t v, const Stats& stats, void* logp,
             void* norm, void* values, cudaStream_t stream) {
   const auto with = [&](auto t) {
     using T = decltype(t);
-    run(finish_kernel<T>, (n + kThreads - 1) / kThreads, 1, stream, state, y, n, v, stats, static_cast<T*>(logp),
-        static_cast<T*>(norm), static_cast<T*>(values));
+    run(finish_kernel<T>, (n + kThreads - 1) / kThreads, 1, stream, state, y,
+        Finished<T>{static_cast<T*>(logp), static_cast<T*>(norm), static_cast<T*>(values), n, v, stats});
   };
   type == DType::f64 ? with(double()) : with(float());
 }

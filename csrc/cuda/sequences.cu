@@ -12,16 +12,11 @@ namespace {
 
 constexpr int kWarps = kThreads / 32;
 
-template <class T>
-__device__ __forceinline__ T at(const Positions& of, int64_t s, int64_t t) {
-  return static_cast<const T*>(of.data)[s * of.stride_s + t * of.stride_t];
-}
-
 // 0 at ignored positions, whatever they hold; 1 without weights.
 template <class T>
 __device__ __forceinline__ T weight_of(const Positions& weights, bool is_labelled, int64_t s, int64_t t) {
   if (weights.data == nullptr) return 1;
-  return is_labelled ? at<T>(weights, s, t) : 0;
+  return is_labelled ? weights.at<T>(s, t) : 0;
 }
 
 template <class T>
@@ -33,9 +28,9 @@ __global__ void __launch_bounds__(kThreads)
   double sum = 0;
   int count = 0;
   for (int64_t t = threadIdx.x; t < labels.length; t += kThreads) {
-    const bool is_labelled = labels(s, t) != labels.ignore_index;
+    const bool is_labelled = labels.at(s, t) != labels.ignore_index;
     // rounded as a tensor of these products is
-    const T weighted = at<T>(logps, s, t) * weight_of<T>(weights, is_labelled, s, t);
+    const T weighted = logps.at<T>(s, t) * weight_of<T>(weights, is_labelled, s, t);
     sum += weighted;
     count += is_labelled;
   }
@@ -55,10 +50,10 @@ __global__ void __launch_bounds__(kThreads)
   if (t >= labels.length) return;
   T g = grad[s * grad_stride];
   if (counts != nullptr) g /= static_cast<T>(counts[s] > 1 ? counts[s] : 1);
-  const bool is_labelled = labels(s, t) != labels.ignore_index;
+  const bool is_labelled = labels.at(s, t) != labels.ignore_index;
   const int64_t place = s * labels.length + t;
   dlogps[place] = g * weight_of<T>(weights, is_labelled, s, t);
-  if (dweights != nullptr) dweights[place] = is_labelled ? g * at<T>(logps, s, t) : 0;
+  if (dweights != nullptr) dweights[place] = is_labelled ? g * logps.at<T>(s, t) : 0;
 }
 
 template <class Launch>

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 import dpo_kernels._cuda as _cuda
-from dpo_kernels.impl.fold import Fold
+from dpo_kernels.impl.fold import CompiledFold, Fold, stats_numbers
 from dpo_kernels.impl.interface import (
-    STATS,
     Columns,
+    GradPositions,
     GradRows,
-    LinearLogps,
+    Labels,
     LogitTransform,
-    Rows,
     accumulate_dtype,
 )
+from dpo_kernels.impl.positions import check_labels
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import product as product
 
@@ -52,26 +52,17 @@ def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
     return a.view(dtype)[:, :v]  # the first half of each row
 
 
-class CudaFold(Fold):
+class CudaFold(CompiledFold):
     """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E."""
 
     def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        n = self.y.shape[0]
-        self.logp, self.norm, values = (
-            self.state.new_empty(*shape, dtype=dtype) for shape in ((n,), (2, n), (len(self.names), n))
-        )
-        asked = [STATS.index(name) for name in self.names]
+        self.logp, self.norm, values = self.empty_results(dtype)
         with torch.cuda.device_of(self.y):
             _cuda.finish(
-                _type(self.logp), _state(self), _address(self.y), n, vocab_size, asked, _address(self.logp),
-                _address(self.norm), _address(values), _stream(self.y),
+                _type(self.logp), _state(self), _address(self.y), self.y.shape[0], vocab_size,
+                stats_numbers(self.names), _address(self.logp), _address(self.norm), _address(values), _stream(self.y),
             )  # fmt: skip
         return self.logp, self.norm, values
-
-    @property
-    def others(self) -> Tensor:
-        shift, total = self.norm.double()
-        return torch.exp(self.max - shift) / total
 
 
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
@@ -226,37 +217,6 @@ def _logits(logits: Tensor) -> _cuda.LogitsRows:
     return _cuda.LogitsRows(_address(logits), *logits.stride())
 
 
-def _rows(rows: Rows, y: Tensor, v: int) -> tuple[_cuda.Rows, tuple[Tensor, ...]]:
-    """And the tensors that must live until the kernel has its place in the stream."""
-    kept = rows.sequence.contiguous(), rows.position.contiguous(), y.contiguous()
-    assert all(t.dtype == torch.int64 for t in kept)
-    sequence, position, labels = map(_address, kept)
-    return _cuda.Rows(sequence, position, labels, y.shape[0], v), kept
-
-
-def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
-    acc, v = accumulate_dtype(logits.dtype), logits.shape[-1]
-    fold = new_fold(y, acc, stats)
-    native_rows, _kept = _rows(rows, y, v)
-    with torch.cuda.device_of(logits):
-        _cuda.logits_fold(_type(logits), _logits(logits), native_rows, _state(fold), bool(stats), _stream(logits))
-    return LinearLogps(*fold.finish(v, acc), None)
-
-
-def logps_bwd_(logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
-    assert out.dtype == logits.dtype and out.shape == logits.shape
-    of = _contiguous(of, accumulate_dtype(logits.dtype))
-    native_rows, _kept = _rows(rows, of.y, logits.shape[-1])
-    with torch.cuda.device_of(logits):
-        _cuda.logits_bwd(_type(logits), _logits(logits), _logits(out), native_rows, _grad_rows(of), _stream(logits))
-
-
-def zero_rows_(out: Tensor, rows: Rows) -> None:
-    native_rows, _kept = _rows(rows, rows.sequence, out.shape[-1])
-    with torch.cuda.device_of(out):
-        _cuda.zero_rows(_type(out), _logits(out), native_rows, _stream(out))
-
-
 def _positions(t: Tensor | None) -> _cuda.Positions:
     return _cuda.Positions(0, 0, 0) if t is None else _cuda.Positions(_address(t), *t.stride())
 
@@ -265,6 +225,31 @@ def _labels(labels: Tensor, ignore_index: int) -> _cuda.Labels:
     assert labels.dtype == torch.int64
     (stride_s, stride_t), (sequences, length) = labels.stride(), labels.shape
     return _cuda.Labels(_address(labels), stride_s, stride_t, sequences, length, ignore_index)
+
+
+def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    y, acc, v = labels.y, accumulate_dtype(logits.dtype), logits.shape[-1]
+    logp, norm, values = (logits.new_empty(*lead, *y.shape, dtype=acc) for lead in ((), (2,), (len(stats),)))
+    fit = y.new_empty((), dtype=torch.int32)
+    with torch.cuda.device_of(logits):
+        _cuda.logits_fwd(
+            _type(logits), _logits(logits), _labels(y, labels.ignore_index), v,
+            -1 if labels.num_labelled is None else labels.num_labelled, stats_numbers(stats),
+            _address(logp), _address(norm), _address(values), _address(fit), _stream(logits),
+        )  # fmt: skip
+    check_labels(fit, labels, v)
+    return logp, norm, values
+
+
+def logps_bwd_(logits: Tensor, labels: Labels, of: GradPositions, out: Tensor) -> None:
+    assert out.dtype == logits.dtype and out.shape == logits.shape
+    norm, logp, g = of.norm.contiguous(), of.logp.contiguous(), of.g
+    assert norm.dtype == logp.dtype == g.dtype == accumulate_dtype(logits.dtype)
+    with torch.cuda.device_of(logits):
+        _cuda.logits_bwd(
+            _type(logits), _logits(logits), _logits(out), _labels(labels.y, labels.ignore_index), logits.shape[-1],
+            _address(norm), _address(logp), _positions(g), _stream(logits),
+        )  # fmt: skip
 
 
 def sum_tokens(

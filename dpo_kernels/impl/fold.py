@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from torch import Tensor
+
+from dpo_kernels.options import Stat
 
 
 class Fold:
@@ -82,3 +85,24 @@ class Fold:
                 values.append(torch.logaddexp(self.sum_sq.log() + 2 * log_prob_of_max, 2 * self.logp))
         stats = torch.stack(values) if values else self.max.new_empty(0, *self.max.shape)
         return self.logp.to(dtype), torch.stack([shift, total]).to(dtype), stats.to(dtype)
+
+
+def stats_numbers(names: Sequence[str]) -> list[int]:
+    """Of statistics, in `csrc/finish.h`."""
+    return [get_args(Stat).index(name) for name in names]
+
+
+class CompiledFold(Fold):
+    """A fold that compiled code finishes."""
+
+    norm: Tensor
+
+    def empty_results(self, dtype: torch.dtype) -> list[Tensor]:
+        """logp [N], norm [2, N] and the statistics [K, N], to be written."""
+        n = self.y.shape[0]
+        return [self.state.new_empty(shape, dtype=dtype) for shape in ((n,), (2, n), (len(self.names), n))]
+
+    @property
+    def others(self) -> Tensor:
+        shift, total = self.norm.double()
+        return torch.exp(self.max - shift) / total

@@ -1,7 +1,8 @@
 """What an implementation of the fused log-probabilities provides. Implementations never import one another.
 
 Dimensions: N labelled rows, H hidden size, V vocabulary size, K requested statistics, n rows and v vocabulary entries
-of one tile. Every tensor that an implementation receives is compacted: row n has a label in [0, V).
+of one tile. What paths A to D give an implementation is compacted: row n has a label in [0, V). Path E and sums have S
+sequences of T positions with ignored labels left in.
 
 An implementation is a module with the functions of `TileKernels`. `paths.py` builds the algorithms A to D from the
 first functions, the same for every implementation; `torch.py` is the one to read first.
@@ -41,6 +42,14 @@ class Rows(NamedTuple):
     position: Tensor  # [N] int64
 
 
+class Labels(NamedTuple):
+    """Of S sequences of T positions."""
+
+    y: Tensor  # [S, T] int64, in [0, V), or `ignore_index`
+    ignore_index: int
+    num_labelled: int | None  # how many are not ignored, if the host knows: a CUDA device is then not waited for
+
+
 class LinearLogps(NamedTuple):
     """What a pass over the vocabulary leaves for each row, in fp32 (fp64 for fp64 inputs)."""
 
@@ -70,6 +79,14 @@ class GradRows(NamedTuple):
 
     def part(self, rows: slice) -> GradRows:
         return GradRows(self.y[rows], self.norm[:, rows], self.logp[rows], self.g[rows])
+
+
+class GradPositions(NamedTuple):
+    """The same of all positions; whatever these hold where they are ignored."""
+
+    norm: Tensor  # [2, S, T]
+    logp: Tensor  # [S, T]
+    g: Tensor  # [S, T]
 
 
 class Columns(NamedTuple):
@@ -214,15 +231,12 @@ class TileKernels(Protocol):
         """Writes -g p dz/da to `out`, with 0 at the labels. Returns value [n] of the label's own entry
         g (1 - p_y) dz/da, 0 where the label lies in another block."""
 
-    def logps_fwd(self, logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
-        """Path E: one read of the labelled rows of logits [S, T, V]."""
+    def logps_fwd(self, logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
+        """Path E: logp [S, T], norm [2, S, T] and statistics [K, S, T], 0 at ignored positions, of one read of the
+        labelled rows of logits [S, T, V]. Checks the labels; see `positions.labelled_rows`."""
 
-    def logps_bwd_(self, logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
-        """Path E: the gradient of sum_n g_n logp_n with respect to the logits, written to the labelled rows of `out`
-        [S, T, V], which may be `logits`."""
-
-    def zero_rows_(self, out: Tensor, rows: Rows) -> None:
-        """Writes 0 to these rows of `out` [S, T, V]."""
+    def logps_bwd_(self, logits: Tensor, labels: Labels, of: GradPositions, out: Tensor) -> None:
+        """Path E: the gradient of sum g logp with respect to the logits, in `out` [S, T, V], which may be `logits`."""
 
     def sum_tokens(
         self, token_logps: Tensor, labels: Tensor, ignore_index: int, weights: Tensor | None, mean: bool

@@ -197,7 +197,7 @@ class _Gradients:
         block yet."""
         if self.dx is not None:
             self.k.product(d, w, self.dx[rows], accumulate=True)
-            self.label[rows] += value
+            self.label[rows].add_(value)
         if self.dw_sum is not None or self.db is not None:
             _put_labels_(d, y, block.start, value)
         if self.dw_sum is not None:

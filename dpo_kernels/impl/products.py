@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.impl import waves
-from dpo_kernels.impl.interface import Rows, accumulate_dtype
+from dpo_kernels.impl.interface import accumulate_dtype
 
 # Sums over a vocabulary are at least so long; shorter ones are left to the library as they are.
 LONG_SUM = 2**14
@@ -36,10 +36,6 @@ def operand(t: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
     return a if a.dtype == dtype else torch.empty_like(a, dtype=dtype)
-
-
-def zero_rows_(out: Tensor, rows: Rows) -> None:
-    out[rows.sequence, rows.position] = 0
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:

@@ -13,12 +13,20 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.impl.fold import Fold
-from dpo_kernels.impl.interface import Columns, GradRows, LinearLogps, LogitTransform, Rows, accumulate_dtype
+from dpo_kernels.impl.interface import (
+    Columns,
+    GradPositions,
+    GradRows,
+    Labels,
+    LogitTransform,
+    Rows,
+    accumulate_dtype,
+)
 from dpo_kernels.impl.paths import spans
+from dpo_kernels.impl.positions import at_rows, labelled_rows, spread, unlabelled_rows
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import out_tile as out_tile
 from dpo_kernels.impl.products import product as product
-from dpo_kernels.impl.products import zero_rows_ as zero_rows_
 
 CPU_TILE_BYTES = 16 * 2**20
 DEVICE_TILE_BYTES = 128 * 2**20
@@ -143,25 +151,32 @@ def _logits_blocks(n: int, v: int, dtype: torch.dtype, device: torch.device) -> 
     return max(1, min(n, numel // columns)), columns
 
 
-def logps_fwd(logits: Tensor, rows: Rows, y: Tensor, *, stats: Sequence[str] = ()) -> LinearLogps:
-    acc = accumulate_dtype(logits.dtype)
-    v = logits.shape[-1]
-    step, columns = _logits_blocks(y.shape[0], v, acc, logits.device)
-    fold = new_fold(y, acc, stats)
-    for span in spans(y.shape[0], step):
+def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    acc, v = accumulate_dtype(logits.dtype), logits.shape[-1]
+    rows = labelled_rows(labels.y, v, labels.ignore_index, labels.num_labelled)
+    fold = new_fold(at_rows(labels.y, rows), acc, stats)
+    n = fold.y.shape[0]
+    step, columns = _logits_blocks(n, v, acc, logits.device)
+    for span in spans(n, step):
         for block in spans(v, columns):
             _add_logits_(fold, _gather_logits(logits, rows, span, block, acc), span, block.start)
-    return LinearLogps(*fold.finish(v, acc), None)
+    logp, norm, values = (spread(t, rows, labels.y.shape) for t in fold.finish(v, acc))
+    return logp, norm, values
 
 
-def logps_bwd_(logits: Tensor, rows: Rows, of: GradRows, out: Tensor) -> None:
-    acc = accumulate_dtype(logits.dtype)
-    step, columns = _logits_blocks(of.y.shape[0], logits.shape[-1], acc, logits.device)
-    for span in spans(of.y.shape[0], step):
-        for block in spans(logits.shape[-1], columns):
+def logps_bwd_(logits: Tensor, labels: Labels, of: GradPositions, out: Tensor) -> None:
+    acc, v = accumulate_dtype(logits.dtype), logits.shape[-1]
+    rows = labelled_rows(labels.y, v, labels.ignore_index, labels.num_labelled)
+    of_rows = GradRows(at_rows(labels.y, rows), *(at_rows(t, rows) for t in of))
+    n = of_rows.y.shape[0]
+    step, columns = _logits_blocks(n, v, acc, logits.device)
+    for span in spans(n, step):
+        for block in spans(v, columns):
             z = _gather_logits(logits, rows, span, block, acc)
-            value = dlogits(z, z, of.part(span), Columns(block.start, None), LogitTransform())
-            column, _ = _label_column(of.y[span], block.start, z.shape[1])
+            value = dlogits(z, z, of_rows.part(span), Columns(block.start, None), LogitTransform())
+            column, _ = _label_column(of_rows.y[span], block.start, z.shape[1])
             # not scatter_add_, which adds with atomics on some devices
             z.scatter_(1, column, z.gather(1, column) + value[:, None])
             out[:, :, block][rows.sequence[span], rows.position[span]] = z.to(out.dtype)
+    others = unlabelled_rows(labels.y, labels.ignore_index, n)
+    out[others.sequence, others.position] = 0

@@ -22,7 +22,7 @@ from torch import Tensor
 from dpo_kernels.impl import triton_linear
 from dpo_kernels.impl.interface import LogitTransform
 from dpo_kernels.impl.triton_linear import LOWEST, NUM_STAGES, NUM_WARPS, products
-from dpo_kernels.impl.triton_math import exp, to_logits, transform_constants
+from dpo_kernels.impl.triton_math import exp, log1p, stats_constants, to_logits, transform_constants
 
 # No logit is more than this above its row's shift, so that exponentials, their sums and what these are divided by stay
 # within what bf16 and fp32 hold, or 2^32. Rows of which one is are gone over again.
@@ -168,13 +168,6 @@ def linear_exp_fwd_kernel(
         tl.store(at + SUM_SQ * stride_field, sum_sq, mask=is_row)
 
 
-@triton.jit
-def _log1p(x):
-    """Of x >= 0, where 1 + x rounds: its logarithm, and what it is off."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.where(u == float("inf"), u, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0))))
-
-
 @triton.jit(
     do_not_specialize=["N", "V", "splits", "stride_split", "stride_field", "stride_out"],
     do_not_specialize_on_alignment=[
@@ -223,7 +216,7 @@ def exp_join_kernel(
     top, top_before = top.to(tl.float64), top_before.to(tl.float64)
     lead = target - shift
     mass = total + tl.exp(lead)
-    logp = tl.where(lead > 0, -_log1p(total * tl.exp(-tl.maximum(lead, 0.0))), lead - tl.log(mass))
+    logp = tl.where(lead > 0, -log1p(total * tl.exp(-tl.maximum(lead, 0.0))), lead - tl.log(mass))
     tl.store(logp_ptr + n, logp.to(tl.float32), mask=is_row)
     largest = tl.maximum(top, target)
     near = total * tl.exp(shift - largest) + tl.exp(target - largest)
@@ -410,7 +403,7 @@ class Exponentials:
             n, self.weight.shape[0], self.splits,
             SLOPE=self.transform.slope, HAS_SLOPE=self.transform.softcap is not None, FAR=self.far,
             STATS=bool(self.names), BLOCK_N=JOIN_ROWS, num_warps=1,
-            **{own: self.names.index(name) if name in self.names else None for name, own in _CONSTANTS.items()},
+            **stats_constants(self.names),
         )  # fmt: skip
         return logp, norm, stats
 
@@ -436,11 +429,3 @@ class Exponentials:
             BLOCK_N=BLOCK_ROWS, BLOCK_H=block_h,
         )  # fmt: skip
         return out
-
-
-_CONSTANTS = {
-    "entropy": "ENTROPY",
-    "is_top1": "IS_TOP1",
-    "mean_logit": "MEAN_LOGIT",
-    "log_sum_sq_probs": "SUM_SQ_PROBS",
-}

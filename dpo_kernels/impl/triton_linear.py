@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import LogitTransform
-from dpo_kernels.impl.triton_math import log1p, to_logits, transform_constants
+from dpo_kernels.impl.triton_math import log1p, stats_constants, to_logits, transform_constants
 from dpo_kernels.impl.waves import splits_of as splits_of
 
 BLOCK_N, BLOCK_H = 128, 64
@@ -326,15 +326,6 @@ def join_splits(
     with torch.cuda.device_of(part):
         linear_join_kernel[(triton.cdiv(n, JOIN_ROWS),)](
             part, places, logp, norm, stats, broken, n, v, splits, logp.numel(), **transform_constants(transform),
-            STATS=bool(names), **{own: names.index(name) if name in names else None for name, own in CONSTANTS.items()},
+            STATS=bool(names), **stats_constants(names),
             BLOCK_N=JOIN_ROWS, BLOCK_SPLITS=JOIN_SPLITS, num_warps=8,
         )  # fmt: skip
-
-
-# By statistic, the constant that says in which row of the results it goes.
-CONSTANTS = {
-    "entropy": "ENTROPY",
-    "is_top1": "IS_TOP1",
-    "mean_logit": "MEAN_LOGIT",
-    "log_sum_sq_probs": "SUM_SQ_PROBS",
-}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import triton
@@ -52,7 +53,7 @@ def one_minus_exp(x):
     """1 - exp(x) for x <= 0, with nothing that cancels."""
     series = tl.zeros_like(x) + 1.0
     for k in tl.static_range(14, 1, -1):
-        series = 1.0 + series * x / k
+        series = 1.0 + series * (x * (1.0 / k))
     return tl.where(x > -0.35, -x * series, 1.0 - tl.exp(x))
 
 
@@ -68,3 +69,14 @@ def transform_constants(transform: LogitTransform) -> dict[str, Any]:
     if softcap is None:
         return {"INNER": None, "OUTER": transform.slope}
     return {"INNER": scale / softcap, "OUTER": softcap / temperature}
+
+
+def stats_constants(names: Sequence[str]) -> dict[str, int | None]:
+    """Of each statistic the kernels' name for it, and which one of those asked for it is."""
+    constants = {
+        "ENTROPY": "entropy",
+        "IS_TOP1": "is_top1",
+        "MEAN_LOGIT": "mean_logit",
+        "SUM_SQ_PROBS": "log_sum_sq_probs",
+    }
+    return {own: names.index(name) if name in names else None for own, name in constants.items()}

@@ -28,7 +28,10 @@ class Launched:
 class Operators(TorchDispatchMode):
     """Counts PyTorch's operators that launch something."""
 
-    WITHOUT_KERNEL = ("empty", "view", "slice", "select", "t", "transpose", "as_strided", "unbind", "detach", "alias")
+    WITHOUT_KERNEL = (
+        *("empty", "view", "slice", "select", "t", "transpose", "as_strided", "unbind", "detach", "alias", "expand"),
+        *("unsqueeze", "dpo_kernels::"),
+    )
 
     def __init__(self, launches: Counter[str]):
         super().__init__()
@@ -36,7 +39,8 @@ class Operators(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name().removeprefix("aten::").partition(".")[0]
-        if not any(name == each or name.startswith((f"{each}_", f"new_{each}")) for each in self.WITHOUT_KERNEL):
+        known = tuple(each if each.endswith("::") else f"{each}_" for each in self.WITHOUT_KERNEL)
+        if not (name in self.WITHOUT_KERNEL or name.startswith(known) or name == "new_empty"):
             self.launches[name] += 1
         return func(*args, **(kwargs or {}))
 

@@ -18,7 +18,15 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dpo_kernels.impl.triton import MAX_BLOCK_H, MAX_BLOCK_V, dlogits_bwd_kernel, fold_fwd_kernel
+from dpo_kernels.impl.triton import (
+    CHECKED_LABELS,
+    MAX_BLOCK_BYTES,
+    MAX_BLOCK_H,
+    dlogits_bwd_kernel,
+    fold_fwd_kernel,
+    logits_bwd_kernel,
+    logits_fwd_kernel,
+)
 from dpo_kernels.impl.triton_exponentials import (
     BLOCK_ROWS,
     DLOGITS_BLOCK_N,
@@ -50,16 +58,18 @@ def cases(capability):
     differs little, all for Hopper and a part for the others."""
     transforms = {"plain": (None, 1.0), "softcap": (1 / 30.0, 30.0)}
     everything = capability == 90
-    for storage in ("fp32", "bf16", "fp64") if everything else ("fp32", "bf16"):
-        acc = "fp64" if storage == "fp64" else "fp32"
-        half = storage == "bf16"
-        common = {"ACC": getattr(tl, f"float{acc[2:]}"), "GATHER": half, "BLOCK_N": 1, "BLOCK_V": MAX_BLOCK_V}
+    for storage in ("fp32", "fp64") if everything else ("fp32",):
+        common = {"ACC": getattr(tl, f"float{storage[2:]}"), "BLOCK_N": 1, "num_warps": 8}
+        common["BLOCK_V"] = MAX_BLOCK_BYTES // BYTES[storage]
         for name, (inner, outer) in transforms.items():
-            if half and name != "plain" or storage == "fp64" and name != "softcap":
+            if storage == "fp64" and name != "softcap":
                 continue
-            where = common | {"INNER": inner, "OUTER": outer, "HAS_BIAS": name == "softcap", "num_warps": 8}
+            per = 16 // BYTES[storage]
+            where = common | {"INNER": inner, "OUTER": outer, "HAS_BIAS": name == "softcap"}
+            types = {f"{n}_ptr": f"*{storage}" for n in ("a", "bias", "sums", "norm", "logp", "g", "value")}
+            types["out_ptr"] = "*bf16"
             for stats in (False, True):
-                for write in (False,) if half else (False, True):
+                for write in (False, True):
                     if storage == "fp64" and not (stats and write):
                         continue
                     if storage == "fp32" and not everything and stats != (name == "softcap"):
@@ -67,18 +77,23 @@ def cases(capability):
                     yield (
                         f"fold {storage} {name}{' stats' * stats}{' exp' * write}",
                         fold_fwd_kernel,
-                        {"a_ptr": f"*{storage}", "out_ptr": "*bf16", "bias_ptr": f"*{acc}", "sums_ptr": f"*{acc}"},
-                        {**where, "BLOCK_H": MAX_BLOCK_H, "STATS": stats, "WRITE_EXP": write},
+                        types,
+                        {**where, "BLOCK_H": MAX_BLOCK_H, "STATS": stats, "WRITE_EXP": write, "PER": per},
                         (),
                     )
-            yield (
-                f"dlogits {storage} {name}",
-                dlogits_bwd_kernel,
-                {"a_ptr": f"*{storage}", "out_ptr": f"*{storage}" if half else "*bf16",
-                 **{f"{n}_ptr": f"*{acc}" for n in ("bias", "norm", "logp", "g", "value")}},
-                {**where, "SLOPE": 1.0},
-                (),
-            )  # fmt: skip
+            yield f"dlogits {storage} {name}", dlogits_bwd_kernel, types, {**where, "SLOPE": 1.0}, ()
+    for storage in ("bf16", "fp32", "fp64") if everything else ("bf16",):
+        acc = "fp64" if storage == "fp64" else "fp32"
+        common = {"ACC": getattr(tl, f"float{acc[2:]}"), "BLOCK_N": 1, "num_warps": 8}
+        common["BLOCK_V"] = MAX_BLOCK_BYTES // BYTES[storage]
+        types = {"a_ptr": f"*{storage}", "out_ptr": f"*{storage}", "fit_ptr": "*i32"}
+        types |= {f"{n}_ptr": f"*{acc}" for n in ("logp", "norm", "stats", "g")}
+        for stats in (False, True):
+            names = ("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS")
+            asked = {name: i if stats else None for i, name in enumerate(names)}
+            settings = {**common, **asked, "STATS": stats, "PER": 16 // BYTES[storage], "BLOCK_T": CHECKED_LABELS}
+            yield f"fold logits {storage}{' stats' * stats}", logits_fwd_kernel, types, settings, ()
+        yield f"dlogits logits {storage}", logits_bwd_kernel, types, common, ()
     for storage in ("bf16", "fp16") if everything else ("bf16",):
         for name, (inner, outer) in transforms.items():
             for stats in (False, True):
@@ -96,7 +111,7 @@ def cases(capability):
                         f"linear fold {storage} {name}{' stats' * stats}{' slots' * slots}",
                         linear_fold_fwd_kernel,
                         types,
-                        {**where, "STATS": stats, "slot_ptr": None} if not slots else {**where, "STATS": stats},
+                        {**where, "STATS": stats} | ({} if slots else {"slot_ptr": None}),
                         odd,
                     )
                 if storage == "fp16":
@@ -115,44 +130,19 @@ def cases(capability):
     join |= names
     numbers = ("part", "shift", "logp", "norm", "stats", "scale", "label", "missing", "g", "sums")
     types = {f"{name}_ptr": "*fp32" for name in numbers}
-    of_rows = types | {"out_ptr": "*fp32"}
     types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*i16"}
     of_dlogits = {"BLOCK_N": DLOGITS_BLOCK_N, "BLOCK_V": DLOGITS_BLOCK_V, "num_warps": 4}
-    yield (
-        "rows linear join",
-        linear_join_kernel,
-        of_rows,
-        {
-            "INNER": 1 / 30.0,
-            "OUTER": 30.0,
-            "STATS": True,
-            **names,
-            "BLOCK_N": LINEAR_JOIN_ROWS,
-            "BLOCK_SPLITS": JOIN_SPLITS,
-            "num_warps": 4,
-        },
-        (),
-    )
-    yield "rows found", rows_kernel, of_rows, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": 4}, ()
+    of_parts = {"INNER": 1 / 30.0, "OUTER": 30.0, "STATS": True, "BLOCK_N": LINEAR_JOIN_ROWS, "num_warps": 8}
+    yield "rows linear join", linear_join_kernel, types, of_parts | names | {"BLOCK_SPLITS": JOIN_SPLITS}, ()
+    yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": 4}, ()
     yield "rows join", exp_join_kernel, types, join, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
 
-POINTERS = {
-    "slot_ptr": "*i64",
-    "place_ptr": "*i64",
-    "broken_ptr": "*i64",
-    "labels_ptr": "*i64",
-    "predictors_ptr": "*i64",
-    "rows_ptr": "*i64",
-    "notes_ptr": "*i64",
-    "y_ptr": "*i64",
-    "sequence_ptr": "*i64",
-    "position_ptr": "*i64",
-    "state_ptr": "*fp64",
-    "argmax_ptr": "*i64",
-}
+BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
+POINTERS = dict.fromkeys(("y", "argmax", "slot", "place", "broken", "labels", "predictors", "rows", "notes"), "*i64")
+POINTERS = {f"{name}_ptr": kind for name, kind in (POINTERS | {"state": "*fp64"}).items()}
 UNIT = {"stride_av": 1, "stride_ov": 1}
 
 

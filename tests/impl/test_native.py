@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl import torch as plain
-from dpo_kernels.impl.interface import STATS, Columns, GradRows, LogitTransform, Rows
+from dpo_kernels.impl.interface import STATS, Columns, GradPositions, GradRows, Labels, LogitTransform
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.losses import dpo_loss
 from dpo_kernels.testing import assert_within_budget, head_inputs
@@ -127,9 +127,9 @@ def test_tanh(isa):
     assert slope[:4].tolist() == [0, 0, 1, 1] and got[4].isnan() and slope[4].isnan()
 
 
-def one_row_each(n):
-    """Rows of logits [1, n, V]."""
-    return Rows(torch.zeros(n, dtype=torch.int64), torch.arange(n))
+def all_labelled(y):
+    """Labels [n] of logits [1, n, V]."""
+    return Labels(y[None], -100, len(y))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -140,7 +140,7 @@ def test_every_half_is_loaded_right(isa, dtype):
     for v in (1, LANES[isa] + 4):
         logits = values[None, :, None].expand(1, 2**16, v).contiguous()
         y = torch.zeros(2**16, dtype=torch.int64)
-        mean = native.logps_fwd(logits, one_row_each(2**16), y, stats=("mean_logit",)).stats[0]
+        mean = native.logps_fwd(logits, all_labelled(y), stats=("mean_logit",))[2].flatten()
         torch.testing.assert_close(mean, values.float(), rtol=0, atol=0, equal_nan=True)
 
 
@@ -162,7 +162,8 @@ def test_every_half_is_stored_right(isa, dtype):
     out = torch.zeros(1, n, v, dtype=dtype)
     label = torch.arange(n) % v
     norm, logp = torch.tensor([[0.0], [1.0]]).expand(2, n).contiguous(), torch.full((n,), -torch.inf)
-    native.logps_bwd_(torch.zeros(1, n, v, dtype=dtype), one_row_each(n), GradRows(label, norm, logp, g), out)
+    of = GradPositions(norm[:, None], logp[None], g[None])
+    native.logps_bwd_(torch.zeros(1, n, v, dtype=dtype), all_labelled(label), of, out)
     is_label = torch.arange(v) == label[:, None]
     expected = torch.where(is_label, g[:, None], -g[:, None]).to(dtype)
     torch.testing.assert_close(out[0].float(), expected.float(), rtol=0, atol=0, equal_nan=True)
@@ -422,26 +423,26 @@ def test_strides_do_not_matter(isa, dtype, view, v):
     logits = view(torch.randn(3, 4, v, generator=seeded()).mul_(3).to(dtype))
     packed = logits.clone(memory_format=torch.contiguous_format)
     assert not logits.is_contiguous() and packed.is_contiguous()
-    places = torch.tensor([[0, 0], [0, 3], [1, 1], [2, 0], [2, 3]])
-    rows, y = Rows(*places.unbind(1)), torch.tensor([0, v - 1, 3, 17, 20])  # the columns of `places` have stride 2
-    expected = native.logps_fwd(packed, rows, y, stats=STATS)
-    got = native.logps_fwd(logits, rows, y, stats=STATS)
-    assert all(torch.equal(a, b) for a, b in zip(got[:3], expected[:3], strict=True))
+    y = torch.tensor([[0, -1, -1, v - 1], [-1, 3, -1, -1], [17, -1, -1, 20]])
+    labels = Labels(y, -1, None)
+    expected = native.logps_fwd(packed, labels, stats=STATS)
+    got = native.logps_fwd(logits, labels, stats=STATS)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
-    g = torch.randn(5, generator=seeded(1), dtype=expected.logp.dtype)
-    of_rows = rows, GradRows(y, expected.norm, expected.logp, g)
+    logp, norm, _ = expected
+    of = GradPositions(norm, logp, torch.randn(3, 4, generator=seeded(1), dtype=logp.dtype))
     truth = torch.full_like(packed, 7.0)
-    native.logps_bwd_(packed, *of_rows, truth)
-    assert (truth == 7.0).all(-1).sum() == 12 - 5  # rows without a label are left alone
+    native.logps_bwd_(packed, labels, of, truth)
+    assert torch.equal((truth == 0.0).all(-1), y == -1)
     for other in VIEWS.values():  # any stride in with any stride out
         out = other(torch.full_like(packed, 7.0))
         if 0 in out.stride():
             continue  # rows that share memory cannot all be written
-        native.logps_bwd_(logits, *of_rows, out)
+        native.logps_bwd_(logits, labels, of, out)
         assert torch.equal(out, truth)
     if 0 not in logits.stride():
-        native.logps_bwd_(logits, *of_rows, logits)
-        assert torch.equal(logits[rows], truth[rows])
+        native.logps_bwd_(logits, labels, of, logits)
+        assert torch.equal(logits, truth)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])

@@ -1,0 +1,70 @@
+"""Which of the positions [S, T] carry a label: found, checked, and what belongs to them taken out and put back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dpo_kernels.impl.interface import Labels, Rows
+
+DO_NOT_FIT = "num_labelled does not fit the labels, or a label lies outside the vocabulary"
+
+
+def labelled_rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int | None = None) -> Rows:
+    """The labelled positions of [S, T] in row-major order, checked.
+
+    With `num_labelled` given, a CUDA device is not waited for, and a wrong count or a label outside the vocabulary
+    trips an assertion on the device instead of the errors below.
+
+    Raises:
+        ValueError: a label outside [0, vocab_size), with its sequence and position, or a `num_labelled` that does not
+            fit the labels.
+    """
+    labelled = labels != ignore_index
+    outside = labelled & ((labels < 0) | (labels >= vocab_size))
+    if num_labelled is not None and labels.device.type == "cuda":
+        torch._assert_async((labelled.sum() == num_labelled) & ~outside.any(), DO_NOT_FIT)
+        return Rows(*torch.nonzero_static(labelled, size=num_labelled).unbind(1))
+
+    rows = Rows(*torch.nonzero(labelled).unbind(1))
+    if outside.any():
+        s, t = torch.nonzero(outside)[0].tolist()
+        raise ValueError(
+            f"labels: expected values in [0, {vocab_size}) or ignore_index={ignore_index}, got {labels[s, t].item()} "
+            f"for sequence {s}, position {t} ({int(outside.sum())} such label(s))"
+        )
+    if num_labelled is not None and num_labelled != len(rows.sequence):
+        raise ValueError(
+            f"num_labelled: expected {len(rows.sequence)}, the number of predicted labels, got {num_labelled}"
+        )
+    return rows
+
+
+def unlabelled_rows(labels: Tensor, ignore_index: int, num_labelled: int) -> Rows:
+    """The other positions, for which a device is not waited for either; `num_labelled` is right."""
+    unlabelled = labels == ignore_index
+    if labels.device.type == "cuda":
+        return Rows(*torch.nonzero_static(unlabelled, size=labels.numel() - num_labelled).unbind(1))
+    return Rows(*torch.nonzero(unlabelled).unbind(1))
+
+
+def check_labels(fit: Tensor, labels: Labels, vocab_size: int) -> None:
+    """For kernels that have looked at every label themselves: `fit` [] says whether all are in the vocabulary, and as
+    many as they should be. If not, raises the errors of `labelled_rows`, or trips its assertion."""
+    y, ignore_index, num_labelled = labels
+    if num_labelled is not None and y.device.type == "cuda":
+        torch._assert_async(fit, DO_NOT_FIT)
+    elif not fit.item():
+        labelled_rows(y, vocab_size, ignore_index, num_labelled)
+
+
+def at_rows(t: Tensor, rows: Rows) -> Tensor:
+    """[..., S, T] to [..., N]."""
+    return t[..., rows.sequence, rows.position]
+
+
+def spread(values: Tensor, rows: Rows, shape: torch.Size) -> Tensor:
+    """[..., N] to [..., S, T], 0 elsewhere."""
+    out = values.new_zeros(*values.shape[:-1], *shape)
+    out[..., rows.sequence, rows.position] = values
+    return out
