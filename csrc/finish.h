@@ -8,10 +8,11 @@
 namespace dpo_kernels {
 
 enum Stat { kEntropy, kIsTop1, kMeanLogit, kLogSumSqProbs };
+constexpr int kAllStats = 4;
 // Those that are asked for, in their order.
 struct Stats {
   int count;
-  int names[4];
+  int names[kAllStats];
 };
 
 // Of a row's entries beside the label: their largest, and sums over them of e = exp(z - shift), e (z - shift) and e^2,
@@ -37,7 +38,11 @@ struct Finished {
     logp[row] = static_cast<T>(own);
     norm[row] = static_cast<T>(largest);
     norm[n + row] = static_cast<T>(total);
-    for (int k = 0; k < stats.count; ++k) {
+#if defined(__CUDACC__)
+#pragma unroll  // an array that is indexed by what is known stays out of memory
+#endif
+    for (int k = 0; k < kAllStats; ++k) {
+      if (k >= stats.count) break;
       double value = 0;
       switch (stats.names[k]) {
         case kEntropy:

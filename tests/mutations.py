@@ -55,6 +55,8 @@ SIMD, CPU, FINISH = "csrc/cpu/simd.h", "csrc/cpu/kernels_impl.h", "csrc/finish.h
 ROWS_CU, ROW, MATH, FUSED_CU = (f"csrc/cuda/{name}" for name in ("rows.cu", "row.cuh", "math.cuh", "linear_fold.cu"))
 TRITON, TRITON_LINEAR, TRITON_MATH = (f"dpo_kernels/impl/triton{part}.py" for part in ("", "_linear", "_math"))
 TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch", "paths", "fold", "native", "cuda"))
+POSITIONS, TRITON_SUMS = (f"dpo_kernels/impl/{name}.py" for name in ("positions", "triton_sequences"))
+SEQUENCES_CU, SUM_TESTS = "csrc/cuda/sequences.cu", "impl/test_sequences.py"
 DISPATCH, GATHER, OPS, LOGPS, LINEAR_DPO, LOSSES, PARALLEL = (
     f"dpo_kernels/{name}.py" for name in ("dispatch", "rows", "ops", "logps", "linear_dpo", "losses", "parallel")
 )
@@ -222,15 +224,15 @@ MUTATIONS = {
         ),
         # off by one
         Mutation(
-            ROWS_CU,
-            "i < row.v; i += kThreads) row[i] = S{};",
-            "i < row.v - 1; i += kThreads) row[i] = S{};",
-            "test_logps.py -k 'cuda and (budget_from or contiguous)'",
+            ROW,
+            "for (int i = head + packs * kPer<S> + first; i < row.v; i += step) row[i] = value;",
+            "for (int i = head + packs * kPer<S> + first; i < row.v - 1; i += step) row[i] = value;",
+            SUM_TESTS,
         ),
         # memory that nobody wrote to
         Mutation(
             ROWS_CU,
-            "if (value != nullptr && label < 0 && blockIdx.y == 0 && threadIdx.x == 0) value[n] = 0;",
+            "if (label < 0 && threadIdx.x == 0) value[n] = 0;",
             "",
             "test_numerics.py -k 'cuda and uninit'",
         ),
@@ -241,8 +243,8 @@ MUTATIONS = {
         # wrong strides
         Mutation(
             ROWS_CU,
-            "static_cast<const T*>(grad.norm), grad.norm_stride, static_cast",
-            "static_cast<const T*>(grad.norm), tile.n, static_cast",
+            "grad.norm_stride, static_cast<const S*>(grad.logp)",
+            "tile.n, static_cast<const S*>(grad.logp)",
             "test_logps.py -k 'cuda and KiB'",
         ),
         Mutation(ROW, "if (stride != 1) return v;", "", "test_logps.py -k 'cuda and contiguous'"),
@@ -260,9 +262,11 @@ MUTATIONS = {
             "(1 - e) * inverse",
             "impl/test_triton.py -k 'wide_softcap and cuda'",
         ),
-        Mutation(
-            ROWS_CU, "lead > 0 ? -log1p(sum * exp(-lead)) : lead", "lead", "test_logps.py -k 'cuda and confident'"
-        ),
+        # a label that is none, and one that is no entry
+        Mutation(ROWS_CU, "if (threadIdx.x == 0) finished.write_zeros(n);", "", SUM_TESTS),
+        Mutation(ROWS_CU, "outside += y < 0 || y >= v;", "outside += y >= v;", SUM_TESTS),
+        # only the first 256 tokens of a response
+        Mutation(SEQUENCES_CU, "t < labels.length; t += kThreads", "t < kThreads; t += kThreads", SUM_TESTS),
         # a stage given back while products read it
         Mutation(FUSED_CU, "wgmma_wait<1>();", "wgmma_wait<2>();", CUDA_TESTS),
         # a scale forgotten
@@ -278,8 +282,8 @@ MUTATIONS = {
         # a missing mask
         Mutation(
             TRITON,
-            "tl.where(inside & (columns != label[:, None]), z,",
-            "tl.where(columns != label[:, None], z,",
+            "tl.where(inside & (columns != label[:, None, None]), z,",
+            "tl.where(columns != label[:, None, None], z,",
             TRITON_TESTS,
         ),
         # a flipped sign
@@ -303,7 +307,22 @@ MUTATIONS = {
             "test_numerics.py -k 'triton and uninit'",
         ),
         # strides not looked at
-        Mutation(TRITON, "t.to(acc).contiguous() for t in of)", "t.to(acc) for t in of)", TRITON_TESTS),
+        Mutation(TRITON, "_at(g_ptr, n, T, stride_gs, stride_gt)", "g_ptr + n", SUM_TESTS),
+        # masks of the block with the label, alone
+        Mutation(TRITON, "| (first + BLOCK_V > V):", "| (V < 0):", SUM_TESTS),
+        # each lane's sums are of its own maximum
+        Mutation(
+            TRITON,
+            "total = tl.sum(total.to(tl.float64) * factor, axis=1)",
+            "total = tl.sum(total.to(tl.float64), axis=1)",
+            SUM_TESTS,
+        ),
+        # a count that nobody looks at
+        Mutation(TRITON, "(tl.sum(labelled, axis=0) == num_labelled)", "(num_labelled >= 0)", SUM_TESTS),
+        # sums in fp32
+        Mutation(
+            TRITON_SUMS, "total = tl.zeros([BLOCK_T], tl.float64)", "total = tl.zeros([BLOCK_T], tl.float32)", SUM_TESTS
+        ),
         Mutation(TRITON_LINEAR, "bias = None if bias is None else bias.contiguous()", "", TRITON_TESTS),
         # compiled for every number of rows
         Mutation(
@@ -433,8 +452,8 @@ MUTATIONS = {
         # what lies at ignored positions
         Mutation(
             LOGPS,
-            "token_weights.to(token_logps.dtype).masked_fill(labels == ignore_index, 0)",
-            "token_weights.to(token_logps.dtype)",
+            "        weights = weights.masked_fill(labels == ignore_index, 0)\n",
+            "        pass\n",
             LOGPS_TESTS,
         ),
         # 0 / 0
@@ -491,7 +510,9 @@ MUTATIONS = {
             f"test_cli.py {TRITON_TESTS}",
         ),
         # off by one
-        Mutation(GATHER, "(labels >= vocab_size)", "(labels > vocab_size)", LOGPS_TESTS),
+        Mutation(POSITIONS, "(labels >= vocab_size)", "(labels > vocab_size)", LOGPS_TESTS),
+        # a device that is waited for
+        Mutation(POSITIONS, 'if num_labelled is not None and y.device.type == "cuda":', "if False:", SUM_TESTS),
         Mutation(
             PAIR_GROUPS,
             "if max(map(max, sizes_of_ranks)) > budget:",
@@ -505,9 +526,7 @@ MUTATIONS = {
             "dhidden = grads[0].new_empty(ctx.shape)\n        dhidden[",
             "test_numerics.py -k 'torch and uninit'",
         ),
-        Mutation(
-            OPS, "    load(impl).zero_rows_(out, unlabelled_rows(labels, ignore_index, of.y.shape[0]))", "", LOGPS_TESTS
-        ),
+        Mutation(TORCH, "    out[others.sequence, others.position] = 0\n", "", LOGPS_TESTS),
         # a compiled graph with another dtype
         Mutation(OPS, "dtype = accumulate_dtype(compute_dtype)\n", "dtype = hidden.dtype\n", "test_ops.py -k 'torch'"),
         # memory that is not counted

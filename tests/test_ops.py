@@ -73,6 +73,19 @@ def test_opcheck_logits(inplace):
     )
 
 
+@pytest.mark.parametrize(("impl", "weighted"), [("triton", False), ("triton", True), ("cuda", True)], indirect=["impl"])
+def test_opcheck_sums(weighted):
+    labels, name = head_inputs(2, 5).labels, default(torch.get_default_device())
+    logps = -torch.rand(labels.shape)
+    weights = torch.rand(labels.shape) if weighted else None
+    leaves = [None if t is None else t.clone().requires_grad_() for t in (logps, weights)]
+    torch.library.opcheck(ops.sum_tokens, (leaves[0], labels, leaves[1], -100, weighted, name))
+    _, counts = ops.sum_tokens(logps, labels, weights, -100, weighted, name)
+    torch.library.opcheck(
+        ops.sum_tokens_bwd, (torch.rand(2), logps, labels, weights, counts, -100, weighted, weighted, name)
+    )
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_gradcheck(frozen):
     inputs = head_inputs(2, 3, 3, 5, dtype=torch.float64)
