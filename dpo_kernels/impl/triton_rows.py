@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_kernels.impl import triton_linear
 from dpo_kernels.impl.interface import LogitTransform, TokenLogps
 
-BLOCK_P = 1024
+BLOCK_P, NUM_WARPS = 4096, 16
 # What is noted for the host: N, whether it and all labels are as they should be, and `TokenLogps.broken`.
 COUNT, FITS, BROKEN = (tl.constexpr(field) for field in range(3))
 NOTES = 3
@@ -133,7 +133,7 @@ def linear_token_logps(
         rows_kernel[(triton.cdiv(s * t, BLOCK_P),)](
             labels, predictors, rows, token_logps, values, notes, *labels.stride(), *of_predictors, most, t, s * t, v,
             hidden.shape[0] * hidden.shape[1], ignore_index, -1 if num_labelled is None else int(num_labelled),
-            SHIFT=int(shift), STATS=len(stats), BLOCK_P=BLOCK_P, num_warps=4,
+            SHIFT=int(shift), STATS=len(stats), BLOCK_P=BLOCK_P, num_warps=NUM_WARPS,
         )  # fmt: skip
     if waits:
         most, fits, _ = notes.tolist()

@@ -51,6 +51,7 @@ from dpo_kernels.impl.triton_linear import (
 )
 from dpo_kernels.impl.triton_linear import JOIN_ROWS as LINEAR_JOIN_ROWS
 from dpo_kernels.impl.triton_rows import BLOCK_P, rows_kernel
+from dpo_kernels.impl.triton_rows import NUM_WARPS as ROWS_WARPS
 
 
 def cases(capability):
@@ -133,7 +134,7 @@ def cases(capability):
     of_dlogits = {"BLOCK_N": DLOGITS_BLOCK_N, "BLOCK_V": DLOGITS_BLOCK_V, "num_warps": 4}
     of_parts = {"INNER": 1 / 30.0, "OUTER": 30.0, "STATS": True, "BLOCK_N": LINEAR_JOIN_ROWS, "num_warps": 8}
     yield "rows linear join", linear_join_kernel, types, of_parts | names | {"BLOCK_SPLITS": JOIN_SPLITS}, ()
-    yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": 4}, ()
+    yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": ROWS_WARPS}, ()
     yield "rows join", exp_join_kernel, types, join, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
