@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import ops
-from dpo_kernels.dispatch import Family, check_runs, choose, sums_tokens
+from dpo_kernels.dispatch import Family, check_runs, choose, load, sums_tokens
 from dpo_kernels.impl.interface import STATS, LogitTransform
 from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
 from dpo_kernels.parallel import (
@@ -139,17 +139,39 @@ def linear_sequence_logps(
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
-    check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
     check_runs(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
-    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
     with_dhidden = torch.is_grad_enabled() and hidden.requires_grad and not trained
     family = head.family(impl, "D" if trained else "B" if with_dhidden else "A", compute_dtype)
     cap = None if softcap is None else float(softcap)
     options = (bias, float(logit_scale), cap, float(temperature), ignore_index)
+    transform = LogitTransform(float(logit_scale), cap, float(temperature))
 
+    weighs = torch.is_grad_enabled() and token_weights is not None and token_weights.requires_grad
+    in_parts = head.is_sharded or ranks is not None or torch.compiler.is_compiling()
+    if family == "triton_fused" and not (trained or with_dhidden or weighs or in_parts):
+        found = load(family).linear_token_logps(
+            hidden, weight, bias, labels, transform, compute_dtype=compute_dtype, ignore_index=ignore_index,
+            shift=shift, stats=stats, num_labelled=num_labelled, predictors=predictors,
+        )  # fmt: skip
+        if found is not None:
+            # aligned without copies: what a last position predicts is not there
+            first, last = int(shift), labels.shape[1] - shift
+            weights = None if token_weights is None else token_weights[:, first:]
+            out = _reduce(
+                found.token_logps[:, :last], labels[:, first:].long(), weights, ignore_index, reduction, stats,
+                found.stats, None, {}, family,
+            )  # fmt: skip
+            if check_hidden and (num_labelled is None or is_at_hand(found.broken)) and found.broken.item():
+                rows = labelled_rows(prepare_labels(labels, None, ignore_index, shift)[0], head.vocab, ignore_index)
+                check_finite(rows_of(hidden, rows, predictors), rows, waits=True)
+            if check_hidden:
+                check_head_is_finite(found.token_logps, head)
+            return out._replace(token_logps=found.token_logps)
+    check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
+    labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     if torch.compiler.is_compiling():
         known = ops.UNKNOWN if num_labelled is None else num_labelled
         if predictors is not None:
@@ -169,7 +191,6 @@ def linear_sequence_logps(
             )
             row_logps, row_values = row_logps[0], row_values[:, 0]
         else:
-            transform = LogitTransform(float(logit_scale), cap, float(temperature))
             row_logps, row_values = sharded_token_logps(
                 x, head, y, transform, compute_dtype, stats, with_dhidden, family
             )

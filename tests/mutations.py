@@ -95,6 +95,7 @@ CUDA_EXP_TESTS = "impl/test_cuda_exponentials.py"
 TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
+TRITON_ROWS, ROWS_TESTS = "dpo_kernels/impl/triton_rows.py", "impl/test_triton_rows.py"
 TRITON_TESTS = "impl/test_triton.py -k 'not machine_code and not every_batch'"
 CONSUMERS = "test_logps.py test_linear_dpo.py test_numerics.py"
 ON_CPU = f"{CONSUMERS} impl/test_native.py -k '(cpu or test_native) and not outside and not budget'"
@@ -372,11 +373,17 @@ MUTATIONS = {
         Mutation(TRITON_EXP, "e = e * slope\n            e_block_ptr", "pass\n            e_block_ptr", EXP_TESTS),
         Mutation(TRITON_EXP, "e = e * slope\n            v = start", "pass\n            v = start", EXP_TESTS),
         # sums that do not follow the maximum
-        Mutation(TRITON_LINEAR, "(part[4] + part[2] * (top - fold.max)) * factor", "part[4] * factor", TRITON_TESTS),
-        # the argmax of another split
-        Mutation(
-            TRITON_LINEAR, "torch.where(top == fold.max, argmax, torch.iinfo(torch.int64).max)", "argmax", TRITON_TESTS
-        ),
+        Mutation(TRITON_LINEAR, "(ez + mass * (own - shift[None, :])) * factor", "ez * factor", TRITON_TESTS),
+        # of equal logits not the first alone; the label among the others of its block
+        Mutation(TRITON_LINEAR, "(target_z > top_before)", "(target_z >= top_before)", TRITON_TESTS),
+        Mutation(TRITON_LINEAR, 'z = tl.where(v == own, float("-inf"), z)', "pass", TRITON_TESTS),
+        # rows behind others; labels of another sequence; hidden states as if they lay one after the other
+        Mutation(TRITON_ROWS, "n = first_row + tl.cumsum(", "n = tl.cumsum(", ROWS_TESTS),
+        Mutation(TRITON_ROWS, "inside = (p < P) & (t + SHIFT < T)", "inside = p < P", ROWS_TESTS),
+        Mutation(TRITON_LINEAR, "slot // T * stride_xr + slot % T * stride_xn", "slot * stride_xn", ROWS_TESTS),
+        # infinite hidden states that a softcap hides; a wrong number of labels
+        Mutation(TRITON_LINEAR, "(at_label - at_label) != 0.0", "logp != logp", ROWS_TESTS),
+        Mutation(TRITON_ROWS, "((expected < 0) | (count == expected))", "(count >= 0)", ROWS_TESTS),
         # what copies of 16 bytes cannot take
         Mutation(TRITON_LINEAR, "        and t.stride(0) % 16 == 0\n", "", TRITON_TESTS),
         # cancels

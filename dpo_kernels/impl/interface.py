@@ -61,6 +61,14 @@ class LinearLogps(NamedTuple):
     dhidden: Tensor | None  # [N, H] d logp_n / d x_n, same dtype as logp
 
 
+class TokenLogps(NamedTuple):
+    """What path A leaves of all positions, 0 at those without a label; fp32."""
+
+    token_logps: Tensor  # [S, T]
+    stats: Tensor  # [K, S, T], in the order asked for
+    broken: Tensor  # [] not 0 if a label's own x.W + b is not finite, as it never is of hidden states that are not
+
+
 class GradRows(NamedTuple):
     """What the gradients of n rows need of them beside their logits."""
 
@@ -175,6 +183,26 @@ class TileKernels(Protocol):
     ) -> bool:
         """Takes all of x.W^T [N, V] into a new `fold` in one kernel, without tiles, and says True; or False, having
         done nothing, where there is no such kernel or products of tiles are faster."""
+
+    def linear_token_logps(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        transform: LogitTransform,
+        *,
+        compute_dtype: torch.dtype,
+        ignore_index: int,
+        shift: bool,
+        stats: Sequence[str],
+        num_labelled: int | None,
+        predictors: Tensor | None,
+    ) -> TokenLogps | None:
+        """The same of all positions, labels [S, T] and hidden states [S, T, H], or [R, U, H] beside `predictors`: the
+        labelled rows are found on the device, and not copied. None where there is no such kernel for these operands,
+        or where labels, predictors or their number are found to be wrong; a device that is not waited for asserts
+        that they are right. Of family "triton_fused" alone."""
 
     def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
         """Whether there are `exponentials` and `recomputed` for rows of this dtype and this weight. The functions from

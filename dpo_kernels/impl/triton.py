@@ -29,6 +29,7 @@ from dpo_kernels.impl.triton_exponentials import shift_columns as shift_columns
 from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_linear import LOWEST
 from dpo_kernels.impl.triton_math import exp, log1p, one_minus_exp, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.triton_rows import linear_token_logps as linear_token_logps
 from dpo_kernels.impl.triton_sequences import sum_tokens as sum_tokens
 from dpo_kernels.impl.triton_sequences import sum_tokens_bwd as sum_tokens_bwd
 
@@ -62,7 +63,7 @@ def tile_bytes(device: torch.device) -> int:
 
 
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:
-    return Fold(y.contiguous(), torch.float64, stats)
+    return triton_linear.LinearFold(y.contiguous(), torch.float64, stats)
 
 
 @triton.jit
@@ -366,6 +367,7 @@ def linear_fold_(
 ) -> bool:
     if x.shape[0] == 0 or not triton_linear.can_take(x, weight, compute_dtype):
         return False
+    assert isinstance(fold, triton_linear.LinearFold)
     triton_linear.linear_fold_(fold, x, weight, bias, transform)
     return True
 

@@ -1,14 +1,14 @@
 """Path A in one Triton kernel: a matrix product whose epilogue folds each tile of logits, which is never stored.
 
 Dimensions: N labelled rows, H hidden size, V vocabulary size. The vocabulary is split so that few rows, too, give every
-multiprocessor work; a split leaves its own maximum and sums for each row, and these are put together at the end, always
-in the same order.
+multiprocessor work; a split leaves its own maximum and sums for each row, and a second kernel puts these together,
+always in the same order, and finishes the rows.
 """
 
 from __future__ import annotations
 
-import functools
 import math
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import LogitTransform
-from dpo_kernels.impl.triton_math import exp, to_logits, transform_constants
+from dpo_kernels.impl.triton_math import log1p, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.waves import splits_of as splits_of
 
 BLOCK_N, BLOCK_H = 128, 64
 MAX_ROWS = 256  # of x or W in a block
@@ -29,10 +30,14 @@ def block_v(stats: bool, softcap: bool, hopper: bool) -> int:
     return max(64, (256 if hopper else 128) // (2 if stats else 1) // (2 if softcap else 1))
 
 
+JOIN_ROWS, JOIN_SPLITS = 32, 32
+# As fp32 has it, so that what it does to logits in fp32 is undone in fp64.
+LOG2_E = tl.constexpr(torch.tensor(math.log2(math.e), dtype=torch.float32).item())
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-# What a split leaves of a row.
-TOP, TARGET, SUM, SUM_Z, SUM_EZ, SUM_SQ = (tl.constexpr(field) for field in range(6))
-FIELDS, STATS_FIELDS = 3, 6
+# What a split leaves of a row: the maximum of the entries beside the label, the label's x.W + b, sums, and the maximum
+# of the entries before the label.
+TOP, LABEL, SUM, SUM_Z, SUM_EZ, SUM_SQ, TOP_BEFORE = (tl.constexpr(field) for field in range(7))
+FIELDS, STATS_FIELDS = 3, 7
 
 
 @triton.jit
@@ -40,7 +45,8 @@ def products(
     x_block_ptr, w_block_ptr, bias_ptr, stride_xn, stride_wv, is_row, columns, inside, H,
     HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """x.W + b of a block of rows and one of columns."""
+    """x.W + b of a block of rows and one of columns. `x_block_ptr`: to the first row, or [BLOCK_N, 1] to each of them
+    beside a stride of 0."""
     n, v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)  # within a block, where int32 holds every offset
     a = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for first in range(0, H, BLOCK_H):
@@ -55,26 +61,41 @@ def products(
     return a
 
 
-@triton.jit(do_not_specialize=["N", "split_blocks"], do_not_specialize_on_alignment=["y_ptr"])
+@triton.jit
+def _shift(top):
+    """What exponentials of a row are taken relative to, as exp2(z log2(e) - shift), which is one multiply-add and then
+    one instruction: the maximum, rounded in this unit. Finite where that is of nothing."""
+    return tl.maximum(top, 0.5 * LOWEST) * LOG2_E
+
+
+# Rows of x lie in slots of hidden states [R, T, H], or without slots as [N, H].
+@triton.jit(
+    do_not_specialize=["N", "split_blocks", "T"], do_not_specialize_on_alignment=["y_ptr", "slot_ptr"]
+)  # fmt: skip
 def linear_fold_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, part_ptr, argmax_ptr, stride_xn, stride_wv, N, V, H, split_blocks,
+    x_ptr, w_ptr, bias_ptr, y_ptr, part_ptr, slot_ptr, stride_xn, stride_wv, N, V, H, split_blocks,
     INNER: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, STATS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, stride_xr=0, T=1,
 ):  # fmt: skip
     # Neighbouring programs have the same columns of the vocabulary: W is read from memory about once.
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     split, splits = tl.program_id(1), tl.num_programs(1)
     is_row = rows < N
-    x_block_ptr = x_ptr + tl.program_id(0).to(tl.int64) * BLOCK_N * stride_xn
-    label = tl.load(y_ptr + rows, mask=is_row, other=-1).to(tl.int32)[:, None]
+    if slot_ptr is None:
+        x_block_ptr = x_ptr + tl.program_id(0).to(tl.int64) * BLOCK_N * stride_xn
+    else:
+        slot = tl.load(slot_ptr + rows, mask=is_row, other=0)
+        x_block_ptr = x_ptr + (slot // T * stride_xr + slot % T * stride_xn)[:, None]
+        stride_xn = 0
+    label = tl.load(y_ptr + rows, mask=is_row, other=-1).to(tl.int32)
     top = tl.full([BLOCK_N], LOWEST, tl.float32)
-    target = tl.zeros([BLOCK_N], tl.float32)
+    at_label = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     if STATS:
+        top_before = tl.full([BLOCK_N], LOWEST, tl.float32)
         sum_z = tl.zeros([BLOCK_N], tl.float32)
         sum_ez = tl.zeros([BLOCK_N], tl.float32)
         sum_sq = tl.zeros([BLOCK_N], tl.float32)
-        argmax = tl.full([BLOCK_N], -1, tl.int32)
 
     split_columns = split_blocks * BLOCK_V
     for start in range(split * split_columns, tl.minimum((split + 1) * split_columns, V), BLOCK_V):
@@ -86,24 +107,31 @@ def linear_fold_fwd_kernel(
             HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
         )  # fmt: skip
 
+        v, own = tl.arange(0, BLOCK_V)[None, :], (label - start)[:, None]
+        # Masks are two thirds of the instructions, and most blocks are inside and without a row's label.
+        has_label = tl.max(((own >= 0) & (own < BLOCK_V)).to(tl.int32)) > 0
+        if has_label:
+            at_label += tl.sum(tl.where(v == own, a, 0.0), axis=1)  # of one block alone
         z, _ = to_logits(a, INNER, OUTER)
-        columns, inside = columns[None, :], inside[None, :]
         if STATS:
-            # z is 0 behind the last entry anyway, but without the mask registers spill
-            sum_z += tl.sum(tl.where(inside, z, 0.0), axis=1)
-        is_label = columns == label
-        target += tl.sum(tl.where(is_label, z, 0.0), axis=1)  # of one block alone
-        beside = tl.where(inside & (is_label == 0), z, float("-inf"))
-        block_top = tl.max(beside, axis=1)
+            sum_z += tl.sum(z, axis=1)  # 0 behind the last entry
+        if start + BLOCK_V > V:
+            z = tl.where(v < V - start, z, float("-inf"))
+        if has_label:
+            if STATS:
+                before = tl.where(v < own, z, float("-inf"))
+                top_before = tl.maximum(top_before, tl.max(before, axis=1))
+            z = tl.where(v == own, float("-inf"), z)
+        block_top = tl.max(z, axis=1)
         new_top = tl.maximum(top, block_top)
-        rescale = tl.exp(top - new_top)
-        shifted = beside - new_top[:, None]
-        e = exp(shifted)
+        shift, new_shift = _shift(top), _shift(new_top)
+        rescale = tl.exp2(shift - new_shift)
+        shifted = z * LOG2_E - new_shift[:, None]
+        e = tl.exp2(shifted)
         if STATS:
-            place = tl.min(tl.where(beside == block_top[:, None], columns, V), axis=1)  # of equal ones the first
-            argmax = tl.where(block_top > top, place, argmax)
-            # exp has reached 0 long before -1e4, and 0 times -inf, or the first maximum's distance, is to be 0
-            sum_ez = (sum_ez + total * tl.maximum(top - new_top, -1e4)) * rescale
+            top_before = tl.where(start + BLOCK_V <= label, tl.maximum(top_before, block_top), top_before)
+            # exp2 has reached 0 long before -1e4, and 0 times -inf, or the first maximum's distance, is to be 0
+            sum_ez = (sum_ez + total * tl.maximum(shift - new_shift, -1e4)) * rescale
             sum_ez += tl.sum(e * tl.maximum(shifted, -1e4), axis=1)
             sum_sq = sum_sq * rescale * rescale + tl.sum(e * e, axis=1)
         total = total * rescale + tl.sum(e, axis=1)
@@ -112,24 +140,99 @@ def linear_fold_fwd_kernel(
     place = split.to(tl.int64) * N + rows
     stride_field = splits.to(tl.int64) * N
     tl.store(part_ptr + TOP * stride_field + place, top, mask=is_row)
-    tl.store(part_ptr + TARGET * stride_field + place, target, mask=is_row)
+    tl.store(part_ptr + LABEL * stride_field + place, at_label, mask=is_row)
     tl.store(part_ptr + SUM * stride_field + place, total, mask=is_row)
     if STATS:
         tl.store(part_ptr + SUM_Z * stride_field + place, sum_z, mask=is_row)
         tl.store(part_ptr + SUM_EZ * stride_field + place, sum_ez, mask=is_row)
         tl.store(part_ptr + SUM_SQ * stride_field + place, sum_sq, mask=is_row)
-        tl.store(argmax_ptr + place, argmax, mask=is_row)
+        tl.store(part_ptr + TOP_BEFORE * stride_field + place, top_before, mask=is_row)
 
 
-@functools.lru_cache
-def splits_of(row_blocks: int, column_blocks: int, multiprocessors: int) -> int:
-    """How many parts of the vocabulary keep the multiprocessors busiest, the fewest of equal ones."""
+@triton.jit(
+    do_not_specialize=["N", "V", "splits", "stride_stats"],
+    do_not_specialize_on_alignment=["part_ptr", "place_ptr", "logp_ptr", "norm_ptr", "stats_ptr", "broken_ptr"],
+)
+def linear_join_kernel(
+    part_ptr, place_ptr, logp_ptr, norm_ptr, stats_ptr, broken_ptr, N, V, splits, stride_stats,
+    INNER: tl.constexpr, OUTER: tl.constexpr, STATS: tl.constexpr,
+    ENTROPY: tl.constexpr, IS_TOP1: tl.constexpr, MEAN_LOGIT: tl.constexpr, SUM_SQ_PROBS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
+):  # fmt: skip
+    """What the splits have of each row, put together as `Fold.finish` does, in fp64. To logp and stats a
+    row goes at its place, or without places one after the other. `broken` becomes 1 where the label's own x.W + b is
+    not finite, as it never is of hidden states that are not."""
+    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_row = n < N
+    stride_field = splits.to(tl.int64) * N
+    top = tl.full([BLOCK_N], LOWEST, tl.float32)
+    at_label = tl.zeros([BLOCK_N], tl.float32)
+    for first in range(0, splits, BLOCK_SPLITS):
+        split = first + tl.arange(0, BLOCK_SPLITS)[:, None]
+        inside = (split < splits) & is_row[None, :]
+        at = part_ptr + split.to(tl.int64) * N + n[None, :]
+        top = tl.maximum(top, tl.max(tl.load(at + TOP * stride_field, mask=inside, other=LOWEST), axis=0))
+        at_label += tl.sum(tl.load(at + LABEL * stride_field, mask=inside, other=0.0), axis=0)  # 0 in all but one
+    shift = _shift(top).to(tl.float64)
+    total = tl.zeros([BLOCK_N], tl.float64)
+    if STATS:
+        top_before = tl.full([BLOCK_N], LOWEST, tl.float32)
+        sum_z = tl.zeros([BLOCK_N], tl.float64)
+        sum_ez = tl.zeros([BLOCK_N], tl.float64)
+        sum_sq = tl.zeros([BLOCK_N], tl.float64)
+    for first in range(0, splits, BLOCK_SPLITS):
+        split = first + tl.arange(0, BLOCK_SPLITS)[:, None]
+        inside = (split < splits) & is_row[None, :]
+        at = part_ptr + split.to(tl.int64) * N + n[None, :]
+        own = _shift(tl.load(at + TOP * stride_field, mask=inside, other=LOWEST)).to(tl.float64)
+        factor = tl.exp2(own - shift[None, :])
+        mass = tl.load(at + SUM * stride_field, mask=inside, other=0.0).to(tl.float64)
+        total += tl.sum(mass * factor, axis=0)
+        if STATS:
+            z_before = tl.load(at + TOP_BEFORE * stride_field, mask=inside, other=LOWEST)
+            top_before = tl.maximum(top_before, tl.max(z_before, axis=0))
+            sum_z += tl.sum(tl.load(at + SUM_Z * stride_field, mask=inside, other=0.0).to(tl.float64), axis=0)
+            ez = tl.load(at + SUM_EZ * stride_field, mask=inside, other=0.0).to(tl.float64)
+            sum_ez += tl.sum((ez + mass * (own - shift[None, :])) * factor, axis=0)
+            sq = tl.load(at + SUM_SQ * stride_field, mask=inside, other=0.0).to(tl.float64)
+            sum_sq += tl.sum(sq * factor * factor, axis=0)
 
-    def rounds(splits: int) -> int:
-        """Blocks of columns that the busiest multiprocessor goes through."""
-        return math.ceil(row_blocks * splits / multiprocessors) * math.ceil(column_blocks / splits)
-
-    return min(range(1, min(column_blocks, 4 * multiprocessors) + 1), key=rounds)
+    # from here on in nats
+    shift = shift / LOG2_E
+    target_z, _ = to_logits(at_label, INNER, OUTER)
+    target = target_z.to(tl.float64)
+    lead = target - shift
+    logp = tl.where(
+        lead > 0, -log1p(total * tl.exp(-tl.maximum(lead, 0.0))), lead - tl.log(total + tl.exp(tl.minimum(lead, 0.0)))
+    )
+    if broken_ptr is not None:  # all that write write the same
+        tl.store(broken_ptr + n * 0, 1, mask=is_row & ((at_label - at_label) != 0.0))
+    place = n if place_ptr is None else tl.load(place_ptr + n, mask=is_row, other=0)
+    tl.store(logp_ptr + place, logp.to(tl.float32), mask=is_row)
+    if norm_ptr is not None or STATS:
+        largest = tl.maximum(shift, target)
+        near = total * tl.exp(shift - largest) + tl.exp(target - largest)
+    if norm_ptr is not None:
+        tl.store(norm_ptr + n, largest.to(tl.float32), mask=is_row)
+        tl.store(norm_ptr + N + n, near.to(tl.float32), mask=is_row)
+    if STATS:
+        at = stats_ptr + place
+        stride_stats = tl.cast(stride_stats, tl.int64)
+        others, log_prob_of_shift = tl.exp(shift - largest) / near, (shift - largest) - tl.log(near)
+        if ENTROPY is not None:  # -sum p log p: the label's term, and the others' with z = shift + (z - shift)
+            own_term = tl.where(logp == float("-inf"), 0.0, -tl.exp(logp) * logp)
+            value = own_term - others * (sum_ez / LOG2_E + total * log_prob_of_shift)
+            tl.store(at + ENTROPY * stride_stats, value.to(tl.float32), mask=is_row)
+        if IS_TOP1 is not None:  # the first of equal entries is
+            is_top = (target_z > top) | ((target_z == top) & (target_z > top_before))
+            tl.store(at + IS_TOP1 * stride_stats, is_top.to(tl.float32), mask=is_row)
+        if MEAN_LOGIT is not None:
+            tl.store(at + MEAN_LOGIT * stride_stats, (sum_z / V).to(tl.float32), mask=is_row)
+        if SUM_SQ_PROBS is not None:
+            a, b = tl.log(sum_sq) + 2 * log_prob_of_shift, 2 * logp
+            high = tl.maximum(a, b)
+            value = high + tl.log(tl.exp(a - high) + tl.exp(b - high))
+            tl.store(at + SUM_SQ_PROBS * stride_stats, value.to(tl.float32), mask=is_row)
 
 
 def _machine(device: torch.device) -> tuple[bool, int]:
@@ -150,41 +253,79 @@ def can_take(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:
         and t.stride(0) % 16 == 0
         and t.stride(0) < 2**31 // MAX_ROWS
         and t.data_ptr() % 16 == 0
+        and not t.is_neg()
         for t in (x, weight)
     )
 
 
-def linear_fold_(fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
+class LinearFold(Fold):
+    """A fold that `linear_fold_` finishes at once."""
+
+    finished: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        return super().finish(vocab_size, dtype) if self.finished is None else self.finished
+
+
+def linear_fold_(fold: LinearFold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform) -> None:
     """Takes x.W^T [N, V] into `fold`, which holds nothing yet, for x and weight that `can_take` says yes to and a bias
     of their dtype."""
-    (n, h), v = x.shape, weight.shape[0]
-    stats = bool(fold.names)
+    n = x.shape[0]
+    part = fold_splits(x, None, fold.y, weight, bias, transform, bool(fold.names))
+    logp, norm, stats = (part.new_empty(*shape, n) for shape in ((), (2,), (len(fold.names),)))
+    join_splits(part, logp, stats, weight.shape[0], transform, fold.names, norm=norm)
+    fold.finished = logp, norm, stats
+
+
+def fold_splits(
+    x: Tensor,
+    slots: Tensor | None,
+    y: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    transform: LogitTransform,
+    stats: bool,
+) -> Tensor:
+    """[fields, splits, N] what each part of the vocabulary leaves of rows x [N, H] with labels y [N]; or of those in
+    `slots` [N] of hidden states x [R, T, H], in their flat [R T]."""
+    (n,), v, h = y.shape, *weight.shape
     hopper, multiprocessors = _machine(x.device)
     columns = block_v(stats, transform.softcap is not None, hopper)
     row_blocks, column_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(v, columns)
     split_blocks = triton.cdiv(column_blocks, splits_of(row_blocks, column_blocks, multiprocessors))
     splits = triton.cdiv(column_blocks, split_blocks)
     part = x.new_empty(STATS_FIELDS if stats else FIELDS, splits, n, dtype=torch.float32)
-    argmax = fold.y.new_empty(splits if stats else 0, n)
     bias = None if bias is None else bias.contiguous()
+    of_slots = {} if slots is None else {"stride_xr": x.stride(0), "T": x.shape[1]}
     with torch.cuda.device_of(x):
         linear_fold_fwd_kernel[(row_blocks, splits)](
-            x, weight, bias, fold.y, part, argmax, x.stride(0), weight.stride(0), n, v, h, split_blocks,
+            x, weight, bias, y, part, slots, x.stride(-2), weight.stride(0), n, v, h, split_blocks,
             **transform_constants(transform), HAS_BIAS=bias is not None, STATS=stats,
-            BLOCK_N=BLOCK_N, BLOCK_V=columns, BLOCK_H=BLOCK_H, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+            BLOCK_N=BLOCK_N, BLOCK_V=columns, BLOCK_H=BLOCK_H, **of_slots,
+            num_warps=NUM_WARPS, num_stages=NUM_STAGES,
         )  # fmt: skip
-    _join_splits(fold, part.double(), argmax)
+    return part
 
 
-def _join_splits(fold: Fold, part: Tensor, argmax: Tensor) -> None:
-    top = part[0]
-    torch.amax(top, 0, out=fold.max)
-    torch.sum(part[1], 0, out=fold.target)  # 0 in all splits but the label's
-    factor = torch.exp(top - fold.max)
-    torch.sum(part[2] * factor, 0, out=fold.sum)
-    if fold.names:
-        torch.sum(part[3], 0, out=fold.sum_z)
-        torch.sum((part[4] + part[2] * (top - fold.max)) * factor, 0, out=fold.sum_ez)
-        torch.sum(part[5] * factor.square(), 0, out=fold.sum_sq)
-        # of equal ones the first
-        torch.amin(torch.where(top == fold.max, argmax, torch.iinfo(torch.int64).max), 0, out=fold.argmax)
+def join_splits(
+    part: Tensor,
+    logp: Tensor,
+    stats: Tensor,
+    v: int,
+    transform: LogitTransform,
+    names: Sequence[str],
+    *,
+    places: Tensor | None = None,
+    norm: Tensor | None = None,
+    broken: Tensor | None = None,
+) -> None:
+    """Finishes the rows of `part` [fields, splits, N]: what is known of each goes to `logp` [...] and, if it is among
+    the `names`, to `stats` [K, ...], row after row or to the rows' places [N] there. `norm` [2, N]: see `LinearLogps`.
+    `broken` []: see `TokenLogps`."""
+    _, splits, n = part.shape
+    with torch.cuda.device_of(part):
+        linear_join_kernel[(triton.cdiv(n, JOIN_ROWS),)](
+            part, places, logp, norm, stats, broken, n, v, splits, logp.numel(), **transform_constants(transform),
+            STATS=bool(names), **stats_constants(names),
+            BLOCK_N=JOIN_ROWS, BLOCK_SPLITS=JOIN_SPLITS, num_warps=8,
+        )  # fmt: skip

@@ -270,16 +270,24 @@ def _taken(family: str, case: Case) -> Iterator[list[bool]]:
         if case.tiles:
             stack.enter_context(_replaced(kernels, "tile_bytes", lambda device: TILE_BYTES))
         if dispatch.is_fused(family):
-            fold, machine = kernels.linear_fold_, home._machine
-
-            def linear_fold_(*operands: Any) -> bool:
-                taken.append(fold(*operands))
-                return taken[-1]
-
-            stack.enter_context(_replaced(kernels, "linear_fold_", linear_fold_))
+            machine = home._machine
+            for name in ("linear_fold_", "linear_token_logps"):  # of rows, and of all positions
+                if hasattr(kernels, name):
+                    stack.enter_context(_replaced(kernels, name, _noting(getattr(kernels, name), taken)))
             if case.vocab < MANY:
                 stack.enter_context(_replaced(home, "_machine", lambda device: (machine(device)[0], FEW)))
         yield taken
+
+
+def _noting(forward: Callable[..., Any], taken: list[bool]) -> Callable[..., Any]:
+    """The same function, which notes whether it took what it was given."""
+
+    def noted(*operands: Any, **options: Any) -> Any:
+        found = forward(*operands, **options)
+        taken.append(found is not None and found is not False)
+        return found
+
+    return noted
 
 
 @contextmanager

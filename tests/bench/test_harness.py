@@ -27,10 +27,10 @@ def test_fused_forward_is_switched_for_one_call(monkeypatch, fused):
     if reason := dispatch.unavailable_reason("triton", torch.device("cpu")):
         pytest.skip(reason)
     module, heard = dispatch.load("triton"), []
-    fold = module.linear_fold_
+    forward = module.linear_token_logps
     monkeypatch.setitem(dispatch.FORWARD_OF, "triton", "triton" if fused else "triton_fused")
     before = dict(dispatch.FORWARD_OF)
-    monkeypatch.setattr(module, "linear_fold_", lambda *args: heard.append(True) or fold(*args))
+    monkeypatch.setattr(module, "linear_token_logps", lambda *args, **of: heard.append(True) or forward(*args, **of))
     inputs = cases.HeadCase(16, 16, 64, dtype=torch.bfloat16).inputs()
     contenders.path_a(inputs, impl="triton", fused=fused)
     assert heard == [True] * fused and before == dispatch.FORWARD_OF

@@ -44,7 +44,19 @@ from dpo_kernels.impl.triton_exponentials import (
     pieces,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
-from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
+from dpo_kernels.impl.triton_linear import (
+    BLOCK_H,
+    BLOCK_N,
+    JOIN_SPLITS,
+    NUM_STAGES,
+    NUM_WARPS,
+    block_v,
+    linear_fold_fwd_kernel,
+    linear_join_kernel,
+)
+from dpo_kernels.impl.triton_linear import JOIN_ROWS as LINEAR_JOIN_ROWS
+from dpo_kernels.impl.triton_rows import BLOCK_P, rows_kernel
+from dpo_kernels.impl.triton_rows import NUM_WARPS as ROWS_WARPS
 
 
 def cases(capability):
@@ -99,13 +111,14 @@ def cases(capability):
                 }  # fmt: skip
                 types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr"), f"*{storage}") | {"part_ptr": "*fp32"}
                 odd = ("V",) if name == "softcap" else ()
-                yield (
-                    f"linear fold {storage} {name}{' stats' * stats}",
-                    linear_fold_fwd_kernel,
-                    types,
-                    {**where, "STATS": stats},
-                    odd,
-                )
+                for slots in (False, True) if everything else (True,):
+                    yield (
+                        f"linear fold {storage} {name}{' stats' * stats}{' slots' * slots}",
+                        linear_fold_fwd_kernel,
+                        types,
+                        {**where, "STATS": stats} | ({} if slots else {"slot_ptr": None}),
+                        odd,
+                    )
                 if storage == "fp16":
                     continue
                 types |= {"shift_ptr": "*fp32", "e_ptr": "*bf16"}
@@ -135,8 +148,9 @@ def cases(capability):
                     {**where, "SLOPE": 1.0, "GROUP": GROUP},
                     odd,
                 )
+    names = {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
     join = {"SLOPE": 1.0, "HAS_SLOPE": True, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
-    join |= {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
+    join |= names
     numbers = ("part", "shift", "logp", "norm", "stats", "joint", "scale", "label", "missing", "g", "sums")
     types = {f"{name}_ptr": "*fp32" for name in numbers}
     types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*fp16"}
@@ -146,13 +160,17 @@ def cases(capability):
         "BLOCK_V": DLOGITS_BLOCK_V,
         "num_warps": 4,
     }
+    of_parts = {"INNER": 1 / 30.0, "OUTER": 30.0, "STATS": True, "BLOCK_N": LINEAR_JOIN_ROWS, "num_warps": 8}
+    yield "rows linear join", linear_join_kernel, types, of_parts | names | {"BLOCK_SPLITS": JOIN_SPLITS}, ()
+    yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": ROWS_WARPS}, ()
     yield "rows join", exp_join_kernel, types, join, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-POINTERS = {"y_ptr": "*i64", "state_ptr": "*fp64", "argmax_ptr": "*i64"}
+POINTERS = dict.fromkeys(("y", "argmax", "slot", "place", "broken", "labels", "predictors", "rows", "notes"), "*i64")
+POINTERS = {f"{name}_ptr": kind for name, kind in (POINTERS | {"state": "*fp64"}).items()}
 UNIT = {"stride_av": 1, "stride_ov": 1}
 
 

@@ -21,6 +21,7 @@ if reason := dispatch.unavailable_reason("triton", torch.get_default_device()):
 kernels = dispatch.load("triton")
 torch_kernels = dispatch.load("torch")
 linear = pytest.importorskip("dpo_kernels.impl.triton_linear")
+rows = pytest.importorskip("dpo_kernels.impl.triton_rows")
 sequences = pytest.importorskip("dpo_kernels.impl.triton_sequences")
 COMPILE = Path(__file__).with_name("compile_triton.py")
 TRANSFORMS = {"plain": {}, "all": {"softcap": 5.0, "logit_scale": -0.7, "temperature": 1.3}}
@@ -150,6 +151,7 @@ def test_what_the_fused_forward_takes():
     assert not takes((5, 48), (1, 16))  # from entry to entry
     assert takes((5, 48), (2**22, 1)) and not takes((5, 48), (2**23, 1))  # 256 rows beyond int32
     x = torch.zeros(5, 64, dtype=torch.bfloat16)
+    assert not linear.can_take(torch._neg_view(x), x, x.dtype) and not linear.can_take(x, torch._neg_view(x), x.dtype)
     assert linear.can_take(x[:, 8:56], x[:, 8:56], x.dtype) and not linear.can_take(x[:, 4:52], x[:, 4:52], x.dtype)
 
 
@@ -314,21 +316,28 @@ def test_vectors_of_any_strides():
 
 
 class Launches:
-    """Instead of a kernel: keeps what Triton would compile it for on Hopper."""
+    """Instead of a kernel, or before it `runs`: keeps what Triton would compile it for on Hopper."""
 
-    def __init__(self, kernel):
+    def __init__(self, kernel, runs=False):
         from triton.backends.compiler import GPUTarget
         from triton.compiler import make_backend
         from triton.runtime.jit import JITFunction, create_function_from_signature
 
+        original = kernel
         if not isinstance(kernel, JITFunction):  # interpreted
             kernel = JITFunction(kernel.fn, **kernel.kwargs)
         backend = make_backend(GPUTarget("cuda", 90, 32))
         self.bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+        self.kernel = original if runs else None
         self.variants = set()
 
     def __getitem__(self, grid):
-        return lambda *args, **options: self.variants.add(str(self.bind(*args, **options)[1:]))
+        def launch(*args, **options):
+            self.variants.add(str(self.bind(*args, **options)[1:]))
+            if self.kernel is not None:
+                self.kernel[grid](*args, **options)
+
+        return launch
 
 
 @pytest.mark.parametrize("path", ["A", "fused", "B", "C", "D", "E"])
@@ -343,8 +352,10 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
         (sequences, "sum_tokens_fwd_kernel"),
         (sequences, "sum_tokens_bwd_kernel"),
         (linear, "linear_fold_fwd_kernel"),
+        (linear, "linear_join_kernel"),
+        (rows, "rows_kernel"),
     ):
-        launches[name] = Launches(getattr(module, name))
+        launches[name] = Launches(getattr(module, name), runs=module is rows)
         monkeypatch.setattr(module, name, launches[name])
     monkeypatch.setitem(dispatch.FORWARD_OF, "triton", "triton_fused" if path == "fused" else "triton")
     monkeypatch.setattr(kernels, "MAX_BLOCK_BYTES", 256)
@@ -381,7 +392,7 @@ ONE_OF_EACH = [
     "dlogits fp32 plain",
     "fold logits bf16",
     "dlogits logits bf16",
-    "linear fold bf16 plain",
+    "linear fold bf16 plain slots",
     "linear exp plain",
     "linear pack plain",
     "linear dlogits plain",
@@ -396,7 +407,7 @@ def test_machine_code(sm, only, tmp_path):
     done = forks.python(COMPILE, sm, *only, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
-    expected = len(only) or (42 if sm == 90 else 26)
+    expected = len(only) or (43 if sm == 90 else 28)
     assert len({row["kernel"] for row in rows}) == len(rows) == expected
     for row in rows:
         kernel = row["kernel"]
@@ -410,7 +421,7 @@ def test_machine_code(sm, only, tmp_path):
             assert row["shared"] <= SHARED_MEMORY[sm] * 1024, row
             assert (row["store128"] > 0) == ("fold" not in kernel), row
             continue
-        if kernel == "rows join":  # a number of each row at a time
+        if kernel in ("rows join", "rows linear join", "rows found"):  # a number of each row at a time
             continue
         assert row["load128"] > 0, row
         assert row["store128"] > 0 or (kernel.startswith("fold") and "exp" not in kernel), row
