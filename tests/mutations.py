@@ -558,6 +558,8 @@ MUTATIONS = {
         Mutation(
             PAIR_GROUPS, "max(map(operator.add, filled, more)) > budget", "filled[0] + more[0] > budget", SEQUENCE_TESTS
         ),
+        # dW summed in memory, slice by slice
+        Mutation(PATHS, '== "cuda" and fit < n)', '== "cuda" and fit < 1)', "test_linear_dpo.py -k kept_in_the_memory"),
         # a small part at the end
         Mutation(PAIR_GROUPS, "rows)) == fewest", "rows)) >= 1", "test_pair_groups.py"),
         Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
