@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -105,6 +105,17 @@ class Launch(NamedTuple):
     """Bytes that a product reads and writes beside its operands and results: fp32 sums that it adds to."""
 
 
+class Weight(NamedTuple):
+    """In the place of a tensor [V, H] that is not there."""
+
+    shape: tuple[int, int]
+    device: torch.device
+    dtype: torch.dtype = torch.bfloat16
+
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
 class Prediction(NamedTuple):
     gpu: GPU
     impl: str
@@ -159,7 +170,8 @@ class Model:
     def __init__(self, gpu: GPU, impl: str, n: int, h: int, v: int):
         self.gpu, self.impl, self.n, self.h, self.v = gpu, impl, n, h, v
         self.cluster = CLUSTER if impl == "cuda" else 1
-        self.weight = torch.empty(v, h, dtype=torch.bfloat16, device="meta")
+        # where tiles are cut as on a GPU; exponentials are asked of a device that is there, or of a plan
+        self.weight: Any = Weight((v, h), torch.device("cuda" if impl == "tiles" else "meta"))
         self.k = load("triton")  # whose exponentials lie as the CUDA ones do, and whose tiles are as large
 
     # What there is to launch
@@ -286,11 +298,12 @@ class Model:
 
     def recomputed_d(self) -> list[Launch]:
         """Blocks of the vocabulary: dlogits are written, and two products take them."""
-        n, h, found = self.n, self.h, []
+        n, h, found = self.n, self.h, list[Launch]()
         columns = waves.columns_at_a_time(n, self.v, h, self.gpu.multiprocessors, D_BYTES, self.cluster)
-        for place, (count, v) in enumerate(_blocks(self.v, columns)):
+        first = min(columns, self.v)
+        for count, v in [(1, first), *_blocks(self.v - first, columns)]:
             written = self.fused("linear_dlogits_kernel", n, v, FOLD, 2 * v * self.k.padded_rows(n))
-            block = [written, *self.product(v, n, h, 2), *self.product(n, v, h, 4, accumulate=place + count > 1)]
+            block = [written, *self.product(v, n, h, 2), *self.product(n, v, h, 4, accumulate=bool(found))]
             found += [launch._replace(count=count * launch.count) for launch in block]
         return [*found, self.dhidden(4)]
 
@@ -349,7 +362,7 @@ class Model:
         return found + self.product(v, n, self.h, 2 if only else 4, accumulate=not only)
 
     def tiles_c(self, chunks: list[int]) -> list[Launch]:
-        """Logits of a chunk are kept, those of a single one in the memory of dW as far as they fit."""
+        """Logits of a chunk are kept, those of a single one in the memory of dW if they fit."""
         found, alone = [], len(chunks) == 1
         rows, columns, _ = paths._grouped_blocks(self.k, max(chunks), self.weight, torch.float32, alone)
         only = alone and rows >= self.n

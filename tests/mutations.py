@@ -92,6 +92,7 @@ LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger"
 TRL = "dpo_kernels/trl"
 
 CUDA_EXP_TESTS = "impl/test_cuda_exponentials.py"
+WAVES, PRODUCTS = (f"dpo_kernels/impl/{name}.py" for name in ("waves", "products"))
 TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
@@ -619,6 +620,15 @@ MUTATIONS = {
         Mutation(
             PAIR_GROUPS, "max(map(operator.add, filled, more)) > budget", "filled[0] + more[0] > budget", SEQUENCE_TESTS
         ),
+        # dW summed in memory, slice by slice
+        Mutation(PATHS, '== "cuda" and fit < n)', '== "cuda" and fit < 1)', "test_linear_dpo.py -k kept_in_the_memory"),
+        # small blocks at the end; partial sums as large as the tiles of a whole product; a remainder of a sum left out
+        Mutation(WAVES, "2 * _last(n, rows) >= rows", "2 * _last(n, rows) >= 0", "impl/test_waves.py"),
+        Mutation(WAVES, "if not 0 < tiles < multiprocessors:", "if tiles == 0:", "impl/test_waves.py"),
+        Mutation(
+            PRODUCTS, "return out if whole == a.shape[1] else", "return out if whole else", "impl/test_products.py"
+        ),
+        Mutation(PRODUCTS, 'device.type != "cuda" or k < LONG_SUM', 'device.type != "cuda"', "impl/test_products.py"),
         # a small part at the end
         Mutation(PAIR_GROUPS, "rows)) == fewest", "rows)) >= 1", "test_pair_groups.py"),
         Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),

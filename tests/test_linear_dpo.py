@@ -1,6 +1,7 @@
 """The fused op equals the functions it is composed of, on every path and for every loss."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -74,6 +75,23 @@ def test_logits_kept_in_the_memory_of_dw(dtype, hidden_size, tile, set_tile_byte
         torch.autograd.grad(once.loss, wanted), torch.autograd.grad(again.loss, wanted), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "device, n, kept, rows",
+    [
+        ("cpu", 2000, 2000, 1024),
+        ("cpu", 8192, 1024, 1024),
+        ("cuda", 2000, 2000, 2000),
+        ("cuda", 2048, 0, 2048),  # one more than there is room for
+        ("cuda", 8192, 0, 8192),
+    ],
+)
+def test_which_logits_are_kept_in_the_memory_of_dw(device, n, kept, rows):
+    """On a GPU all or none: in slices of rows, dW would be summed in memory."""
+    weight = SimpleNamespace(shape=(128256, 4096), dtype=torch.bfloat16, device=torch.device(device))
+    found = paths._grouped_blocks(dispatch.load("torch"), n, weight, torch.float32, alone=True)
+    assert (found[0], found[2]) == (rows, kept)
 
 
 def fused(inputs, **options):

@@ -285,13 +285,14 @@ def linear_logps_bwd(
 
 def _grouped_blocks(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, alone: bool) -> tuple[int, int, int]:
     """Rows and columns of path C's tiles, and how many of the n rows of a group that is `alone` have their logits kept
-    in the memory of dW, block by block: a block of dW, [v, H], is written when the block's logits have been read."""
+    in the memory of dW, block by block: a block of dW, [v, H], is written when the block's logits have been read. On a
+    GPU all of them or none: in slices of as many rows as fit, sums of dW go to memory and back once for each slice."""
     v, h = weight.shape
     rows, columns = _blocks(n, v, h, acc, k.tile_bytes(weight.device))
     fit = h * weight.dtype.itemsize // acc.itemsize
     if weight.dtype.itemsize < acc.itemsize:
         fit = (h - 1) * weight.dtype.itemsize // acc.itemsize  # some may be lost to alignment
-    if not alone or fit < min(n, MIN_ROWS):
+    if not alone or fit < min(n, MIN_ROWS) or (weight.device.type == "cuda" and fit < n):
         return rows, columns, 0
     rows, fit = min(rows, fit), min(n, fit)
     return rows, columns, n if fit == n else fit - fit % rows

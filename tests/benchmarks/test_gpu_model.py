@@ -116,14 +116,14 @@ def test_what_cannot_be_predicted_is_refused(run, capsys, arguments):
 # What follows of the targets
 
 # A pass over exponentials is 0.18 g at H = 2048, and the loss's own gradient is multiplied into dW, 0.05 g.
-MISSED = {("C, 4 GiB", 4096, 128256), ("C, 4 GiB", 2048, 128256), ("C, 4 GiB", 2048, 151936)}
+MISSED = {("C, 4 GiB", 2048, 128256), ("C, 4 GiB", 2048, 151936)}
 
 
 def test_targets_at_the_sizes_that_have_them(gpu_model):
     h200, found = gpu_model.GPUS["H200"], {}
     for size in gpu_model.SIZES:
         for path, target in gpu_model.TARGETS.items():
-            found[(path, *size[1:])] = gpu_model.predict(path, "cuda", h200, size).over_g() > target
+            found[(path, *size[1:])] = round(gpu_model.predict(path, "cuda", h200, size).over_g(), 2) > target
         for path in ("E", "E, backward too"):
             of_copy = gpu_model.predict(path, "cuda", h200, size).of_copy(path != "E")
             assert gpu_model.TARGET_OF_COPY <= of_copy <= 100
