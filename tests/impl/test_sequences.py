@@ -227,6 +227,16 @@ def test_path_e(dtype, layout, shape, inplace):
 
 
 @BOTH
+def test_a_sequence_has_the_gradients_of_its_tokens():
+    """Which are not copied for each of them."""
+    logits, labels = torch.randn(3, 4, 11, requires_grad=True), torch.randint(11, (3, 4))
+    out, g = sequence_logps(logits, labels), torch.tensor([0.3, -0.7, 1.1])
+    (mine,) = torch.autograd.grad(out.logps, logits, g, retain_graph=True)
+    (other,) = torch.autograd.grad(out.token_logps, logits, g[:, None].expand(3, 4).contiguous())
+    assert torch.equal(mine, other)
+
+
+@BOTH
 @pytest.mark.parametrize("num_labelled", [None, 7])
 def test_labels_that_do_not_fit_are_named(num_labelled):
     logits = torch.randn(3, 4, 11)
