@@ -24,6 +24,7 @@ from dpo_kernels.bench.report import aligned
 from dpo_kernels.comparisons import Halves
 from dpo_kernels.dispatch import load
 from dpo_kernels.impl import paths, waves
+from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.linear_dpo import DEFAULT_CHUNK_BYTES
 from dpo_kernels.pair_groups import plan_groups
@@ -75,8 +76,8 @@ LAUNCH = 3e-6
 FOLD, WRITE = 1 / 16, 14 / 128
 # Of the loss of a part's pairs, forward and backward: small kernels of PyTorch's.
 COEFFICIENTS = 40
-# What a block may take: exponentials of path B, dlogits of path D, logits of tiles.
-EXP_BYTES, D_BYTES, TILE_BYTES = 2**29, 2**28, 2**27
+# What logits of a tile take.
+TILE_BYTES = 2**27
 CLUSTER, ROWS_TOGETHER = 2, 8  # of csrc/cuda/linear_fold.cu
 PAIRS = 8  # that rows are spread over
 FIELDS, STATE_FIELDS = 8, 6  # of each row and split, in fp32; of each row and tile, in fp64
@@ -299,7 +300,7 @@ class Model:
     def recomputed_d(self) -> list[Launch]:
         """Blocks of the vocabulary: dlogits are written, and two products take them."""
         n, h, found = self.n, self.h, list[Launch]()
-        columns = waves.columns_at_a_time(n, self.v, h, self.gpu.multiprocessors, D_BYTES, self.cluster)
+        columns = waves.columns_at_a_time(n, self.v, h, self.gpu.multiprocessors, DLOGITS_BYTES, self.cluster)
         first = min(columns, self.v)
         for count, v in [(1, first), *_blocks(self.v - first, columns)]:
             written = self.fused("linear_dlogits_kernel", n, v, FOLD, 2 * v * self.k.padded_rows(n))

@@ -11,9 +11,9 @@ import torch
 from places import ROOT
 from recording import Operators, record
 
-from dpo_kernels import dispatch
+from dpo_kernels import dispatch, ops, sequence_logps
 from dpo_kernels.impl import paths, waves
-from dpo_kernels.impl.interface import LogitTransform
+from dpo_kernels.impl.interface import GradRows, LogitTransform
 from dpo_kernels.testing import head_inputs
 
 pytest.importorskip("triton", reason="Triton is not installed")
@@ -174,7 +174,8 @@ def recorded(monkeypatch):
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 64)
     monkeypatch.setattr(paths, "DW_COLUMNS", 40)
     monkeypatch.setattr(paths, "ALIGNED", 16)
-    launches, shapes = record(monkeypatch, kernels, linear, exponentials)
+    others = (importlib.import_module(f"dpo_kernels.impl.triton{part}") for part in ("", "_rows", "_sequences"))
+    launches, shapes = record(monkeypatch, kernels, linear, exponentials, *others)
     return kernels, launches, shapes
 
 
@@ -195,6 +196,54 @@ def predicted(gpu_model, n, h, v, launches):
         (*launch.product, launch.sums > 0) for launch in found if launch.name == "product" for _ in range(launch.count)
     ]
     return names, shapes
+
+
+def test_what_path_a_launches(gpu_model, recorded):
+    """Where labelled rows lie anywhere among the positions: no more than six."""
+    kernels, launches, _ = recorded
+    inputs = head_inputs(2, 40, 48, 251, labelled=0.6).to(BF16)
+    hidden, weight, labels = inputs.hidden.detach(), inputs.weight.detach(), inputs.labels
+    labelled = int((labels >= 0).sum())
+    with Operators(launches):
+        found = kernels.linear_token_logps(
+            hidden, weight, None, labels, LogitTransform(), compute_dtype=BF16, ignore_index=-100, shift=False,
+            stats=(), num_labelled=labelled, predictors=None,
+        )  # fmt: skip
+        ops.sum_tokens(found.token_logps, labels, None, -100, False, "triton")
+    names, _ = predicted(gpu_model, labelled, 48, 251, lambda model: model.path_a())
+    assert launches["linear_fold_fwd_kernel"] == names["linear_fold_fwd_kernel"] == 1
+    assert launches.total() <= names.total() <= 6, launches
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_what_path_e_launches(gpu_model, recorded, backward):
+    _, launches, _ = recorded
+    logits = torch.randn(2, 20, 123).to(BF16).requires_grad_()
+    labels, given = torch.randint(123, (2, 20)), torch.ones(2)
+    with Operators(launches):
+        logps = sequence_logps(logits, labels, impl="triton", num_labelled=40).logps
+        if backward:
+            torch.autograd.grad(logps, logits, given)
+    names, _ = predicted(gpu_model, 40, 48, 123, lambda model: model.path_e(backward))
+    assert launches.total() <= names.total(), launches
+
+
+@pytest.mark.parametrize("columns", [64, 128])
+def test_what_path_d_launches(gpu_model, recorded, monkeypatch, columns):
+    """Its backward: three launches a block of the vocabulary, and no more than five; each product once."""
+    kernels, launches, shapes = recorded
+    n, h, v = 80, 48, 251
+    x, weight, y = inputs_of(n, h, v)
+    of = GradRows(y, torch.stack([torch.zeros(n), torch.full((n,), float(v))]), torch.full((n,), -3.0), torch.ones(n))
+    monkeypatch.setattr(waves, "columns_at_a_time", lambda *_, **__: columns)
+    with Operators(launches):
+        dx, dw, _ = paths.linear_logps_bwd(
+            kernels, x, weight, None, of, LogitTransform(), compute_dtype=BF16, need=(True, True, False), fused=True
+        )
+    assert dx.shape == x.shape and dw.shape == weight.shape
+    names, products = predicted(gpu_model, n, h, v, lambda model: model.recomputed_d())
+    assert sorted(shapes) == sorted(products) and len(products) == 2 * -(-v // columns)
+    assert launches.total() <= names.total() + 4, launches
 
 
 @pytest.mark.parametrize("shape", SHAPES)
