@@ -289,8 +289,9 @@ class Model:
         return [*found, self.dhidden(2), *[self.rounding()] * (not alone)]
 
     def scaled_gradients(self) -> list[Launch]:
-        """The loss's own gradient: dX and dW are multiplied by it, in place."""
-        return [Launch("mul_", 1, 4 * self.n * self.h), Launch("mul_", 1, 4 * self.v * self.h)]
+        """The loss's own gradient: dX and dW are multiplied by it, in place, unless it is 1."""
+        unless_one = 0 if self.impl in ("cuda", "triton") else 4
+        return [Launch("scale_", 1, unless_one * size) for size in (self.n * self.h, self.v * self.h)]
 
     def path_d(self) -> list[Launch]:
         if self.impl == "tiles":

@@ -257,6 +257,7 @@ class GroupedLoss(torch.autograd.Function):
                 shards=g.shards,
             )
         num_tokens = g.given.num_tokens.clone()
+        ctx.family = g.family
         ctx.mark_non_differentiable(num_tokens, chosen_rewards, rejected_rewards, table)
         ctx.set_materialize_grads(False)
         return g.given.mean(losses), losses, logps, num_tokens, chosen_rewards, rejected_rewards, table
@@ -282,4 +283,7 @@ class GroupedLoss(torch.autograd.Function):
         formed, ctx.grads = ctx.grads, None
         if grads[0].device.type == "cpu" and grads[0].item() == 1:  # on other devices looking would be waiting
             return (*formed, None)
-        return (*(None if grad is None else grad.mul_(grads[0]) for grad in formed), None)
+        for grad in formed:
+            if grad is not None:
+                load(ctx.family).scale_(grad, grads[0])
+        return (*formed, None)

@@ -93,6 +93,7 @@ TRL = "dpo_kernels/trl"
 
 CUDA_EXP_TESTS = "impl/test_cuda_exponentials.py"
 WAVES, PRODUCTS = (f"dpo_kernels/impl/{name}.py" for name in ("waves", "products"))
+TRITON_SCALE = "dpo_kernels/impl/triton_scale.py"
 TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
@@ -627,6 +628,9 @@ MUTATIONS = {
             PRODUCTS, "return out if whole == a.shape[1] else", "return out if whole else", "impl/test_products.py"
         ),
         Mutation(PRODUCTS, 'device.type != "cuda" or k < LONG_SUM', 'device.type != "cuda"', "impl/test_products.py"),
+        # a factor that is rounded, or left out
+        Mutation(TRITON_SCALE, "if factor != 1.0:", "if factor > 1.0:", "impl/test_scale.py -k triton"),
+        Mutation(ROWS_CU, "if (by == 1) return;", "", "impl/test_scale.py -k cuda"),
         # a small part at the end
         Mutation(PAIR_GROUPS, "rows)) == fewest", "rows)) >= 1", "test_pair_groups.py"),
         Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),

@@ -37,7 +37,7 @@ COMPILED = {"_native", "_cuda"}  # imported by implementations alone
 IMPLEMENTATIONS = (
     {"torch"},
     {"native"},
-    {"triton", "triton_linear", "triton_math", "triton_rows", "triton_sequences"},
+    {"triton", "triton_linear", "triton_math", "triton_scale", "triton_rows", "triton_sequences"},
     {"cuda", "cuda_exponentials", "cuda_linear"},
 )
 

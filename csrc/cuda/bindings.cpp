@@ -60,6 +60,12 @@ PYBIND11_MODULE(_cuda, m) {
       },
       release_gil());
   m.def(
+      "scale",
+      [](const std::string& dtype, const cuda::Matrix& rows, Address factor, Address stream) {
+        cuda::scale(dtype_of(dtype), rows, as<const void>(factor), as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
       "finish",
       [](const std::string& dtype, const FoldState& state, Address y, int64_t n, int64_t v,
          const std::vector<int>& stats, Address logp, Address norm, Address values, Address stream) {

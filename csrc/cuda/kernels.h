@@ -29,6 +29,9 @@ void fold(DType type, const Tile&, const FoldState&, DType out_type, const Matri
 // Writes -g p dz/da of a tile to `out`, 0 at the label, whose own entry goes to value [n]; 0 if it is not in the tile.
 void dlogits(DType type, const Tile&, DType out_type, const Matrix& out, const GradRows&, void* value, cudaStream_t);
 
+// Multiplies dense rows by a factor of their accumulation type; where it is 1, they are not touched.
+void scale(DType type, const Matrix& rows, const void* factor, cudaStream_t);
+
 // Products x.W^T on Hopper's tensor cores without tiles of logits: see linear_fold.cu. `processors`: multiprocessors of
 // the device.
 struct LinearProduct {

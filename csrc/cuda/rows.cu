@@ -4,6 +4,7 @@
 // of what is written, arithmetic type T (fp32; fp64 for fp64).
 //
 // A block has a row, or in the backward from logits a part of one; see row.cuh. Sums have one order: no atomics.
+#include <algorithm>
 #include <climits>
 #include <stdexcept>
 #include <string>
@@ -233,6 +234,19 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4)
   });
 }
 
+template <class S>
+__global__ void __launch_bounds__(kThreads)
+    scale_kernel(TileRows<S> rows, int64_t n, const typename Accumulate<S>::T* factor) {
+  using T = typename Accumulate<S>::T;
+  const T by = *factor;
+  if (by == 1) return;
+  for (int64_t i = blockIdx.x; i < n; i += gridDim.x) {
+    map_row(rows[i], rows[i], 0, 1, [by](auto& x, int) {
+      for (T& each : x) each *= by;
+    });
+  }
+}
+
 // One thread a row.
 template <class T>
 __global__ void finish_kernel(FoldState state, const int64_t* y, Finished<T> finished) {
@@ -418,6 +432,16 @@ void logits_bwd(DType type, const LogitsRows& logits, const LogitsRows& out, con
     using T = typename Accumulate<S>::T;
     run(logits_bwd_kernel<S>, labels.count(), blocks_of<S>(v), stream, logits, out, labels, entries(v),
         static_cast<const T*>(norm), static_cast<const T*>(logp), g);
+  });
+}
+
+// Blocks stay and go from row to row: most often there is nothing to do, for none of them.
+void scale(DType type, const Matrix& rows, const void* factor, cudaStream_t stream) {
+  for_type(type, [&](auto s) {
+    using S = decltype(s);
+    run(scale_kernel<S>, std::min<int64_t>(rows.rows, 2048), 1, stream,
+        TileRows<S>{static_cast<S*>(rows.data), rows.stride, static_cast<int>(rows.columns)}, rows.rows,
+        static_cast<const typename Accumulate<S>::T*>(factor));
   });
 }
 

@@ -195,6 +195,14 @@ def _labels(labels: Tensor, ignore_index: int) -> _cuda.Labels:
     return _cuda.Labels(_address(labels), stride_s, stride_t, sequences, length, ignore_index)
 
 
+def scale_(t: Tensor, factor: Tensor) -> None:
+    assert t.is_contiguous() and factor.ndim == 0
+    factor = factor.to(accumulate_dtype(t.dtype))  # to a name: an address alone keeps no copy alive
+    if t.numel():
+        with torch.cuda.device_of(t):
+            _cuda.scale(_type(t), _matrix(t.view(-1, t.shape[-1])), _address(factor), _stream(t))
+
+
 def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
     y, acc, v = labels.y, accumulate_dtype(logits.dtype), logits.shape[-1]
     logp, norm, values = (logits.new_empty(*lead, *y.shape, dtype=acc) for lead in ((), (2,), (len(stats),)))

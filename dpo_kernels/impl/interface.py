@@ -256,6 +256,10 @@ class TileKernels(Protocol):
         """Writes -g p dz/da to `out`, with 0 at the labels. Returns value [n] of the label's own entry
         g (1 - p_y) dz/da, 0 where the label lies in another block."""
 
+    def scale_(self, t: Tensor, factor: Tensor) -> None:
+        """Multiplies a contiguous `t` by `factor` [], in its place. Nobody waits to see whether that is 1; where it is,
+        kernels of ours leave `t` alone. Each product is rounded once."""
+
     def logps_fwd(self, logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
         """Path E: logp [S, T], norm [2, S, T] and statistics [K, S, T], 0 at ignored positions, of one read of the
         labelled rows of logits [S, T, V]. Checks the labels; see `positions.labelled_rows`."""

@@ -26,6 +26,7 @@ from dpo_kernels.impl.interface import (
 )
 from dpo_kernels.impl.paths import spans
 from dpo_kernels.impl.positions import at_rows, labelled_rows, spread, unlabelled_rows
+from dpo_kernels.impl.products import scale_ as scale_
 
 TILE_BYTES = 8 * 2**20
 

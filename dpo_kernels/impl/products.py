@@ -54,6 +54,14 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tens
     return out.add_(torch.mm(a, b, out_dtype=out.dtype))
 
 
+def scale_(t: Tensor, factor: Tensor) -> None:
+    if t.device.type == "cpu" or t.dtype == factor.dtype:
+        t.mul_(factor)
+        return
+    for part in t.view(-1).split(2**24):  # other devices would round the factor to the dtype of t
+        part.copy_(part.to(factor.dtype) * factor)
+
+
 def parts_of_sum(m: int, k: int, n: int, device: torch.device) -> int:
     """Of a product [m, k] x [k, n] of half-precision operands, with sums in fp32."""
     if device.type != "cuda" or k < LONG_SUM:
