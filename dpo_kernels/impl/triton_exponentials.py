@@ -23,7 +23,7 @@ from torch import Tensor
 from dpo_kernels.impl import triton_linear, waves
 from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
 from dpo_kernels.impl.interface import GradRows, LogitTransform
-from dpo_kernels.impl.triton_linear import LOWEST, NUM_STAGES, NUM_WARPS, products
+from dpo_kernels.impl.triton_linear import LOWEST, NUM_STAGES, NUM_WARPS, columns_of_split, products
 from dpo_kernels.impl.triton_math import log1p, one_minus_exp, stats_constants, to_logits, transform_constants
 
 # As fp32 rounds it, in fp64 too: what joins exponentials takes it back.
@@ -69,12 +69,12 @@ def _packed_shift(top):
 # Each split has its own columns; `first` is where those of W begin in the vocabulary, and `first_split` the number of
 # its first split, where others have earlier columns.
 @triton.jit(
-    do_not_specialize=["N", "split_blocks", "first", "first_split", "splits", "stride_split", "stride_field"],
+    do_not_specialize=["N", "first", "first_split", "splits", "stride_split", "stride_field"],
     do_not_specialize_on_alignment=["y_ptr", "shift_ptr", "part_ptr"],
 )
 def linear_exp_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, shift_ptr, part_ptr, e_ptr,
-    stride_xn, stride_wv, stride_ev, stride_split, stride_field, N, V, H, split_blocks, first, first_split, stored,
+    stride_xn, stride_wv, stride_ev, stride_split, stride_field, N, V, H, first, first_split, stored,
     splits, INNER: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, STATS: tl.constexpr, AGAIN: tl.constexpr,
     FAR: tl.constexpr, SQUARED: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -84,14 +84,12 @@ def linear_exp_fwd_kernel(
     with this largest logit in its place; most programs find none among theirs, and are done."""
     n = tl.arange(0, BLOCK_N)
     rows = tl.program_id(0) * BLOCK_N + n
-    split = tl.program_id(1)
     is_row = rows < N
     x_block_ptr = x_ptr + tl.program_id(0).to(tl.int64) * BLOCK_N * stride_xn
     label = (tl.load(y_ptr + rows, mask=is_row, other=-1) - first).to(tl.int32)[:, None]
     shift = tl.load(shift_ptr + rows, mask=is_row, other=float("inf"))  # exponentials behind the last row are 0
     is_written = rows < stored
-    begin = split * split_blocks * BLOCK_V
-    end = tl.minimum(begin + split_blocks * BLOCK_V, V)
+    begin, end = columns_of_split(V, BLOCK_V)
     if AGAIN:
         top = tl.full([BLOCK_N], LOWEST, tl.float32)
         for each in range(0, splits):
@@ -169,12 +167,12 @@ def linear_exp_fwd_kernel(
 
 
 @triton.jit(
-    do_not_specialize=["N", "split_blocks", "first", "first_split", "first_block", "stride_split", "stride_field"],
+    do_not_specialize=["N", "first", "first_split", "first_block", "stride_split", "stride_field"],
     do_not_specialize_on_alignment=["y_ptr", "part_ptr"],
 )
 def linear_pack_fwd_kernel(
     x_ptr, w_ptr, bias_ptr, y_ptr, shift_ptr, part_ptr, e_ptr,
-    stride_xn, stride_wv, stride_ev, stride_split, stride_field, N, V, H, split_blocks, first, first_split, stored,
+    stride_xn, stride_wv, stride_ev, stride_split, stride_field, N, V, H, first, first_split, stored,
     stride_shift, first_block,
     INNER: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, STATS: tl.constexpr,
     PIECES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -194,8 +192,7 @@ def linear_pack_fwd_kernel(
     is_written = rows < stored
     x_block_ptr = x_ptr + tl.program_id(0).to(tl.int64) * BLOCK_N * stride_xn
     label = (tl.load(y_ptr + rows, mask=is_row, other=-1) - first).to(tl.int32)
-    begin = split * split_blocks * BLOCK_V
-    end = tl.minimum(begin + split_blocks * BLOCK_V, V)
+    begin, end = columns_of_split(V, BLOCK_V)
     has_entry = (label >= begin) & (label < end)
     label = tl.where(label < V, label, 2**30)  # of a later part: behind all columns, those too that are none
     top = tl.full([BLOCK_N], FLOOR, tl.float32)
@@ -492,7 +489,6 @@ class _Part(NamedTuple):
     bias: Tensor | None  # [v]
     blocks: int
     first_block: int
-    split_blocks: int
     first_split: int
     splits: int
 
@@ -582,14 +578,10 @@ class Exponentials:
         self.parts, first, self.blocks, self.splits = list[_Part](), 0, 0, 0
         for size in sizes:
             blocks = triton.cdiv(size, self.columns)
-            busy = waves.splits_of(_row_blocks(rows), blocks, multiprocessors)
-            split_blocks = triton.cdiv(blocks, busy)
-            splits = triton.cdiv(blocks, split_blocks)
+            splits = waves.splits_of(_row_blocks(rows), blocks, multiprocessors)
             here = slice(first, first + size)
             of_bias = None if bias is None else bias[here]
-            self.parts.append(
-                _Part(first, weight[here], of_bias, blocks, self.blocks, split_blocks, self.splits, splits)
-            )
+            self.parts.append(_Part(first, weight[here], of_bias, blocks, self.blocks, self.splits, splits))
             first, self.blocks, self.splits = first + size, self.blocks + blocks, self.splits + splits
         assert first == v
         self.sums = x.new_empty(FIELDS, self.splits, n, dtype=torch.float32)
@@ -606,7 +598,7 @@ class Exponentials:
         _run(
             triton_linear.linear_fold_fwd_kernel, (_row_blocks(n), splits), self.x,
             self.x, self.weight[some], None if bias is None else bias[some], self.y, found, None,
-            self.x.stride(0), self.weight.stride(0), n, some.stop, self.x.shape[1], 1, STATS=False, **self.constants,
+            self.x.stride(0), self.weight.stride(0), n, some.stop, self.x.shape[1], STATS=False, **self.constants,
         )  # fmt: skip
         return found[0].amax(0)
 
@@ -641,7 +633,7 @@ class Exponentials:
                 kernel, (_row_blocks(n), part.splits), x,
                 x, part.weight, part.bias, self.y[rows], shift, self.sums[:, :, rows], e,
                 x.stride(0), part.weight.stride(0), e.stride(0), self.x.shape[0], self.sums.stride(0),
-                n, part.weight.shape[0], x.shape[1], part.split_blocks, part.first, part.first_split,
+                n, part.weight.shape[0], x.shape[1], part.first, part.first_split,
                 0 if out is None else padded_rows(n), *of_part, STATS=bool(self.names), **constants, **self.constants,
             )  # fmt: skip
 

@@ -41,6 +41,15 @@ FIELDS, STATS_FIELDS = 3, 7
 
 
 @triton.jit
+def columns_of_split(V, BLOCK_V: tl.constexpr):
+    """Where this program's columns begin and end. Splits differ by one block at most, the longer ones come first."""
+    split, splits, blocks = tl.program_id(1), tl.num_programs(1), tl.cdiv(V, BLOCK_V)
+    begin = split * (blocks // splits) + tl.minimum(split, blocks % splits)
+    end = begin + blocks // splits + (split < blocks % splits).to(tl.int32)
+    return begin * BLOCK_V, tl.minimum(end * BLOCK_V, V)
+
+
+@triton.jit
 def products(
     x_block_ptr, w_block_ptr, bias_ptr, stride_xn, stride_wv, is_row, columns, inside, H,
     HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -70,10 +79,10 @@ def _shift(top):
 
 # Rows of x lie in slots of hidden states [R, T, H], or without slots as [N, H].
 @triton.jit(
-    do_not_specialize=["N", "split_blocks", "T"], do_not_specialize_on_alignment=["y_ptr", "slot_ptr"]
+    do_not_specialize=["N", "T"], do_not_specialize_on_alignment=["y_ptr", "slot_ptr"]
 )  # fmt: skip
 def linear_fold_fwd_kernel(
-    x_ptr, w_ptr, bias_ptr, y_ptr, part_ptr, slot_ptr, stride_xn, stride_wv, N, V, H, split_blocks,
+    x_ptr, w_ptr, bias_ptr, y_ptr, part_ptr, slot_ptr, stride_xn, stride_wv, N, V, H,
     INNER: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, STATS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr, stride_xr=0, T=1,
 ):  # fmt: skip
@@ -97,8 +106,8 @@ def linear_fold_fwd_kernel(
         sum_ez = tl.zeros([BLOCK_N], tl.float32)
         sum_sq = tl.zeros([BLOCK_N], tl.float32)
 
-    split_columns = split_blocks * BLOCK_V
-    for start in range(split * split_columns, tl.minimum((split + 1) * split_columns, V), BLOCK_V):
+    begin, end = columns_of_split(V, BLOCK_V)
+    for start in range(begin, end, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
         inside = columns < V
         w_block_ptr = w_ptr + tl.cast(start, tl.int64) * stride_wv
@@ -292,14 +301,13 @@ def fold_splits(
     hopper, multiprocessors = _machine(x.device)
     columns = block_v(stats, transform.softcap is not None, hopper)
     row_blocks, column_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(v, columns)
-    split_blocks = triton.cdiv(column_blocks, splits_of(row_blocks, column_blocks, multiprocessors))
-    splits = triton.cdiv(column_blocks, split_blocks)
+    splits = splits_of(row_blocks, column_blocks, multiprocessors)
     part = x.new_empty(STATS_FIELDS if stats else FIELDS, splits, n, dtype=torch.float32)
     bias = None if bias is None else bias.contiguous()
     of_slots = {} if slots is None else {"stride_xr": x.stride(0), "T": x.shape[1]}
     with torch.cuda.device_of(x):
         linear_fold_fwd_kernel[(row_blocks, splits)](
-            x, weight, bias, y, part, slots, x.stride(-2), weight.stride(0), n, v, h, split_blocks,
+            x, weight, bias, y, part, slots, x.stride(-2), weight.stride(0), n, v, h,
             **transform_constants(transform), HAS_BIAS=bias is not None, STATS=stats,
             BLOCK_N=BLOCK_N, BLOCK_V=columns, BLOCK_H=BLOCK_H, **of_slots,
             num_warps=NUM_WARPS, num_stages=NUM_STAGES,

@@ -60,9 +60,9 @@ def product_time(m: int, k: int, n: int, multiprocessors: int, in_parts: bool = 
 
 def fold_rounds(groups_of_rows: int, column_blocks: int, units: int, splits: int) -> int:
     """Blocks of columns that the busiest unit goes through, in a product whose epilogue is ours: a program has a group
-    of rows and one split of the vocabulary, which all have as many blocks, but for the last."""
-    blocks = _over(column_blocks, splits)
-    return _over(groups_of_rows * _over(column_blocks, blocks), units) * blocks
+    of rows and one split of the vocabulary. Splits differ by one block at most, and the longer ones come first."""
+    blocks, longer = divmod(column_blocks, splits)
+    return blocks * _over(groups_of_rows * splits, units) + _over(groups_of_rows * longer, units)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -71,7 +71,7 @@ def splits_of(groups_of_rows: int, column_blocks: int, units: int) -> int:
     equal ones."""
 
     def time(splits: int) -> float:
-        return fold_rounds(groups_of_rows, column_blocks, units, splits) * (1 + START / _over(column_blocks, splits))
+        return fold_rounds(groups_of_rows, column_blocks, units, splits) + START * _over(groups_of_rows * splits, units)
 
     return min(range(1, min(column_blocks, 4 * units) + 1), key=time)
 

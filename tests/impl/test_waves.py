@@ -20,10 +20,11 @@ def share_of_work(n, v, h, products, multiprocessors, time):
 
 def by_counting(groups, blocks, units, splits):
     """Blocks of columns of the busiest unit, program by program, neighbours with the same columns and other rows."""
-    of_split = -(-blocks // splits)
-    spans = [range(start, min(start + of_split, blocks)) for start in range(0, blocks, of_split)]
-    rounds = -(-groups * len(spans) // units)
-    return rounds * len(spans[0])
+    load = [0] * units
+    for item in range(groups * splits):
+        split = item // groups
+        load[item % units] += blocks // splits + (split < blocks % splits)
+    return max(load)
 
 
 @pytest.mark.parametrize(
@@ -33,9 +34,9 @@ def test_splits_keep_units_busy(groups, blocks, units):
     rounds = [by_counting(groups, blocks, units, splits) for splits in range(1, blocks + 1)]
     assert rounds == [waves.fold_rounds(groups, blocks, units, splits) for splits in range(1, blocks + 1)]
     splits = waves.splits_of(groups, blocks, units)
-    # one block at a time has a start more for each
-    assert rounds[splits - 1] <= (1 + waves.START) * min(rounds)
-    assert all(rounds[fewer - 1] > rounds[splits - 1] for fewer in range(1, splits)) or splits == 1
+    # a program more in turn takes a start more
+    assert rounds[splits - 1] <= min(rounds) + waves.START * -(-groups * splits // units)
+    assert splits <= 4 * units and all(rounds[fewer - 1] > rounds[splits - 1] for fewer in range(1, splits))
 
 
 @pytest.mark.parametrize("multiprocessors", MULTIPROCESSORS.values(), ids=list(MULTIPROCESSORS))
