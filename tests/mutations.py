@@ -367,7 +367,6 @@ MUTATIONS = {
         Mutation(TRITON_EXP, "leaves_out = (has_label > 0) |", "leaves_out =", EXP_TESTS),
         # the gradient of logits: what its label's entry loses, and programs that take turns
         Mutation(TRITON_EXP, "missing += tl.sum(tl.where(is_label, left, 0.0), axis=1)", "pass", EXP_TESTS),
-        Mutation(TRITON_EXP, "(label < tl.minimum(start + BLOCK_V, V))", "(label < start + BLOCK_V)", EXP_TESTS),
         Mutation(TRITON_EXP, "tl.cdiv(N, BLOCK_N) - first_block, GROUP)", "GROUP, GROUP)", EXP_TESTS),
         # the softcap's part of the gradient
         Mutation(TRITON_EXP, "e = e * slope\n            e_block_ptr", "pass\n            e_block_ptr", EXP_TESTS),
