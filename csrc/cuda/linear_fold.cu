@@ -47,7 +47,7 @@ constexpr int kEntries = kColumns / 4;  // of one row that a thread has: two row
 
 // The work items and their order, the same for all threads.
 struct Schedule {
-  int clusters, row_pairs, splits, column_blocks;
+  int clusters, row_pairs, splits, split_blocks, longer_splits;
   const int* only;  // null, or [N]: pairs of blocks of rows whose first row has no 1 here are left out
 
   __device__ int items() const { return row_pairs * splits; }
@@ -65,9 +65,7 @@ struct Schedule {
     return only != nullptr && only[static_cast<int64_t>(item.row_pair) * kClusterRows] == 0;
   }
   // Splits differ by one block at most, and the longer ones come first.
-  __device__ int boundary(int split) const {
-    return split * (column_blocks / splits) + min(split, column_blocks % splits);
-  }
+  __device__ int boundary(int split) const { return split * split_blocks + min(split, longer_splits); }
 };
 
 // A ring of stages, as one of the sides that go round it sees it.
@@ -514,7 +512,7 @@ Problem problem(const LinearProduct& args, int processors) {
   const int row_pairs = blocks_of(args.x.rows, kClusterRows);
   const int clusters = std::min(row_pairs * args.splits, std::max(1, processors / kCluster));
   const int column_blocks = blocks_of(args.w.rows, kColumns);
-  p.schedule = {clusters, row_pairs, args.splits, column_blocks, nullptr};
+  p.schedule = {clusters, row_pairs, args.splits, column_blocks / args.splits, column_blocks % args.splits, nullptr};
   return p;
 }
 
