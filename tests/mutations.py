@@ -278,6 +278,15 @@ MUTATIONS = {
         Mutation(FUSED_CU, "stores_wait<kPieces - 1>();", "stores_wait<kPieces>();", f"{CUDA_EXP_TESTS} -k order"),
         # tanh of what is not to count; the softcap's part of what is stored
         Mutation(FUSED_CU, "return t == kNothing ? -INFINITY : u;", "return u;", CUDA_TESTS),
+        Mutation(
+            FUSED_CU, "kCapped ? tanh_of(top, slope) : top", "logit(top, slope)", CUDA_EXP_TESTS + " -k 'cannot_be'"
+        ),
+        Mutation(
+            FUSED_CU,
+            "sum_ez * rescale + sum * rescale * fmaxf(top - next, -FLT_MAX)",
+            "(sum_ez + sum * fmaxf(top - next, -FLT_MAX)) * rescale",
+            CUDA_EXP_TESTS + " -k 'least_numbers'",
+        ),
         Mutation(FUSED_CU, "e * slope * kPackedOne", "e * kPackedOne", CUDA_EXP_TESTS),
         # far rows that are told where nobody looks, or not gone over again
         Mutation(FUSED_CU, "p.far[row / kClusterRows * kClusterRows] = 1", "p.far[row] = 1", CUDA_EXP_TESTS),

@@ -185,7 +185,7 @@ struct RowFold {
     if (kTo != Epilogue::shifted) {
       const float rescale = exp2f((top - next) * p.outer_log2e);
       if (kStats) {
-        sum_ez = (sum_ez + sum * fmaxf(top - next, -FLT_MAX)) * rescale;
+        sum_ez = sum_ez * rescale + sum * rescale * fmaxf(top - next, -FLT_MAX);  // which may be far, and times 0
         sum_sq *= rescale * rescale;
       }
       sum *= rescale;
@@ -407,7 +407,8 @@ __device__ void multiply_and_fold(const Problem& p, const CUtensorMap& e_map, co
           for (int distance = 1; distance < 4; distance *= 2) {
             top = fmaxf(top, __shfl_xor_sync(kAllLanes, top, distance));
           }
-          rows[r].raise(p, row + 8 * r, block, logit(top, slope));
+          // Of nothing tanh makes -1, which no entry with a softcap is below, -inf least of all.
+          rows[r].raise(p, row + 8 * r, block, kCapped ? tanh_of(top, slope) : top);
         }
       }
 #pragma unroll

@@ -167,10 +167,15 @@ def test_rows_that_would_overflow(kernels, path, softcap):
 
 
 @pytest.mark.parametrize("path", ["A", "B", "C", "D"])
-@pytest.mark.parametrize("impossible", ["first columns", "some", "all but one more", "a block"])
-def test_entries_that_cannot_be(kernels, path, impossible):
-    """A bias of -inf: in all of the columns that a shift is taken from, here and there, nearly everywhere, and in all
-    of a split's first block."""
+@pytest.mark.parametrize(
+    ("impossible", "softcap"),
+    [(*at, None) for at in (["first columns"], ["some"], ["all but one more"], ["a block"])]
+    + [("a block", 5.0), ("the last ones", 5.0)],
+)
+def test_entries_that_cannot_be(kernels, path, impossible, softcap):
+    """A bias of -inf: in all of the columns that a shift is taken from, here and there, nearly everywhere, in all of a
+    split's first block, and of its last. A softcap makes entries of them that can be."""
+    options = {} if softcap is None else {"softcap": softcap}
     inputs = head_inputs(4, 9, 48, 523, confident=0.3).to(BF16)
     inputs.labels[inputs.labels >= 0] = 264 + inputs.labels[inputs.labels >= 0] % 2
     entries = torch.arange(523)
@@ -179,6 +184,7 @@ def test_entries_that_cannot_be(kernels, path, impossible):
         "some": (entries % 3 == 0) & (entries != 264) & (entries != 265),
         "all but one more": (entries != 264) & (entries != 265),
         "a block": entries < 256,
+        "the last ones": entries >= 512,
     }[impossible]
     bias = inputs.bias.detach().masked_fill(out, -torch.inf)
     inputs = inputs._replace(bias=bias.requires_grad_())
@@ -186,18 +192,36 @@ def test_entries_that_cannot_be(kernels, path, impossible):
     need = () if path == "A" else NAMES[:1] if path == "B" or "more" in impossible else NAMES
     coefficients, mine = hinge_coefficients(inputs), ()
     if path == "C":
-        found, mine = trained(inputs, NAMES, {})
+        found, mine = trained(inputs, NAMES, options)
     else:
         on = {"A": (), "B": NAMES[:1], "D": NAMES}[path]
         leaves = [getattr(inputs, name).detach().requires_grad_(name in on) for name in NAMES]
-        found = linear_sequence_logps(*leaves[:2], inputs.labels, bias=leaves[2], impl="cuda")
+        found = linear_sequence_logps(*leaves[:2], inputs.labels, bias=leaves[2], impl="cuda", **options)
         if on:
             mine = torch.autograd.grad((found.logps * coefficients).sum(), [t for t in leaves if t.requires_grad])
-    _, eager = by_eager(inputs, coefficients, NAMES, {}, True)
-    best, oracle = by_eager(inputs.to(torch.float64), coefficients, NAMES, {}, True)
+    _, eager = by_eager(inputs, coefficients, NAMES, options, True)
+    best, oracle = by_eager(inputs.to(torch.float64), coefficients, NAMES, options, True)
     torch.testing.assert_close(found.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
     for name, ours, theirs, exact in zip(need, mine, eager, oracle, strict=False):  # the first ones
         assert_within_budget(ours, theirs, exact, f"d{name}")
+
+
+@pytest.mark.parametrize("path", ["A", "C"])
+def test_statistics_where_a_split_begins_with_the_least_numbers(kernels, path):
+    """As masks write them: what is far below the row's maximum is 0 times a large distance."""
+    inputs = head_inputs(2, 6, 16, 9 * 256, labelled=1.0).to(BF16)
+    bias = inputs.bias.detach().masked_fill(torch.arange(9 * 256) // 256 % 2 == 0, torch.finfo(BF16).min)
+    inputs.labels.fill_(300)
+    if path == "A":
+        found = linear_sequence_logps(
+            inputs.hidden.detach(), inputs.weight.detach(), inputs.labels, bias=bias, stats=["entropy"], impl="cuda"
+        )
+    else:
+        found, _ = trained(inputs._replace(bias=bias.requires_grad_()), NAMES, {}, stats=["entropy"])
+    exact = inputs.to(torch.float64)
+    logits = eager_logits(exact.hidden, exact.weight, bias=bias.double()).detach()
+    best = eager_stats(logits, exact.labels)["entropy"]
+    torch.testing.assert_close(found.stats["entropy"].double(), best, rtol=1e-5, atol=1e-5)
 
 
 def flat(inputs):
