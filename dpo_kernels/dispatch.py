@@ -37,7 +37,8 @@ _MODULES = {
 _FUSED = "_fused"
 # The path without gradients.
 FORWARDS = ("A",)
-# What an implementation's own name takes there. Of Triton's fused forward no GPU has yet said that it is faster.
+# What an implementation's own name takes there. Of Triton's fused forward no GPU has yet said that it is faster: it is
+# that of path D alone, whose backward stores no logits.
 FORWARD_OF: dict[str, Family] = {"cuda": "cuda_fused"}
 # Those that can do without logits, and what an implementation's own name takes there: a tile costs more than its pass.
 SWEEPS = ("B", "C", "D")

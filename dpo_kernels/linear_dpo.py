@@ -169,8 +169,9 @@ def linear_dpo_loss(
             one's own. (The negative log-likelihood of chosen responses costs no product more as `rpo_alpha` or "sft".)
         chunk_bytes: what the logits of one group, and a dW accumulator in fp32 where the head is of lower precision and
             there are several groups, may take together; 1 GiB if None. A single group keeps the logits of H rows (H / 2
-            in half precision) in the memory of dW instead. 0 always takes the path of 4 products. Of kernels that
-            store exponentials in bf16 it is these: half as many bytes, and of nearly H rows in the memory of dW.
+            in half precision; on a GPU of all its rows or none) in the memory of dW instead. 0 always takes the path of
+            4 products. Of kernels that store exponentials in bf16 it is these: half as many bytes, and of nearly H rows
+            in the memory of dW.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
@@ -203,7 +204,7 @@ def linear_dpo_loss(
     check_weights("lengths", lengths, hidden, (labels.shape[0],))
     options = LossSettings(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha, ld_alpha,
-        use_weighting, mean_chosen_length, ignore_index, tuple(stats),
+        use_weighting, mean_chosen_length, ignore_index, tuple(dict.fromkeys(stats)),
     )  # fmt: skip
     checked = options._asdict()
     del checked["mean_chosen_length"], checked["ignore_index"], checked["wanted_stats"]

@@ -82,7 +82,8 @@ def linear_sequence_logps(
     Only labelled positions are computed. Differentiable with respect to `hidden`, `weight`, `bias` and `token_weights`,
     through `logps` and `token_logps` alike. Nothing requires a gradient: one pass over the vocabulary. `weight` and
     `bias` frozen: the gradient with respect to `hidden` comes out of the same pass (2 matrix products in all).
-    Otherwise the backward computes each tile of logits again (4). Temporary memory is a few tiles (at most four), and
+    Otherwise the backward computes each tile of logits again (4). Temporary memory is a few tiles (at most four; on a
+    GPU up to 512 MiB of exponentials, or 256 of dlogits, in their place), and
     [N, H] for N labelled positions: their hidden states, and an fp32 gradient (of all positions, under torch.compile).
     Under autocast operands are rounded to the autocast dtype, logits stay fp32. There are no second derivatives.
 
@@ -140,6 +141,7 @@ def linear_sequence_logps(
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
+    stats = tuple(dict.fromkeys(stats))
     check_runs(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
     trained = torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad))
@@ -245,6 +247,7 @@ def sequence_logps(
     check_labels(logits, labels, "logits", "[S, T, V]")
     check_switches(ignore_index, shift=shift, inplace_backward=inplace_backward)
     check_reduction(labels, token_weights, reduction, stats, num_labelled)
+    stats = tuple(dict.fromkeys(stats))
     if logits.shape[2] == 0:
         raise ValueError("logits: expected at least one vocabulary entry, got none")
     if inplace_backward and any(logits.stride(i) == 0 and logits.shape[i] > 1 for i in range(3)):
@@ -270,7 +273,7 @@ def _reduce(
     family: Family,
 ) -> SequenceLogps:
     """`same`: by the argument's name, what is so on all ranks."""
-    by_kernel = ranks is None and sums_tokens(family)
+    by_kernel = ranks is None and sums_tokens(family) and not _has_tangent(token_weights)
     weights = None if token_weights is None else token_weights.to(token_logps.dtype)
     if weights is not None and (is_at_hand(weights) or not by_kernel):  # whatever it holds at ignored positions
         weights = weights.masked_fill(labels == ignore_index, 0)
@@ -291,6 +294,13 @@ def _reduce(
     if reduction == "mean":
         logps = logps / num_tokens.clamp(min=1)
     return SequenceLogps(logps, num_tokens, token_logps, named_stats(stats, values.detach()))
+
+
+def _has_tangent(weights: Tensor | None) -> bool:
+    """Of forward-mode differentiation, which PyTorch's own operators go on with."""
+    if weights is None or torch.compiler.is_compiling():
+        return False
+    return torch.autograd.forward_ad.unpack_dual(weights).tangent is not None
 
 
 def named_stats(names: Sequence[str], values: Tensor) -> dict[str, Tensor]:

@@ -69,7 +69,7 @@ def plan_groups(
         range(budget),
         True,
         lo=max(map(max, sizes_of_ranks)),
-        key=lambda rows: len(_ends(sizes_of_ranks, rows)) == fewest,
+        key=lambda most: len(_ends(sizes_of_ranks, most)) == fewest,
     )
     groups, first_row, first = [], 0, 0
     for end in _ends(sizes_of_ranks, budget):

@@ -123,8 +123,8 @@ def linear_fold_(
     if not all(cuda_linear.can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight)):
         return False
     assert isinstance(fold, CudaFold)
-    rounded_bias = None if bias is None else bias.to(compute_dtype).contiguous()
-    sums = cuda_linear.fold(x, weight, rounded_bias, fold.y, transform, bool(fold.names))
+    bias = cuda_linear.rounded_bias(bias, compute_dtype)
+    sums = cuda_linear.fold(x, weight, bias, fold.y, transform, bool(fold.names))
     fold.in_one_kernel = sums, transform
     return True
 

@@ -50,10 +50,6 @@ def _dense(x: Tensor) -> Tensor:
     return x if cuda_linear.can_be_copied_in_boxes(x, x.dtype) else x.contiguous()
 
 
-def _bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else bias.to(dtype).resolve_neg().contiguous()
-
-
 def _dhidden(sums: Tensor, weight: Tensor, y: Tensor, scale: Tensor | None, label: Tensor, out: Tensor) -> Tensor:
     """scale (sums + label W_y), or without a scale; sums and out [N, H] may be the same."""
     assert sums.is_contiguous() and out.is_contiguous() and sums.dtype == torch.float32
@@ -86,7 +82,7 @@ class Exponentials:
     ):  # fmt: skip
         self.x, self.y, self.weight = _dense(x), y.contiguous(), weight
         self.transform, self.names, self.packed = transform, tuple(stats), packed
-        n, bias = x.shape[0], _bias(bias, weight.dtype)
+        n, bias = x.shape[0], cuda_linear.rounded_bias(bias, weight.dtype)
         _, self.multiprocessors = cuda_linear._machine(x.device)
         self.parts, first, splits, blocks = list[_Part](), 0, 0, 0
         for size in sizes:
@@ -149,7 +145,12 @@ class Recomputed:
     """See `interface.Recomputed`."""
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform):
-        self.x, self.weight, self.bias, self.transform = _dense(x), weight, _bias(bias, weight.dtype), transform
+        self.x, self.weight, self.bias, self.transform = (
+            _dense(x),
+            weight,
+            cuda_linear.rounded_bias(bias, weight.dtype),
+            transform,
+        )
         y, norm, logp, g = of
         self.y, self.logp, self.g = y.contiguous(), logp.float().contiguous(), g.float().contiguous()
         self.norm = norm.float().contiguous()

@@ -43,21 +43,25 @@ def native(transform: LogitTransform) -> _cuda.Transform:
 
 def _machine(device: torch.device) -> tuple[bool, int]:
     """Whether it is a Hopper GPU, and its number of multiprocessors. What has no memory is asked for a plan: of the
-    GPU that is here."""
-    if device.type == "meta" and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
-    if device.type != "cuda":
+    GPU that is here, or else of an H200."""
+    if device.type == "cpu":  # the tests' emulation
         return True, 4
+    if not torch.cuda.is_available():
+        return True, 132
+    if device.type == "meta":
+        device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)
     return properties.major == 9, properties.multi_processor_count
 
 
 def splits_of(n: int, v: int, multiprocessors: int) -> int:
-    """How many parts of the vocabulary keep the clusters busiest: all have as many blocks of columns, but the last."""
+    """How many parts of the vocabulary keep the clusters busiest."""
     clusters = max(1, multiprocessors // _cuda.CLUSTER_BLOCKS)
-    blocks = math.ceil(v / _cuda.BLOCK_COLUMNS)
-    splits = waves.splits_of(math.ceil(n / _cuda.CLUSTER_ROWS), blocks, clusters)
-    return math.ceil(blocks / math.ceil(blocks / splits))
+    return waves.splits_of(math.ceil(n / _cuda.CLUSTER_ROWS), math.ceil(v / _cuda.BLOCK_COLUMNS), clusters)
+
+
+def rounded_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else bias.to(dtype).resolve_neg().contiguous()
 
 
 def can_be_copied_in_boxes(t: Tensor, dtype: torch.dtype) -> bool:

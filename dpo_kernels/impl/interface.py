@@ -156,7 +156,8 @@ class TileKernels(Protocol):
         """What this machine runs it with, for people."""
 
     def tile_bytes(self, device: torch.device) -> int:
-        """The size in bytes that no temporary tensor of paths A, B and D exceeds, whatever N and V."""
+        """The size in bytes that no temporary tensor of paths A, B and D exceeds, whatever N and V, where
+        they store tiles of logits."""
 
     def operand(self, t: Tensor, compute_dtype: torch.dtype) -> Tensor:
         """`t` rounded to the compute dtype, held in the dtype that the device multiplies in with fp32 accumulation."""

@@ -2,8 +2,8 @@
 
 Dimensions: N labelled rows, H hidden size, V vocabulary size, v columns of one vocabulary block, n rows of one row
 block, K statistics. A *tile* is [n, v] in the accumulation dtype (fp32; fp64 for fp64 operands). No tensor made here
-exceeds `tile_bytes`, except the [N, H] accumulators and results, and the buffer of path C. What happens inside a tile,
-and the matrix products, are `k`'s: the implementation's.
+exceeds `tile_bytes`, except the [N, H] accumulators and results, the buffer of path C, and what takes the place of
+tiles where no logits are stored. What happens inside a tile, and the matrix products, are `k`'s: the implementation's.
 
 Where `k` can write exponentials as the product x.W^T leaves the registers, paths B, C and D store no logits.
 Exponentials lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block

@@ -28,7 +28,7 @@ from dpo_kernels.impl.triton_exponentials import recomputed_columns as recompute
 from dpo_kernels.impl.triton_exponentials import shift_columns as shift_columns
 from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_linear import LOWEST
-from dpo_kernels.impl.triton_math import exp, log1p, one_minus_exp, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.triton_math import exp, log1p, one_minus_exp, run, stats_constants, to_logits, transform_constants
 from dpo_kernels.impl.triton_rows import linear_token_logps as linear_token_logps
 from dpo_kernels.impl.triton_scale import scale_ as scale_
 from dpo_kernels.impl.triton_sequences import sum_tokens as sum_tokens
@@ -357,12 +357,6 @@ def _per(dtype: torch.dtype) -> int:
     return 16 // dtype.itemsize
 
 
-def _run(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, **constants: Any) -> None:
-    """On the device of `where`, which need not be the current one."""
-    with torch.cuda.device_of(where):
-        kernel[grid](*args, **constants)
-
-
 def linear_fold_(
     fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
 ) -> bool:
@@ -399,7 +393,7 @@ def _fold_tile(
     state, argmax, y = fold.state[:, rows], fold.argmax[rows], fold.y[rows]
     stride_sums, h = (0, 0) if sums is None else (sums.stride(0), sums.shape[1])
     if n:
-        _run(
+        run(
             fold_fwd_kernel, (triton.cdiv(n, BLOCK_N),), a,
             a, out, columns.bias, y, state, argmax, sums,
             v, v, state.stride(0), stride_sums, columns.start, n, v, h,
@@ -416,7 +410,7 @@ def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: L
     value = torch.empty_like(logp)
     if n:
         launch = _launch(a.dtype, v)
-        _run(
+        run(
             dlogits_bwd_kernel, (triton.cdiv(n, BLOCK_N), triton.cdiv(v, launch["BLOCK_V"])), a,
             a, out, columns.bias, y, norm, logp, g, value, v, v, norm.stride(0), columns.start, n, v,
             **transform_constants(transform), SLOPE=transform.slope, HAS_BIAS=columns.bias is not None, **launch,
@@ -428,7 +422,7 @@ def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> t
     y, acc, v = labels.y, accumulate_dtype(logits.dtype), logits.shape[-1]
     logp, norm, values = (logits.new_empty(*lead, *y.shape, dtype=acc) for lead in ((), (2,), (len(stats),)))
     fit = y.new_empty((), dtype=torch.int32)
-    _run(
+    run(
         logits_fwd_kernel, (1 + triton.cdiv(y.numel(), BLOCK_N),), logits,
         logits, y, logp, norm, values, fit, *logits.stride(), *y.stride(), labels.ignore_index,
         -1 if labels.num_labelled is None else labels.num_labelled, max(1, y.shape[1]), y.numel(), v,
@@ -446,7 +440,7 @@ def logps_bwd_(logits: Tensor, labels: Labels, of: GradPositions, out: Tensor) -
     assert norm.dtype == logp.dtype == g.dtype == acc
     if y.numel():
         launch = _launch(logits.dtype, v)
-        _run(
+        run(
             logits_bwd_kernel, (triton.cdiv(y.numel(), BLOCK_N), triton.cdiv(v, launch["BLOCK_V"])), logits,
             logits, out, y, norm, logp, g, *logits.stride(), *out.stride(), *y.stride(), *g.stride(),
             labels.ignore_index, y.shape[1], y.numel(), v, **launch,

@@ -24,7 +24,7 @@ from dpo_kernels.impl import triton_linear, waves
 from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
 from dpo_kernels.impl.interface import GradRows, LogitTransform
 from dpo_kernels.impl.triton_linear import LOWEST, NUM_STAGES, NUM_WARPS, columns_of_split, products
-from dpo_kernels.impl.triton_math import log1p, one_minus_exp, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.triton_math import log1p, one_minus_exp, run, stats_constants, to_logits, transform_constants
 
 # As fp32 rounds it, in fp64 too: what joins exponentials takes it back.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950216293335)
@@ -512,8 +512,8 @@ def pieces(columns: int, softcap: bool) -> int:
 
 
 def shift_columns(device: torch.device) -> int:
-    """A plan, which has no GPU, is one for Hopper."""
-    return triton_linear.block_v(False, False, True) if device.type == "meta" else _columns(device, True)
+    """How many entries of the vocabulary share a shift of packed exponentials."""
+    return _columns(device, True)
 
 
 def exponential_rows(n: int, v: int, h: int, device: torch.device) -> int:
@@ -536,12 +536,6 @@ def _row_blocks(rows: int) -> int:
     return triton.cdiv(rows, triton_linear.BLOCK_N)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, **constants: Any) -> None:
-    """On the device of `where`, which need not be the current one."""
-    with torch.cuda.device_of(where):
-        kernel[grid](*args, **constants)
-
-
 def _constants(transform: LogitTransform, bias: Tensor | None, columns: int) -> dict[str, Any]:
     return {
         **transform_constants(transform), "HAS_BIAS": bias is not None, "BLOCK_N": triton_linear.BLOCK_N,
@@ -552,7 +546,7 @@ def _constants(transform: LogitTransform, bias: Tensor | None, columns: int) -> 
 def _dhidden(sums: Tensor, weight: Tensor, y: Tensor, scale: Tensor | None, label: Tensor, out: Tensor) -> Tensor:
     (n, h), block_h = sums.shape, min(triton.next_power_of_2(sums.shape[1]), MAX_BLOCK_H)
     assert sums.is_contiguous() and out.is_contiguous()
-    _run(
+    run(
         dhidden_kernel, (triton.cdiv(n, BLOCK_ROWS), triton.cdiv(h, block_h)), sums,
         sums, weight, y, scale, label, out, weight.stride(0), n, h, BLOCK_N=BLOCK_ROWS, BLOCK_H=block_h,
     )  # fmt: skip
@@ -573,7 +567,7 @@ class Exponentials:
         # The same with statistics and without: a reference, which has none, is summed as its policy is.
         self.columns = _columns(x.device, packed or transform.softcap is None)
         n, v = x.shape[0], weight.shape[0]
-        bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        bias = None if bias is None else bias.to(weight.dtype).resolve_neg().contiguous()
         self.constants = _constants(transform, bias, self.columns)
         self.parts, first, self.blocks, self.splits = list[_Part](), 0, 0, 0
         for size in sizes:
@@ -595,7 +589,7 @@ class Exponentials:
         n, some = self.x.shape[0], slice(0, min(self.weight.shape[0], FIRST_COLUMNS))
         splits = triton.cdiv(some.stop, self.columns)
         found = self.x.new_empty(triton_linear.FIELDS, splits, n, dtype=torch.float32)
-        _run(
+        run(
             triton_linear.linear_fold_fwd_kernel, (_row_blocks(n), splits), self.x,
             self.x, self.weight[some], None if bias is None else bias[some], self.y, found, None,
             self.x.stride(0), self.weight.stride(0), n, some.stop, self.x.shape[1], STATS=False, **self.constants,
@@ -629,7 +623,7 @@ class Exponentials:
         nowhere = x.new_empty(1, 16, dtype=torch.float16 if self.packed else x.dtype)
         places = [nowhere] * len(self.parts) if out is None else out
         for part, e, of_part in zip(self.parts, places, of_parts, strict=True):
-            _run(
+            run(
                 kernel, (_row_blocks(n), part.splits), x,
                 x, part.weight, part.bias, self.y[rows], shift, self.sums[:, :, rows], e,
                 x.stride(0), part.weight.stride(0), e.stride(0), self.x.shape[0], self.sums.stride(0),
@@ -641,7 +635,7 @@ class Exponentials:
         n = rows.stop - rows.start
         logp, norm = self.scale.new_empty(n), self.scale.new_empty(2, n)
         stats = self.scale.new_empty(len(self.names), n)
-        _run(
+        run(
             exp_join_kernel, (triton.cdiv(n, JOIN_ROWS),), self.x,
             self.sums[:, :, rows], logp, norm, stats, self.joint[rows], self.scale[rows], self.label[rows],
             self.x.shape[0], self.sums.stride(0), n,
@@ -656,7 +650,7 @@ class Exponentials:
         assert self.shifts is not None
         n, g = rows.stop - rows.start, g.contiguous()
         for part, each in zip(self.parts, e, strict=True):
-            _run(
+            run(
                 exp_dlogits_kernel, (part.blocks, triton.cdiv(padded_rows(n), DLOGITS_BLOCK_N)), each,
                 each.view(torch.float16), each, self.y[rows], g, self.shifts, self.joint[rows], self.scale[rows],
                 self.label[rows], self.missing[rows], each.stride(0), self.shifts.stride(0), n, each.shape[0],
@@ -674,7 +668,7 @@ class Recomputed:
 
     def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform):
         self.x, self.weight, self.transform = _readable(x, weight), weight, transform
-        self.bias = None if bias is None else bias.to(weight.dtype).contiguous()
+        self.bias = None if bias is None else bias.to(weight.dtype).resolve_neg().contiguous()
         self.y, self.norm, self.logp, self.g = (t.contiguous() for t in of)
         self.missing = torch.empty_like(self.logp)
         columns = shift_columns(x.device)
@@ -685,7 +679,7 @@ class Recomputed:
         (n, h), v = self.x.shape, block.stop - block.start
         assert out.shape == (v, n) and out.stride() == (padded_rows(n), 1)
         weight, bias = self.weight[block], None if self.bias is None else self.bias[block]
-        _run(
+        run(
             linear_dlogits_bwd_kernel, (_row_blocks(n) * triton.cdiv(v, self.constants["BLOCK_V"]),), self.x,
             self.x, weight, bias, self.y, self.norm, self.logp, self.g, self.missing, out,
             self.x.stride(0), weight.stride(0), out.stride(0), self.norm.stride(0), n, v, h, block.start,

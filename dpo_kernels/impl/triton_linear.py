@@ -245,9 +245,11 @@ def linear_join_kernel(
 
 
 def _machine(device: torch.device) -> tuple[bool, int]:
-    """Whether it is a Hopper GPU, and its number of multiprocessors."""
+    """Whether it is a Hopper GPU, and its number of multiprocessors. A plan without its GPU is one for an H200."""
     if device.type == "cpu":  # Triton's interpreter
         return False, 4
+    if not torch.cuda.is_available():
+        return True, 132
     properties = torch.cuda.get_device_properties(device)
     return properties.major == 9 and not torch.version.hip, properties.multi_processor_count
 
@@ -303,7 +305,7 @@ def fold_splits(
     row_blocks, column_blocks = triton.cdiv(n, BLOCK_N), triton.cdiv(v, columns)
     splits = splits_of(row_blocks, column_blocks, multiprocessors)
     part = x.new_empty(STATS_FIELDS if stats else FIELDS, splits, n, dtype=torch.float32)
-    bias = None if bias is None else bias.contiguous()
+    bias = None if bias is None else bias.resolve_neg().contiguous()
     of_slots = {} if slots is None else {"stride_xr": x.stride(0), "T": x.shape[1]}
     with torch.cuda.device_of(x):
         linear_fold_fwd_kernel[(row_blocks, splits)](

@@ -1,12 +1,14 @@
-"""What the Triton kernels compute of single numbers."""
+"""What the Triton kernels compute of single numbers, and how they are launched."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from dpo_kernels.impl.interface import LogitTransform
 
@@ -80,3 +82,9 @@ def stats_constants(names: Sequence[str]) -> dict[str, int | None]:
         "SUM_SQ_PROBS": "log_sum_sq_probs",
     }
     return {own: names.index(name) if name in names else None for own, name in constants.items()}
+
+
+def run(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, **constants: Any) -> None:
+    """On the device of `where`, which need not be the current one."""
+    with torch.cuda.device_of(where):
+        kernel[grid](*args, **constants)

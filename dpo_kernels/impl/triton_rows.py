@@ -32,8 +32,8 @@ def _labels(
     cannot be."""
     s, t = (p // T).to(tl.int64), (p % T).to(tl.int64)
     inside = (p < P) & (t + SHIFT < T)
-    label = tl.load(labels_ptr + s * stride_ls + (t + SHIFT) * stride_lt, mask=inside, other=ignore_index)
-    is_row = label != ignore_index
+    label = tl.load(labels_ptr + s * stride_ls + (t + SHIFT) * stride_lt, mask=inside, other=0)
+    is_row = inside & (label != ignore_index)
     wrong = is_row & ((label < 0) | (label >= V))
     if predictors_ptr is None:
         slot = p.to(tl.int64)

@@ -6,12 +6,11 @@ BLOCK_T: every sum has one order. The backward has a program for each block.
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dpo_kernels.impl.triton_math import run
 
 BLOCK_T = 1024
 
@@ -79,11 +78,6 @@ def sum_tokens_bwd_kernel(
     tl.store(dlogp_ptr + s * T + t, dlogp, mask=inside)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], where: Tensor, *args: Any, **constants: Any) -> None:
-    with torch.cuda.device_of(where):
-        kernel[grid](*args, **constants)
-
-
 def _strides(weights: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if weights is None else weights.stride()
 
@@ -95,7 +89,7 @@ def sum_tokens(
     logps = token_logps.new_empty(sequences)
     num_tokens = labels.new_empty(sequences)
     if sequences:
-        _run(
+        run(
             sum_tokens_fwd_kernel, (sequences,), labels,
             token_logps, labels, weights, logps, num_tokens,
             *token_logps.stride(), *labels.stride(), *_strides(weights), ignore_index, length,
@@ -118,7 +112,7 @@ def sum_tokens_bwd(
     dlogps = token_logps.new_empty(labels.shape)
     dweights = token_logps.new_empty(labels.shape if need_dweights else 0)
     if labels.numel():
-        _run(
+        run(
             sum_tokens_bwd_kernel, (sequences, triton.cdiv(length, BLOCK_T)), labels,
             grad, token_logps, labels, weights, num_tokens, dlogps, dweights,
             *grad.stride(), *token_logps.stride(), *labels.stride(), *_strides(weights), ignore_index, length,

@@ -76,8 +76,8 @@ def ours_bytes(
     - B: the same and sums [N, H] in a; the backward multiplies and casts these.
     - C: x, dX in a, dW, its sums in a (a block of columns, or whole where pairs come in several groups), and the logits
       of a group: some in the memory of dW, the others in a buffer of a bytes a logit.
-    - B and C of kernels that store no logits: exponentials in their place, 2 bytes each, and for C weighted rows x.
     - D: x, dX in a, dW, a block of its sums, and a tile, as in A.
+    - B, C and D of kernels that store no logits: exponentials, or for D dlogits, in their place, 2 bytes each.
 
     At the end of each dX [N, H] is spread to [P, H]. How large tiles, groups and blocks are is asked of the functions
     that the call itself asks.
@@ -251,7 +251,7 @@ class _Tiles:
 
     @property
     def exponentials(self) -> bool:
-        """Whether paths B and C store these, and no logits."""
+        """Whether paths B and C store these, and path D dlogits, and none of them logits."""
         weight = torch.empty(self.v, self.h, dtype=self.dtype, device="meta")
         return is_fused(self.family) and self.k.takes_exponentials(self.dtype, weight, self.compute_dtype)
 
@@ -294,14 +294,18 @@ def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[int], str]:
     return [], f"{what} exceed chunk_bytes; path C, with 3 products, needs {least} MiB of it"
 
 
+def _partial(t: _Tiles, rows: int, terms: int) -> int:
+    """What the parts of a sum over the vocabulary are, before they are added to sums [rows, H]."""
+    parts = parts_of_sum(rows, terms, t.h, t.device)
+    return parts * rows * t.h * t.a * (parts > 1)
+
+
 def _swept(t: _Tiles, positions: int, small: int, with_dhidden: bool) -> HeadMemory:
     """A and B."""
     if with_dhidden and t.n and t.exponentials:
         x, sums, rows = t.n * t.h * t.e, t.n * t.h * t.a, t.k.exponential_rows(t.n, t.v, t.h, t.device)
-        parts = parts_of_sum(rows, t.v, t.h, t.device) if torch.cuda.is_available() else 1
-        partial = parts * rows * t.h * t.a * (parts > 1)
         moments = {
-            "sums": small + x + sums + t.v * t.k.padded_rows(rows) * t.e + t.sums_of_rows + partial,
+            "sums": small + x + sums + t.v * t.k.padded_rows(rows) * t.e + t.sums_of_rows + _partial(t, rows, t.v),
             "backward": small + 2 * sums,
             "dX": small + x + positions * t.h * t.e,
         }
@@ -338,7 +342,7 @@ def _recomputed(t: _Tiles, positions: int, small: int) -> HeadMemory:
     if t.n and t.exponentials:
         columns = min(t.v, t.k.recomputed_columns(t.n, t.v, t.h, t.device))
         sums = small + x + dx_sum + dw + columns * t.k.padded_rows(t.n) * t.e
-        moments = {"sums": sums, "cast": sums + x, "dX": small + dw + x + dx}
+        moments = {"sums": sums + _partial(t, t.n, columns), "cast": sums + x, "dX": small + dw + x + dx}
         moments["forward"] = _swept(t, positions, small, with_dhidden=False).peak
         return _highest(moments, dw + dx, 4, t.n, "D")
     d = t.rows * t.columns * t.apart
@@ -366,7 +370,7 @@ def _grouped(t: _Tiles, sizes: list[int], positions: int, small: int) -> HeadMem
         x, sums, dx, dw = (size * t.h for size in (t.n * t.e, t.n * t.a, positions * t.e, t.v * t.e))
         kept = paths.kept_bytes(t.k, largest, t.weight, t.acc, True, alone).buffer
         base = small + x + sums + dw + (0 if alone else t.v * t.h * t.a) + kept + t.sums_of_rows
-        moments = {"dW": base + largest * t.h * t.e, "cast": base + largest * t.h * t.e + x}
+        moments = {"dX sums": base + _partial(t, largest, t.v), "cast": base + x}
         moments["dX"] = small + dw + x + dx
         return _highest(moments, dw + dx, 3, t.n, "C")
     rows, columns, in_dw = paths._grouped_blocks(t.k, largest, t.weight, t.acc, alone)

@@ -309,3 +309,23 @@ def test_path_e_has_the_same_bits_twice(monkeypatch):
         out = sequence_logps(logits, labels, token_weights=torch.rand(2, 3, generator=torch.Generator().manual_seed(0)))
         found.append([out.logps.detach(), out.token_logps.detach(), *torch.autograd.grad(out.logps.sum(), logits)])
     assert all(torch.equal(mine, first) for other in found[1:] for mine, first in zip(other, found[0], strict=True))
+
+
+@BOTH
+def test_a_tangent_of_weights_is_not_lost(impl):
+    """What no kernel knows is left to PyTorch's operators."""
+    forward_ad, name = torch.autograd.forward_ad, default(torch.get_default_device())
+    logits, labels, weights = torch.randn(2, 5, 9), torch.randint(9, (2, 5)), torch.rand(2, 5)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weights, torch.ones(2, 5))
+        found = sequence_logps(logits, labels, token_weights=dual, impl=name)
+        tangent = forward_ad.unpack_dual(found.logps).tangent
+    torch.testing.assert_close(tangent, found.token_logps.sum(1))
+
+
+@BOTH
+def test_a_statistic_that_is_asked_for_twice(impl):
+    logits, labels = torch.randn(2, 5, 9), torch.randint(9, (2, 5))
+    name = default(torch.get_default_device())
+    once, twice = (sequence_logps(logits, labels, stats=["entropy"] * n, impl=name).stats for n in (1, 2))
+    assert list(twice) == ["entropy"] and torch.equal(once["entropy"], twice["entropy"])

@@ -140,6 +140,25 @@ def test_shift_weights_and_mean(monkeypatch, taken, shift, reduction, weighted):
     assert_equal(ours, theirs)
 
 
+@pytest.mark.parametrize("shift", [False, True])
+def test_labels_that_cannot_hold_the_ignored_one(monkeypatch, taken, shift):
+    """-100 is 156 as a uint8: what is behind the last position is no row."""
+    inputs = head_inputs(3, 13, 32, 300, labelled=1.0).to(BF16)
+    labels = inputs.labels.clamp(max=255).to(torch.uint8)
+    ours, theirs = both(monkeypatch, *inputs[:2], labels, shift=shift, num_labelled=3 * (13 - shift))
+    assert taken == [True] and ours.num_tokens.tolist() == 3 * [13 - shift]
+    assert_equal(ours, theirs)
+
+
+def test_a_bias_with_a_negative_bit(monkeypatch, taken):
+    inputs = head_inputs(3, 13, 32, 67).to(BF16)
+    of_bits, plain = (
+        both(monkeypatch, *inputs[:3], bias=bias)[0] for bias in (torch._neg_view(inputs.bias.detach()), -inputs.bias)
+    )
+    assert taken == [True, True]
+    assert_equal(of_bits, plain)
+
+
 @pytest.mark.parametrize("known", [False, True])
 def test_predictors(monkeypatch, taken, known):
     """Places that several labels share, and such as are none where there is no label."""

@@ -242,6 +242,21 @@ def test_a_device_that_is_not_there():
     assert there.temporary > here.temporary
 
 
+@pytest.mark.parametrize("path", ["A", "B", "C", "D"])
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_kernels_of_a_device_that_is_not_there(monkeypatch, impl, path):
+    """Those that store no logits: a plan without a GPU is one for an H200."""
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
+    sizes = {"tokens": 1000, "positions": 4000, "hidden": 512, "vocab": 50000, "dtype": torch.bfloat16}
+    try:
+        kernels = dispatch.load(impl)
+    except ImportError as error:
+        pytest.skip(f"{error}")
+    assert kernels.exponential_rows(1000, 50000, 512, torch.device("cuda")) > 100
+    found = ours_bytes(path, **sizes, device="cuda", impl=impl)
+    assert found.path == path and found.temporary > 0
+
+
 # The whole step
 
 
