@@ -47,7 +47,7 @@ def _machine(device: torch.device) -> tuple[bool, int]:
     if device.type == "cpu":  # the tests' emulation
         return True, 4
     if not torch.cuda.is_available():
-        return True, 132
+        return True, waves.PLANNED
     if device.type == "meta":
         device = torch.device("cuda", torch.cuda.current_device())
     properties = torch.cuda.get_device_properties(device)

@@ -64,9 +64,12 @@ def scale_(t: Tensor, factor: Tensor) -> None:
 
 def parts_of_sum(m: int, k: int, n: int, device: torch.device) -> int:
     """Of a product [m, k] x [k, n] of half-precision operands, with sums in fp32."""
-    if device.type != "cuda" or k < LONG_SUM or not torch.cuda.is_available():  # as of a plan
+    if device.type != "cuda" or k < LONG_SUM:
         return 1
-    return waves.sum_parts(m, k, n, torch.cuda.get_device_properties(device).multi_processor_count)
+    multiprocessors = waves.PLANNED
+    if torch.cuda.is_available():
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    return waves.sum_parts(m, k, n, multiprocessors)
 
 
 def _product_in_parts(a: Tensor, b: Tensor, out: Tensor, parts: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import LogitTransform
 from dpo_kernels.impl.triton_math import log1p, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.waves import PLANNED
 from dpo_kernels.impl.waves import splits_of as splits_of
 
 BLOCK_N, BLOCK_H = 128, 64
@@ -249,7 +250,7 @@ def _machine(device: torch.device) -> tuple[bool, int]:
     if device.type == "cpu":  # Triton's interpreter
         return False, 4
     if not torch.cuda.is_available():
-        return True, 132
+        return True, PLANNED
     properties = torch.cuda.get_device_properties(device)
     return properties.major == 9 and not torch.version.hip, properties.multi_processor_count
 

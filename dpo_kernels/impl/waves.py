@@ -23,6 +23,8 @@ NEARLY = 0.01
 ALIGNED = 64
 # A byte that is read or written takes the time of so many multiply-adds: 790 TFLOP/s and 4.3 TB/s, an H200.
 PER_BYTE = 92
+# Multiprocessors of the GPU that a plan is for where there is none to ask: an H200.
+PLANNED = 132
 # Of the second-level cache: what x and W may fill, beside what is written through it.
 CACHE_SHARE = 0.9
 
