@@ -74,6 +74,9 @@ LAUNCH = 3e-6
 # Clocks of a multiprocessor for an entry of an epilogue: an exponential (16 a clock); 14 others (128 a clock), which
 # writing it takes besides.
 FOLD, WRITE = 1 / 16, 14 / 128
+# Of labelled rows, where the host knows their number: comparisons and an assertion, their places, labels, and two tables
+# that are filled with zeros and then with what the rows have. (The hidden states' copy is counted by itself.)
+FIND_ROWS = 17
 # Of the loss of a part's pairs, forward and backward: small kernels of PyTorch's.
 COEFFICIENTS = 40
 # What logits of a tile take.
@@ -210,8 +213,8 @@ class Model:
         return found + [Launch("sum", 1, 4 * m * n * (parts + 1))] * (parts > 1)
 
     def compaction(self) -> list[Launch]:
-        """Labelled rows are found, and copied together where a kernel does not read them where they are."""
-        return [Launch("compact", 2), *[self.gather()] * (self.impl != "triton")]
+        """Labelled rows are found, checked, copied together and put back by PyTorch's operators."""
+        return [Launch("find rows", FIND_ROWS), self.gather()]
 
     def gather(self) -> Launch:
         return Launch("gather", 1, 4 * self.n * self.h)
@@ -233,7 +236,9 @@ class Model:
         if self.impl == "tiles":
             return self.tiles_a()
         swept = self.fused("linear_fold_fwd_kernel", self.n, self.v, FOLD)
-        return [*self.compaction(), swept, self.join(self.n), Launch("sum_tokens")]
+        # Triton's finds them in one kernel, and reads them where they lie
+        found = [Launch("rows_kernel"), Launch("_assert_async")] if self.impl == "triton" else self.compaction()
+        return [*found, swept, self.join(self.n), Launch("sum_tokens")]
 
     def path_b(self) -> list[Launch]:
         if self.impl == "tiles":
