@@ -74,8 +74,8 @@ LAUNCH = 3e-6
 # Clocks of a multiprocessor for an entry of an epilogue: an exponential (16 a clock); 14 others (128 a clock), which
 # writing it takes besides.
 FOLD, WRITE = 1 / 16, 14 / 128
-# Of labelled rows, where the host knows their number: comparisons and an assertion, their places, labels, and two tables
-# that are filled with zeros and then with what the rows have. (The hidden states' copy is counted by itself.)
+# Of labelled rows, where the host knows their number: comparisons and an assertion, their places, labels, and two
+# tables that are filled with zeros and then with what the rows have. (The hidden states' copy is counted by itself.)
 FIND_ROWS = 17
 # Of the loss of a part's pairs, forward and backward: small kernels of PyTorch's.
 COEFFICIENTS = 40
