@@ -107,7 +107,10 @@ def pair_bytes(kernels, inputs, dweight):
 
 @pytest.mark.parametrize(
     ("transform", "need", "shape", "confident", "stats"),
-    covering(list(TRANSFORMS), list(NEED), [SHAPES["tails"], SHAPES["blocks"], SEVERAL], [0.0, 1.0], [(), STATS]),
+    covering(
+        *(list(TRANSFORMS), list(NEED), [SHAPES["tails"], SHAPES["blocks"], SEVERAL], [0.0, 1.0], [(), STATS]),
+        others=False,
+    ),
 )
 def test_trained_head(kernels, transform, need, shape, confident, stats):
     options, need = TRANSFORMS[transform], NEED[need]
@@ -124,7 +127,7 @@ def test_trained_head(kernels, transform, need, shape, confident, stats):
 
 @pytest.mark.parametrize(
     ("transform", "need", "shape", "confident"),
-    covering(list(TRANSFORMS), [*NEED, "bias alone"], ["tails", "blocks"], [0.0, 1.0]),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], ["tails", "blocks"], [0.0, 1.0], others=False),
 )
 def test_any_loss_of_a_trained_head(kernels, monkeypatch, transform, need, shape, confident):
     """Path D, in blocks of the vocabulary."""
@@ -421,6 +424,7 @@ def test_the_first_of_equal_logits_is_the_top_one(kernels, monkeypatch, path):
         [False, True],
         [{}, {"softcap": 3.0, "logit_scale": 0.5, "temperature": 1.3}],
         [(), ("entropy",)],
+        others=False,
     ),
 )
 def test_rewards_of_a_model_against_itself_are_zero(kernels, gradients, several, options, stats):
