@@ -235,10 +235,13 @@ class Model:
     def path_a(self) -> list[Launch]:
         if self.impl == "tiles":
             return self.tiles_a()
-        swept = self.fused("linear_fold_fwd_kernel", self.n, self.v, FOLD)
-        # Triton's finds them in one kernel, and reads them where they lie
+        # Triton's finds labelled rows in one kernel, and reads them where they lie
         found = [Launch("rows_kernel"), Launch("_assert_async")] if self.impl == "triton" else self.compaction()
-        return [*found, swept, self.join(self.n), Launch("sum_tokens")]
+        return [*found, *self.folded()]
+
+    def folded(self) -> list[Launch]:
+        swept = self.fused("linear_fold_fwd_kernel", self.n, self.v, FOLD)
+        return [swept, self.join(self.n), Launch("sum_tokens")]
 
     def path_b(self) -> list[Launch]:
         if self.impl == "tiles":
@@ -301,7 +304,7 @@ class Model:
     def path_d(self) -> list[Launch]:
         if self.impl == "tiles":
             return self.tiles_d()
-        return [*self.path_a(), self.gather(), *self.recomputed_d(), *self.backward()[1:]]
+        return [*self.compaction(), *self.folded(), self.gather(), *self.recomputed_d(), *self.backward()[1:]]
 
     def recomputed_d(self) -> list[Launch]:
         """Blocks of the vocabulary: dlogits are written, and two products take them."""
