@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpo_kernels.options import FDivergence, LossType, explain_unknown, is_at_hand
+from dpo_kernels.options import FDivergence, LossType, explain_unknown, is_at_hand, is_finite
 
 if TYPE_CHECKING:
     from dpo_kernels.sequence_parallel import Whole
@@ -1003,7 +1003,7 @@ def _length_averages(
 
 def check_finite_logps(name: str, logps: Tensor, what: str) -> None:
     """Raises `ValueError` for NaN and infinity in log-probabilities [n], where looking is not waiting."""
-    if isinstance(logps, Tensor) and is_at_hand(logps) and not torch.isfinite(logps).all():
+    if isinstance(logps, Tensor) and is_at_hand(logps) and not is_finite(logps):
         wrong = ~torch.isfinite(logps)
         first = int(torch.nonzero(wrong.reshape(-1))[0])
         raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, ParamSpec, TypedDict, TypeVar
 
@@ -151,3 +152,11 @@ def is_at_hand(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False
     return tensor.device.type == "cpu" and type(tensor) in (Tensor, torch.nn.Parameter)
+
+
+def is_finite(t: Tensor) -> bool:
+    """Whether all of it is. Waits for a device."""
+    if t.numel() == 0:
+        return True
+    # the extremes: NaN is passed on, and nothing of the size of t is made
+    return all(math.isfinite(extreme.item()) for extreme in t.aminmax())

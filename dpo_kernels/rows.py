@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.impl.positions import labelled_rows as labelled_rows
+from dpo_kernels.options import is_finite
 
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
@@ -24,9 +24,7 @@ def check_finite(x: Tensor, rows: Rows, waits: bool) -> None:
     On an accelerator it looks only if that `waits` for the device anyway."""
     if x.numel() == 0 or (x.device.type != "cpu" and not waits):
         return
-    # the extremes: NaN is passed on, and nothing of the size of x is made
-    low, high = x.aminmax()
-    if math.isfinite(low.item()) and math.isfinite(high.item()):
+    if is_finite(x):
         return
     broken = torch.nonzero(~x.isfinite().all(1))[:, 0]
     s, t = rows.sequence[broken[0]].item(), rows.position[broken[0]].item()

@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -68,6 +70,33 @@ PYBIND11_MODULE(_native, m) {
       "fold",
       [](const std::string& dtype, const Tile& tile, const FoldState& state, Address rescale, bool stats, int threads) {
         kernels->fold(dtype_of(dtype), tile, state, as<void>(rescale), stats, threads);
+      },
+      release_gil());
+  // Of no entries.
+  m.def(
+      "begin",
+      [](const FoldState& state, int64_t n) {
+        for (int field = 0; field < kFields; ++field) {
+          const double value = field == kMax         ? std::numeric_limits<float>::lowest()
+                               : field == kTarget    ? -std::numeric_limits<double>::infinity()
+                               : field == kLabelSlope ? 1
+                                                      : 0;
+          std::fill_n(state.data + field * state.stride, n, value);
+        }
+        std::fill_n(state.argmax, n, -1);
+      },
+      release_gil());
+  m.def(
+      "put_labels",
+      [](const std::string& dtype, const Tile& tile, Address value) {
+        const auto put = [&](auto* a, const auto* of) {
+          for (int64_t row = 0; row < tile.n; ++row) {
+            const int64_t column = tile.y[row] - tile.start;
+            if (column >= 0 && column < tile.v) a[row * tile.v + column] = of[row];
+          }
+        };
+        dtype_of(dtype) == DType::f64 ? put(static_cast<double*>(tile.a), as<const double>(value))
+                                      : put(static_cast<float*>(tile.a), as<const float>(value));
       },
       release_gil());
   m.def(

@@ -36,6 +36,7 @@ from dpo_kernels.impl.interface import (
 from dpo_kernels.impl.positions import check_labels
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import product as product
+from dpo_kernels.impl.products import put_labels_ as put_labels_
 
 exponentials = cuda_exponentials.Exponentials
 recomputed = cuda_exponentials.Recomputed

@@ -25,15 +25,21 @@ class Fold:
 
     def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
         self.y, self.names = y, tuple(stats)
-        self.state = torch.zeros(7, *y.shape, dtype=dtype, device=y.device)
+        self.state = y.new_empty(7, *y.shape, dtype=dtype)
         """[7, N]: the seven below, which are views of it."""
         self.max, self.target, self.label_slope, self.sum, self.sum_z, self.sum_ez, self.sum_sq = self.state
+        self.argmax = torch.empty_like(y)
+        """[N] int64: where the maximum is, the first of equal ones; kept for "is_top1" alone."""
+        self.begin()
+
+    def begin(self) -> None:
+        """Of no entries."""
+        self.state.zero_()
         # finite, so that a block of -inf alone leaves no inf - inf; in fp32, which holds the logits of all but fp64
         self.max.fill_(torch.finfo(torch.float32).min)
         self.target.fill_(-math.inf)  # z_y
         self.label_slope.fill_(1.0)  # the softcap's part of dz/da at the label: 1 without one
-        self.argmax = torch.full_like(y, -1)
-        """[N] int64: where the maximum is, the first of equal ones; kept for "is_top1" alone."""
+        self.argmax.fill_(-1)
 
     def merge_(self, later: Fold) -> None:
         """Takes in what another sweep remembers of the same rows, over entries that come later in the vocabulary, with

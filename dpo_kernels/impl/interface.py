@@ -257,6 +257,10 @@ class TileKernels(Protocol):
         """Writes -g p dz/da to `out`, with 0 at the labels. Returns value [n] of the label's own entry
         g (1 - p_y) dz/da, 0 where the label lies in another block."""
 
+    def put_labels_(self, a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
+        """Writes value [n] to the label's own entry, which is 0, of each row of a [n, v] whose label lies in this block
+        of the vocabulary, that begins at `start`. `value` is 0 elsewhere."""
+
     def scale_(self, t: Tensor, factor: Tensor) -> None:
         """Multiplies a contiguous `t` by `factor` [], in its place. Nobody waits to see whether that is 1; where it is,
         kernels of ours leave `t` alone. Each product is rounded once."""

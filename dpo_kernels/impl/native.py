@@ -7,6 +7,7 @@ the libraries that PyTorch brings; between them each tile is read once, and writ
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,9 +78,14 @@ def _onednn_is_faster() -> bool:
 ONEDNN_IS_FASTER = _onednn_is_faster()
 
 
-def products_by() -> str:
-    """The library that multiplies fp32 matrices."""
-    return "oneDNN" if ONEDNN_IS_FASTER and torch.backends.mkldnn.enabled else "torch.mm"
+# Multiply-adds of a product below which oneDNN's calls take longer than what it saves.
+SMALL_PRODUCT = 2**22
+
+
+def products_by(multiply_adds: float = math.inf) -> str:
+    """The library that multiplies fp32 matrices; of a product of so many multiply-adds."""
+    by_onednn = ONEDNN_IS_FASTER and multiply_adds >= SMALL_PRODUCT and torch.backends.mkldnn.enabled
+    return "oneDNN" if by_onednn else "torch.mm"
 
 
 # oneDNN sums its products in longer chains than MKL does, and what a logit loses to that reaches every gradient.
@@ -87,7 +93,7 @@ MAX_TERMS = 256
 
 
 def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tensor:
-    if a.dtype != torch.float32 or products_by() != "oneDNN":
+    if a.dtype != torch.float32 or products_by(a.numel() * b.shape[1]) != "oneDNN":
         return torch.addmm(out, a, b, out=out) if accumulate else torch.mm(a, b, out=out)
     # a [n, k] row-major, b [k, m] either way; with any other strides oneDNN takes its slow reference code
     if accumulate or b.is_contiguous():
@@ -124,7 +130,11 @@ def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class NativeFold(CompiledFold):
-    """A fold that is finished in one call: the dozen operators on [N] take as long as all of a small head."""
+    """A fold that is begun and finished in one call each: the twenty operators on [N] take as long as all of a small
+    head."""
+
+    def begin(self) -> None:
+        _native.begin(_state(self, 0), self.y.shape[0])
 
     def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         n, threads = self.y.shape[0], torch.get_num_threads()
@@ -226,6 +236,11 @@ def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: L
         torch.get_num_threads(),
     )
     return value
+
+
+def put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
+    assert value.dtype == a.dtype and value.is_contiguous()
+    _native.put_labels(_type(a), _tile(a, y, Columns(start, None), LogitTransform()), _address(value))
 
 
 def _logits(logits: Tensor) -> _native.LogitsRows:

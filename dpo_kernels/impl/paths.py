@@ -84,13 +84,6 @@ def _columns(bias: Tensor | None, block: slice, compute_dtype: torch.dtype) -> C
     return Columns(block.start, b.resolve_neg().contiguous())
 
 
-def _put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
-    """Adds value [n] to the label's own entry of each row whose label lies in the block; `value` is 0 elsewhere."""
-    column = (y - start).clamp(0, a.shape[1] - 1)[:, None]
-    # not scatter_add_, which adds with atomics on some devices
-    a.scatter_(1, column, (a.gather(1, column) + value[:, None]).to(a.dtype))
-
-
 def _add_label_rows_(
     dx: Tensor, weight: Tensor, y: Tensor, label: Tensor, compute_dtype: torch.dtype, rows: int
 ) -> None:
@@ -202,7 +195,7 @@ class _Gradients:
             self.k.product(d, w, self.dx[rows], accumulate=True)
             self.label[rows].add_(value)
         if self.dw_sum is not None or self.db is not None:
-            _put_labels_(d, y, block.start, value)
+            self.k.put_labels_(d, y, block.start, value)
         if self.dw_sum is not None:
             target = self.dw_sum[block] if self.dw_sum.shape[0] == self.weight.shape[0] else self.dw_sum[: d.shape[1]]
             x = self.k.operand(self.x[rows], self.compute_dtype)

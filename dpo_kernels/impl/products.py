@@ -54,6 +54,12 @@ def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Tens
     return out.add_(torch.mm(a, b, out_dtype=out.dtype))
 
 
+def put_labels_(a: Tensor, y: Tensor, start: int, value: Tensor) -> None:
+    column = (y - start).clamp(0, a.shape[1] - 1)[:, None]
+    # not scatter_add_, which adds with atomics on some devices
+    a.scatter_(1, column, (a.gather(1, column) + value[:, None]).to(a.dtype))
+
+
 def scale_(t: Tensor, factor: Tensor) -> None:
     if t.device.type == "cpu" or t.dtype == factor.dtype:
         t.mul_(factor)

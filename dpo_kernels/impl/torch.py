@@ -27,6 +27,7 @@ from dpo_kernels.impl.positions import at_rows, labelled_rows, spread, unlabelle
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import out_tile as out_tile
 from dpo_kernels.impl.products import product as product
+from dpo_kernels.impl.products import put_labels_ as put_labels_
 from dpo_kernels.impl.products import scale_ as scale_
 
 CPU_TILE_BYTES = 16 * 2**20

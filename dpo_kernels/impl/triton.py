@@ -22,6 +22,7 @@ from dpo_kernels.impl.positions import check_labels
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import out_tile as out_tile
 from dpo_kernels.impl.products import product as product
+from dpo_kernels.impl.products import put_labels_ as put_labels_
 from dpo_kernels.impl.triton_exponentials import exponential_rows as exponential_rows
 from dpo_kernels.impl.triton_exponentials import padded_rows as padded_rows
 from dpo_kernels.impl.triton_exponentials import recomputed_columns as recomputed_columns

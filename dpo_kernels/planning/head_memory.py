@@ -159,7 +159,9 @@ class _Tiles:
     @property
     def onednn(self) -> bool:
         """Whether products are new tensors."""
-        return self.acc == torch.float32 and hasattr(self.k, "products_by") and self.k.products_by() == "oneDNN"
+        if self.acc != torch.float32 or not hasattr(self.k, "products_by"):
+            return False
+        return bool(self.k.products_by(self.rows * self.columns * self.h) == "oneDNN")
 
     def converted(self, rows: int) -> int:
         """Rows of x or W as operands, where they are not read in place."""

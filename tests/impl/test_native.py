@@ -479,6 +479,7 @@ def library(request, monkeypatch):
     ):
         pytest.skip("this PyTorch has no oneDNN")
     monkeypatch.setattr(native, "ONEDNN_IS_FASTER", request.param == "oneDNN")
+    monkeypatch.setattr(native, "SMALL_PRODUCT", 0)
     assert native.products_by() == request.param
     return request.param
 
