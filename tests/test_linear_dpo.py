@@ -175,7 +175,7 @@ WEIGHTS = {
         list(CHUNKS),
         [*WEIGHTS, "both"],
         [False, True],
-        others=False,
+        full=2,
     ),
     indirect=["impl"],
 )

@@ -38,7 +38,7 @@ def leaves(inputs, gradients):
         list(OPTIONS),
         [torch.float32, torch.bfloat16, torch.float16, torch.float64],
         [2**18, 1536],  # numbers: whole; several tiles in rows and columns
-        others=False,
+        full=2,
     ),
     indirect=["impl"],
 )

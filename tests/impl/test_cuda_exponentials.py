@@ -109,7 +109,7 @@ def pair_bytes(kernels, inputs, dweight):
     ("transform", "need", "shape", "confident", "stats"),
     covering(
         *(list(TRANSFORMS), list(NEED), [SHAPES["tails"], SHAPES["blocks"], SEVERAL], [0.0, 1.0], [(), STATS]),
-        others=False,
+        full=2,
     ),
 )
 def test_trained_head(kernels, transform, need, shape, confident, stats):
@@ -127,7 +127,7 @@ def test_trained_head(kernels, transform, need, shape, confident, stats):
 
 @pytest.mark.parametrize(
     ("transform", "need", "shape", "confident"),
-    covering(list(TRANSFORMS), [*NEED, "bias alone"], ["tails", "blocks"], [0.0, 1.0], others=False),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], ["tails", "blocks"], [0.0, 1.0], full=2),
 )
 def test_any_loss_of_a_trained_head(kernels, monkeypatch, transform, need, shape, confident):
     """Path D, in blocks of the vocabulary."""
@@ -424,7 +424,7 @@ def test_the_first_of_equal_logits_is_the_top_one(kernels, monkeypatch, path):
         [False, True],
         [{}, {"softcap": 3.0, "logit_scale": 0.5, "temperature": 1.3}],
         [(), ("entropy",)],
-        others=False,
+        full=2,
     ),
 )
 def test_rewards_of_a_model_against_itself_are_zero(kernels, gradients, several, options, stats):

@@ -47,7 +47,7 @@ def sum_tokens(logps, labels, weights=None, mean=False):
         [torch.float32, torch.float64],
         [False, True],
         [False, True],
-        others=False,
+        full=2,
     ),
     indirect=["impl"],
 )
@@ -187,7 +187,7 @@ ROWS = {"one entry": (2, 3, 1), "few": (3, 2, 5), "one row": (1, 1, 123), "block
         list(LAYOUTS),
         list(ROWS),
         [False, True],
-        others=False,
+        full=2,
     ),
     indirect=["impl"],
 )

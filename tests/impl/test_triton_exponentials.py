@@ -130,7 +130,7 @@ def test_trained_head(transform, need, shape, confident):
 
 @pytest.mark.parametrize(
     ("transform", "need", "shape", "confident"),
-    covering(list(TRANSFORMS), [*NEED, "bias alone"], ["tails", "blocks"], [0.0, 1.0], others=False),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], ["tails", "blocks"], [0.0, 1.0], full=2),
 )
 def test_any_loss_of_a_trained_head(transform, need, shape, confident):
     options, need = TRANSFORMS[transform], NEED.get(need, ("bias",))
@@ -318,7 +318,7 @@ def test_no_labelled_rows(path, monkeypatch):
         [False, True],
         [{}, {"softcap": 3.0, "logit_scale": 0.5, "temperature": 1.3}],
         [(), ("entropy",)],
-        others=False,
+        full=2,
     ),
 )
 def test_rewards_of_a_model_against_itself_are_zero(gradients, several, options, stats):
