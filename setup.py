@@ -26,7 +26,9 @@ INSTRUCTION_SETS = {
 }
 # Machine code for these, as far as this nvcc knows them, and PTX of the first for what is in between or newer.
 ARCHITECTURES = ("80", "90", "100")
-HOPPER_ALONE = dict.fromkeys(("linear_fold.cu", "exponentials.cu"), ["-gencode=arch=compute_90a,code=sm_90a"])
+HOPPER_ALONE = dict.fromkeys(
+    ("linear_fold.cu", "linear_gradients.cu", "exponentials.cu"), ["-gencode=arch=compute_90a,code=sm_90a"]
+)
 # Where the wheels of CUDA 13 are, in the environment of this Python. pip's isolated builds find it there too.
 WHEELS = Path(sysconfig.get_path("purelib"), "nvidia", "cu13")
 NVCC_FLAGS = ["-O3", "-std=c++17", "--ftz=true", "-Xcompiler", "-fPIC,-fvisibility=hidden"]

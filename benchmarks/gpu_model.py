@@ -82,6 +82,7 @@ COEFFICIENTS = 40
 # What logits of a tile take.
 TILE_BYTES = 2**27
 CLUSTER, ROWS_TOGETHER = 2, 8  # of csrc/cuda/linear_fold.cu
+GRADIENTS_TOGETHER = 8  # of csrc/cuda/linear_gradients.cu
 PAIRS = 8  # that rows are spread over
 FIELDS, STATE_FIELDS = 8, 6  # of each row and split, in fp32; of each row and tile, in fp64
 # Rows that a multiprocessor reads at a time on path E.
@@ -276,11 +277,14 @@ class Model:
         return [*self.compaction(), *swept, losses, *self.scaled_gradients()]
 
     def exponentials_c(self, chunks: list[int]) -> list[Launch]:
-        """Chunks of so many rows: exponentials are written, become dlogits, and two products take them. Those of a
-        single chunk lie in the memory of dW as far as they fit."""
+        """Chunks of so many rows: exponentials are written, become dlogits, and two products take them; on CUDA they
+        become dlogits on their way into two products of ours. Those of a single chunk lie in the memory of dW as far as
+        they fit."""
         alone, v, h = len(chunks) == 1, self.v, self.h
         stride = self.k.padded_rows(max(chunks))
         kept = paths._kept_columns(self.k, max(chunks), self.weight) if alone else 0
+        step = waves.TILE_COLUMNS if self.impl == "cuda" else self.k.shift_columns(self.weight.device)
+        blocks = [block.stop - block.start for block in paths._dw_blocks(v, h, kept, stride, step)]
         found = []
         for i, n in enumerate(chunks):
             parts = paths._sizes(v, kept)
@@ -289,12 +293,30 @@ class Model:
                 self.fused("linear_pack_fwd_kernel", n, size, WRITE, 2 * of)
                 for size, of in zip(parts, logits, strict=True)
             ]
-            found += [self.join(n), *(Launch("exp_dlogits_kernel", 1, 4 * of) for of in logits)]
+            found.append(self.join(n))
+            if self.impl == "cuda":
+                found += [Launch("weigh_kernel", 1, 8 * n * _over(v, step)), self.gradient(n, v, 4 * n * h)]
+                sums = 0 if alone or i == 0 else 8
+                written = 2 if alone else 0 if sums else 4
+                found += [self.gradient(size, n, written * size * h, sums * size * h) for size in blocks]
+                continue
+            found += [Launch("exp_dlogits_kernel", 1, 4 * of) for of in logits]
             for part, size in enumerate(parts):
                 found += self.product(n, size, h, 4, accumulate=part > 0)
-            for block in paths._dw_blocks(v, h, kept, stride):
-                found += self.product(block.stop - block.start, n, h, 2 if alone else 4, accumulate=i > 0)
+            for size in blocks:
+                found += self.product(size, n, h, 2 if alone else 4, accumulate=i > 0)
         return [*found, self.dhidden(2), *[self.rounding()] * (not alone)]
+
+    def gradient(self, m: int, k: int, written: float, sums: float = 0) -> Launch:
+        """A product [m, k] x [k, H] of exponentials that it weighs. Weighing hides behind the products of the stage
+        before. What does not: of each tile the first stage, which nothing is before, about 300 clocks; and that its
+        results are stored, about 700, while both groups of warps are done with it. Of a tile's 2^15 entries a 32nd of a
+        clock each, of which nothing hides."""
+        rows, columns = _over(m, waves.TILE_ROWS * self.cluster), _over(self.h, waves.TILE_COLUMNS)
+        rounds = _over(rows * columns, self.gpu.multiprocessors // self.cluster) * waves.TILE * k
+        read = 2 * k * (m * _over(columns, GRADIENTS_TOGETHER) + self.h * _over(rows, GRADIENTS_TOGETHER))
+        epilogue = 1 / 32 / ASSUMED[self.impl].exposed
+        return Launch("linear_gradient_kernel", 1, read + written, rounds, (m, k, self.h), True, epilogue, sums)
 
     def scaled_gradients(self) -> list[Launch]:
         """The loss's own gradient: dX and dW are multiplied by it, in place, unless it is 1."""

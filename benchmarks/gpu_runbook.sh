@@ -192,8 +192,9 @@ if [ $part = training ]; then
   exit $failed
 fi
 if [ $part != rest ]; then
-  step tune 80 tune
-  step paths 70 timings --only paths,E
+  step tune 75 tune
+  step paths 60 timings --only paths,E
+  [ $device = cpu ] || step gradients 15 $python benchmarks/gradients.py --seconds 10 --json "$out/gradients.json"
 fi
 [ $part != first ] || exit $failed
 parallel=()  # Triton compiles for longer than the tests run

@@ -8,6 +8,7 @@ PART_FIELDS: int
 PART_STATS_FIELDS: int
 LABEL_FIELDS: int
 LABEL_STATS_FIELDS: int
+FACTORS: int
 
 class Transform:
     def __init__(self, scale: float, softcap: float, temperature: float) -> None: ...
@@ -34,6 +35,9 @@ class LinearProduct:
 
 class Parts:
     def __init__(self, data: int, split_stride: int, field_stride: int, label: int, label_stride: int) -> None: ...
+
+class Weighed:
+    def __init__(self, e: Matrix, weights: Matrix, first: int, first_block: int) -> None: ...
 
 class Positions:
     def __init__(self, data: int, stride_s: int, stride_t: int) -> None: ...
@@ -130,19 +134,12 @@ def join(
     label: int,
     stream: int,
 ) -> None: ...
-def exp_dlogits(
-    transform: Transform,
-    e: Matrix,
-    y: int,
-    first: int,
-    shift: int,
-    shift_stride: int,
-    top: int,
-    scale: int,
-    label: int,
-    g: int,
-    missing: int,
-    stream: int,
+def weigh(
+    transform: Transform, weights: Matrix, y: int, top: int, scale: int, label: int, g: int, own: int, stream: int
+) -> None: ...
+def linear_dhidden(of: Weighed, rest: Weighed, w: Matrix, out: Matrix, processors: int, stream: int) -> None: ...
+def linear_dweight(
+    of: Weighed, x: Matrix, out_dtype: str, out: Matrix, add: bool, bias: int, processors: int, stream: int
 ) -> None: ...
 def dhidden(out_dtype: str, sums: Matrix, w: Matrix, y: int, scale: int, label: int, out: int, stream: int) -> None: ...
 def sum_tokens(

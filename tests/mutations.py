@@ -54,6 +54,7 @@ class Mutation(NamedTuple):
 SIMD, CPU, FINISH = "csrc/cpu/simd.h", "csrc/cpu/kernels_impl.h", "csrc/finish.h"
 ROWS_CU, ROW, MATH, FUSED_CU = (f"csrc/cuda/{name}" for name in ("rows.cu", "row.cuh", "math.cuh", "linear_fold.cu"))
 EXP_CU, EXP_CUH = "csrc/cuda/exponentials.cu", "csrc/cuda/exponentials.cuh"
+GRADIENTS_CU, CLUSTERS_CUH = "csrc/cuda/linear_gradients.cu", "csrc/cuda/clusters.cuh"
 CUDA_LINEAR, CUDA_EXP = "dpo_kernels/impl/cuda_linear.py", "dpo_kernels/impl/cuda_exponentials.py"
 TRITON, TRITON_LINEAR, TRITON_MATH = (f"dpo_kernels/impl/triton{part}.py" for part in ("", "_linear", "_math"))
 TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch", "paths", "fold", "native", "cuda"))
@@ -92,6 +93,7 @@ LIGER, SCORING, TRAINERS = (f"dpo_kernels/compat/{name}.py" for name in ("liger"
 TRL = "dpo_kernels/trl"
 
 CUDA_EXP_TESTS = "impl/test_cuda_exponentials.py"
+WEIGHED_TESTS = "impl/test_cuda_exponentials.py -k weighed"
 WAVES, PRODUCTS = (f"dpo_kernels/impl/{name}.py" for name in ("waves", "products"))
 TRITON_SCALE = "dpo_kernels/impl/triton_scale.py"
 TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
@@ -253,9 +255,7 @@ MUTATIONS = {
             "test_logps.py -k 'cuda and KiB'",
         ),
         Mutation(ROW, "if (stride != 1) return v;", "", "test_logps.py -k 'cuda and contiguous'"),
-        Mutation(
-            FUSED_CU, "static_cast<cuuint64_t>(m.stride) * 2", "static_cast<cuuint64_t>(m.columns) * 2", CUDA_TESTS
-        ),
+        Mutation(CLUSTERS_CUH, "static_cast<cuuint64_t>(m.stride)", "static_cast<cuuint64_t>(m.columns)", CUDA_TESTS),
         # vectors at addresses that are not multiples of their size, which a GPU refuses
         Mutation(
             ROW, "to.stride == 1 && reinterpret_cast<uintptr_t>(at) % sizeof(*at) == 0;", "to.stride == 1;", CUDA_TESTS
@@ -298,7 +298,41 @@ MUTATIONS = {
         ),
         # what rounding leaves of labels; labels of another part
         Mutation(FUSED_CU, "own - widen(narrow<__nv_bfloat16>(own))", "0", CUDA_EXP_TESTS),
-        Mutation(EXP_CU, "label = rows.y[row] - rows.first;", "label = rows.y[row];", CUDA_EXP_TESTS),
+        Mutation(GRADIENTS_CU, "p.first + first_row, at);", "first_row, at);", WEIGHED_TESTS),
+        # registers of an operand, and a stage, that are written while products read them
+        Mutation(GRADIENTS_CU, "take(step + 1, d[1]);", "take(step + 1, d[0]);", WEIGHED_TESTS),
+        Mutation(GRADIENTS_CU, "wgmma_wait<1>();", "wgmma_wait<2>();", WEIGHED_TESTS),
+        # columns that lie together taken for those of the next box; a descriptor of the next terms
+        Mutation(GRADIENTS_CU, "shared.other(stage.index), kBoxBytes)", "shared.other(stage.index))", WEIGHED_TESTS),
+        Mutation(CLUSTERS_CUH, "kNextTermsOfColumns = 16 * kSwizzled / 16", "kNextTermsOfColumns = 2", WEIGHED_TESTS),
+        # shifts of the blocks of another part; of the first block of columns alone; W's rows of another part
+        Mutation(GRADIENTS_CU, "second ? p.second_block : p.first_block", "p.first_block", WEIGHED_TESTS),
+        Mutation(GRADIENTS_CU, "p.first_block + tile.row / kBlockColumns", "p.first_block", WEIGHED_TESTS),
+        Mutation(GRADIENTS_CU, "(second ? p.second : p.first) + v", "p.first + v", WEIGHED_TESTS),
+        # labels' entries of one of the two rows of a thread, or one of its two columns; in sums of dW alone
+        Mutation(
+            GRADIENTS_CU,
+            "labels[n] != first_row + at.row() + 8 * (i % 2)",
+            "labels[n] != first_row + at.row()",
+            WEIGHED_TESTS,
+        ),
+        Mutation(GRADIENTS_CU, "sums[i % 2] += own[n];", "", WEIGHED_TESTS),
+        # results of rows and columns that there are not; sums that are forgotten
+        Mutation(
+            GRADIENTS_CU,
+            "if (row + 8 * r >= p.rows || first + 8 * j >= p.columns) continue;",
+            "if (row + 8 * r >= p.rows) continue;",
+            WEIGHED_TESTS,
+        ),
+        Mutation(GRADIENTS_CU, "if (p.add && inside(first + j))", "if (false)", WEIGHED_TESTS),
+        Mutation(GRADIENTS_CU, "* (1 / kPackedOne)", "", WEIGHED_TESTS),
+        # a block of dW that is written over exponentials
+        Mutation(
+            PATHS,
+            "(v * h - (kept - start) * stride) // h",
+            "(v * h - (kept - start) * stride) // h + step",
+            f"{CUDA_EXP_TESTS} -k trained_head",
+        ),
         # a scale forgotten
         Mutation(
             EXP_CU,

@@ -191,7 +191,9 @@ def test_what_is_compiled(copy, tmp_path, choice, has_nvcc, modules):
         sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.c*") if path.suffix in (".cu", ".cpp")}
         known = {f"-gencode=arch=compute_{a}" for a in ("80,code=sm_80", "90,code=sm_90", "80,code=compute_80")}
         flags = {name: {word for word in words if "gencode" in word} for name, words in compiled("nvcc")}
-        hopper = dict.fromkeys(("linear_fold.cu", "exponentials.cu"), {"-gencode=arch=compute_90a,code=sm_90a"})
+        hopper = dict.fromkeys(
+            ("linear_fold.cu", "linear_gradients.cu", "exponentials.cu"), {"-gencode=arch=compute_90a,code=sm_90a"}
+        )
         assert flags == dict.fromkeys(sources, known) | hopper and len(compiled("nvcc")) == len(sources)
 
 

@@ -25,6 +25,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("PART_STATS_FIELDS") = static_cast<int>(cuda::kPartStatsFields);
   m.attr("LABEL_FIELDS") = static_cast<int>(cuda::kLabelFields);
   m.attr("LABEL_STATS_FIELDS") = static_cast<int>(cuda::kLabelStatsFields);
+  m.attr("FACTORS") = static_cast<int>(cuda::kFactors);
 
   const auto local = py::module_local();
   py::class_<cuda::GradRows>(m, "GradRows", local)
@@ -100,6 +101,11 @@ PYBIND11_MODULE(_cuda, m) {
         return cuda::Parts{as<float>(data), split_stride, field_stride, as<float>(label), label_stride};
       }));
 
+  py::class_<cuda::Weighed>(m, "Weighed", local)
+      .def(py::init([](const cuda::Matrix& e, const cuda::Matrix& weights, int64_t first, int first_block) {
+        return cuda::Weighed{e, weights, first, first_block};
+      }));
+
   m.def(
       "linear_fold",
       [](const std::string& dtype, const cuda::LinearProduct& product, const cuda::Parts& parts, bool stats,
@@ -136,15 +142,26 @@ PYBIND11_MODULE(_cuda, m) {
       },
       release_gil());
   m.def(
-      "exp_dlogits",
-      [](const Transform& transform, const cuda::Matrix& e, Address y, int64_t first, Address shift,
-         int64_t shift_stride, Address top, Address scale, Address label, Address g, Address missing, Address stream) {
-        const cuda::PackedRows rows{as<const int64_t>(y),   first,
-                                    as<const float>(shift), shift_stride,
-                                    as<const float>(top),   as<const float>(scale),
-                                    as<const float>(label), as<const float>(g),
-                                    as<float>(missing)};
-        cuda::exp_dlogits(transform, e, rows, as<CUstream_st>(stream));
+      "weigh",
+      [](const Transform& transform, const cuda::Matrix& weights, Address y, Address top, Address scale, Address label,
+         Address g, Address own, Address stream) {
+        const cuda::RowWeights rows{as<const int64_t>(y),   as<const float>(top), as<const float>(scale),
+                                    as<const float>(label), as<const float>(g),   as<float>(own)};
+        cuda::weigh(transform, weights, rows, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "linear_dhidden",
+      [](const cuda::Weighed& of, const cuda::Weighed& rest, const cuda::Matrix& w, const cuda::Matrix& out,
+         int processors, Address stream) {
+        cuda::linear_dhidden(of, rest, w, out, processors, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "linear_dweight",
+      [](const cuda::Weighed& of, const cuda::Matrix& x, const std::string& out_dtype, const cuda::Matrix& out,
+         bool add, Address bias, int processors, Address stream) {
+        cuda::linear_dweight(of, x, dtype_of(out_dtype), out, add, as<float>(bias), processors, as<CUstream_st>(stream));
       },
       release_gil());
   m.def(

@@ -1,5 +1,5 @@
-// What stands between the products of paths A to C for Hopper: the end of rows whose sums lie in splits, exponentials
-// that become dlogits, and the last step of dX.
+// What stands between the products of paths A to C for Hopper: the end of rows whose sums lie in splits, and the
+// last step of dX.
 //
 // Dimensions: N labelled rows, H hidden size, V vocabulary size.
 #include <stdexcept>
@@ -80,62 +80,6 @@ __global__ void __launch_bounds__(kJoinThreads)
   out.label[row] = static_cast<float>(-sum * of_label(kLabelDerivative));
 }
 
-// A block has as many columns as there are shifts of, and a row for each thread; a warp takes one entry of the
-// vocabulary after another, and a thread eight rows of it.
-constexpr int kTogether = 4;
-static_assert(kThreads == kClusterRows && kThreads == 32 * kPer<__half>);
-
-__global__ void __launch_bounds__(kThreads)
-    exp_dlogits_kernel(void* e, int64_t stride, int64_t n, int v, PackedRows rows, float outer_log2e) {
-  __shared__ __align__(16) float factors[kThreads], labels[kThreads];
-  __shared__ __align__(16) int places[kThreads];
-  const int thread = static_cast<int>(threadIdx.x);
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x) * kThreads, row = first_row + thread;
-  const int first = static_cast<int>(blockIdx.y) * kBlockColumns, last = min(first + kBlockColumns, v);
-  float factor = 0, own = 0;
-  int place = -1;
-  if (row < n) {
-    const float weight = rows.g[row] * rows.scale[row];
-    const int64_t label = rows.y[row] - rows.first;
-    factor = exp2f((rows.shift[blockIdx.y * rows.shift_stride + row] - rows.top[row]) * outer_log2e) * weight;
-    factor *= 1 / kPackedOne;
-    own = weight * rows.label[row];
-    if (label >= first && label < last) {
-      place = static_cast<int>(label);
-      rows.missing[row] = own - widen(narrow<__nv_bfloat16>(own));
-    }
-  }
-  factors[thread] = factor;
-  labels[thread] = own;
-  places[thread] = place;
-  __syncthreads();
-
-  constexpr int per = kPer<__half>, warps = kThreads / 32;
-  const int begin = thread % 32 * per;
-  if (first_row + begin >= n) return;
-  const auto at = [&](int column) { return static_cast<char*>(e) + (column * stride + first_row + begin) * 2; };
-  for (int column = first + thread / 32; column < last; column += kTogether * warps) {
-    Pack<__half, per> read[kTogether];
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const int c = column + j * warps;
-      if (c < last) read[j] = *reinterpret_cast<const Pack<__half, per>*>(at(c));
-    }
-#pragma unroll
-    for (int j = 0; j < kTogether; ++j) {
-      const int c = column + j * warps;
-      if (c >= last) break;
-      Pack<__nv_bfloat16, per> written;
-#pragma unroll
-      for (int k = 0; k < per; ++k) {
-        const float d = widen(read[j].at[k]) * factors[begin + k];
-        written.at[k] = narrow<__nv_bfloat16>(places[begin + k] == c ? labels[begin + k] : d);
-      }
-      *reinterpret_cast<Pack<__nv_bfloat16, per>*>(at(c)) = written;
-    }
-  }
-}
-
 template <class O>
 __global__ void __launch_bounds__(kThreads)
     dhidden_kernel(TileRows<float> sums, TileRows<O> out, TileRows<__nv_bfloat16> w, const int64_t* y,
@@ -163,12 +107,6 @@ void join(const Transform& transform, const Parts& parts, int splits, int64_t n,
   check(cudaLaunchKernelEx(&config, join_kernel, parts, splits, shift, outer, static_cast<float>(far_above / outer),
                            transform.slope(), Finished<float>{out.logp, out.norm, out.values, n, v, stats}, out),
         "launch of the kernel that puts splits together");
-}
-
-void exp_dlogits(const Transform& transform, const Matrix& e, const PackedRows& rows, cudaStream_t stream) {
-  run(exp_dlogits_kernel, (e.columns + kThreads - 1) / kThreads, (e.rows + kBlockColumns - 1) / kBlockColumns, stream,
-      e.data, e.stride, e.columns, static_cast<int>(e.rows), rows,
-      static_cast<float>(Scales(transform).outer * kLog2E));
 }
 
 void dhidden(DType out_type, const Matrix& sums, const Matrix& w, const int64_t* y, const float* scale,

@@ -1,7 +1,8 @@
 // Hopper's instructions behind functions: barriers in shared memory, copies by the tensor memory accelerator, and
 // products by a group of four warps. Nothing here knows what is computed.
 //
-// Sources: PTX ISA 8.0 and later, sections "mbarrier", "cp.async.bulk.tensor", "wgmma" and "setmaxnreg".
+// Sources: PTX ISA 8.0 and later, sections "mbarrier", "cp.async.bulk.tensor", "ldmatrix", "wgmma" (with "Shared Memory
+// Matrix Layout", "Strides" and "Matrix Descriptor Format") and "setmaxnreg".
 #ifndef DPO_KERNELS_HOPPER_CUH
 #define DPO_KERNELS_HOPPER_CUH
 
@@ -128,6 +129,23 @@ __device__ __forceinline__ void store_transposed(void* column, const uint32_t (&
                : "memory");
 }
 
+// The other way: four matrices [8, 8] of 16-bit numbers, whose rows are 16 bytes each, to where the above has them. Thread
+// t says where that of matrix t / 8, row t % 8, is. Of `transposed` ones these are columns.
+template <bool kTransposed>
+__device__ __forceinline__ void load_matrices(uint32_t (&matrices)[4], const void* row) {
+  if constexpr (kTransposed) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  } else {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(matrices[0]), "=r"(matrices[1]), "=r"(matrices[2]), "=r"(matrices[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+  }
+}
+
 // Waits for the four warps of a group; each group of the block has a number, above 0.
 __device__ __forceinline__ void group_sync(int group) {
   asm volatile("bar.sync %0, 128;" ::"r"(group) : "memory");
@@ -149,16 +167,17 @@ __device__ __forceinline__ void wgmma_results(float (&acc)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(acc[i])::"memory");
 }
 
-// acc [64, kN] (+)= a [64, 16] b [kN, 16]^T for T bf16 or fp16. Operands lie in shared memory, rows of 128 bytes that
-// are swizzled as the copies leave them, and are named by descriptors. Thread t of the 128 holds in acc[i] the entry
+// acc [64, kN] (+)= a [64, 16] b [kN, 16]^T for T bf16 or fp16; both lie in shared memory, rows of terms that are
+// named by descriptors. Thread t of the 128 holds in acc[i] the entry
 //   row 16 (t / 32) + t % 32 / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2.
 #define DPO_ACC8(acc, i)                                                                                  \
   "+f"(acc[i]), "+f"(acc[i + 1]), "+f"(acc[i + 2]), "+f"(acc[i + 3]), "+f"(acc[i + 4]), "+f"(acc[i + 5]), \
       "+f"(acc[i + 6]), "+f"(acc[i + 7])
 #define DPO_ACC32(acc, i) DPO_ACC8(acc, i), DPO_ACC8(acc, i + 8), DPO_ACC8(acc, i + 16), DPO_ACC8(acc, i + 24)
-#define DPO_WGMMA_N256(type)                                                                              \
+#define DPO_WGMMA_N256(type, accumulate, operands, ...)                                                   \
   asm volatile(                                                                                           \
-      "{\n.reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"                                                   \
+      "{\n.reg .pred add;\nsetp.ne.b32 add, " accumulate                                                  \
+      ", 0;\n"                                                                                            \
       "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type                                        \
       " "                                                                                                 \
       "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                           \
@@ -169,18 +188,29 @@ __device__ __forceinline__ void wgmma_results(float (&acc)[kCount]) {
       "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, "                  \
       "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, "      \
       "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127}, " \
-      "%128, %129, add, 1, 1, 0, 0;\n}"                                                                   \
+      operands ";\n}"                                                                                     \
       : DPO_ACC32(acc, 0), DPO_ACC32(acc, 32), DPO_ACC32(acc, 64), DPO_ACC32(acc, 96)                     \
-      : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)))
+      : __VA_ARGS__)
 
 template <class T, int kN>
 __device__ __forceinline__ void wgmma(float (&acc)[kN / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(kN == 256, "wgmma: written out for 256 columns");
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    DPO_WGMMA_N256("bf16");
+    DPO_WGMMA_N256("bf16", "%130", "%128, %129, add, 1, 1, 0, 0", "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   } else {
-    DPO_WGMMA_N256("f16");
+    DPO_WGMMA_N256("f16", "%130", "%128, %129, add, 1, 1, 0, 0", "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
   }
+}
+
+// acc [64, kN] (+)= a [64, 16] b [16, kN] in bf16; b is named by a descriptor, of rows that have one term each. a is in
+// registers, which are not to be written before this is waited for: thread t holds in a[i] the entries
+//   row 16 (t / 32) + t % 32 / 4 + 8 (i % 2), columns 8 (i / 2) + 2 (t % 4) and one more.
+template <int kN>
+__device__ __forceinline__ void wgmma_of_registers(float (&acc)[kN / 2], const uint32_t (&a)[4], uint64_t b,
+                                                   bool accumulate) {
+  static_assert(kN == 256, "wgmma: written out for 256 columns");
+  DPO_WGMMA_N256("bf16", "%133", "{%128, %129, %130, %131}, %132, add, 1, 1, 1", "r"(a[0]), "r"(a[1]), "r"(a[2]),
+                 "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 #undef DPO_WGMMA_N256
 #undef DPO_ACC32

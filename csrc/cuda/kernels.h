@@ -105,17 +105,31 @@ struct Joined {
 };
 void join(const Transform&, const Parts&, int splits, int64_t n, int64_t v, const Stats& stats, const float* shift,
           double far_above, const Joined&, cudaStream_t);
-// Packed exponentials e [V, N] become dlogits in bf16, in their place, for rows with the gradient g of logp; the
-// label's entries too: `missing` [N] is what rounding leaves of them.
-struct PackedRows {
+// What packed exponentials of N rows are multiplied by to be the gradient d of sum_n g_n logp_n with respect to x.W^T:
+// [kFactors + blocks of columns, N] in fp32. Row kLabels has the bits of labels, as ints, row kOwn labels' own entries.
+enum WeightRow { kLabels, kOwn, kFactors };
+struct RowWeights {
   const int64_t* y;
-  int64_t first;
-  const float* shift;  // [blocks of columns, N]
-  int64_t shift_stride;
-  const float *top, *scale, *label, *g;
-  float* missing;
+  const float *top, *scale, *label, *g;  // of `Joined`, and the gradient with respect to logp
+  float* own;                            // [N]: a copy of row kOwn
 };
-void exp_dlogits(const Transform&, const Matrix& e, const PackedRows&, cudaStream_t);
+// Makes weights of shifts, which are where factors will be.
+void weigh(const Transform&, const Matrix& weights, const RowWeights&, cudaStream_t);
+
+// Exponentials of entries of the vocabulary from `first` on, whose first block of columns has factors `first_block`.
+struct Weighed {
+  Matrix e, weights;
+  int64_t first;
+  int first_block;
+};
+// out [N, H] in fp32: d^T W without labels' entries, of the entries of `of` and then of `rest`, which may have none. See
+// linear_gradients.cu.
+void linear_dhidden(const Weighed& of, const Weighed& rest, const Matrix& w, const Matrix& out, int processors,
+                    cudaStream_t);
+// out [v, H]: d x, of the entries of `of`. In bf16, rounded once; or in fp32, added to what is there if `add`; without
+// data, nowhere. bias [v], or null: sums of d over rows.
+void linear_dweight(const Weighed& of, const Matrix& x, DType out_type, const Matrix& out, bool add, float* bias,
+                    int processors, cudaStream_t);
 // scale (sums + label W_y), or without a scale if that is null: sums [N, H] in fp32, W in bf16, out in fp32 or bf16.
 void dhidden(DType out_type, const Matrix& sums, const Matrix& w, const int64_t* y, const float* scale,
              const float* label, void* out, cudaStream_t);

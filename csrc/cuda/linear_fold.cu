@@ -17,22 +17,18 @@
 // What is stored leaves the registers through kPieces pieces of shared memory, transposed on the way, and is copied to
 // its place while the next piece is computed.
 #include <algorithm>
-#include <stdexcept>
-#include <string>
 
+#include "clusters.cuh"
 #include "exponentials.cuh"
-#include "hopper.cuh"
-#include "kernels.h"
 #include "math.cuh"
 
 namespace dpo_kernels::cuda {
 namespace {
 
-constexpr int kCluster = kClusterBlocks;
 constexpr int kRows = kClusterRows / kCluster, kColumns = kBlockColumns, kDepth = 64, kStages = 4;
-constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kFolders = 2, kThreads = (1 + kFolders) * kGroup;
-constexpr int kRowBytes = kDepth * 2;  // of a tile, which is one row of the 128-byte swizzle
+constexpr int kRowBytes = kDepth * 2;  // of a tile
+static_assert(kRowBytes == kSwizzled);
 constexpr int kXBytes = kRows * kRowBytes, kWBytes = kColumns * kRowBytes, kStageBytes = kXBytes + kWBytes;
 // A warpgroup's rows of so many columns are stored at once; there are two of these, so that one can be filled while the
 // other is copied.
@@ -40,7 +36,7 @@ constexpr int kPieceColumns = 64, kPieceBytes = kPieceColumns * 64 * 2, kPieces 
 static_assert(kColumns / kPieceColumns % kPieces == 0);
 constexpr int kSharedBytes = kStages * kStageBytes + kFolders * kPieces * kPieceBytes +
                              2 * kStages * static_cast<int>(sizeof(Barrier));
-static_assert(kSharedBytes + 1024 <= 228 * 1024, "more shared memory than a multiprocessor of Hopper has");
+static_assert(kSharedBytes <= kMostShared);
 // So many pairs of blocks of rows take turns with the same columns, so that their x stays in the second-level cache.
 constexpr int kRowPairsTogether = 8;
 constexpr int kEntries = kColumns / 4;  // of one row that a thread has: two rows, a quarter of each
@@ -56,10 +52,8 @@ struct Schedule {
     int row_pair, split, first, last;  // blocks of columns [first, last)
   };
   __device__ Item operator[](int i) const {
-    const int together = kRowPairsTogether * splits, group = i / together, in_group = i % together;
-    const int pairs = min(kRowPairsTogether, row_pairs - group * kRowPairsTogether);
-    const int split = in_group / pairs;
-    return {group * kRowPairsTogether + in_group % pairs, split, boundary(split), boundary(split + 1)};
+    const auto [row_pair, split] = by_turns<kRowPairsTogether>(i, row_pairs, splits);
+    return {row_pair, split, boundary(split), boundary(split + 1)};
   }
   __device__ bool skips(const Item& item) const {
     return only != nullptr && only[static_cast<int64_t>(item.row_pair) * kClusterRows] == 0;
@@ -68,15 +62,7 @@ struct Schedule {
   __device__ int boundary(int split) const { return split * split_blocks + min(split, longer_splits); }
 };
 
-// A ring of stages, as one of the sides that go round it sees it.
-struct Stage {
-  int index = 0;
-  uint32_t parity = 0;
-
-  __device__ void next() {
-    if (++index == kStages) index = 0, parity ^= 1;
-  }
-};
+using Stage = Ring<kStages>;
 
 struct Shared {
   unsigned char* memory;
@@ -89,14 +75,6 @@ struct Shared {
   __device__ Barrier* full(int stage) const { return reinterpret_cast<Barrier*>(piece(kFolders, 0)) + stage; }
   __device__ Barrier* empty(int stage) const { return full(stage) + kStages; }
 };
-
-// Names rows of 128 swizzled bytes that begin at `rows`, 8 of them every 1024 bytes.
-__device__ __forceinline__ uint64_t descriptor(const unsigned char* rows) {
-  return (uint64_t{1} << 62) | (uint64_t{1024 / 16} << 32) | (uint64_t{1} << 16) |
-         (shared_address(rows) % (1 << 18) / 16);
-}
-// The next 16 entries of H.
-constexpr uint64_t kNextTerms = 16 * 2 / 16;
 
 __device__ void copy_tiles(const CUtensorMap& x_map, const CUtensorMap& w_map, const Shared& shared, Schedule schedule,
                            int depths) {
@@ -472,32 +450,6 @@ __global__ void __launch_bounds__(kThreads, 1)
   cluster_sync();  // the other block may still write here, and arrive at barriers
 }
 
-// Boxes of `rows` rows by `columns` columns, swizzled; what lies outside of the matrix is read as 0, and not written.
-CUtensorMap tensor_map(DType type, const Matrix& m, int rows, int columns) {
-  static const auto encode = [] {
-    void* function = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found),
-          "cuTensorMapEncodeTiled of the driver");
-    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
-  }();
-  if (encode == nullptr) throw std::runtime_error("CUDA: this driver has no cuTensorMapEncodeTiled");
-  CUtensorMap map;
-  const cuuint64_t size[2] = {static_cast<cuuint64_t>(m.columns), static_cast<cuuint64_t>(m.rows)};
-  const cuuint64_t stride[1] = {static_cast<cuuint64_t>(m.stride) * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(columns), static_cast<cuuint32_t>(rows)}, step[2] = {1, 1};
-  const CUresult status =
-      encode(&map, type == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, m.data,
-             size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (status != CUDA_SUCCESS) {
-    throw std::runtime_error("CUDA: cuTensorMapEncodeTiled refuses a matrix, error " + std::to_string(status));
-  }
-  return map;
-}
-
-int blocks_of(int64_t size, int of) { return static_cast<int>((size + of - 1) / of); }
-
 // What all epilogues have in common.
 Problem problem(const LinearProduct& args, int processors) {
   const Scales scales(args.transform);
@@ -519,24 +471,13 @@ Problem problem(const LinearProduct& args, int processors) {
 
 template <class T, bool kCapped, bool kStats, Epilogue kTo>
 void launch(DType type, const LinearProduct& args, const Matrix& e, const Problem& p, cudaStream_t stream) {
-  const auto kernel = linear_fold_kernel<T, kCapped, kStats, kTo>;
-  const CUtensorMap x = tensor_map(type, args.x, kRows, kDepth);
-  const CUtensorMap w = tensor_map(type, args.w, kColumns / kCluster, kDepth);
-  const CUtensorMap stored = p.stores ? tensor_map(DType::bf16, e, kPieceColumns, 64) : CUtensorMap{};
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes),
-        "shared memory of the fused product");
-  cudaLaunchAttribute cluster;
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = kCluster;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(p.schedule.clusters * kCluster);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
-  config.stream = stream;
-  config.attrs = &cluster;
-  config.numAttrs = 1;
-  check(cudaLaunchKernelEx(&config, kernel, x, w, stored, p), "launch of the fused product");
+  const auto of_operands = type == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+  const CUtensorMap x = tensor_map(of_operands, args.x, kRows, kDepth);
+  const CUtensorMap w = tensor_map(of_operands, args.w, kColumns / kCluster, kDepth);
+  const CUtensorMap stored =
+      p.stores ? tensor_map(CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, e, kPieceColumns, 64) : CUtensorMap{};
+  launch_clusters(linear_fold_kernel<T, kCapped, kStats, kTo>, p.schedule.clusters, kThreads, kSharedBytes, stream,
+                  "launch of the fused product", x, w, stored, p);
 }
 
 template <class T, Epilogue kTo>

@@ -8,7 +8,7 @@ statistics. What is written lies as [v, n]: the entries of a row of memory are r
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,9 +95,10 @@ class Exponentials:
             blocks += math.ceil(size / shift_columns(x.device))
         assert first == weight.shape[0]
         self.sums = Sums.empty(n, splits, bool(stats), x)
-        self.top, self.scale, self.label, self.missing = x.new_empty(4, n, dtype=torch.float32)
+        self.top, self.scale, self.label, self.own = x.new_empty(4, n, dtype=torch.float32)
         if packed:
-            self.shift, self.far = x.new_empty(blocks, padded_rows(rows), dtype=torch.float32), None
+            self.weights = x.new_empty(_cuda.FACTORS + blocks, padded_rows(rows), dtype=torch.float32)
+            self.shift, self.far = self.weights[_cuda.FACTORS :], None
         else:
             some = weight[:FIRST_COLUMNS]
             self.shift = cuda_linear.fold(self.x, some, bias, self.y, transform, False).max.amax(0)
@@ -124,21 +125,58 @@ class Exponentials:
             far=FAR, top=self.top[rows], scale=self.scale[rows], label=self.label[rows],
         )  # fmt: skip
 
-    def to_dlogits_(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> None:
+    def weigh(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> Dlogits:
         assert self.packed
-        g, y = g.float().contiguous(), self.y[rows]
-        for part, each in zip(self.parts, e, strict=True):
-            shift = self.shift[part.first_block :]
-            with torch.cuda.device_of(each):
-                _cuda.exp_dlogits(
-                    cuda_linear.native(self.transform), matrix(each), address(y), part.first, address(shift),
-                    shift.stride(0), address(self.top[rows]), address(self.scale[rows]), address(self.label[rows]),
-                    address(g), address(self.missing[rows]), stream(each),
-                )  # fmt: skip
+        g, weights = g.float().contiguous(), self.weights[:, : rows.stop - rows.start]
+        with torch.cuda.device_of(g):
+            _cuda.weigh(
+                cuda_linear.native(self.transform), matrix(weights), address(self.y[rows]), address(self.top[rows]),
+                address(self.scale[rows]), address(self.label[rows]), address(g), address(self.own[rows]), stream(g),
+            )  # fmt: skip
+        return Dlogits(self, e, rows, weights)
 
     def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
-        scale, label = (None, self.missing) if self.packed else (self.scale, self.label)
+        scale, label = (None, self.own) if self.packed else (self.scale, self.label)
         return _dhidden(sums, self.weight, self.y, scale, label, out)
+
+
+class Dlogits:
+    """See `interface.Dlogits`. Exponentials are weighed while products read them, and stay what they are."""
+
+    def __init__(self, sweep: Exponentials, e: Sequence[Tensor], rows: slice, weights: Tensor):
+        self.sweep, self.e, self.x, self.weights = sweep, e, sweep.x[rows], weights
+
+    def _weighed(self, part: _Part, e: Tensor, first: int = 0) -> _cuda.Weighed:
+        """Of the entries `e` of a part, from its `first` on."""
+        blocks, rest = divmod(first, shift_columns(e.device))
+        assert rest == 0, "a tile of a product has one shift a row"
+        return _cuda.Weighed(matrix(e), matrix(self.weights), part.first + first, part.first_block + blocks)
+
+    def dhidden(self, out: Tensor) -> None:
+        assert out.is_contiguous() and out.dtype == torch.float32 and len(self.e) <= 2
+        none = _cuda.Weighed(_cuda.Matrix(0, 0, 0, 0), _cuda.Matrix(0, 0, 0, 0), 0, 0)
+        of, rest = [*map(self._weighed, self.sweep.parts, self.e), none][:2]
+        with torch.cuda.device_of(out):
+            _cuda.linear_dhidden(
+                of, rest, matrix(self.sweep.weight), matrix(out), self.sweep.multiprocessors, stream(out)
+            )
+
+    def dweight(self, blocks: Iterable[slice], out: Tensor | None, dbias: Tensor | None, accumulate: bool) -> None:
+        assert out is None or out.is_contiguous() and (out.dtype == torch.float32 or not accumulate)
+        for block in blocks:
+            (part, e), *_ = [
+                (part, e[block.start - part.first : block.stop - part.first])
+                for part, e in zip(self.sweep.parts, self.e, strict=True)
+                if part.first <= block.start < part.first + e.shape[0]
+            ]
+            assert e.shape[0] == block.stop - block.start, "a block of one part"
+            to = _cuda.Matrix(0, 0, 0, 0) if out is None else matrix(out[block])
+            with torch.cuda.device_of(e):
+                _cuda.linear_dweight(
+                    self._weighed(part, e, block.start - part.first), matrix(self.x),
+                    "float32" if out is None else cuda_linear.type_name(out), to, accumulate,
+                    0 if dbias is None else address(dbias[block]), self.sweep.multiprocessors, stream(e),
+                )  # fmt: skip
 
 
 class Recomputed:

@@ -10,7 +10,7 @@ first functions, the same for every implementation; `torch.py` is the one to rea
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, get_args
 
 import torch
@@ -110,6 +110,21 @@ class Shards(Protocol):
         """Begins to sum contiguous `t` over the ranks in place. Returns what waits for that."""
 
 
+class Dlogits(Protocol):
+    """The gradient of sum_n g_n logp_n with respect to x.W of n rows, [V, n], in products that read exponentials: each
+    entry is rounded once to the dtype of an operand, on its way into the product, labels' entries too."""
+
+    def dhidden(self, out: Tensor) -> None:
+        """Its product with W, in `out` [n, H] in fp32. Of labels' entries it has all, or none: see
+        `Exponentials.dhidden`."""
+
+    def dweight(self, blocks: Iterable[slice], out: Tensor | None, dbias: Tensor | None, accumulate: bool) -> None:
+        """Its product with x, in `out` [V, H]: rounded once, or in fp32, and then added to what is there with
+        `accumulate`. Its sums over rows, in `dbias` [V] in fp32. Either may be None. `blocks` of the vocabulary are
+        written one after another, each by products that read no exponentials but its own; a block lies in one part,
+        where it begins with a new shift."""
+
+
 class Exponentials(Protocol):
     """N rows of a sweep that stores no logits: what the product x.W^T writes is exp(z - c), times the softcap's part of
     dz/da. Sums come from what was not rounded; the label's entry is 0. Whatever the logits are, nothing overflows.
@@ -125,13 +140,14 @@ class Exponentials(Protocol):
     def finish(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """logp [n], norm [2, n] and the statistics [K, n] of rows that were written; see `LinearLogps`."""
 
-    def to_dlogits_(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> None:
-        """Packed exponentials become dlogits in their place, labels' entries too, for rows with the gradient g [n] with
-        respect to logp. Each is rounded once."""
+    def weigh(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> Dlogits | None:
+        """What packed exponentials of rows with the gradient g [n] with respect to logp are as dlogits, until others
+        are written or weighed; or None: they have become dlogits in their place, labels' entries too, each rounded
+        once."""
 
     def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
         """From the sums [N, H] of exponentials times W over the vocabulary, d logp / dx; or dX, from those of dlogits:
-        in `out` [N, H], which may be `sums`. What rounding left of the labels' entries is added exactly."""
+        in `out` [N, H], which may be `sums`. What these lack of the labels' entries is added exactly."""
 
 
 class Recomputed(Protocol):

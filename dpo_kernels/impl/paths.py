@@ -7,14 +7,15 @@ tiles where no logits are stored. What happens inside a tile, and the matrix pro
 
 Where `k` can write exponentials as the product x.W^T leaves the registers, paths B, C and D store no logits.
 Exponentials lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block
-of rows as it is. Path C's become dlogits in one pass, and one product over all rows of a chunk is dW. Path D's product
-writes dlogits at once, [v, N] of a block of the vocabulary. See "Exponentials" at the end.
+of rows as it is. Path C's become dlogits on their way into products, or in one pass before, and one product over all
+rows of a chunk is dW. Path D's product writes dlogits at once, [v, N] of a block of the vocabulary. See "Exponentials"
+at the end.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -35,7 +36,8 @@ MIN_COLUMNS = 256
 MIN_ROWS = 128
 # Rows of W that belong to labels are gathered so many at a time.
 LABEL_ROWS = 1024
-# Vocabulary entries that dW is ahead of the exponentials in its memory: no product of a block of dW has fewer.
+# Vocabulary entries that dW is ahead of the exponentials in its memory, or those of one shift where these are more: no
+# product of a block of dW has fewer.
 DW_COLUMNS = 512
 # A shift of exponentials, in fp32.
 SHIFT_BYTES = 4
@@ -471,19 +473,45 @@ def _kept_columns(k: TileKernels, n: int, weight: Tensor) -> int:
     """Of how many vocabulary entries, the first ones, the exponentials of n rows are kept in the memory of dW: at its
     end, while dW is written from its beginning on, `DW_COLUMNS` ahead at least."""
     v, h = weight.shape
-    kept = max(0, v - DW_COLUMNS) * h // max(k.padded_rows(n), h)
+    kept = max(0, v - max(DW_COLUMNS, k.shift_columns(weight.device))) * h // max(k.padded_rows(n), h)
     return kept - kept % ALIGNED
 
 
-def _dw_blocks(v: int, h: int, kept: int, stride: int) -> Iterator[slice]:
+def _dw_blocks(v: int, h: int, kept: int, stride: int, step: int) -> Iterator[slice]:
     """Blocks of dW [v, h] in the order in which they are written. Each ends before the first of the kept exponentials,
-    `stride` apart at the end of its memory, that are still to be read, its own among them."""
+    `stride` apart at the end of its memory, that are still to be read, its own among them. Those of the kept ones begin
+    where a shift does, of which each is of `step` entries."""
     start = 0
     while start < kept:
         stop = min(kept, (v * h - (kept - start) * stride) // h)
+        if stop < kept:
+            stop -= stop % step
         yield slice(start, stop)
         start = stop
     yield slice(kept, v)
+
+
+class _StoredDlogits:
+    """See `interface.Dlogits`: those that are where exponentials were, and operands of products as they are. Labels'
+    entries are among them."""
+
+    def __init__(self, k: TileKernels, d: Sequence[Tensor], parts: Sequence[slice], x: Tensor, weight: Tensor):
+        self.k, self.d, self.parts, self.x, self.weight = k, d, parts, x, weight
+
+    def dhidden(self, out: Tensor) -> None:
+        for d, part in zip(self.d, self.parts, strict=True):
+            self.k.product(d.t(), self.weight[part], out, accumulate=part.start > 0)
+
+    def dweight(self, blocks: Iterable[slice], out: Tensor | None, dbias: Tensor | None, accumulate: bool) -> None:
+        for d, part in zip(self.d, self.parts, strict=True):
+            if dbias is not None:
+                torch.sum(d, 1, dtype=dbias.dtype, out=dbias[part])
+        if out is None:
+            return
+        for block in blocks:
+            d, part = next(each for each in zip(self.d, self.parts, strict=True) if block.start < each[1].stop)
+            rows = slice(block.start - part.start, block.stop - part.start)
+            self.k.product(d[rows], self.x, out[block], accumulate=accumulate)
 
 
 def _exponentials_grouped(
@@ -512,22 +540,18 @@ def _exponentials_grouped(
     places = [weight.new_empty(v - kept, stride)]
     if kept and dw is not None:
         places.insert(0, dw.view(-1)[v * h - kept * stride :].view(kept, stride))
-    columns = [slice(0, v)] if not kept else [slice(0, kept), slice(kept, v)]
+    parts = [slice(0, v)] if not kept else [slice(0, kept), slice(kept, v)]
     sweep = k.exponentials(x, weight, bias, y, transform, stats, largest, _sizes(v, kept), packed=True)
     for i, group in enumerate(groups):
-        d = [place[:, : group.stop - group.start] for place in places]
-        sweep.write(group, d)
+        e = [place[:, : group.stop - group.start] for place in places]
+        sweep.write(group, e)
         logp, _, values = sweep.finish(group)
-        sweep.to_dlogits_(d, group, coefficients(i, logp, values))
-        for part, block in zip(d, columns, strict=True):
-            if sums is not None:
-                k.product(part.t(), weight[block], sums[group], accumulate=block.start > 0)
-            if db is not None:
-                torch.sum(part, 1, dtype=db.dtype, out=db[i, block])
-        if dw_sum is not None:
-            for block in _dw_blocks(v, h, kept, stride):
-                part = d[0][block] if block.stop <= kept else d[-1][block.start - kept : block.stop - kept]
-                k.product(part, x[group], dw_sum[block], accumulate=i > 0)
+        dlogits = sweep.weigh(e, group, coefficients(i, logp, values)) or _StoredDlogits(k, e, parts, x[group], weight)
+        if sums is not None:
+            dlogits.dhidden(sums[group])
+        if dw_sum is not None or db is not None:
+            blocks = parts if dw_sum is None else _dw_blocks(v, h, kept, stride, k.shift_columns(x.device))
+            dlogits.dweight(blocks, dw_sum, None if db is None else db[i], accumulate=i > 0)
     dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
     if dw is not None and dw_sum is not None and dw_sum is not dw:
         dw.copy_(dw_sum)

@@ -646,7 +646,7 @@ class Exponentials:
         )  # fmt: skip
         return logp, norm, stats
 
-    def to_dlogits_(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> None:
+    def weigh(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> None:
         assert self.shifts is not None
         n, g = rows.stop - rows.start, g.contiguous()
         for part, each in zip(self.parts, e, strict=True):

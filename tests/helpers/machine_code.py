@@ -9,6 +9,8 @@ from pathlib import Path
 INSTRUCTIONS = {
     "tensor_core": r"\b(HMMA|HGMMA|UTCHMMA)\b",
     "hgmma": r"\bHGMMA\b",
+    "wgmma_waits": r"\bWARPGROUP\.DEPBAR",
+    "load_matrices": r"\bLDSM\.16\.(M88|MT88)\.4\b",
     "multicast": r"\bUTMALDG\.2D\.MULTICAST\b",
     "transposed_store": r"\bSTSM\.16\.MT88\.4\b",
     "box_store": r"\bUTMASTG\.2D\b",

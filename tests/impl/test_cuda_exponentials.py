@@ -27,6 +27,8 @@ NEED = {"head": ("hidden", "weight"), "all": NAMES, "head alone": ("weight", "bi
 SHAPES = {"tails": (4, 9, 48, 123), "one row": (2, 1, 16, 300), "blocks": (4, 70, 72, 700)}
 # More rows than the memory of dW has room for, so that pairs come in several groups.
 SEVERAL = (4, 90, 16, 251)
+# Exponentials lie in the memory of dW, which is written in three blocks.
+KEPT = (4, 25, 48, 1300)
 
 
 @pytest.fixture
@@ -108,7 +110,7 @@ def pair_bytes(kernels, inputs, dweight):
 @pytest.mark.parametrize(
     ("transform", "need", "shape", "confident", "stats"),
     covering(
-        *(list(TRANSFORMS), list(NEED), [SHAPES["tails"], SHAPES["blocks"], SEVERAL], [0.0, 1.0], [(), STATS]),
+        *(list(TRANSFORMS), list(NEED), [SHAPES["tails"], SHAPES["blocks"], SEVERAL, KEPT], [0.0, 1.0], [(), STATS]),
         full=2,
     ),
 )
@@ -247,17 +249,16 @@ def test_each_confident_row_keeps_its_digits(kernels):
     out = paths.linear_logps_fwd(
         kernels, x, weight, None, y, LogitTransform(), compute_dtype=BF16, with_dhidden=True, fused=True
     )
-    (d, _), rows = padded(kernels, weight, 48), slice(0, 48)
+    (e, _), rows, sums = padded(kernels, weight, 48), slice(0, 48), torch.empty(48, 64)
     sweep = kernels.exponentials(x, weight, None, y, LogitTransform(), (), 48, (500,), packed=True)
-    sweep.write(rows, [d])
+    sweep.write(rows, [e])
     logp, norm, _ = sweep.finish(rows)
-    sweep.to_dlogits_([d], rows, torch.ones(48))
+    sweep.weigh([e], rows, torch.ones(48)).dhidden(sums)
     again = kernels.recomputed(x, weight, None, GradRows(y, norm, logp, torch.ones(48)), LogitTransform())
-    other, _ = padded(kernels, weight, 48)
-    again.write(slice(0, 500), other)
-    found = [out.dhidden]
-    for each, dlogits in ((sweep, d), (again, other)):
-        found.append(each.dhidden(kernels.product(dlogits.t(), weight, torch.empty(48, 64)), torch.empty(48, 64)))
+    d, _ = padded(kernels, weight, 48)
+    again.write(slice(0, 500), d)
+    found = [out.dhidden, sweep.dhidden(sums, torch.empty_like(sums))]
+    found.append(again.dhidden(kernels.product(d.t(), weight, torch.empty_like(sums)), torch.empty_like(sums)))
     for dx in found:
         error = (dx.double() - best).norm(dim=1) / best.norm(dim=1)
         assert error.median() < 5e-4, error
@@ -326,6 +327,68 @@ def test_weights_of_rows_of_any_size(kernels):
             _, (best,) = by_eager(exact, one, [name], {}, False)
             theirs, best = (t.flatten(0, -2)[row] if name == "hidden" else t for t in (theirs, best))
             assert_within_budget(ours / size, theirs / size, best / size.double(), f"d{name} of {size:.0e}")
+
+
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [
+        ((1, 20, 48, 123), (123,)),
+        ((1, 150, 8, 300), (300,)),
+        ((1, 330, 264, 700), (300, 400)),
+        ((1, 140, 520, 1300), (576, 724)),
+    ],
+)
+@pytest.mark.parametrize("before", [0, 7])
+def test_products_of_weighed_exponentials(kernels, shape, sizes, before):
+    """From the kernels' own factors: each entry of dlogits is rounded once, labels' are in dW and not in dX, and sums
+    are in fp32. Exponentials stay what they are, and nothing is written beside the blocks of dW that are asked for."""
+    transform, (_, count, h, v) = LogitTransform(-0.7, 5.0, 1.3), shape
+    x, weight, y = flat(head_inputs(*shape, labelled=1.0, logit_std=4.0).to(BF16))
+    rows, n = slice(before, count), count - before
+    borders = torch.tensor([0, 127, 128, 255, 256, sizes[0] - 1, sizes[0], v - 1]).clamp(max=v - 1)
+    y[before : before + len(borders)] = borders
+    sweep = kernels.exponentials(x, weight, None, y, transform, (), n, sizes, packed=True)
+    memory, behind = padded(kernels, weight, n)
+    e, g = list(memory.split(sizes)), torch.linspace(-2.0, 3.0, n)
+    sweep.write(rows, e)
+    sweep.finish(rows)
+    written, shift = memory.clone(), sweep.shift[:, :n].double()
+    dlogits, factors = sweep.weigh(e, rows, g), sweep.shift[:, :n]
+    exact = torch.exp(5.0 / 1.3 * (shift - sweep.top[rows])) * (g * sweep.scale[rows]).double() / 2**15
+    torch.testing.assert_close(factors.double(), exact, rtol=2e-5, atol=0.0)
+    torch.testing.assert_close(sweep.own[rows], g * sweep.scale[rows] * sweep.label[rows], rtol=1e-6, atol=0.0)
+
+    first_blocks = (0, -(-sizes[0] // 256))[: len(sizes)]
+    block_of = torch.cat([at + torch.arange(size) // 256 for at, size in zip(first_blocks, sizes, strict=True)])
+    wide, at_labels = memory.view(torch.float16).float() * factors[block_of], (y[rows], torch.arange(n))
+    d = wide.to(BF16).double()
+    assert (d[at_labels] == 0).all() and d.abs().max() > 0
+
+    def assert_sums(found, a, b, more=0.0, rounded=0.0):
+        """Those of a @ b in fp32, each beside the size of its terms."""
+        a, b = a.double(), b.double()
+        error, size = (found.double() - a @ b - more).abs(), a.abs() @ b.abs() + more
+        assert (error <= 2e-6 * size + rounded * (a @ b).abs()).all(), (error / size).max()
+
+    dx = torch.full((count, h), torch.nan)
+    dlogits.dhidden(dx[rows])
+    assert_sums(dx[rows], d.T, weight)
+    assert dx[:before].isnan().all()
+
+    d[at_labels], wide[at_labels] = sweep.own[rows].to(BF16).double(), sweep.own[rows]
+    for part in (slice(0, sizes[0]), slice(sizes[0], v))[: len(sizes)]:
+        blocks = [slice(part.start + s.start, part.start + s.stop) for s in paths.spans(part.stop - part.start, 256)]
+        beside = torch.ones(v, dtype=torch.bool)
+        beside[part] = False
+        for dtype, accumulate in ((BF16, False), (torch.float32, False), (torch.float32, True)):
+            dw, db, alone = torch.full((v, h), 3.0, dtype=dtype), *torch.full((2, v), torch.nan)
+            dlogits.dweight(blocks, dw, db, accumulate)
+            dlogits.dweight([part], None, alone, False)
+            assert_sums(dw[part], d[part], x[rows], 3.0 * accumulate, 2.0**-8 if dtype == BF16 else 0.0)
+            assert_sums(db[part], wide[part], torch.ones(n))
+            assert torch.equal(alone[part], db[part]), "without dW"
+            assert (dw[beside] == 3).all() and db[beside].isnan().all()
+    assert torch.equal(memory.view(torch.int16), written.view(torch.int16)) and behind.isnan().all()
 
 
 @pytest.mark.parametrize("transform", list(TRANSFORMS))
@@ -455,8 +518,13 @@ def test_the_order_of_threads_and_copies_changes_nothing(kernels, monkeypatch):
             sweep.write(slice(0, 48), [e])
             logp, norm, stats = sweep.finish(slice(0, 48))
             if packed:
-                sweep.to_dlogits_([e], slice(0, 48), torch.linspace(-1.0, 1.0, 48))
-                results.append(sweep.missing)
+                dlogits, dw, db = sweep.weigh([e], slice(0, 48), torch.linspace(-1.0, 1.0, 48)), [], torch.empty(251)
+                dx = torch.empty(x.shape)
+                dlogits.dhidden(dx)
+                for dtype in (BF16, torch.float32):
+                    dw.append(torch.ones(weight.shape, dtype=dtype))
+                    dlogits.dweight([slice(0, 251)], dw[-1], db, dtype == torch.float32)
+                results += [sweep.own, sweep.weights, dx, *dw, db]
             results += [e, logp, norm, stats, sweep.scale, sweep.label, sweep.shift]
         again = kernels.recomputed(x, weight, None, GradRows(y, norm, logp, torch.ones(48)), LogitTransform())
         e, _ = padded(kernels, weight, 48)
@@ -563,9 +631,13 @@ def test_what_path_b_launches(kernels, recorded):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_what_path_c_launches(kernels, recorded, groups):
-    """A chunk's exponentials, its sums, dlogits and two products; one more of some for each part."""
+    """A chunk's exponentials, its sums, what rows weigh, and two products; one more of some for each part, or block of
+    dW."""
     launches, shapes = recorded
-    x, weight, y = flat(head_inputs(4, 20, 48, 251, labelled=1.0).to(BF16))
+    x, weight, y = flat(head_inputs(4, 20, 48, 1300, labelled=1.0).to(BF16))
+    kept = paths._kept_columns(kernels, 80, weight)
+    blocks = list(paths._dw_blocks(1300, 48, kept, kernels.padded_rows(80), 256))
+    assert kept > 256 and len(blocks) == 3
     of_rows = [slice(0, 80)] if groups == 1 else [slice(0, 40), slice(40, 80)]
     with Operators() as operators:
         dx, dw, _ = paths.linear_logps_grouped(
@@ -573,14 +645,14 @@ def test_what_path_c_launches(kernels, recorded, groups):
             compute_dtype=BF16, need=(True, True, False), exponentials=True,
         )  # fmt: skip
     assert dx.dtype == dw.dtype == BF16
-    parts = 2 if groups == 1 else 1
+    parts, of_dw = (2, len(blocks)) if groups == 1 else (1, groups)
     assert launches == {
-        "linear_exp": parts * groups, "join": groups, "exp_dlogits": parts * groups, "dhidden": 1
+        "linear_exp": parts * groups, "join": groups, "weigh": groups, "linear_dhidden": groups,
+        "linear_dweight": of_dw, "dhidden": 1,
     }  # fmt: skip
-    assert sum(a * b * c for a, b, c, _ in shapes) == 2 * 80 * 251 * 48, "each product once"
-    of_dw = len(shapes) - groups * parts
-    assert sum(launches.values()) + sum(operators.count.values()) + len(shapes) <= 4 + 5 * groups + of_dw
-    assert operators.largest < 80 * 251 / 2 or groups > 1, "logits"
+    assert not shapes, "no product is a library's"
+    assert sum(launches.values()) + sum(operators.count.values()) <= 4 + 4 * groups + of_dw, operators.count
+    assert operators.largest < 80 * 1300 / 2 or groups > 1, "logits"
 
 
 def test_what_path_d_launches(kernels, recorded, monkeypatch):

@@ -34,7 +34,7 @@ def on_the_host():
 @pytest.fixture(scope="module")
 def library():
     library = ctypes.CDLL(str(emulation.build(emulation.HERE)))
-    for name in "block_sums", "shuffles", "product", "box", "transpose", "faulty", "nothing":
+    for name in "block_sums", "shuffles", "product", "product_of_registers", "box", "transpose", "faulty", "nothing":
         getattr(library, f"run_{name}").restype = ctypes.c_char_p
     return library
 
@@ -103,6 +103,43 @@ def test_product_of_tiles(run, seed, dtype, cluster, rows, depth):
     """Copies, barriers and products together; edges that lie outside are zero, blocks of a cluster share copies."""
     out, expected = product(run, seed, dtype=dtype, cluster=cluster, rows=rows, depth=depth)
     torch.testing.assert_close(out.double(), expected, atol=1e-4, rtol=1e-5)
+
+
+REGISTER_MISTAKES = ["none", "stride and leading", "no leading", "rewrite early", "k-major"]
+
+
+def product_of_registers(run, seed, mistake="none", transposed=False, depth=192):
+    generator = torch.Generator().manual_seed(1)
+    a, b = (torch.randn(*shape, generator=generator).bfloat16() for shape in ((64, depth), (depth, 256)))
+    out, given = torch.full((64, 256), float("nan")), a.T.contiguous() if transposed else a
+    run("product_of_registers", transposed, given, b, out, depth, REGISTER_MISTAKES.index(mistake), seed=seed)
+    return out.double(), a.double() @ b.double()
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("depth", [64, 200])
+def test_product_of_registers(run, seed, transposed, depth):
+    """Loaded as rows, and as columns, of swizzled tiles; the other operand's columns lie together. Edges are zero."""
+    out, expected = product_of_registers(run, seed, transposed=transposed, depth=depth)
+    torch.testing.assert_close(out, expected, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mistake", ["stride and leading", "no leading", "k-major"])
+def test_a_wrong_descriptor_of_columns_shows(run, mistake):
+    """The strides the other way round; one that rows of terms have none of; and taken for rows of terms."""
+    try:
+        out, expected = product_of_registers(run, 0, mistake)
+    except RuntimeError as error:
+        assert "an operand outside of shared memory" in str(error)
+    else:
+        assert not torch.allclose(out, expected, atol=1e-1)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_registers_that_are_written_before_they_were_read_are_named(run, seed):
+    with pytest.raises(RuntimeError, match="registers of an operand were written while a wgmma was under way"):
+        product_of_registers(run, seed, "rewrite early")
 
 
 @pytest.mark.parametrize("mistake", ["no full wait", "no empty wait", "release early", "read early"])

@@ -225,7 +225,7 @@ def test_each_confident_row_keeps_its_digits():
     sweep = kernels.exponentials(x, weight, None, y, LogitTransform(), (), 48, (500,), packed=True)
     sweep.write(rows, [d])
     sweep.finish(rows)
-    sweep.to_dlogits_([d], rows, torch.ones(48))
+    sweep.weigh([d], rows, torch.ones(48))
     sums = kernels.product(d.t(), weight, torch.empty(48, 64))
     again = kernels.recomputed(x, weight, None, GradRows(y, out.norm, out.logp, torch.ones(48)), LogitTransform())
     again.write(slice(0, 500), d)
@@ -439,7 +439,7 @@ def test_what_path_c_launches(recorded, groups, with_bias):
     parts, of_dw = 1, 1
     if groups == 1:
         kept = paths._kept_columns(kernels, 96, weight)
-        parts, of_dw = 2, len(list(paths._dw_blocks(251, 48, kept, 96)))
+        parts, of_dw = 2, len(list(paths._dw_blocks(251, 48, kept, 96, 32)))
         assert kept > 0 and of_dw > 2
     assert launches == {
         "linear_pack_fwd_kernel": parts * groups, "exp_join_kernel": groups, "exp_dlogits_kernel": parts * groups,
@@ -496,12 +496,12 @@ def test_blocks_of_dw_overwrite_nothing_that_is_still_read(monkeypatch, v, h, n,
     weight = torch.empty(v, h, dtype=BF16, device="meta")
     kept, stride = paths._kept_columns(kernels, n, weight), kernels.padded_rows(n)
     begins = v * h - kept * stride
-    blocks = list(paths._dw_blocks(v, h, kept, stride))
+    blocks = list(paths._dw_blocks(v, h, kept, stride, 64))
     assert kept > 0 and begins % 16 == 0
     assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])] and blocks[-1].stop == v
     for block in blocks[:-1]:
         assert block.stop * h <= begins + block.start * stride
-        assert block.stop - block.start >= min(ahead, kept - block.start)
+        assert block.stop - block.start >= min(ahead, kept - block.start) and block.start % 64 == 0
     assert blocks[-1].start == kept
 
 

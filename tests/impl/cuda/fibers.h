@@ -66,11 +66,15 @@ struct Block {
 
 // wgmma that this thread has issued and not waited for: see hopper.h.
 struct Product {
-  void (*compute)(float* sums, uint64_t a, uint64_t b, bool accumulate);
+  void (*compute)(float* sums, uint64_t a, const float (&rows)[2][16], uint64_t b, bool accumulate);
   float* acc;
   uint64_t a, b;
   bool accumulate, computed;
   int group;
+  // Of one whose left operand came in registers: this thread's, what they held, and the two rows that it computes.
+  const uint32_t* registers = nullptr;
+  uint32_t issued[4] = {};
+  float rows[2][16] = {};
 };
 struct Accumulator {
   float* acc;

@@ -221,36 +221,65 @@ inline const float* half_values() {
 inline float value_of(__nv_bfloat16 x, const float*) { return __bfloat162float(x); }
 inline float value_of(__half x, const float* halves) { return halves[x.bits]; }
 
-// Operands of a wgmma: rows of 16 numbers in shared memory, K-major, swizzled by 128 bytes.
+// An operand of a wgmma that a descriptor names, swizzled by 128 bytes.
 struct Operand {
   const unsigned char* shared;
-  uint32_t start, stride;  // in bytes; between groups of eight rows
+  uint32_t start, leading, stride;  // in bytes; the stride is between groups of eight rows of memory
 
   explicit Operand(uint64_t descriptor)
       : shared(dpo_kernels::shared_memory()),
         start(static_cast<uint32_t>(descriptor & 0x3fff) << 4),
+        leading(static_cast<uint32_t>(descriptor >> 16 & 0x3fff) << 4),
         stride(static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4) {
     expect(descriptor >> 62 == 1, "wgmma: only operands swizzled by 128 bytes are emulated");
     expect((descriptor >> 49 & 7) == 0, "wgmma: a base offset is not emulated");
   }
+  const unsigned char* at(uint32_t address, uint32_t bytes) const {
+    const uint32_t place = swizzle(address);
+    expect(place >= kSharedBase && place + bytes <= kSharedBase + state.shared_bytes,
+           "wgmma: an operand outside of shared memory");
+    return shared + (place - kSharedBase);
+  }
+  // K-major: a row of memory is one of the operand, of which this is 16 numbers. There is no leading dimension.
   template <class T>
   void row(int r, float (&to)[16]) const {
     const float* halves = std::is_same<T, __half>::value ? half_values() : nullptr;
     const uint32_t address = start + static_cast<uint32_t>(r / 8) * stride + static_cast<uint32_t>(r % 8) * 128;
     for (uint32_t chunk = 0; chunk < 2; ++chunk) {
-      const uint32_t at = swizzle(address + 16 * chunk);
-      expect(at >= kSharedBase && at + 16 <= kSharedBase + state.shared_bytes,
-             "wgmma: an operand outside of shared memory");
       T numbers[8];
-      memcpy(numbers, shared + (at - kSharedBase), sizeof numbers);
+      memcpy(numbers, at(address + 16 * chunk, 16), sizeof numbers);
       for (uint32_t k = 0; k < 8; ++k) to[8 * chunk + k] = value_of(numbers[k], halves);
     }
   }
+  // MN-major: a row of memory is term k of 64 columns; `leading` bytes further it is of the next 64. This is term k of
+  // columns c, which is even, and c + 1.
+  template <class T>
+  void pair(int k, int c, float (&to)[2]) const {
+    T numbers[2];
+    memcpy(numbers,
+           at(start + static_cast<uint32_t>(c / 64) * leading + static_cast<uint32_t>(k / 8) * stride +
+                  static_cast<uint32_t>(k % 8) * 128 + static_cast<uint32_t>(c % 64) * 2,
+              4),
+           sizeof numbers);
+    for (int i = 0; i < 2; ++i) to[i] = value_of(numbers[i], std::is_same<T, __half>::value ? half_values() : nullptr);
+  }
 };
 
-// This thread's part of sums [64, N] (+)= a [64, 16] b [N, 16]^T.
+// This thread's part of sums [64, N] (+)= a [64, 16] b: its two rows of a, and its quarter of b's columns.
+template <int N>
+void add_products(float* sums, const float (&rows)[2][16], const float (&columns)[16][N / 4], bool accumulate) {
+  float products[2][N / 4] = {};
+  for (int k = 0; k < 16; ++k) {
+    for (int h = 0; h < 2; ++h) {
+      for (int c = 0; c < N / 4; ++c) products[h][c] += rows[h][k] * columns[k][c];
+    }
+  }
+  for (int i = 0; i < N / 2; ++i) sums[i] = (accumulate ? sums[i] : 0) + products[i / 2 % 2][2 * (i / 4) + i % 2];
+}
+
+// b is [N, 16]^T, and both are rows of terms.
 template <class T, int N>
-void multiply(float* sums, uint64_t a, uint64_t b, bool accumulate) {
+void multiply(float* sums, uint64_t a, const float (&)[2][16], uint64_t b, bool accumulate) {
   const Operand left(a), right(b);
   const int t = static_cast<int>(state.current->index % 128);
   float rows[2][16], columns[16][N / 4], column[16];
@@ -259,13 +288,21 @@ void multiply(float* sums, uint64_t a, uint64_t b, bool accumulate) {
     right.row<T>(8 * (c / 2) + 2 * (t % 4) + c % 2, column);
     for (int k = 0; k < 16; ++k) columns[k][c] = column[k];
   }
-  float products[2][N / 4] = {};
+  add_products<N>(sums, rows, columns, accumulate);
+}
+// a came in registers; b is [16, N], terms.
+template <class T, int N>
+void multiply_registers(float* sums, uint64_t, const float (&rows)[2][16], uint64_t b, bool accumulate) {
+  const Operand right(b);
+  const int t = static_cast<int>(state.current->index % 128);
+  float columns[16][N / 4], two[2];
   for (int k = 0; k < 16; ++k) {
-    for (int h = 0; h < 2; ++h) {
-      for (int c = 0; c < N / 4; ++c) products[h][c] += rows[h][k] * columns[k][c];
+    for (int c = 0; c < N / 4; c += 2) {
+      right.pair<T>(k, 8 * (c / 2) + 2 * (t % 4), two);
+      columns[k][c] = two[0], columns[k][c + 1] = two[1];
     }
   }
-  for (int i = 0; i < N / 2; ++i) sums[i] = (accumulate ? sums[i] : 0) + products[i / 2 % 2][2 * (i / 4) + i % 2];
+  add_products<N>(sums, rows, columns, accumulate);
 }
 
 inline constexpr uint32_t kUnderWay = 0x7fc0dead;  // NaN
@@ -277,7 +314,7 @@ inline std::vector<float>& sums_of(Fiber& f, const float* acc) {
   throw std::logic_error("emulation: a wgmma without its sums");
 }
 inline void compute(Fiber& f, Product& p) {
-  p.compute(sums_of(f, p.acc).data(), p.a, p.b, p.accumulate);
+  p.compute(sums_of(f, p.acc).data(), p.a, p.rows, p.b, p.accumulate);
   p.computed = true;
 }
 // Ends the products of all groups but the last `pending`.
@@ -285,6 +322,8 @@ inline void finish(Fiber& f, int pending) {
   auto product = f.products.begin();
   for (; product != f.products.end() && product->group < f.groups - pending; ++product) {
     if (!product->computed) compute(f, *product);
+    expect(product->registers == nullptr || memcmp(product->registers, product->issued, sizeof product->issued) == 0,
+           "registers of an operand were written while a wgmma was under way");
   }
   f.products.erase(f.products.begin(), product);
   for (auto a = f.accumulators.begin(); a != f.accumulators.end();) {
@@ -397,24 +436,75 @@ inline void group_sync(int group) {
   emulation::meet(f.block->groups[f.index / 128], 128, "group_sync");
 }
 
+// The row of 16 bytes that each lane names, to the threads that have it in registers.
+template <bool TRANSPOSED>
+void load_matrices(uint32_t (&matrices)[4], const void* row) {
+  emulation::expect(emulation::offset_of(row) % 16 == 0, "ldmatrix of an address that is not aligned");
+  emulation::expect(emulation::offset_of(row) + 16 <= emulation::state.shared_bytes, "ldmatrix past the end");
+  const unsigned lane = emulation::state.current->index % warpSize;
+  const uint64_t* rows = emulation::exchange(~0u, reinterpret_cast<uintptr_t>(row), "load_matrices");
+  for (unsigned m = 0; m < 4; ++m) {
+    uint16_t numbers[2];
+    for (unsigned i = 0; i < 2; ++i) {
+      unsigned r = lane / 4, column = 2 * (lane % 4) + i;
+      if (TRANSPOSED) std::swap(r, column);
+      numbers[i] = reinterpret_cast<const uint16_t*>(rows[8 * m + r])[column];
+    }
+    memcpy(&matrices[m], numbers, sizeof numbers);
+  }
+}
+
+}  // namespace dpo_kernels
+
+namespace emulation {
+
+// Issues a product whose left operand is named by `product.a`, or was in registers.
+inline void issue(Fiber& f, const Product& product, int count) {
+  expect(f.fenced, "wgmma without a wgmma_fence since the last wait for all");
+  bool under_way = false, waits = false;
+  for (const Product& p : f.products) {
+    under_way |= p.acc == product.acc;
+    waits |= !p.computed;
+  }
+  if (!under_way) {
+    f.accumulators.push_back({product.acc, std::vector<float>(product.acc, product.acc + count)});
+    for (int i = 0; i < count; ++i) product.acc[i] = __uint_as_float(kUnderWay);
+  }
+  f.products.push_back(product);
+  // Products end in order.
+  if (!waits && state.seed != 0 && random() % 2 == 0) compute(f, f.products.back());
+}
+
+}  // namespace emulation
+
+namespace dpo_kernels {
+
 template <class T, int N>
 void wgmma(float (&acc)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(std::is_same_v<T, __nv_bfloat16> || std::is_same_v<T, __half>, "wgmma: bf16 or fp16");
   static_assert(N % 8 == 0 && N >= 8 && N <= 256, "wgmma: N must be a multiple of 8 up to 256");
   emulation::Fiber& f = *emulation::state.current;
-  emulation::expect(f.fenced, "wgmma without a wgmma_fence since the last wait for all");
-  bool under_way = false, waits = false;
-  for (const emulation::Product& p : f.products) {
-    under_way |= p.acc == acc;
-    waits |= !p.computed;
+  emulation::issue(f, {emulation::multiply<T, N>, acc, a, b, accumulate, false, f.groups}, N / 2);
+}
+template <int N>
+void wgmma_of_registers(float (&acc)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(N % 64 == 0 && N <= 256, "wgmma: the emulated operands have whole rows of 64 columns");
+  emulation::Fiber& f = *emulation::state.current;
+  emulation::Product product = {emulation::multiply_registers<__nv_bfloat16, N>, acc, 0, b, accumulate, false, f.groups};
+  product.registers = a;
+  memcpy(product.issued, a, sizeof product.issued);
+  // Four threads have a row; none of them writes its registers before all have met again.
+  const uint64_t* lanes = emulation::exchange(~0u, reinterpret_cast<uintptr_t>(a), "wgmma_of_registers");
+  for (unsigned other = 0, first = f.index % warpSize / 4 * 4; other < 4; ++other) {
+    const auto* of = reinterpret_cast<const uint32_t*>(lanes[first + other]);
+    for (unsigned i = 0; i < 4; ++i) {
+      for (unsigned k = 0; k < 2; ++k) {
+        const __nv_bfloat16 number = {static_cast<uint16_t>(of[i] >> 16 * k)};
+        product.rows[i % 2][8 * (i / 2) + 2 * other + k] = __bfloat162float(number);
+      }
+    }
   }
-  if (!under_way) {
-    f.accumulators.push_back({acc, std::vector<float>(acc, acc + N / 2)});
-    for (float& x : acc) x = __uint_as_float(emulation::kUnderWay);
-  }
-  f.products.push_back({emulation::multiply<T, N>, acc, a, b, accumulate, false, f.groups});
-  // Products end in order.
-  if (!waits && emulation::state.seed != 0 && emulation::random() % 2 == 0) emulation::compute(f, f.products.back());
+  emulation::issue(f, product, N / 2);
 }
 inline void wgmma_fence() { emulation::state.current->fenced = true; }
 inline void wgmma_commit() { ++emulation::state.current->groups; }

@@ -182,6 +182,73 @@ cudaError_t run_product(CUtensorMapDataType type, const void* a, const void* b, 
   return launch(kernel, dim3(blocks), 160, kCluster, kProductShared, a_map, b_map, out, rows, steps, mistake);
 }
 
+// out [64, 256] = a b for b [depth, 256], whose rows of 64 columns come in four boxes. a [64, depth], or transposed
+// [depth, 64], goes through registers, two sets of which take turns.
+enum RegisterMistake { kRegistersRight, kStrideAndLeading, kNoLeading, kRewriteEarly, kKMajor };
+constexpr int kRegisterStage = 5 * 64 * 128, kRegisterShared = 2 * kRegisterStage + 2 * static_cast<int>(sizeof(Barrier));
+
+template <bool kTransposed>
+__global__ void __launch_bounds__(128)
+    product_of_registers(const __grid_constant__ CUtensorMap a_map, const __grid_constant__ CUtensorMap b_map, float* out,
+                         int steps, RegisterMistake mistake) {
+  unsigned char* memory = shared_memory();
+  Barrier* full = reinterpret_cast<Barrier*>(memory + 2 * kRegisterStage);
+  const int t = static_cast<int>(threadIdx.x), lane = t % 32, matrix = lane / 8;
+  if (t == 0) {
+    barrier_init(full, 1);
+    barrier_init(full + 1, 1);
+    fence_barrier_init();
+  }
+  __syncthreads();
+  const uint64_t next = mistake == kStrideAndLeading ? 1024 : mistake == kNoLeading ? 16 : 64 * 128;
+  const uint64_t stride = mistake == kStrideAndLeading ? 64 * 128 : 1024;
+  float acc[128];
+  uint32_t a[2][4][4];
+  for (int step = 0; step < steps; ++step) {
+    unsigned char *stage = memory + step % 2 * kRegisterStage, *b = stage + 64 * 128;
+    if (t == 0) {  // what it had before was waited for
+      barrier_expect(full + step % 2, kRegisterStage);
+      copy_box(stage, a_map, full + step % 2, kTransposed ? 0 : step * 64, kTransposed ? step * 64 : 0);
+      for (int box = 0; box < 4; ++box) copy_box(b + box * 64 * 128, b_map, full + step % 2, box * 64, step * 64);
+    }
+    barrier_wait(full + step % 2, step / 2 & 1);
+    for (int k = 0; k < 4; ++k) {
+      const int line = kTransposed ? 16 * k + 8 * (matrix / 2) + lane % 8 : 16 * (t / 32) + 8 * (matrix % 2) + lane % 8;
+      const int chunk = kTransposed ? 2 * (t / 32) + matrix % 2 : 2 * k + matrix / 2;
+      load_matrices<kTransposed>(a[step % 2][k], stage + line * 128 + (chunk ^ line % 8) * 16);
+    }
+    wgmma_fence();
+    const uint64_t at = uint64_t{1} << 62 | stride / 16 << 32 | next / 16 << 16 | shared_address(b) / 16;
+    for (int k = 0; k < 4; ++k) {
+      if (mistake == kKMajor) {
+        wgmma<__nv_bfloat16, 256>(acc, descriptor(stage) + 2 * k, at + 2 * k, step > 0 || k > 0);
+      } else {
+        wgmma_of_registers<256>(acc, a[step % 2][k], at + 128 * k, step > 0 || k > 0);
+      }
+    }
+    wgmma_commit();
+    if (mistake == kRewriteEarly) a[step % 2][3][0] ^= 0x3f80;
+    step + 1 < steps ? wgmma_wait<1>() : wgmma_wait<0>();
+  }
+  for (int i = 0; i < 128; ++i) {
+    out[(16 * (t / 32) + lane / 4 + 8 * (i / 2 % 2)) * 256 + 8 * (i / 4) + 2 * (t % 4) + i % 2] = acc[i];
+  }
+}
+
+template <bool kTransposed>
+cudaError_t run_product_of_registers(const void* a, const void* b, float* out, int depth, RegisterMistake mistake) {
+  CUtensorMap a_map, b_map;
+  const auto type = CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const uint64_t d = static_cast<uint64_t>(depth), rows = kTransposed ? d : 64, columns = kTransposed ? 64 : d;
+  if (encode(&a_map, type, a, rows, columns, 2 * columns, 64, 64, CU_TENSOR_MAP_SWIZZLE_128B) != CUDA_SUCCESS ||
+      encode(&b_map, type, b, d, 256, 512, 64, 64, CU_TENSOR_MAP_SWIZZLE_128B) != CUDA_SUCCESS) {
+    return cudaErrorInvalidValue;
+  }
+  const auto kernel = product_of_registers<kTransposed>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kRegisterShared);
+  return launch(kernel, dim3(1), 128, 1, kRegisterShared, a_map, b_map, out, (depth + 63) / 64, mistake);
+}
+
 // A box of 8 rows by 32 columns as it lies in shared memory.
 __global__ void box(const __grid_constant__ CUtensorMap map, float* out, int column, int row) {
   Barrier* barrier = reinterpret_cast<Barrier*>(shared_memory() + 1024);
@@ -290,6 +357,14 @@ EXPORT const char* run_product(bool half, unsigned cluster, const void* a, const
                           : (cluster == 1 ? run_product<__nv_bfloat16, 1> : run_product<__nv_bfloat16, 2>);
     const auto type = half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
     return run(type, a, b, out, rows, depth, static_cast<Mistake>(mistake));
+  });
+}
+
+EXPORT const char* run_product_of_registers(bool transposed, const void* a, const void* b, float* out, int depth,
+                                            int mistake) {
+  return guarded([&] {
+    const auto run = transposed ? run_product_of_registers<true> : run_product_of_registers<false>;
+    return run(a, b, out, depth, static_cast<RegisterMistake>(mistake));
   });
 }
 
