@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import ops
-from dpo_kernels.dispatch import Family, check_runs, choose, load, sums_tokens
+from dpo_kernels.dispatch import Family, check_runs, choose, is_fused, load, sums_tokens
 from dpo_kernels.impl.interface import STATS, LogitTransform
 from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
 from dpo_kernels.parallel import (
@@ -153,7 +153,7 @@ def linear_sequence_logps(
 
     weighs = torch.is_grad_enabled() and token_weights is not None and token_weights.requires_grad
     in_parts = head.is_sharded or ranks is not None or torch.compiler.is_compiling()
-    if family == "triton_fused" and not (trained or with_dhidden or weighs or in_parts):
+    if is_fused(family) and not (trained or with_dhidden or weighs or in_parts):
         found = load(family).linear_token_logps(
             hidden, weight, bias, labels, transform, compute_dtype=compute_dtype, ignore_index=ignore_index,
             shift=shift, stats=stats, num_labelled=num_labelled, predictors=predictors,
