@@ -23,10 +23,6 @@ from dpo_kernels.impl.cuda_linear import matrix as _matrix
 from dpo_kernels.impl.cuda_linear import native as _transform
 from dpo_kernels.impl.cuda_linear import stream as _stream
 from dpo_kernels.impl.cuda_linear import type_name as _type
-from dpo_kernels.impl.cuda_positions import find_rows as find_rows
-from dpo_kernels.impl.cuda_positions import gather_rows as gather_rows
-from dpo_kernels.impl.cuda_positions import linear_token_logps as linear_token_logps
-from dpo_kernels.impl.cuda_positions import of_positions as _positions
 from dpo_kernels.impl.exponentials import padded_rows as padded_rows
 from dpo_kernels.impl.fold import CompiledFold, Fold, stats_numbers
 from dpo_kernels.impl.interface import (
@@ -43,6 +39,9 @@ from dpo_kernels.impl.products import product as product
 
 exponentials = cuda_exponentials.Exponentials
 recomputed = cuda_exponentials.Recomputed
+find_rows, gather_rows = cuda_positions.find_rows, cuda_positions.gather_rows
+linear_token_logps = cuda_positions.linear_token_logps
+_positions = cuda_positions.of_positions
 
 TILE_BYTES = 128 * 2**20
 

@@ -1,4 +1,5 @@
-"""Labelled rows on CUDA: found and copied together by the kernels of `csrc/cuda/positions.cu`, and path A of all positions.
+"""Labelled rows on CUDA, found and copied together by the kernels of `csrc/cuda/positions.cu`; and path A of all
+positions.
 
 Dimensions: S sequences of T positions, N labelled rows, K statistics; R sequences of U hidden states of H numbers.
 """
@@ -21,9 +22,9 @@ def of_positions(t: Tensor | None) -> _cuda.Positions:
 
 
 def _launch(of: positions.Search, found: FoundRows, notes: Tensor) -> None:
-    labels, table = of.labels, found.table
+    labels, table, (s, t) = of.labels, found.table, of.labels.shape
     search = _cuda.Search(
-        of_positions(labels), *labels.shape, int(of.shift), of.ignore_index, of.vocab_size, of.expected,
+        of_positions(labels), s, t, int(of.shift), of.ignore_index, of.vocab_size, of.expected,
         of_positions(of.predictors), of.slots,
     )  # fmt: skip
     with torch.cuda.device_of(labels):

@@ -230,8 +230,8 @@ class TileKernels(Protocol):
         predictors: Tensor | None,
     ) -> TokenLogps | None:
         """The same of all positions, labels [S, T] and hidden states [S, T, H], or [R, U, H] beside `predictors`: the
-        labelled rows are found on the device, and copied once if at all. None where `find_rows` has none, or there is no
-        such kernel for these operands. Of fused families alone."""
+        labelled rows are found on the device, and copied once if at all. None where `find_rows` has none, or there is
+        no such kernel for these operands. Of fused families alone."""
 
     def find_rows(
         self,
@@ -251,8 +251,8 @@ class TileKernels(Protocol):
         This function and the next need be there where `dispatch.finds_rows` says so."""
 
     def gather_rows(self, hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
-        """[N, H] the hidden states in `slots` [N] of the flat [R U], of hidden states [R, U, H] that lie anyhow; `broken`
-        becomes 1 if one of them is not finite."""
+        """[N, H] of hidden states [R, U, H] that lie anyhow, those in `slots` [N] of the flat [R U]. `broken` becomes 1
+        if one of them is not finite."""
 
     def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
         """Whether there are `exponentials` and `recomputed` for rows of this dtype and this weight. The functions from
