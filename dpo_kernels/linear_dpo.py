@@ -192,10 +192,10 @@ def linear_dpo_loss(
     )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
-    check_num_labelled(num_labelled)
     check_stats(stats)
     check_differentiable(differentiable)
     check_switches(ignore_index, shift=shift, use_weighting=use_weighting, check_hidden=check_hidden)
+    check_num_labelled(num_labelled, labels, shift)
     check_predictors(predictors, shift)
     comparisons = comparisons_of(pairs, labels.shape[0], hidden.device)
     _check_reference(labels, ref_logps)

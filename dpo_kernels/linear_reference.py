@@ -95,7 +95,7 @@ def linear_reference_logps(
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_predictors(predictors, shift)
-    check_num_labelled(num_labelled)
+    check_num_labelled(num_labelled, labels, shift)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
     if isinstance(gradients, str) or not set(gradients) <= set(GRADIENTS):
         raise ValueError(f"gradients: expected some of {list(GRADIENTS)}, got {gradients!r}")

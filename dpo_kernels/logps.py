@@ -140,7 +140,7 @@ def linear_sequence_logps(
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
-    check_reduction(labels, token_weights, reduction, stats, num_labelled)
+    check_reduction(labels, token_weights, reduction, stats, num_labelled, shift)
     stats = tuple(dict.fromkeys(stats))
     check_runs(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
@@ -251,7 +251,7 @@ def sequence_logps(
     check_parts(ranks, shift)
     check_labels(logits, labels, "logits", "[S, T, V]")
     check_switches(ignore_index, shift=shift, inplace_backward=inplace_backward)
-    check_reduction(labels, token_weights, reduction, stats, num_labelled)
+    check_reduction(labels, token_weights, reduction, stats, num_labelled, shift)
     stats = tuple(dict.fromkeys(stats))
     if logits.shape[2] == 0:
         raise ValueError("logits: expected at least one vocabulary entry, got none")
@@ -485,7 +485,8 @@ def check_head_is_finite(logps: Tensor, head: Head) -> None:
             )
 
 
-def check_num_labelled(num_labelled: int | None) -> None:
+def check_num_labelled(num_labelled: int | None, labels: Tensor | None = None, shift: bool = False) -> None:
+    """`labels` [S, T], where they are at hand."""
     if num_labelled is None or torch.compiler.is_compiling():
         return
     if (
@@ -494,6 +495,11 @@ def check_num_labelled(num_labelled: int | None) -> None:
         or num_labelled < 0
     ):
         raise ValueError(f"num_labelled: expected None or a count of at least 0, got {num_labelled!r}")
+    positions = num_labelled if labels is None else labels.shape[0] * max(0, labels.shape[1] - shift)
+    if num_labelled > positions:
+        raise ValueError(
+            f"num_labelled: expected at most {positions}, the number of positions that predict, got {num_labelled}"
+        )
 
 
 def check_numbers(name: str, weights: object, beside: Tensor, shape: tuple[int, ...]) -> None:
@@ -510,9 +516,14 @@ def check_numbers(name: str, weights: object, beside: Tensor, shape: tuple[int, 
 
 
 def check_reduction(
-    labels: Tensor, token_weights: Tensor | None, reduction: str, stats: Sequence[str], num_labelled: int | None
+    labels: Tensor,
+    token_weights: Tensor | None,
+    reduction: str,
+    stats: Sequence[str],
+    num_labelled: int | None,
+    shift: bool,
 ) -> None:
-    check_num_labelled(num_labelled)
+    check_num_labelled(num_labelled, labels, shift)
     if token_weights is not None:
         check_numbers("token_weights", token_weights, labels, tuple(labels.shape))
     if reduction not in ("sum", "mean"):
