@@ -22,7 +22,7 @@ struct RowSums {
   bool label_is_first;  // of equal largest ones
 };
 
-// logp [n], norm [2, n] and values [count, n], all of type T.
+// logp [n], norm [2, n], which may be null, and values [count, n], all of type T.
 template <class T>
 struct Finished {
   T *logp, *norm, *values;
@@ -36,8 +36,10 @@ struct Finished {
     const double largest = of.top > of.target ? of.top : of.target, scale = exp(of.shift - largest);
     const double total = of.sum * scale + exp(of.target - largest), log_prob_of_shift = (of.shift - largest) - log(total);
     logp[row] = static_cast<T>(own);
-    norm[row] = static_cast<T>(largest);
-    norm[n + row] = static_cast<T>(total);
+    if (norm != nullptr) {
+      norm[row] = static_cast<T>(largest);
+      norm[n + row] = static_cast<T>(total);
+    }
 #if defined(__CUDACC__)
 #pragma unroll  // an array that is indexed by what is known stays out of memory
 #endif

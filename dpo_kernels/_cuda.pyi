@@ -9,6 +9,8 @@ PART_STATS_FIELDS: int
 LABEL_FIELDS: int
 LABEL_STATS_FIELDS: int
 FACTORS: int
+ROW_FIELDS: int
+NOTES: int
 
 class Transform:
     def __init__(self, scale: float, softcap: float, temperature: float) -> None: ...
@@ -47,6 +49,34 @@ class Labels:
         self, data: int, stride_s: int, stride_t: int, sequences: int, length: int, ignore_index: int
     ) -> None: ...
 
+class Search:
+    def __init__(
+        self,
+        labels: Positions,
+        sequences: int,
+        length: int,
+        shift: int,
+        ignore_index: int,
+        v: int,
+        expected: int,
+        predictors: Positions,
+        slots: int,
+    ) -> None: ...
+
+def find_rows(
+    dtype: str,
+    search: Search,
+    rows: int,
+    capacity: int,
+    logp: int,
+    values: int,
+    stats: int,
+    notes: int,
+    stream: int,
+) -> None: ...
+def gather_rows(
+    dtype: str, hidden: LogitsRows, of_sequence: int, slots: int, out: Matrix, broken: int, stream: int
+) -> None: ...
 def fold(
     dtype: str,
     tile: Tile,
@@ -132,6 +162,8 @@ def join(
     top: int,
     scale: int,
     label: int,
+    places: int,
+    positions: int,
     stream: int,
 ) -> None: ...
 def weigh(

@@ -35,6 +35,8 @@ _MODULES = {
     "cuda": "dpo_kernels.impl.cuda",
 }
 _FUSED = "_fused"
+# Whose kernels do what takes PyTorch several launches.
+_FOR_GPUS = ("triton", "cuda")
 # The path without gradients.
 FORWARDS = ("A",)
 # What an implementation's own name takes there. Of Triton's fused forward no GPU has yet said that it is faster: it is
@@ -188,7 +190,12 @@ def is_fused(family: str) -> bool:
 
 def sums_tokens(family: str) -> bool:
     """Whether the family has kernels for sums over the tokens of sequences, each a launch."""
-    return impl_of(family) in ("triton", "cuda")
+    return impl_of(family) in _FOR_GPUS
+
+
+def finds_rows(family: str) -> bool:
+    """Whether the family has a kernel that finds labelled rows, and one that copies their hidden states together."""
+    return impl_of(family) in _FOR_GPUS
 
 
 def paths_of(family: str) -> tuple[str, ...]:

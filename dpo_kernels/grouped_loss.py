@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_kernels.comparisons import Comparisons
 from dpo_kernels.dispatch import load
 from dpo_kernels.impl import paths
-from dpo_kernels.impl.interface import LogitTransform, Rows
+from dpo_kernels.impl.interface import LogitTransform
 from dpo_kernels.listwise import listwise_losses
 from dpo_kernels.logps import sum_tokens
 from dpo_kernels.losses import (
@@ -27,7 +27,7 @@ from dpo_kernels.ops import refuse_second_derivative
 from dpo_kernels.options import FDivergence, LossType, Stat
 from dpo_kernels.pair_groups import Group
 from dpo_kernels.parallel import VocabularyShards
-from dpo_kernels.rows import ScatterRows
+from dpo_kernels.rows import LabelledRows, ScatterRows
 from dpo_kernels.sequence_parallel import Whole
 
 
@@ -186,7 +186,7 @@ def pair_losses(
 class Grouped(NamedTuple):
     """What path C needs beside its differentiable inputs."""
 
-    rows: Rows
+    rows: LabelledRows
     given: Given
     groups: list[Group]
     transform: LogitTransform
@@ -204,22 +204,20 @@ class GroupedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Grouped) -> tuple[Tensor, ...]:
         labels, ref_logps = g.given.labels, g.given.ref_logps
-        sequences, length = labels.shape
         comparisons, options = g.given.comparisons, g.options
-        y = labels[g.rows.sequence, g.rows.position]
-        y = y if g.shards is None else y - g.shards.first
+        y = g.rows.y if g.shards is None else g.rows.y - g.shards.first
         # A pair without labelled tokens is in no part's rows, but in a part: parts cover all pairs.
         losses = ref_logps.new_empty(g.given.losses)
         chosen_rewards, rejected_rewards = ref_logps.new_empty(2, comparisons.pairs)
-        logps = losses.new_empty(sequences)
-        table = x.new_zeros(len(options.wanted_stats), sequences, length, dtype=ref_logps.dtype)
+        logps = losses.new_empty(labels.shape[0])
+        _, table = g.rows.tables(labels.shape, len(options.wanted_stats), ref_logps)
 
         of_wpo = options.stats.index("log_sum_sq_probs") if options.use_weighting else 0
 
         def coefficients(i: int, row_logps: Tensor, stats: Tensor) -> Tensor:
             rows, of = g.groups[i]
             part = g.given.part(of)
-            sequence, position = g.rows.sequence[rows], g.rows.position[rows]
+            sequence, position = (t[rows] for t in g.rows.at)
             if len(table):
                 table[:, sequence, position] = stats[: len(table)].to(table.dtype)
             local = comparisons.local(sequence, of)
@@ -228,8 +226,10 @@ class GroupedLoss(torch.autograd.Function):
             with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
                 leaf = row_logps.detach().requires_grad_()
                 loss, group_logps = pair_losses(
-                    ScatterRows.apply(leaf, local, position, shape),
-                    ScatterRows.apply(stats[of_wpo], local, position, shape) if options.use_weighting else None,
+                    ScatterRows.apply(leaf, local, position, row_logps.new_zeros(shape)),
+                    ScatterRows.apply(stats[of_wpo], local, position, stats.new_zeros(shape))
+                    if options.use_weighting
+                    else None,
                     part,
                     options,
                 )

@@ -46,7 +46,7 @@ from dpo_kernels.options import (
 )
 from dpo_kernels.pair_groups import group_major, plan_groups
 from dpo_kernels.parallel import head_here
-from dpo_kernels.rows import check_finite, labelled_rows, rows_of
+from dpo_kernels.rows import check_finite, find_rows, rows_of
 from dpo_kernels.sequence_parallel import check_parts, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
@@ -192,11 +192,11 @@ def linear_dpo_loss(
     )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
-    check_num_labelled(num_labelled)
     check_stats(stats)
     check_differentiable(differentiable)
     check_switches(ignore_index, shift=shift, use_weighting=use_weighting, check_hidden=check_hidden)
-    check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
+    check_num_labelled(num_labelled, labels, shift)
+    check_predictors(predictors, shift)
     comparisons = comparisons_of(pairs, labels.shape[0], hidden.device)
     _check_reference(labels, ref_logps)
     check_chunk_bytes(chunk_bytes)
@@ -241,11 +241,12 @@ def linear_dpo_loss(
         present = given.present()  # the numbers of others are nobody's
         numbers = ref_logps if present is None else ref_logps.masked_fill(~present, 0)
         check_finite_logps("ref_logps", numbers, "sequence")
-    rows = None
+    rows, family = None, head.family(impl, "C", compute_dtype)
+    wanted = (hidden, labels, head.vocab, ignore_index, num_labelled, predictors, len(options.wanted_stats))
     if ranks is not None:
-        rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
+        rows = find_rows(family, *wanted)
         if check_hidden:
-            check_finite(rows_of(hidden.detach(), rows, predictors), rows, waits)
+            check_finite(rows_of(hidden.detach(), rows), rows, waits)
         whole = ranks.agree(
             labelled,
             **of_operands(hidden, weight, bias, logit_scale, softcap, temperature),
@@ -258,7 +259,7 @@ def linear_dpo_loss(
             lengths=lengths,
             differentiable=sorted(differentiable),
             chunk_bytes=chunk_bytes,
-            impl=f"{head.family(impl, 'C', compute_dtype)} in {compute_dtype}",
+            impl=f"{family} in {compute_dtype}",
         )
         given = given._replace(num_tokens=whole.num_tokens, whole=whole)
     if mean_chosen_length is None and "sft" in options.names:
@@ -270,18 +271,17 @@ def linear_dpo_loss(
     dtypes = compute_dtype, weight.dtype, hidden.dtype
     if torch.is_grad_enabled() and head_trained and not differentiable and takes_groups(options.names, dtypes):
         if rows is None:
-            rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
+            rows = find_rows(family, *wanted)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        family = head.family(impl, "C", compute_dtype)
         counts = None if ranks is None else ranks.counts
         exponentials = ranks is None and head.takes_exponentials(family, hidden.dtype, compute_dtype)
         groups = plan_groups(
-            rows, comparisons, head.planned, dtype, budget, family,
+            rows.at, comparisons, head.planned, dtype, budget, family,
             dweight=weight.requires_grad, exponentials=exponentials, counts=counts,
         )  # fmt: skip
         if groups is not None:
             rows = group_major(rows, comparisons, groups)
-            x = rows_of(hidden, rows, predictors)
+            x = rows_of(hidden, rows)
             if check_hidden and ranks is None:  # else it was before they agreed
                 check_finite(x.detach(), rows, waits)
             grouped = Grouped(rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards)

@@ -30,7 +30,7 @@ from dpo_kernels.losses import loss_names
 from dpo_kernels.options import Impl, LossType
 from dpo_kernels.pair_groups import group_major, plan_groups
 from dpo_kernels.parallel import head_here
-from dpo_kernels.rows import check_finite, labelled_rows, rows_of
+from dpo_kernels.rows import check_finite, find_rows, rows_of
 from dpo_kernels.sequence_parallel import check_parts, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
@@ -94,8 +94,8 @@ def linear_reference_logps(
     )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
-    check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
-    check_num_labelled(num_labelled)
+    check_predictors(predictors, shift)
+    check_num_labelled(num_labelled, labels, shift)
     check_weights("token_weights", token_weights, hidden, tuple(labels.shape))
     if isinstance(gradients, str) or not set(gradients) <= set(GRADIENTS):
         raise ValueError(f"gradients: expected some of {list(GRADIENTS)}, got {gradients!r}")
@@ -107,17 +107,18 @@ def linear_reference_logps(
     transform = LogitTransform(float(logit_scale), softcap, float(temperature))
     names = loss_names(loss_type)
 
-    rows, groups, exponentials = labelled_rows(labels, head.vocab, ignore_index, num_labelled), None, False
+    groups, exponentials = None, False
     of_head, dweight = {"weight", "bias"}.intersection(gradients), "weight" in gradients
     comparisons = None
     if of_head or ld_alpha is not None or pairs is not None:
         comparisons = comparisons_of(pairs, labels.shape[0], hidden.device)
     in_b = bool(gradients) and not of_head
     family = head.family(impl, "D" if of_head else "B" if in_b else "A", compute_dtype)
+    rows = find_rows(family, hidden, labels, head.vocab, ignore_index, num_labelled, predictors)
     whole = None
     if ranks is not None:
         if check_hidden:
-            check_finite(rows_of(hidden, rows, predictors), rows, waits)
+            check_finite(rows_of(hidden, rows), rows, waits)
         whole = ranks.agree(
             labels != ignore_index,
             **of_operands(hidden, weight, bias, logit_scale, softcap, temperature),
@@ -134,14 +135,14 @@ def linear_reference_logps(
         counts = None if ranks is None else ranks.counts
         exponentials = ranks is None and head.takes_exponentials(in_groups, hidden.dtype, compute_dtype)
         groups = plan_groups(
-            rows, comparisons, head.planned, dtype, budget, in_groups,
+            rows.at, comparisons, head.planned, dtype, budget, in_groups,
             dweight=dweight, exponentials=exponentials, counts=counts,
         )  # fmt: skip
         family = family if groups is None else in_groups
     if groups is not None:
         assert comparisons is not None
         rows = group_major(rows, comparisons, groups)
-    x, y = rows_of(hidden, rows, predictors), labels[rows.sequence, rows.position]
+    x, y = rows_of(hidden, rows), rows.y
     if check_hidden:
         check_finite(x, rows, waits)
     shards = head.shards
@@ -157,8 +158,8 @@ def linear_reference_logps(
             found = paths.linear_logps_fwd(
                 *operands, compute_dtype=compute_dtype, as_with_dhidden=in_b, fused=is_fused(family), shards=shards
             ).logp
-    token_logps = found.new_zeros(labels.shape)
-    token_logps[rows.sequence, rows.position] = found
+    token_logps, _ = rows.tables(labels.shape, 0, found)
+    token_logps[rows.at.sequence, rows.at.position] = found
     _, logps = response_logps(token_logps, labels, token_weights, ld_alpha, ignore_index, whole)
     num_tokens = (labels != ignore_index).sum(1) if whole is None else whole.num_tokens
     return SequenceLogps(logps, num_tokens, token_logps, {})

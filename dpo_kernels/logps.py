@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels import ops
-from dpo_kernels.dispatch import Family, check_runs, choose, load, sums_tokens
+from dpo_kernels.dispatch import Family, check_runs, choose, is_fused, load, sums_tokens
 from dpo_kernels.impl.interface import STATS, LogitTransform
 from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
 from dpo_kernels.parallel import (
@@ -21,7 +21,7 @@ from dpo_kernels.parallel import (
     is_dtensor,
     sharded_token_logps,
 )
-from dpo_kernels.rows import ScatterRows, check_finite, labelled_rows, rows_of, shift_labels
+from dpo_kernels.rows import ScatterRows, check_finite, check_places, find_rows, rows_of, shift_labels
 from dpo_kernels.sequence_parallel import SequenceRanks, Whole, check_parts, described, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def linear_sequence_logps(
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_switches(ignore_index, shift=shift, check_hidden=check_hidden)
-    check_reduction(labels, token_weights, reduction, stats, num_labelled)
+    check_reduction(labels, token_weights, reduction, stats, num_labelled, shift)
     stats = tuple(dict.fromkeys(stats))
     check_runs(impl, hidden.device)
     compute_dtype = linear_compute_dtype(hidden, weight)
@@ -153,7 +153,7 @@ def linear_sequence_logps(
 
     weighs = torch.is_grad_enabled() and token_weights is not None and token_weights.requires_grad
     in_parts = head.is_sharded or ranks is not None or torch.compiler.is_compiling()
-    if family == "triton_fused" and not (trained or with_dhidden or weighs or in_parts):
+    if is_fused(family) and not (trained or with_dhidden or weighs or in_parts):
         found = load(family).linear_token_logps(
             hidden, weight, bias, labels, transform, compute_dtype=compute_dtype, ignore_index=ignore_index,
             shift=shift, stats=stats, num_labelled=num_labelled, predictors=predictors,
@@ -167,38 +167,43 @@ def linear_sequence_logps(
                 found.stats, None, {}, family,
             )  # fmt: skip
             if check_hidden and (num_labelled is None or is_at_hand(found.broken)) and found.broken.item():
-                rows = labelled_rows(prepare_labels(labels, None, ignore_index, shift)[0], head.vocab, ignore_index)
-                check_finite(rows_of(hidden, rows, predictors), rows, waits=True)
+                aligned, _ = prepare_labels(labels, None, ignore_index, shift)
+                rows = find_rows(family, hidden, aligned, head.vocab, ignore_index, None, predictors)
+                check_finite(rows_of(hidden, rows), rows, waits=True)
             if check_hidden:
                 check_head_is_finite(found.token_logps, head)
             return out._replace(token_logps=found.token_logps)
-    check_predictors(hidden, labels, predictors, ignore_index, shift, num_labelled is None)
+    check_predictors(predictors, shift)
     labels, token_weights = prepare_labels(labels, token_weights, ignore_index, shift)
     if torch.compiler.is_compiling():
         known = ops.UNKNOWN if num_labelled is None else num_labelled
         if predictors is not None:
+            check_places(hidden, labels, predictors, ignore_index, num_labelled is None)
             hidden = hidden.flatten(0, 1)[predictors.masked_fill(labels == ignore_index, 0)]
         token_logps, _, values, _ = ops.linear_token_logps(
             hidden, weight, labels, *options, known, compute_dtype, list(stats), with_dhidden, family
         )
     else:
         # Rows are compacted out here where their number may decide shapes: only [N, H] is saved for the backward.
-        rows = labelled_rows(labels, head.vocab, ignore_index, num_labelled)
-        x, y = rows_of(hidden, rows, predictors), labels[rows.sequence, rows.position]
+        rows = find_rows(
+            family, hidden, labels, head.vocab, ignore_index, num_labelled, predictors, stats=len(stats)
+        )  # fmt: skip
+        x = rows_of(hidden, rows)
         if check_hidden:
             check_finite(x.detach(), rows, waits=num_labelled is None)
         if head.shards is None:
             row_logps, _, row_values, _ = ops.linear_token_logps(
-                x[None], weight, y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, family
+                x[None], weight, rows.y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, family
             )
             row_logps, row_values = row_logps[0], row_values[:, 0]
         else:
             row_logps, row_values = sharded_token_logps(
-                x, head, y, transform, compute_dtype, stats, with_dhidden, family
+                x, head, rows.y, transform, compute_dtype, stats, with_dhidden, family
             )
-        token_logps = ScatterRows.apply(row_logps, *rows, labels.shape)
-        values = row_values.new_zeros(len(stats), *labels.shape)
-        values[:, rows.sequence, rows.position] = row_values
+        zeros, values = rows.tables(labels.shape, len(stats), row_logps)
+        token_logps = ScatterRows.apply(row_logps, *rows.at, zeros)
+        if stats:
+            values[:, rows.at.sequence, rows.at.position] = row_values
         if check_hidden:
             check_head_is_finite(row_logps, head)
     same = {} if ranks is None else of_operands(hidden, weight, bias, logit_scale, softcap, temperature)
@@ -246,7 +251,7 @@ def sequence_logps(
     check_parts(ranks, shift)
     check_labels(logits, labels, "logits", "[S, T, V]")
     check_switches(ignore_index, shift=shift, inplace_backward=inplace_backward)
-    check_reduction(labels, token_weights, reduction, stats, num_labelled)
+    check_reduction(labels, token_weights, reduction, stats, num_labelled, shift)
     stats = tuple(dict.fromkeys(stats))
     if logits.shape[2] == 0:
         raise ValueError("logits: expected at least one vocabulary entry, got none")
@@ -411,26 +416,14 @@ def check_linear_inputs(
     check_transform(logit_scale, softcap, temperature)
 
 
-def check_predictors(
-    hidden: Tensor, labels: Tensor, predictors: Tensor | None, ignore_index: int, shift: bool, waits: bool
-) -> None:
-    """Whether they are places of hidden states; on a CUDA device that is not to be waited for, by an assertion."""
+def check_predictors(predictors: Tensor | None, shift: bool) -> None:
+    """What can be said of them without a look at their values, which `find_rows` checks."""
     if predictors is None:
         return
     if shift:
         raise ValueError("shift: expected False beside predictors, which say what predicts each label, got True")
     if predictors.dtype != torch.int64:
         raise ValueError(f"predictors: expected int64, got {predictors.dtype}")
-    places = hidden.shape[0] * hidden.shape[1]
-    outside = ((predictors < 0) | (predictors >= places)) & (labels != ignore_index)
-    if torch.compiler.is_compiling() or (predictors.device.type == "cuda" and not waits):
-        torch._assert_async(~outside.any(), "predictors: a place outside the hidden states")
-    elif outside.any():
-        s, t = torch.nonzero(outside)[0].tolist()
-        raise ValueError(
-            f"predictors: expected places of hidden states, 0 to {places - 1}, got {predictors[s, t].item()} for "
-            f"sequence {s}, position {t}"
-        )
 
 
 def check_transform(logit_scale: float, softcap: float | None, temperature: float) -> None:
@@ -492,7 +485,8 @@ def check_head_is_finite(logps: Tensor, head: Head) -> None:
             )
 
 
-def check_num_labelled(num_labelled: int | None) -> None:
+def check_num_labelled(num_labelled: int | None, labels: Tensor | None = None, shift: bool = False) -> None:
+    """`labels` [S, T], where they are at hand."""
     if num_labelled is None or torch.compiler.is_compiling():
         return
     if (
@@ -501,6 +495,11 @@ def check_num_labelled(num_labelled: int | None) -> None:
         or num_labelled < 0
     ):
         raise ValueError(f"num_labelled: expected None or a count of at least 0, got {num_labelled!r}")
+    positions = num_labelled if labels is None else labels.shape[0] * max(0, labels.shape[1] - shift)
+    if num_labelled > positions:
+        raise ValueError(
+            f"num_labelled: expected at most {positions}, the number of positions that predict, got {num_labelled}"
+        )
 
 
 def check_numbers(name: str, weights: object, beside: Tensor, shape: tuple[int, ...]) -> None:
@@ -517,9 +516,14 @@ def check_numbers(name: str, weights: object, beside: Tensor, shape: tuple[int, 
 
 
 def check_reduction(
-    labels: Tensor, token_weights: Tensor | None, reduction: str, stats: Sequence[str], num_labelled: int | None
+    labels: Tensor,
+    token_weights: Tensor | None,
+    reduction: str,
+    stats: Sequence[str],
+    num_labelled: int | None,
+    shift: bool,
 ) -> None:
-    check_num_labelled(num_labelled)
+    check_num_labelled(num_labelled, labels, shift)
     if token_weights is not None:
         check_numbers("token_weights", token_weights, labels, tuple(labels.shape))
     if reduction not in ("sum", "mean"):

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from dpo_kernels.dispatch import is_fused, load
 from dpo_kernels.impl import paths
-from dpo_kernels.impl.interface import GradPositions, GradRows, Labels, LogitTransform, Rows, accumulate_dtype
-from dpo_kernels.impl.positions import labelled_rows, spread
-from dpo_kernels.rows import check_finite
+from dpo_kernels.impl.interface import GradPositions, GradRows, Labels, LogitTransform, accumulate_dtype
+from dpo_kernels.impl.positions import at_rows, spread
+from dpo_kernels.rows import LabelledRows, check_finite, find_rows
 
 # values of num_labelled beside a count
 UNKNOWN = -1
@@ -39,30 +39,33 @@ def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int) -> Rows | None:
+def _rows(
+    impl: str, hidden: Tensor, labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int
+) -> LabelledRows | None:
     """The labelled rows, or None where all are."""
     if num_labelled == COMPACTED:
         return None
-    return labelled_rows(labels, vocab_size, ignore_index, None if num_labelled == UNKNOWN else num_labelled)
+    known = None if num_labelled == UNKNOWN else num_labelled
+    return find_rows(impl, hidden, labels, vocab_size, ignore_index, known)
 
 
 def _labels(labels: Tensor, ignore_index: int, num_labelled: int) -> Labels:
     return Labels(labels, ignore_index, None if num_labelled == UNKNOWN else num_labelled)
 
 
-def _spread(values: Tensor, rows: Rows | None, shape: torch.Size) -> Tensor:
+def _spread(values: Tensor, rows: LabelledRows | None, shape: torch.Size) -> Tensor:
     """[..., N] values of labelled rows to [..., S, T], 0 elsewhere."""
-    return values.reshape(*values.shape[:-1], *shape) if rows is None else spread(values, rows, shape)
+    return values.reshape(*values.shape[:-1], *shape) if rows is None else spread(values, rows.at, shape)
 
 
-def _pick(t: Tensor, rows: Rows | None) -> Tensor:
-    """[S, T, ...] to [N, ...]."""
-    return t.reshape(-1, *t.shape[2:]) if rows is None else t[rows.sequence, rows.position]
+def _operands(hidden: Tensor, labels: Tensor, rows: LabelledRows | None) -> tuple[Tensor, Tensor]:
+    """The hidden states [N, H] of these rows, and their labels [N]."""
+    return (hidden.reshape(-1, hidden.shape[2]), labels.reshape(-1)) if rows is None else (rows.copy(hidden), rows.y)
 
 
-def _pick_norm(norm: Tensor, rows: Rows | None) -> Tensor:
-    """[2, S, T] to [2, N]."""
-    return norm.reshape(2, -1) if rows is None else norm[:, rows.sequence, rows.position]
+def _pick(t: Tensor, rows: LabelledRows | None) -> Tensor:
+    """[..., S, T] to [..., N]."""
+    return t.reshape(*t.shape[:-2], -1) if rows is None else at_rows(t, rows.at)
 
 
 @_without_autocast
@@ -81,8 +84,8 @@ def linear_token_logps_impl(
     with_dhidden: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = _rows(labels, weight.shape[0], ignore_index, num_labelled)
-    x = _pick(hidden, rows)
+    rows = _rows(impl, hidden, labels, weight.shape[0], ignore_index, num_labelled)
+    x, y = _operands(hidden, labels, rows)
     if rows is not None:
         check_finite(x, rows, waits=num_labelled == UNKNOWN)
     out = paths.linear_logps_fwd(
@@ -90,7 +93,7 @@ def linear_token_logps_impl(
         x,
         weight,
         bias,
-        _pick(labels, rows),
+        y,
         LogitTransform(logit_scale, softcap, temperature),
         compute_dtype=compute_dtype,
         stats=stats,
@@ -103,7 +106,7 @@ def linear_token_logps_impl(
         dhidden = out.dhidden.view(hidden.shape)
     else:
         dhidden = out.dhidden.new_zeros(hidden.shape)
-        dhidden[rows.sequence, rows.position] = out.dhidden
+        dhidden[rows.at.sequence, rows.at.position] = out.dhidden
     return (
         _spread(out.logp, rows, labels.shape),
         _spread(out.norm, rows, labels.shape),
@@ -154,8 +157,8 @@ def linear_token_logps_bwd_impl(
     need_dbias: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows(labels, weight.shape[0], ignore_index, num_labelled)
-    y = _pick(labels, rows)
+    rows = _rows(impl, hidden, labels, weight.shape[0], ignore_index, num_labelled)
+    x, y = _operands(hidden, labels, rows)
     if y.shape[0] == 0:
         return (
             hidden.new_zeros(hidden.shape if need_dhidden else 0),
@@ -164,10 +167,10 @@ def linear_token_logps_bwd_impl(
         )
     dx, dweight, dbias = paths.linear_logps_bwd(
         load(impl),
-        _pick(hidden, rows),
+        x,
         weight,
         bias,
-        GradRows(y, _pick_norm(norm, rows), _pick(logps, rows), _pick(grad, rows)),
+        GradRows(y, _pick(norm, rows), _pick(logps, rows), _pick(grad, rows)),
         LogitTransform(logit_scale, softcap, temperature),
         compute_dtype=compute_dtype,
         need=(need_dhidden, need_dweight, need_dbias),
@@ -179,7 +182,7 @@ def linear_token_logps_bwd_impl(
         dhidden = dx.view(hidden.shape)
     else:
         dhidden = dx.new_zeros(hidden.shape)
-        dhidden[rows.sequence, rows.position] = dx
+        dhidden[rows.at.sequence, rows.at.position] = dx
     if dweight is None:
         dweight = weight.new_empty(0)
     return dhidden, dweight, weight.new_empty(0) if dbias is None else dbias

@@ -14,6 +14,7 @@ from dpo_kernels.comparisons import Comparisons
 from dpo_kernels.dispatch import load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import Rows
+from dpo_kernels.rows import LabelledRows
 
 
 class Group(NamedTuple):
@@ -21,13 +22,12 @@ class Group(NamedTuple):
     of: slice  # of the groups of sequences that are compared
 
 
-def group_major(rows: Rows, comparisons: Comparisons, groups: Sequence[Group]) -> Rows:
+def group_major(rows: LabelledRows, comparisons: Comparisons, groups: Sequence[Group]) -> LabelledRows:
     """Rows sorted by group, then by sequence, chosen first where it is a pair, then by position; those of one part as
     they are."""
     if len(groups) == 1:
         return rows
-    order = torch.argsort(comparisons.order(rows.sequence), stable=True)
-    return Rows(rows.sequence[order], rows.position[order])
+    return rows.take(torch.argsort(comparisons.order(rows.at.sequence), stable=True))
 
 
 def plan_groups(

@@ -2,14 +2,96 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dpo_kernels.impl.interface import Rows
-from dpo_kernels.impl.positions import labelled_rows as labelled_rows
+from dpo_kernels.dispatch import finds_rows, load
+from dpo_kernels.impl.interface import FoundRows, Rows
+from dpo_kernels.impl.positions import labelled_rows
 from dpo_kernels.options import is_finite
+
+
+class LabelledRows(NamedTuple):
+    """The labelled rows of a call, checked: in row-major order, until they are taken in another one."""
+
+    at: Rows
+    y: Tensor
+    """[N] labels."""
+    slots: Tensor | None
+    """[N] where `predictors` say that their hidden states lie, in the flat [R U]; None: where the labels do."""
+    family: str
+    found: FoundRows | None
+    """By a kernel of the family, which then copies hidden states too."""
+
+    def take(self, order: Tensor) -> LabelledRows:
+        if self.found is not None:
+            return _of_kernel(self.found._replace(table=self.found.table[:, order]), self.family, self.slots is None)
+        slots = None if self.slots is None else self.slots[order]
+        return self._replace(at=Rows(*(t[order] for t in self.at)), y=self.y[order], slots=slots)
+
+    def copy(self, hidden: Tensor) -> Tensor:
+        """[N, H] the rows' hidden states, of no graph."""
+        if self.found is not None:
+            return load(self.family).gather_rows(hidden, self.found.slots, self.found.broken)
+        if self.slots is None:
+            return hidden[self.at.sequence, self.at.position]
+        return hidden.reshape(-1, hidden.shape[-1])[self.slots]
+
+    def tables(self, shape: torch.Size, stats: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """[S, T] and [stats, S, T] of the dtype of `like`, 0 where there is no label, to be written to once."""
+        if self.found is not None and like.dtype == self.found.token_logps.dtype:
+            return self.found.token_logps, self.found.stats
+        return like.new_zeros(shape), like.new_zeros(stats, *shape)
+
+
+def find_rows(
+    family: str,
+    hidden: Tensor,
+    labels: Tensor,
+    vocab_size: int,
+    ignore_index: int,
+    num_labelled: int | None,
+    predictors: Tensor | None = None,
+    stats: int = 0,
+) -> LabelledRows:
+    """The labelled rows of [S, T]; `stats`: how many tables there are to be.
+
+    Raises:
+        ValueError: as `labelled_rows` and `check_places` do.
+    """
+    if finds_rows(family):
+        found = load(family).find_rows(
+            labels, vocab_size, ignore_index=ignore_index, shift=False, num_labelled=num_labelled,
+            predictors=predictors, slots=hidden.shape[0] * hidden.shape[1], stats=stats,
+        )  # fmt: skip
+        if found is not None:
+            return _of_kernel(found, family, predictors is None)
+    if predictors is not None:
+        check_places(hidden, labels, predictors, ignore_index, num_labelled is None)
+    at = labelled_rows(labels, vocab_size, ignore_index, num_labelled)
+    slots = None if predictors is None else predictors[at.sequence, at.position]
+    return LabelledRows(at, labels[at.sequence, at.position], slots, family, None)
+
+
+def _of_kernel(found: FoundRows, family: str, in_place: bool) -> LabelledRows:
+    return LabelledRows(found.rows, found.y, None if in_place else found.slots, family, found)
+
+
+def check_places(hidden: Tensor, labels: Tensor, predictors: Tensor, ignore_index: int, waits: bool) -> None:
+    """That predictors are places of hidden states; on a CUDA device that is not to be waited for, by an assertion."""
+    places = hidden.shape[0] * hidden.shape[1]
+    outside = ((predictors < 0) | (predictors >= places)) & (labels != ignore_index)
+    if torch.compiler.is_compiling() or (predictors.device.type == "cuda" and not waits):
+        torch._assert_async(~outside.any(), "predictors: a place outside the hidden states")
+    elif outside.any():
+        s, t = torch.nonzero(outside)[0].tolist()
+        raise ValueError(
+            f"predictors: expected places of hidden states, 0 to {places - 1}, got {predictors[s, t].item()} for "
+            f"sequence {s}, position {t}"
+        )
 
 
 def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
@@ -18,16 +100,19 @@ def shift_labels(labels: Tensor, ignore_index: int) -> Tensor:
     return torch.cat([labels[:, 1:], labels.new_full((sequences, min(1, length)), ignore_index)], dim=1)
 
 
-def check_finite(x: Tensor, rows: Rows, waits: bool) -> None:
+def check_finite(x: Tensor, rows: LabelledRows, waits: bool) -> None:
     """Raises `ValueError`, naming sequence and position, for hidden states x [N, H] of `rows` that are not finite.
 
     On an accelerator it looks only if that `waits` for the device anyway."""
     if x.numel() == 0 or (x.device.type != "cpu" and not waits):
         return
-    if is_finite(x):
+    if rows.found is not None:  # the kernel that copied x has looked
+        if not rows.found.broken.item():
+            return
+    elif is_finite(x):
         return
     broken = torch.nonzero(~x.isfinite().all(1))[:, 0]
-    s, t = rows.sequence[broken[0]].item(), rows.position[broken[0]].item()
+    s, t = rows.at.sequence[broken[0]].item(), rows.at.position[broken[0]].item()
     raise ValueError(
         f"hidden: expected finite values at labelled positions, got NaN or infinity for sequence {s}, position {t} "
         f"({len(broken)} such position(s))"
@@ -35,34 +120,37 @@ def check_finite(x: Tensor, rows: Rows, waits: bool) -> None:
 
 
 class GatherRows(torch.autograd.Function):
-    """hidden [S, T, H] to its labelled rows [N, H]. No row is taken twice, so the backward writes and never adds."""
+    """hidden [S, T, H] to its labelled rows [N, H], which `copy` makes of it. No row is taken twice, so the backward
+    writes and never adds."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, sequence: Tensor, position: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, sequence: Tensor, position: Tensor, copy: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         ctx.save_for_backward(sequence, position)
         ctx.shape = hidden.shape
-        return hidden[sequence, position]
+        return copy(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         sequence, position = ctx.saved_tensors
         dhidden = grads[0].new_zeros(ctx.shape)
         dhidden[sequence, position] = grads[0]
-        return dhidden, None, None
+        return dhidden, None, None, None
 
 
 class GatherSlots(torch.autograd.Function):
-    """hidden [R, T, H] to the rows [N, H] in slots [N] of its flat [R T]. A slot may be taken several times, as that of
-    a prompt's end by all responses to it: the backward adds, in a fixed order."""
+    """hidden [R, T, H] to the rows [N, H] in slots [N] of its flat [R T], which `copy` makes of it. A slot may be taken
+    several times, as that of a prompt's end by all responses to it: the backward adds, in a fixed order."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, slots: Tensor) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, slots: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
         ctx.save_for_backward(slots)
         ctx.shape = hidden.shape
-        return hidden.reshape(-1, hidden.shape[-1])[slots]
+        return copy(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (slots,) = ctx.saved_tensors
         dhidden = grads[0].new_zeros(ctx.shape)
         flat = dhidden.view(-1, ctx.shape[-1])
@@ -70,25 +158,25 @@ class GatherSlots(torch.autograd.Function):
             flat.index_add_(0, slots, grads[0])
         else:  # index_add_ adds in any order elsewhere
             flat.index_put_((slots,), grads[0], accumulate=True)
-        return dhidden, None
+        return dhidden, None, None
 
 
-def rows_of(hidden: Tensor, rows: Rows, predictors: Tensor | None) -> Tensor:
-    """[N, H] what predicts the labels at `rows`: hidden states [S, T, H] there, or what lies where `predictors` say."""
-    if predictors is None:
-        return GatherRows.apply(hidden, *rows)
-    return GatherSlots.apply(hidden, predictors[rows.sequence, rows.position])
+def rows_of(hidden: Tensor, rows: LabelledRows) -> Tensor:
+    """[N, H] the hidden states that predict the labels at `rows`."""
+    if rows.slots is None:
+        return GatherRows.apply(hidden, *rows.at, rows.copy)
+    return GatherSlots.apply(hidden, rows.slots, rows.copy)
 
 
 class ScatterRows(torch.autograd.Function):
-    """One value a labelled row [N] to [S, T], 0 elsewhere."""
+    """One value a labelled row [N] to its place in [S, T], which holds 0 elsewhere."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, sequence: Tensor, position: Tensor, shape: torch.Size) -> Tensor:
+    def forward(ctx: Any, values: Tensor, sequence: Tensor, position: Tensor, zeros: Tensor) -> Tensor:
         ctx.save_for_backward(sequence, position)
-        out = values.new_zeros(shape)
-        out[sequence, position] = values
-        return out
+        ctx.mark_dirty(zeros)
+        zeros[sequence, position] = values
+        return zeros
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:

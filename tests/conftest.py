@@ -110,7 +110,7 @@ def emulated_cuda(monkeypatch):
     monkeypatch.setattr(dispatch, "CUDA_DEVICE", "cpu")
     monkeypatch.setattr(dispatch, "CUDA_PROBLEM", None)
     module = dispatch.load("cuda")
-    for each in (module, module.cuda_linear, module.cuda_exponentials):
+    for each in (module, module.cuda_linear, module.cuda_exponentials, module.cuda_positions):
         monkeypatch.setattr(each, "_cuda", emulation.cuda_module())
     return module
 

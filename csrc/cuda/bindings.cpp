@@ -11,6 +11,15 @@
 namespace py = pybind11;
 using namespace dpo_kernels;
 
+static cuda::LabelType label_type_of(const std::string& name) {
+  if (name == "int64") return cuda::LabelType::i64;
+  if (name == "int32") return cuda::LabelType::i32;
+  if (name == "int16") return cuda::LabelType::i16;
+  if (name == "int8") return cuda::LabelType::i8;
+  if (name == "uint8") return cuda::LabelType::u8;
+  throw std::invalid_argument("dtype: expected int64, int32, int16, int8 or uint8, got '" + name + "'");
+}
+
 PYBIND11_MODULE(_cuda, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   define_operands(m);
@@ -26,6 +35,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("LABEL_FIELDS") = static_cast<int>(cuda::kLabelFields);
   m.attr("LABEL_STATS_FIELDS") = static_cast<int>(cuda::kLabelStatsFields);
   m.attr("FACTORS") = static_cast<int>(cuda::kFactors);
+  m.attr("ROW_FIELDS") = static_cast<int>(cuda::kRowFields);
+  m.attr("NOTES") = static_cast<int>(cuda::kNotes);
 
   const auto local = py::module_local();
   py::class_<cuda::GradRows>(m, "GradRows", local)
@@ -46,6 +57,30 @@ PYBIND11_MODULE(_cuda, m) {
         return cuda::Labels{as<const int64_t>(data), stride_s, stride_t, sequences, length, ignore_index};
       }));
 
+  py::class_<cuda::Search>(m, "Search", local)
+      .def(py::init([](const cuda::Positions& labels, int64_t sequences, int64_t length, int shift,
+                       int64_t ignore_index, int64_t v, int64_t expected, const cuda::Positions& predictors,
+                       int64_t slots) {
+        return cuda::Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots};
+      }));
+
+  m.def(
+      "find_rows",
+      [](const std::string& dtype, const cuda::Search& search, Address rows, int64_t capacity, Address logp,
+         Address values, int stats, Address notes, Address stream) {
+        const cuda::FoundRows out{as<int64_t>(rows),  capacity, as<float>(logp),
+                                  as<float>(values), stats,    as<int64_t>(notes)};
+        cuda::find_rows(label_type_of(dtype), search, out, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "gather_rows",
+      [](const std::string& dtype, const LogitsRows& hidden, int64_t of_sequence, Address slots,
+         const cuda::Matrix& out, Address broken, Address stream) {
+        cuda::gather_rows(dtype_of(dtype), hidden, of_sequence, as<const int64_t>(slots), out, as<int64_t>(broken),
+                          as<CUstream_st>(stream));
+      },
+      release_gil());
   m.def(
       "fold",
       [](const std::string& dtype, const Tile& tile, const FoldState& state, const std::string& out_dtype,
@@ -134,9 +169,9 @@ PYBIND11_MODULE(_cuda, m) {
       "join",
       [](const Transform& transform, const cuda::Parts& parts, int splits, int64_t n, int64_t v,
          const std::vector<int>& stats, Address shift, double far_above, Address logp, Address norm, Address values,
-         Address top, Address scale, Address label, Address stream) {
-        const cuda::Joined out{as<float>(logp), as<float>(norm),  as<float>(values),
-                               as<float>(top),  as<float>(scale), as<float>(label)};
+         Address top, Address scale, Address label, Address places, int64_t positions, Address stream) {
+        const cuda::Joined out{as<float>(logp),  as<float>(norm),  as<float>(values),          as<float>(top),
+                               as<float>(scale), as<float>(label), as<const int64_t>(places), positions};
         cuda::join(transform, parts, splits, n, v, stats_of(stats), as<const float>(shift),
                    far_above, out, as<CUstream_st>(stream));
       },

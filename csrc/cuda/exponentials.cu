@@ -17,9 +17,8 @@ static_assert(kRowLanes == kLabelStatsFields - kLabelBefore);
 // splits of one.
 __global__ void __launch_bounds__(kJoinThreads)
     join_kernel(Parts parts, int splits, const float* shifts, double outer, float far_above,
-                double slope, Finished<float> finished, Joined out) {
+                double slope, int64_t n, Finished<float> finished, Joined out) {
   const int lane = static_cast<int>(threadIdx.x) % 32, first = lane / kWarpRows;
-  const int64_t n = finished.n;
   const int64_t own =
       (static_cast<int64_t>(blockIdx.x) * (kJoinThreads / 32) + threadIdx.x / 32) * kWarpRows + lane % kWarpRows;
   const int64_t row = own < n ? own : n - 1;
@@ -73,7 +72,8 @@ __global__ void __launch_bounds__(kJoinThreads)
   const auto scaled = [&](float u) { return u == -FLT_MAX ? -FLT_MAX : outer * u; };
   const float target = of_label(kLabelLogit);
   const double others = finished.write(
-      row, {scaled(top), scaled(shift), outer * target, sum, outer * sum_z, sum_ez, sum_sq, target > before});
+      out.places == nullptr ? row : out.places[row],
+      {scaled(top), scaled(shift), outer * target, sum, outer * sum_z, sum_ez, sum_sq, target > before});
   if (out.scale == nullptr) return;
   out.top[row] = top;
   out.scale[row] = static_cast<float>(-slope * others);
@@ -105,7 +105,10 @@ void join(const Transform& transform, const Parts& parts, int splits, int64_t n,
   config.blockDim = dim3(kJoinThreads);
   config.stream = stream;
   check(cudaLaunchKernelEx(&config, join_kernel, parts, splits, shift, outer, static_cast<float>(far_above / outer),
-                           transform.slope(), Finished<float>{out.logp, out.norm, out.values, n, v, stats}, out),
+                           transform.slope(), n,
+                           Finished<float>{out.logp, out.norm, out.values, out.places == nullptr ? n : out.positions, v,
+                                           stats},
+                           out),
         "launch of the kernel that puts splits together");
 }
 

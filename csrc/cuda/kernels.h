@@ -99,9 +99,12 @@ void finish(DType type, const FoldState&, const int64_t* y, int64_t n, int64_t v
 // The same of what a sweep without tiles left: logp [N], norm [2, N] and values [count, N] in fp32. And for what was
 // stored, unless `scale` is null: what exponentials are multiplied by to be d logp / da, for the largest entry `top`
 // (without the factor `outer`) or the row's shift; and the label's entry, which is so multiplied too.
+// With `places` [N], logp and values are of all `positions`, where row n lies at places[n]; norm may be null.
 struct Joined {
   float *logp, *norm, *values;
   float *top, *scale, *label;  // [N]
+  const int64_t* places;
+  int64_t positions;
 };
 void join(const Transform&, const Parts&, int splits, int64_t n, int64_t v, const Stats& stats, const float* shift,
           double far_above, const Joined&, cudaStream_t);
@@ -151,6 +154,35 @@ struct Labels {  // of fewer than 2^31 positions
   DPO_HOST_DEVICE int64_t count() const { return sequences * length; }
   DPO_HOST_DEVICE int64_t at(int64_t s, int64_t t) const { return data[s * stride_s + t * stride_t]; }
 };
+// What is looked for among labels [S, T] of integers: those that are not ignored, which are to be among the v entries,
+// and `expected` of them unless that is negative. With shift 1, what is predicted at t is the label at t + 1. The hidden
+// state that does lies where `predictors` say, if they have data, among `slots` places; else at the position itself.
+// Fewer than 2^30 positions.
+enum class LabelType { i64, i32, i16, i8, u8 };
+struct Search {
+  Positions labels;
+  int64_t sequences, length;
+  int shift;
+  int64_t ignore_index, v, expected;
+  Positions predictors;
+  int64_t slots;
+};
+// Field f of labelled row n goes to rows[f * capacity + n], of no more than `capacity` of them; 0 to logp [S, T] and to
+// `stats` tables [S, T] of values at all other positions; and the notes. See dpo_kernels/impl/positions.py.
+enum RowField { kRowSequence, kRowPosition, kRowPlace, kRowLabel, kRowSlot, kRowFields };
+enum Note { kNoteCount, kNoteFits, kNoteBroken, kNotes };
+struct FoundRows {
+  int64_t* rows;
+  int64_t capacity;
+  float *logp, *values;
+  int stats;
+  int64_t* notes;
+};
+void find_rows(LabelType type, const Search&, const FoundRows&, cudaStream_t);
+// Of hidden states [R, `of_sequence`, H], those in `slots` of the flat [R U], which has fewer than 2^31 of them, to
+// out [N, H]; `broken` becomes 1 if one of their numbers is not finite.
+void gather_rows(DType type, const LogitsRows& hidden, int64_t of_sequence, const int64_t* slots, const Matrix& out,
+                 int64_t* broken, cudaStream_t);
 // Path E, from logits [S, T, V]: logp [S, T], norm [2, S, T] and the statistics [count, S, T] that `stats` names, 0 at
 // ignored positions; fit: 1 if all labels are among the v entries, and `num_labelled` of them, unless negative; or 0.
 void logits_fwd(DType type, const LogitsRows&, const Labels&, int64_t v, int64_t num_labelled, const Stats& stats,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import dpo_kernels._cuda as _cuda
-from dpo_kernels.impl import cuda_exponentials, cuda_linear
+from dpo_kernels.impl import cuda_exponentials, cuda_linear, cuda_positions
 from dpo_kernels.impl.cuda_exponentials import exponential_rows as exponential_rows
 from dpo_kernels.impl.cuda_exponentials import recomputed_columns as recomputed_columns
 from dpo_kernels.impl.cuda_exponentials import shift_columns as shift_columns
@@ -40,6 +40,9 @@ from dpo_kernels.impl.products import put_labels_ as put_labels_
 
 exponentials = cuda_exponentials.Exponentials
 recomputed = cuda_exponentials.Recomputed
+find_rows, gather_rows = cuda_positions.find_rows, cuda_positions.gather_rows
+linear_token_logps = cuda_positions.linear_token_logps
+_positions = cuda_positions.of_positions
 
 TILE_BYTES = 128 * 2**20
 
@@ -117,11 +120,7 @@ def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> 
 def linear_fold_(
     fold: Fold, x: Tensor, weight: Tensor, bias: Tensor | None, transform: LogitTransform, compute_dtype: torch.dtype
 ) -> bool:
-    hopper, _ = cuda_linear._machine(x.device)
-    half = compute_dtype in (torch.bfloat16, torch.float16)
-    if not (hopper and half and x.shape[0]):
-        return False
-    if not all(cuda_linear.can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight)):
+    if not (x.shape[0] and cuda_linear.can_fold(x, weight, compute_dtype)):
         return False
     assert isinstance(fold, CudaFold)
     bias = cuda_linear.rounded_bias(bias, compute_dtype)
@@ -184,10 +183,6 @@ def dlogits(a: Tensor, out: Tensor, of: GradRows, columns: Columns, transform: L
 
 def _logits(logits: Tensor) -> _cuda.LogitsRows:
     return _cuda.LogitsRows(_address(logits), *logits.stride())
-
-
-def _positions(t: Tensor | None) -> _cuda.Positions:
-    return _cuda.Positions(0, 0, 0) if t is None else _cuda.Positions(_address(t), *t.stride())
 
 
 def _labels(labels: Tensor, ignore_index: int) -> _cuda.Labels:

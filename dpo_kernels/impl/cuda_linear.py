@@ -16,7 +16,7 @@ from torch import Tensor
 import dpo_kernels._cuda as _cuda
 from dpo_kernels.impl import waves
 from dpo_kernels.impl.fold import stats_numbers
-from dpo_kernels.impl.interface import LogitTransform
+from dpo_kernels.impl.interface import FoundRows, LogitTransform
 
 
 def address(t: Tensor | None) -> int:
@@ -68,6 +68,13 @@ def can_be_copied_in_boxes(t: Tensor, dtype: torch.dtype) -> bool:
     """What the tensor memory accelerator asks of a matrix."""
     rows = t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0
     return t.dtype == dtype and t.stride(1) == 1 and rows and t.data_ptr() % 16 == 0
+
+
+def can_fold(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether there is such a product for x [N, H] and weight [V, H] as they lie."""
+    hopper, _ = _machine(x.device)
+    half = compute_dtype in (torch.bfloat16, torch.float16)
+    return hopper and half and all(can_be_copied_in_boxes(t, compute_dtype) for t in (x, weight))
 
 
 def product(
@@ -122,13 +129,31 @@ class Sums(NamedTuple):
         `csrc/cuda/kernels.h`."""
         n = self.label.shape[1]
         logp, norm, values = (self.label.new_empty(*shape) for shape in ((n,), (2, n), (len(stats), n)))
+        of_rows = (address(top), address(scale), address(label), 0, n)
+        self._join(vocab_size, transform, stats, shift, far, (address(logp), address(norm), address(values)), of_rows)
+        return logp, norm, values
+
+    def join_at(self, found: FoundRows, vocab_size: int, transform: LogitTransform, stats: Sequence[str]) -> None:
+        """logp and the statistics go to the rows' places in the tables of `found`."""
+        to = (address(found.token_logps), 0, address(found.stats))
+        of_rows = (0, 0, 0, address(found.places), found.token_logps.numel())
+        self._join(vocab_size, transform, stats, None, 0.0, to, of_rows)
+
+    def _join(
+        self,
+        vocab_size: int,
+        transform: LogitTransform,
+        stats: Sequence[str],
+        shift: Tensor | None,
+        far: float,
+        to: tuple[int, int, int],
+        of_rows: tuple[int, int, int, int, int],
+    ) -> None:
         with torch.cuda.device_of(self.label):
             _cuda.join(
-                native(transform), self.native(), self.splits.shape[1], n, vocab_size, stats_numbers(stats),
-                address(shift), far, address(logp), address(norm), address(values), address(top), address(scale),
-                address(label), stream(self.label),
+                native(transform), self.native(), self.splits.shape[1], self.label.shape[1], vocab_size,
+                stats_numbers(stats), address(shift), far, *to, *of_rows, stream(self.label),
             )  # fmt: skip
-        return logp, norm, values
 
 
 def fold(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transform: LogitTransform, stats: bool) -> Sums:

@@ -42,6 +42,35 @@ class Rows(NamedTuple):
     position: Tensor  # [N] int64
 
 
+class FoundRows(NamedTuple):
+    """The labelled rows, in the order of positions, as a kernel finds them; and tables for what will be known of them,
+    which hold 0 at all other positions already."""
+
+    table: Tensor  # [5, N] int64, the fields below
+    token_logps: Tensor  # [S, T] fp32
+    stats: Tensor  # [K, S, T] fp32
+    broken: Tensor  # [] int64, for `TokenLogps.broken`: 0 so far
+
+    @property
+    def rows(self) -> Rows:
+        return Rows(self.table[0], self.table[1])
+
+    @property
+    def places(self) -> Tensor:
+        """[N] in the flat [S T]."""
+        return self.table[2]
+
+    @property
+    def y(self) -> Tensor:
+        """[N] labels."""
+        return self.table[3]
+
+    @property
+    def slots(self) -> Tensor:
+        """[N] where their hidden states lie in the flat [R U], which is [S T] but for `predictors`."""
+        return self.table[4]
+
+
 class Labels(NamedTuple):
     """Of S sequences of T positions."""
 
@@ -66,7 +95,7 @@ class TokenLogps(NamedTuple):
 
     token_logps: Tensor  # [S, T]
     stats: Tensor  # [K, S, T], in the order asked for
-    broken: Tensor  # [] not 0 if a label's own x.W + b is not finite, as it never is of hidden states that are not
+    broken: Tensor  # [] not 0 if a hidden state is not finite; it may be so if a label's own x.W + b is not
 
 
 class GradRows(NamedTuple):
@@ -217,9 +246,29 @@ class TileKernels(Protocol):
         predictors: Tensor | None,
     ) -> TokenLogps | None:
         """The same of all positions, labels [S, T] and hidden states [S, T, H], or [R, U, H] beside `predictors`: the
-        labelled rows are found on the device, and not copied. None where there is no such kernel for these operands,
-        or where labels, predictors or their number are found to be wrong; a device that is not waited for asserts
-        that they are right. Of family "triton_fused" alone."""
+        labelled rows are found on the device, and copied once if at all. None where `find_rows` has none, or there is
+        no such kernel for these operands. Of fused families alone."""
+
+    def find_rows(
+        self,
+        labels: Tensor,
+        vocab_size: int,
+        *,
+        ignore_index: int,
+        shift: bool,
+        num_labelled: int | None,
+        predictors: Tensor | None,
+        slots: int,
+        stats: int,
+    ) -> FoundRows | None:
+        """The labelled rows of labels [S, T] of any integers, and tables for log-probabilities and so many statistics.
+        `predictors` [S, T] lie among `slots` places. None where there is no kernel for these, or where labels,
+        predictors or their number are found to be wrong; a device that is not waited for asserts that they are right.
+        This function and the next need be there where `dispatch.finds_rows` says so."""
+
+    def gather_rows(self, hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
+        """[N, H] of hidden states [R, U, H] that lie anyhow, those in `slots` [N] of the flat [R U]. `broken` becomes 1
+        if one of them is not finite."""
 
     def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
         """Whether there are `exponentials` and `recomputed` for rows of this dtype and this weight. The functions from

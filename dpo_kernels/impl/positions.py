@@ -2,12 +2,62 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from dpo_kernels.impl.interface import Labels, Rows
+from dpo_kernels.impl.interface import FoundRows, Labels, Rows
 
 DO_NOT_FIT = "num_labelled does not fit the labels, or a label lies outside the vocabulary"
+# What kernels that find rows write of each, see `FoundRows`; and what they note for the host: how many there are,
+# whether these and all labels and predictors are as they should be, and `FoundRows.broken`.
+ROW_FIELDS = 5
+COUNT, FITS, BROKEN = range(3)
+NOTES = 3
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+# Kernels count in 32 bits.
+MOST_POSITIONS = 2**30
+
+
+class Search(NamedTuple):
+    """For labelled rows, see `interface.TileKernels.find_rows`."""
+
+    labels: Tensor  # [S, T]
+    vocab_size: int
+    ignore_index: int
+    shift: bool
+    num_labelled: int | None
+    predictors: Tensor | None
+    slots: int
+
+    @property
+    def expected(self) -> int:
+        return -1 if self.num_labelled is None else int(self.num_labelled)
+
+
+def search(launch: Callable[[Search, FoundRows, Tensor], None], of: Search, stats: int) -> FoundRows | None:
+    """What `launch(of, found, notes)`, a kernel, finds: it writes all of `found`, whose table has room for as many rows
+    as there may be, and `notes` [NOTES]."""
+    labels, positions = of.labels, of.labels.numel()
+    if not 0 < positions < MOST_POSITIONS or of.slots >= 2 * MOST_POSITIONS or labels.dtype not in LABEL_DTYPES:
+        return None
+    if of.predictors is not None and (of.shift or of.predictors.dtype != torch.int64):
+        return None
+    waits = of.num_labelled is None or labels.device.type == "cpu"
+    most = positions if of.num_labelled is None else min(of.expected, positions)
+    table = labels.new_empty(ROW_FIELDS, most, dtype=torch.int64)
+    notes = table.new_empty(NOTES)
+    token_logps = table.new_empty(labels.shape, dtype=torch.float32)
+    found = FoundRows(table, token_logps, token_logps.new_empty(stats, *labels.shape), notes[BROKEN])
+    predictors = None if of.predictors is None else of.predictors.resolve_neg()
+    launch(of._replace(labels=labels.resolve_neg(), predictors=predictors), found, notes)
+    if not waits:
+        torch._assert_async(notes[FITS], f"{DO_NOT_FIT}, or a predictor outside the hidden states")
+        return found
+    count, fits, _ = notes.tolist()
+    return found._replace(table=table[:, :count]) if fits else None
 
 
 def labelled_rows(labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int | None = None) -> Rows:

@@ -30,6 +30,8 @@ from dpo_kernels.impl.triton_exponentials import shift_columns as shift_columns
 from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_linear import LOWEST
 from dpo_kernels.impl.triton_math import exp, log1p, one_minus_exp, run, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.triton_rows import find_rows as find_rows
+from dpo_kernels.impl.triton_rows import gather_rows as gather_rows
 from dpo_kernels.impl.triton_rows import linear_token_logps as linear_token_logps
 from dpo_kernels.impl.triton_scale import scale_ as scale_
 from dpo_kernels.impl.triton_sequences import sum_tokens as sum_tokens

@@ -1,5 +1,5 @@
-"""Path A of all positions on Triton: labelled rows are found by a kernel, read where they lie among the hidden states,
-and written where they lie among the positions.
+"""Labelled rows on Triton: found by a kernel, and copied together by another; and path A of all positions, which reads
+them where they lie among the hidden states, and writes where they lie among the positions.
 
 Dimensions: S sequences, T positions, P = S T of them in all, N labelled ones, K statistics; R sequences of U hidden
 states, which are S and T but for `predictors`.
@@ -14,13 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_kernels.impl import triton_linear
-from dpo_kernels.impl.interface import LogitTransform, TokenLogps
+from dpo_kernels.impl import positions, triton_linear
+from dpo_kernels.impl.interface import FoundRows, LogitTransform, TokenLogps
 
 BLOCK_P, NUM_WARPS = 4096, 16
-# What is noted for the host: N, whether it and all labels are as they should be, and `TokenLogps.broken`.
-COUNT, FITS, BROKEN = (tl.constexpr(field) for field in range(3))
-NOTES = 3
+MAX_BLOCK_H = 4096
+COUNT, FITS, BROKEN = (tl.constexpr(field) for field in (positions.COUNT, positions.FITS, positions.BROKEN))
 
 
 @triton.jit
@@ -52,8 +51,8 @@ def rows_kernel(
     stride_ls, stride_lt, stride_ps, stride_pt, stride_rows, T, P, V, slots, ignore_index, expected,
     SHIFT: tl.constexpr, STATS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    """Places, labels and slots of the labelled rows, in the order of positions, go to `rows`, 0 to logp [P] and stats
-    [STATS, P] at the other positions. Each program counts the rows before its own by itself: that is nothing beside
+    """The fields of the labelled rows, see `FoundRows`, go to `rows`, 0 to logp [P] and stats [STATS, P] at the other
+    positions. Each program counts the rows before its own by itself: that is nothing beside
     what is computed of them."""
     program = tl.program_id(0)
     within = tl.arange(0, BLOCK_P)
@@ -73,10 +72,12 @@ def rows_kernel(
     first_row = tl.sum(before)
     n = first_row + tl.cumsum(is_row.to(tl.int32), axis=0) - 1
     is_kept = is_row & (n < stride_rows)
-    tl.store(rows_ptr + n, p.to(tl.int64), mask=is_kept)
-    tl.store(rows_ptr + stride_rows + n, label.to(tl.int64), mask=is_kept)
-    if predictors_ptr is not None:
-        tl.store(rows_ptr + 2 * stride_rows.to(tl.int64) + n, slot, mask=is_kept)
+    row, stride_rows = rows_ptr + n, stride_rows.to(tl.int64)
+    tl.store(row, (p // T).to(tl.int64), mask=is_kept)
+    tl.store(row + stride_rows, (p % T).to(tl.int64), mask=is_kept)
+    tl.store(row + 2 * stride_rows, p.to(tl.int64), mask=is_kept)
+    tl.store(row + 3 * stride_rows, label.to(tl.int64), mask=is_kept)
+    tl.store(row + 4 * stride_rows, slot, mask=is_kept)
     ignored = (p < P) & (is_row == 0)
     tl.store(logp_ptr + p, 0.0, mask=ignored)
     for each in tl.static_range(STATS):
@@ -90,15 +91,69 @@ def rows_kernel(
         tl.store(notes_ptr + BROKEN, 0)
 
 
-def _can_take(hidden: Tensor, weight: Tensor, labels: Tensor, compute_dtype: torch.dtype) -> bool:
-    """Whether each row can be copied to shared memory as it is, see `triton_linear.can_take`, and there are any."""
+@triton.jit
+def gather_rows_kernel(
+    hidden_ptr, slots_ptr, out_ptr, broken_ptr, stride_hr, stride_hu, stride_hh, U, H, BLOCK_H: tl.constexpr
+):
+    """A program has a row. All that find a number that is not finite write the same."""
+    n = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slots_ptr + n)
+    row = hidden_ptr + slot // U * stride_hr + slot % U * stride_hu
+    for first in range(0, H, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        x = tl.load(row + h.to(tl.int64) * stride_hh, mask=h < H, other=0.0)
+        tl.store(out_ptr + n * H + h, x, mask=h < H)
+        x = x.to(tl.float64) if x.dtype == tl.float64 else x.to(tl.float32)
+        tl.store(broken_ptr, 1, mask=tl.max(((x - x) != 0.0).to(tl.int32)) != 0)
+
+
+def _launch(of: positions.Search, found: FoundRows, notes: Tensor) -> None:
+    labels, (s, t) = of.labels, of.labels.shape
+    of_predictors = (0, 0) if of.predictors is None else of.predictors.stride()
+    with torch.cuda.device_of(labels):
+        rows_kernel[(triton.cdiv(s * t, BLOCK_P),)](
+            labels, of.predictors, found.table, found.token_logps, found.stats, notes, *labels.stride(),
+            *of_predictors, found.table.shape[1], t, s * t, of.vocab_size, of.slots, of.ignore_index, of.expected,
+            SHIFT=int(of.shift), STATS=found.stats.shape[0], BLOCK_P=BLOCK_P, num_warps=NUM_WARPS,
+        )  # fmt: skip
+
+
+def find_rows(
+    labels: Tensor,
+    vocab_size: int,
+    *,
+    ignore_index: int,
+    shift: bool,
+    num_labelled: int | None,
+    predictors: Tensor | None,
+    slots: int,
+    stats: int,
+) -> FoundRows | None:
+    """See `interface.TileKernels`, as of the others here."""
+    of = positions.Search(labels, vocab_size, ignore_index, shift, num_labelled, predictors, slots)
+    return positions.search(_launch, of, stats)
+
+
+def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
+    hidden, slots, (n, h) = hidden.resolve_neg(), slots.contiguous(), (slots.shape[0], hidden.shape[2])
+    out = hidden.new_empty(n, h)
+    if n:
+        with torch.cuda.device_of(hidden):
+            gather_rows_kernel[(n,)](
+                hidden, slots, out, broken, *hidden.stride(), hidden.shape[1], h,
+                BLOCK_H=min(triton.next_power_of_2(h), MAX_BLOCK_H),
+            )  # fmt: skip
+    return out
+
+
+def _can_take(hidden: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:
+    """Whether each row can be copied to shared memory as it is, see `triton_linear.can_take`."""
     return (
         triton_linear.can_take(weight, weight, compute_dtype)
         and hidden.dtype == compute_dtype
         and hidden.stride(2) == 1
         and hidden.stride(0) % 16 == hidden.stride(1) % 16 == hidden.data_ptr() % 16 == 0
         and not hidden.is_neg()
-        and 0 < labels.numel() < 2**31 - BLOCK_P
     )
 
 
@@ -116,37 +171,18 @@ def linear_token_logps(
     num_labelled: int | None,
     predictors: Tensor | None,
 ) -> TokenLogps | None:
-    """See `interface.TileKernels`."""
-    if not _can_take(hidden, weight, labels, compute_dtype):
+    if not _can_take(hidden, weight, compute_dtype):
         return None
-    if predictors is not None and (shift or predictors.dtype != torch.int64):
+    found = find_rows(
+        labels, weight.shape[0], ignore_index=ignore_index, shift=shift, num_labelled=num_labelled,
+        predictors=predictors, slots=hidden.shape[0] * hidden.shape[1], stats=len(stats),
+    )  # fmt: skip
+    if found is None:
         return None
-    (s, t), v = labels.shape, weight.shape[0]
-    waits = num_labelled is None or hidden.device.type == "cpu"
-    most = labels.numel() if num_labelled is None else min(int(num_labelled), labels.numel())
-    rows = labels.new_empty(2 if predictors is None else 3, most, dtype=torch.int64)
-    token_logps = hidden.new_empty(s, t, dtype=torch.float32)
-    values = token_logps.new_empty(len(stats), s, t)
-    notes = rows.new_empty(NOTES)
-    of_predictors = (0, 0) if predictors is None else predictors.stride()
-    with torch.cuda.device_of(hidden):
-        rows_kernel[(triton.cdiv(s * t, BLOCK_P),)](
-            labels, predictors, rows, token_logps, values, notes, *labels.stride(), *of_predictors, most, t, s * t, v,
-            hidden.shape[0] * hidden.shape[1], ignore_index, -1 if num_labelled is None else int(num_labelled),
-            SHIFT=int(shift), STATS=len(stats), BLOCK_P=BLOCK_P, num_warps=NUM_WARPS,
-        )  # fmt: skip
-    if waits:
-        most, fits, _ = notes.tolist()
-        if not fits:
-            return None
-    else:
-        torch._assert_async(
-            notes[FITS.value], "num_labelled does not fit the labels, or a label or a predictor lies outside"
-        )
-    if most:
-        places, y, *slots = rows[:, :most]
-        part = triton_linear.fold_splits(hidden, slots[0] if slots else places, y, weight, bias, transform, bool(stats))
+    if len(found.y):
+        part = triton_linear.fold_splits(hidden, found.slots, found.y, weight, bias, transform, bool(stats))
         triton_linear.join_splits(
-            part, token_logps, values, v, transform, stats, places=places, broken=notes[BROKEN.value]
-        )
-    return TokenLogps(token_logps, values, notes[BROKEN.value])
+            part, found.token_logps, found.stats, weight.shape[0], transform, stats, places=found.places,
+            broken=found.broken,
+        )  # fmt: skip
+    return TokenLogps(found.token_logps, found.stats, found.broken)

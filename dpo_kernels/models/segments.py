@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
-from dpo_kernels.logps import check_predictors
 from dpo_kernels.options import is_at_hand
+from dpo_kernels.rows import check_places
 
 ATTENTION = "dpo_kernels"
 PROMPT_BEGIN, PROMPT_END, BEGIN, POSITION = FIELDS = range(4)
@@ -442,5 +442,5 @@ def hidden_of_responses(hidden: Tensor, predictors: Tensor) -> Tensor:
     if not isinstance(predictors, Tensor) or predictors.dtype != torch.int64:
         kind = predictors.dtype if isinstance(predictors, Tensor) else type(predictors).__name__
         raise ValueError(f"predictors: expected int64 [S, L], got {kind}")
-    check_predictors(hidden, predictors, predictors, -1, False, hidden.device.type == "cpu")
+    check_places(hidden, predictors, predictors, -1, hidden.device.type == "cpu")
     return hidden.flatten(0, 1)[predictors]

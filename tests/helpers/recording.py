@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
 from typing import Any
 
@@ -23,6 +24,42 @@ class Launched:
                 return self.kernel[grid](*args, **constants)
 
         return launch
+
+
+class LaunchedByModule:
+    """In the place of the compiled CUDA module: notes which of its functions, each a launch, are called."""
+
+    def __init__(self, module: Any, launches: Counter[str]):
+        self.module, self.launches = module, launches
+
+    def __getattr__(self, name: str) -> Any:
+        function = getattr(self.module, name)
+        if isinstance(function, (type, int)):
+            return function
+
+        def launch(*args: Any) -> Any:
+            self.launches[name] += 1
+            return function(*args)
+
+        return launch
+
+
+TRITON = ("triton", "triton_exponentials", "triton_linear", "triton_rows", "triton_scale", "triton_sequences")
+CUDA = ("cuda", "cuda_exponentials", "cuda_linear", "cuda_positions")
+
+
+def launches_of(monkeypatch: Any, impl: str) -> Counter[str]:
+    """Of kernels of this implementation, "triton" or "cuda", by name."""
+    launches: Counter[str] = Counter()
+    for module in (
+        importlib.import_module(f"dpo_kernels.impl.{name}") for name in (TRITON if impl == "triton" else CUDA)
+    ):
+        if impl == "cuda":
+            monkeypatch.setattr(module, "_cuda", LaunchedByModule(module._cuda, launches))
+            continue
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Launched(getattr(module, name), name, launches))
+    return launches
 
 
 class Operators(TorchDispatchMode):

@@ -257,7 +257,7 @@ def test_labels_that_do_not_fit_are_named(num_labelled):
 @pytest.mark.parametrize(("shape", "count"), [((2, 3), 5), ((2, 3), 0), ((2, 0), 1), ((0, 3), 1)])
 def test_a_count_that_does_not_fit_is_named(shape, count):
     labels = torch.full(shape, 4)
-    with pytest.raises(ValueError, match=f"num_labelled: expected {labels.numel()}, .* got {count}"):
+    with pytest.raises(ValueError, match=f"num_labelled: expected (at most )?{labels.numel()}, .* got {count}"):
         sequence_logps(torch.randn(*shape, 11), labels, num_labelled=count)
 
 

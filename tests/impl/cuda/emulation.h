@@ -73,6 +73,7 @@ inline unsigned __float_as_uint(float x) {
 }
 inline float __int_as_float(int x) { return __uint_as_float(static_cast<unsigned>(x)); }
 inline int __float_as_int(float x) { return static_cast<int>(__float_as_uint(x)); }
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 
 inline float __bfloat162float(__nv_bfloat16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 inline __nv_bfloat16 __float2bfloat16_rn(float x) {
