@@ -8,10 +8,9 @@ import pytest
 import torch
 from grids import covering
 from places import DEVICE
-from recording import launches_of
-from torch.utils._python_dispatch import TorchDispatchMode
+from recording import Operators, launches_of
 
-from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, logps, ops, sequence_logps
+from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, logps, sequence_logps
 from dpo_kernels.impl import positions
 from dpo_kernels.impl.interface import STATS, LogitTransform
 from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
@@ -284,9 +283,9 @@ def assert_finds(kernels, labels, ignore_index=-100, shift=0, predictors=None, *
 
 @pytest.fixture
 def large(kernels, monkeypatch):
-    """In blocks of positions of about the size that ships."""
+    """In blocks of positions as they ship."""
     if kernels.__name__.endswith("triton"):
-        monkeypatch.setattr(importlib.import_module("dpo_kernels.impl.triton_rows"), "BLOCK_P", 1024)
+        monkeypatch.setattr(importlib.import_module("dpo_kernels.impl.triton_rows"), "BLOCK_P", 4096)
     return kernels
 
 
@@ -487,30 +486,6 @@ def test_the_same_bits_again(impl, taken):
         found = [linear_sequence_logps(*inputs[:3], stats=STATS, impl=impl) for _ in range(2)]
     assert taken == [True, True]
     assert_equal(*found)
-
-
-class Operators(TorchDispatchMode):
-    """Notes PyTorch's operators that launch something, or wait for it, inside the custom operators too; and the largest
-    tensor that comes to be."""
-
-    WITHOUT_KERNEL = ("empty", "view", "slice", "select", "t", "transpose", "as_strided", "unbind", "detach", "alias")
-
-    def __init__(self, launches):
-        super().__init__()
-        self.launches, self.largest = launches, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.name()
-        if name in ops.IMPLEMENTATION_OF:
-            with self:
-                return ops.IMPLEMENTATION_OF[name](*args)
-        out = func(*args, **(kwargs or {}))
-        name = name.removeprefix("aten::").partition(".")[0]
-        if not any(name == each or name.startswith((f"{each}_", f"new_{each}")) for each in self.WITHOUT_KERNEL):
-            self.launches[name] += 1
-        if isinstance(out, torch.Tensor):
-            self.largest = max(self.largest, out.numel() * out.itemsize)
-        return out
 
 
 ASKED = [{}, {"shift": True}, {"weights": True, "reduction": "mean"}, {"stats": True, **ALL}, {"predictors": True}]
