@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_kernels.impl import positions, triton_linear
 from dpo_kernels.impl.interface import FoundRows, LogitTransform, TokenLogps
 
-BLOCK_P, NUM_WARPS = 4096, 16
+BLOCK_P, NUM_WARPS = 2048, 16
 MAX_BLOCK_H = 4096
 COUNT, FITS, BROKEN = (tl.constexpr(field) for field in (positions.COUNT, positions.FITS, positions.BROKEN))
 
