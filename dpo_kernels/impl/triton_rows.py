@@ -91,7 +91,7 @@ def rows_kernel(
         tl.store(notes_ptr + BROKEN, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["U"], do_not_specialize_on_alignment=["slots_ptr", "broken_ptr"])
 def gather_rows_kernel(
     hidden_ptr, slots_ptr, out_ptr, broken_ptr, stride_hr, stride_hu, stride_hh, U, H, BLOCK_H: tl.constexpr
 ):

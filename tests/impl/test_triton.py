@@ -354,6 +354,7 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
         (linear, "linear_fold_fwd_kernel"),
         (linear, "linear_join_kernel"),
         (rows, "rows_kernel"),
+        (rows, "gather_rows_kernel"),
     ):
         launches[name] = Launches(getattr(module, name), runs=module is rows)
         monkeypatch.setattr(module, name, launches[name])
