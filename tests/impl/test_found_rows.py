@@ -8,8 +8,10 @@ import pytest
 import torch
 from grids import covering
 from places import DEVICE
+from recording import Operators, launches_of
+from torch.utils._python_dispatch import _disable_current_modes
 
-from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, logps, sequence_logps
 from dpo_kernels.impl import positions
 from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.testing import head_inputs
@@ -93,7 +95,9 @@ SIZES = [(1, 1), (1, 3), (700, 1), (3, 1023), (2, 1024), (41, 100), (5, 2049), (
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_rows_of_many_blocks(large, fills_memory, size, share):
-    assert_finds(large, some_labels(*size, share=share))
+    """Whose sequences do not lie one after the other."""
+    apart = torch.nn.functional.pad(some_labels(*size, share=share), (2, 3), value=5)
+    assert_finds(large, apart[:, 2:-3])
 
 
 @pytest.mark.parametrize("at", [(0, 0), (0, 2048), (2, 700), (2, 2048)])
@@ -266,3 +270,35 @@ def test_what_is_wrong_is_named(gpu_impl, path):
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match=f"num_labelled: expected {count}, .* got {count - 1}"):
             calls(gpu_impl, path, hidden, weight, labels, num_labelled=count - 1)
+
+
+# forward and backward, of one block of rows or of the vocabulary, which are three launches; on a GPU the forward has an
+# assertion too. B: rows found and copied, the first columns folded and their maximum, marks of rows, sums joined, dX
+# finished, log-probabilities put back and summed. D: rows found and copied, folded, joined, put back and summed. A
+# gradient is picked at the rows, and that of hidden states put back where zeros are.
+AROUND = {"B": (9, 5), "D": (6, 4)}
+
+
+@pytest.mark.parametrize("path", AROUND)
+@pytest.mark.skipif(DEVICE != "cpu", reason="what the emulation is asked for is counted")
+def test_what_is_launched_around_the_products(emulated_cuda, monkeypatch, path):
+    inputs, launches = head_inputs(4, 20, 64, 600).to(BF16), launches_of(monkeypatch, "cuda")
+    hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(path == "D")
+    num_labelled, given = int((inputs.labels >= 0).sum()), torch.ones(4)
+    of = emulated_cuda.product
+
+    def product(*args, **options):
+        launches["product"] += 1
+        with _disable_current_modes():  # one of the library's on a GPU
+            return of(*args, **options)
+
+    monkeypatch.setattr(emulated_cuda, "product", product)
+    monkeypatch.setattr(logps, "check_head_is_finite", lambda *_: None)  # looks at nothing but a CPU's
+    options, counts = {"num_labelled": num_labelled, "check_hidden": False, "impl": "cuda"}, []
+    with Operators(launches):
+        out = linear_sequence_logps(hidden, weight, inputs.labels, **options).logps
+        counts.append(launches.total())
+        out.backward(given)
+        counts.append(launches.total() - counts[0])
+    forward, backward = AROUND[path]
+    assert counts == ([forward + 3, backward] if path == "B" else [forward, backward + 3]), launches
