@@ -316,7 +316,7 @@ MUTATIONS = {
             "labels[n] != first_row + at.row()",
             WEIGHED_TESTS,
         ),
-        Mutation(GRADIENTS_CU, "sums[i % 2] += own[n];", "", WEIGHED_TESTS),
+        Mutation(GRADIENTS_CU, "sums[i % 2] += own[n];", "sums[i % 2] += 0;", WEIGHED_TESTS),
         # results of rows and columns that there are not; sums that are forgotten
         Mutation(
             GRADIENTS_CU,
