@@ -665,7 +665,7 @@ MUTATIONS = {
         Mutation(PATHS, '== "cuda" and fit < n)', '== "cuda" and fit < 1)', "test_linear_dpo.py -k kept_in_the_memory"),
         # small blocks at the end; partial sums as large as the tiles of a whole product; a remainder of a sum left out
         Mutation(WAVES, "2 * _last(n, rows) >= rows", "2 * _last(n, rows) >= 0", "impl/test_waves.py"),
-        Mutation(WAVES, "if not 0 < tiles < multiprocessors:", "if tiles == 0:", "impl/test_waves.py"),
+        Mutation(WAVES, "if not 0 < tiles < units:", "if tiles == 0:", "impl/test_waves.py"),
         Mutation(
             PRODUCTS, "return out if whole == a.shape[1] else", "return out if whole else", "impl/test_products.py"
         ),
