@@ -309,6 +309,8 @@ MUTATIONS = {
         Mutation(GRADIENTS_CU, "second ? p.second_block : p.first_block", "p.first_block", WEIGHED_TESTS),
         Mutation(GRADIENTS_CU, "p.first_block + tile.row / kBlockColumns", "p.first_block", WEIGHED_TESTS),
         Mutation(GRADIENTS_CU, "(second ? p.second : p.first) + v", "p.first + v", WEIGHED_TESTS),
+        # parts of a sum in the place of the first one
+        Mutation(GRADIENTS_CU, "out + tile.part * p.rows * p.stride", "out", WEIGHED_TESTS),
         # labels' entries of one of the two rows of a thread, or one of its two columns; in sums of dW alone
         Mutation(
             GRADIENTS_CU,
