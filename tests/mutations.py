@@ -103,6 +103,7 @@ CONSUMERS = "test_logps.py test_linear_dpo.py test_numerics.py"
 ON_CPU = f"{CONSUMERS} impl/test_native.py -k '(cpu or test_native) and not outside and not budget'"
 ON_CUDA = f"{CONSUMERS} impl/test_cuda.py -k 'cuda and not machine_code and not budget'"
 ON_TORCH = f"{CONSUMERS} test_ops.py -k 'torch and not budget'"
+NUMERICS_OF = "test_numerics.py -k '"
 LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("logps", "linear_dpo", "numerics"))
 PUBLISHED = "test_losses.py -k published"
 SHARD_TESTS = "test_parallel.py -k '3 or every'"
@@ -182,7 +183,7 @@ MUTATIONS = {
         # 0 times infinity
         Mutation(CPU, "e * maximum(broadcast(T(-1e4)), d)", "e * d", ON_CPU),
         # the last of equal segments
-        Mutation(CPU, "if (kStats && segment_max > old_max)", "if (kStats && segment_max >= old_max)", ON_CPU),
+        Mutation(CPU, "segment_max > old_max ||", "segment_max >= old_max ||", ON_CPU),
         # cancels
         Mutation(
             FINISH, "lead > 0 ? -log1p(of.sum * exp(-lead)) : lead", "lead", "test_logps.py -k 'cpu and confident'"
@@ -219,7 +220,16 @@ MUTATIONS = {
     ],
     "CUDA kernels": [
         # the last of equal entries
-        Mutation(ROWS_CU, "if (block > top) {", "if (block >= top) {", CUDA_TESTS),
+        Mutation(ROWS_CU, "(block > top ||", "(block >= top ||", CUDA_TESTS),
+        # the first one nowhere, of the least numbers that there are
+        Mutation(ROWS_CU, "(block == top && argmax < 0)", "false", f"{NUMERICS_OF} cuda and one_number'"),
+        # what rounding a shift leaves: forgotten, and of huge logits
+        Mutation(ROWS_CU, " * power(-rest), apart", ", apart", f"{NUMERICS_OF} cuda and offset'"),
+        Mutation(ROWS_CU, " * power(-shift.exponent(top));", ";", f"{NUMERICS_OF} cuda and offset'"),
+        Mutation(
+            ROWS_CU, "if (unit_of(found.top) != fold.shift.unit) {", "if (false) {", f"{NUMERICS_OF} cuda and huge'"
+        ),
+        Mutation(MATH, "kHuge<float> = 1 << 29", "kHuge<float> = FLT_MAX", f"{NUMERICS_OF} cuda and huge'"),
         # a scale forgotten
         Mutation(
             ROWS_CU,
@@ -310,6 +320,24 @@ MUTATIONS = {
         Mutation(EXP_CU, "if (split < label_split) before", "if (split > label_split) before", CUDA_TESTS),
     ],
     "Triton kernels": [
+        # the first one nowhere, of the least numbers that there are
+        Mutation(
+            TRITON, "tl.minimum(argmax, place), argmax)", "argmax, argmax)", f"{NUMERICS_OF} triton and one_number'"
+        ),
+        # what rounding a shift leaves: forgotten, of huge logits, and lost in a multiply-add
+        Mutation(TRITON, "tl.exp(apart) * tl.exp2(-rest)", "tl.exp(apart)", f"{NUMERICS_OF} triton and offset'"),
+        Mutation(TRITON, "(sum_ez - total * rest) / LOG2_E", "sum_ez / LOG2_E", f"{NUMERICS_OF} triton and offset'"),
+        Mutation(TRITON, "goes = tl.max(is_huge.to(tl.int32), axis=0)", "goes = 0", f"{NUMERICS_OF} triton and huge'"),
+        Mutation(
+            TRITON_MATH,
+            "return unit, shift, tl.exp2(-rest)",
+            "return unit, shift, 1.0",
+            f"{NUMERICS_OF} triton and offset'",
+        ),
+        Mutation(
+            TRITON_MATH, "shift = tl.fma(top, unit, 0.0)", "shift = top * unit", "impl/test_triton.py -k machine_code"
+        ),
+        Mutation(TRITON_LINEAR, "tl.maximum(top, -huge(tl.float32))", "tl.maximum(top, 0.5 * LOWEST)", TRITON_TESTS),
         # a label of an earlier tile
         Mutation(TRITON, "is_row & (label >= 0) & (label < V)", "is_row & (label < V)", TRITON_TESTS),
         # a missing mask
@@ -403,8 +431,8 @@ MUTATIONS = {
         # the last of equal blocks
         Mutation(
             TORCH,
-            "torch.where(block_max > old_max, block_argmax",
-            "torch.where(block_max >= old_max, block_argmax",
+            "is_new = (block_max > old_max)",
+            "is_new = (block_max >= old_max)",
             "test_logps.py -k 'torch and top1'",
         ),
         # 0 times infinity

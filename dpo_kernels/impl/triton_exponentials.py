@@ -24,7 +24,15 @@ from dpo_kernels.impl import triton_linear, waves
 from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
 from dpo_kernels.impl.interface import GradRows, LogitTransform
 from dpo_kernels.impl.triton_linear import LOWEST, NUM_STAGES, NUM_WARPS, columns_of_split, products
-from dpo_kernels.impl.triton_math import log1p, one_minus_exp, run, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.triton_math import (
+    log1p,
+    one_minus_exp,
+    run,
+    shift_by,
+    stats_constants,
+    to_logits,
+    transform_constants,
+)
 
 # As fp32 rounds it, in fp64 too: what joins exponentials takes it back.
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950216293335)
@@ -457,9 +465,10 @@ def linear_dlogits_bwd_kernel(
     label = (tl.load(y_ptr + rows, mask=is_row, other=-1) - first).to(tl.int32)
     has_label = (label >= start) & (label < tl.minimum(start + BLOCK_V, V))
     some_label = tl.max(has_label.to(tl.int32), axis=0) > 0
-    shift = tl.load(norm_ptr + rows, mask=is_row, other=float("inf")) * LOG2_E
+    shift, rest = shift_by(tl.load(norm_ptr + rows, mask=is_row, other=0.0), LOG2_E)
+    shift = tl.where(is_row, shift, float("inf"))
     g = tl.load(g_ptr + rows, mask=is_row, other=0.0) * SLOPE
-    factor = -g / tl.load(norm_ptr + stride_norm + rows, mask=is_row, other=1.0)
+    factor = -g * tl.exp2(-rest) / tl.load(norm_ptr + stride_norm + rows, mask=is_row, other=1.0)
     own = g * one_minus_exp(tl.load(logp_ptr + rows, mask=is_row, other=0.0))
     missing = tl.zeros([BLOCK_N], tl.float32)
     pieces = _pieces(a, BLOCK_N, BLOCK_V, PIECES)

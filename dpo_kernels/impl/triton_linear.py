@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import LogitTransform
-from dpo_kernels.impl.triton_math import log1p, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.triton_math import huge, log1p, shift_by, stats_constants, to_logits, transform_constants
 from dpo_kernels.impl.waves import PLANNED
 from dpo_kernels.impl.waves import splits_of as splits_of
 
@@ -73,9 +73,9 @@ def products(
 
 @triton.jit
 def _shift(top):
-    """What exponentials of a row are taken relative to, as exp2(z log2(e) - shift), which is one multiply-add and then
-    one instruction: the maximum, rounded in this unit. Finite where that is of nothing."""
-    return tl.maximum(top, 0.5 * LOWEST) * LOG2_E
+    """Of a row's maximum, see `shift_by`; of entries that are masked alone, far above them: they become 0."""
+    shift, _ = shift_by(tl.maximum(top, -huge(tl.float32)), LOG2_E)
+    return shift
 
 
 # Rows of x lie in slots of hidden states [R, T, H], or without slots as [N, H].
@@ -136,13 +136,13 @@ def linear_fold_fwd_kernel(
         new_top = tl.maximum(top, block_top)
         shift, new_shift = _shift(top), _shift(new_top)
         rescale = tl.exp2(shift - new_shift)
-        shifted = z * LOG2_E - new_shift[:, None]
-        e = tl.exp2(shifted)
+        power = tl.fma(z, LOG2_E, -new_shift[:, None])
+        e = tl.exp2(power)
         if STATS:
             top_before = tl.where(start + BLOCK_V <= label, tl.maximum(top_before, block_top), top_before)
             # exp2 has reached 0 long before -1e4, and 0 times -inf, or the first maximum's distance, is to be 0
             sum_ez = (sum_ez + total * tl.maximum(shift - new_shift, -1e4)) * rescale
-            sum_ez += tl.sum(e * tl.maximum(shifted, -1e4), axis=1)
+            sum_ez += tl.sum(e * tl.maximum(power, -1e4), axis=1)
             sum_sq = sum_sq * rescale * rescale + tl.sum(e * e, axis=1)
         total = total * rescale + tl.sum(e, axis=1)
         top = new_top

@@ -22,6 +22,7 @@ from dpo_kernels.impl.triton import (
     CHECKED_LABELS,
     MAX_BLOCK_BYTES,
     MAX_BLOCK_H,
+    MAX_REGISTERS,
     dlogits_bwd_kernel,
     fold_fwd_kernel,
     logits_bwd_kernel,
@@ -55,8 +56,18 @@ from dpo_kernels.impl.triton_linear import (
     linear_join_kernel,
 )
 from dpo_kernels.impl.triton_linear import JOIN_ROWS as LINEAR_JOIN_ROWS
+from dpo_kernels.impl.triton_math import LOG2_E, shift_by
 from dpo_kernels.impl.triton_rows import BLOCK_P, rows_kernel
 from dpo_kernels.impl.triton_rows import NUM_WARPS as ROWS_WARPS
+
+
+@triton.jit
+def change_kernel(old_ptr, new_ptr, out_ptr):
+    """Of shifts, from some maxima to others."""
+    n = tl.arange(0, 32)
+    old, _ = shift_by(tl.load(old_ptr + n), LOG2_E)
+    new, _ = shift_by(tl.load(new_ptr + n), LOG2_E)
+    tl.store(out_ptr + n, old - new)
 
 
 def cases(capability):
@@ -97,6 +108,8 @@ def cases(capability):
             names = ("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS")
             asked = {name: i if stats else None for i, name in enumerate(names)}
             settings = {**common, **asked, "STATS": stats, "PER": 16 // BYTES[storage], "BLOCK_T": CHECKED_LABELS}
+            if not stats:
+                settings["maxnreg"] = MAX_REGISTERS
             yield f"fold logits {storage}{' stats' * stats}", logits_fwd_kernel, types, settings, ()
         yield f"dlogits logits {storage}", logits_bwd_kernel, types, common, ()
     for storage in ("bf16", "fp16") if everything else ("bf16",):
@@ -148,6 +161,7 @@ def cases(capability):
                     {**where, "SLOPE": 1.0, "GROUP": GROUP},
                     odd,
                 )
+    yield "shifts", change_kernel, {f"{name}_ptr": "*fp32" for name in ("old", "new", "out")}, {"num_warps": 1}, ()
     names = {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
     join = {"SLOPE": 1.0, "HAS_SLOPE": True, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
     join |= names
@@ -175,7 +189,7 @@ UNIT = {"stride_av": 1, "stride_ov": 1}
 
 
 def compile_one(kernel, types, settings, odd, capability):
-    options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
+    options = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
     constants = {name: value for name, value in settings.items() if name not in options}
     constants |= {name: value for name, value in UNIT.items() if name in kernel.arg_names}
     if not constants.get("HAS_BIAS"):
