@@ -220,7 +220,7 @@ class Model:
         return Launch("gather", 1, 4 * self.n * self.h)
 
     def join(self, n: int) -> Launch:
-        return Launch("exp_join_kernel", 1, 4 * FIELDS * n * self.splits(n, self.v))
+        return Launch("join_kernel", 1, 4 * FIELDS * n * self.splits(n, self.v))
 
     def dhidden(self, out_bytes: int) -> Launch:
         """sums + label W_y"""

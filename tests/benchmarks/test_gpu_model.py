@@ -174,7 +174,9 @@ def recorded(monkeypatch):
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 64)
     monkeypatch.setattr(paths, "DW_COLUMNS", 40)
     monkeypatch.setattr(paths, "ALIGNED", 16)
-    others = (importlib.import_module(f"dpo_kernels.impl.triton{part}") for part in ("", "_rows", "_sequences"))
+    others = (
+        importlib.import_module(f"dpo_kernels.impl.triton{part}") for part in ("", "_join", "_rows", "_sequences")
+    )
     launches, shapes = record(monkeypatch, kernels, linear, exponentials, *others)
     return kernels, launches, shapes
 

@@ -34,28 +34,17 @@ from dpo_kernels.impl.triton_exponentials import (
     DLOGITS_BLOCK_V,
     FAR,
     GROUP,
-    JOIN_ROWS,
     SQUARED,
     dhidden_kernel,
     exp_dlogits_kernel,
-    exp_join_kernel,
     linear_dlogits_bwd_kernel,
     linear_exp_fwd_kernel,
     linear_pack_fwd_kernel,
     pieces,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
-from dpo_kernels.impl.triton_linear import (
-    BLOCK_H,
-    BLOCK_N,
-    JOIN_SPLITS,
-    NUM_STAGES,
-    NUM_WARPS,
-    block_v,
-    linear_fold_fwd_kernel,
-    linear_join_kernel,
-)
-from dpo_kernels.impl.triton_linear import JOIN_ROWS as LINEAR_JOIN_ROWS
+from dpo_kernels.impl.triton_join import JOIN_ROWS, JOIN_SPLITS, join_kernel
+from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
 from dpo_kernels.impl.triton_math import LOG2_E, shift_by
 from dpo_kernels.impl.triton_rows import BLOCK_P, rows_kernel
 from dpo_kernels.impl.triton_rows import NUM_WARPS as ROWS_WARPS
@@ -136,11 +125,12 @@ def cases(capability):
                     continue
                 types |= {"shift_ptr": "*fp32", "e_ptr": "*bf16"}
                 where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
+                count = pieces(where["BLOCK_V"], name == "softcap")
                 yield (
                     f"linear exp {name}{' stats' * stats}",
                     linear_exp_fwd_kernel,
                     types,
-                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED},
+                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED, "PIECES": count},
                     odd,
                 )
                 where["BLOCK_V"] = block_v(False, False, hopper=capability == 90)
@@ -163,8 +153,10 @@ def cases(capability):
                 )
     yield "shifts", change_kernel, {f"{name}_ptr": "*fp32" for name in ("old", "new", "out")}, {"num_warps": 1}, ()
     names = {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
-    join = {"SLOPE": 1.0, "HAS_SLOPE": True, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
-    join |= names
+    join = {
+        "INNER": 1 / 30.0, "OUTER": 30.0, "SLOPE": 1.0, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS,
+        "BLOCK_SPLITS": JOIN_SPLITS, "num_warps": 8,
+    }  # fmt: skip
     numbers = ("part", "shift", "logp", "norm", "stats", "joint", "scale", "label", "missing", "g", "sums")
     types = {f"{name}_ptr": "*fp32" for name in numbers}
     types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*fp16"}
@@ -174,10 +166,8 @@ def cases(capability):
         "BLOCK_V": DLOGITS_BLOCK_V,
         "num_warps": 4,
     }
-    of_parts = {"INNER": 1 / 30.0, "OUTER": 30.0, "STATS": True, "BLOCK_N": LINEAR_JOIN_ROWS, "num_warps": 8}
-    yield "rows linear join", linear_join_kernel, types, of_parts | names | {"BLOCK_SPLITS": JOIN_SPLITS}, ()
     yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": ROWS_WARPS}, ()
-    yield "rows join", exp_join_kernel, types, join, ()
+    yield "rows join", join_kernel, types, join | names, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 

@@ -19,6 +19,7 @@ if reason := dispatch.unavailable_reason("triton", torch.get_default_device()):
     pytest.skip(reason, allow_module_level=True)
 kernels = dispatch.load("triton")
 linear = pytest.importorskip("dpo_kernels.impl.triton_linear")
+join = pytest.importorskip("dpo_kernels.impl.triton_join")
 rows = pytest.importorskip("dpo_kernels.impl.triton_rows")
 sequences = pytest.importorskip("dpo_kernels.impl.triton_sequences")
 BF16 = torch.bfloat16
@@ -33,7 +34,7 @@ def fused(monkeypatch):
         monkeypatch.setattr(linear, "BLOCK_N", 16)
         monkeypatch.setattr(linear, "BLOCK_H", 32)
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 32)
-        monkeypatch.setattr(linear, "JOIN_SPLITS", 2)
+        monkeypatch.setattr(join, "JOIN_SPLITS", 2)
         monkeypatch.setattr(rows, "BLOCK_P", 16)
 
 
@@ -355,13 +356,13 @@ def test_what_a_call_launches(monkeypatch, known, options):
         options["predictors"] = torch.arange(labels.numel()).view(labels.shape)
     if known:
         options["num_labelled"] = int((labels[:, int(options.get("shift", False)) :] >= 0).sum())
-    for module in (linear, rows, sequences):
+    for module in (linear, join, rows, sequences):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launched(getattr(module, name), name, launches))
     monkeypatch.setattr(logps, "check_head_is_finite", lambda *_: None)  # looks at nothing but a CPU's
     with torch.no_grad(), Operators(launches) as operators:
         found = linear_sequence_logps(*inputs[:3], impl="triton", **options)
-    kernels_of_a_call = ("rows_kernel", "linear_fold_fwd_kernel", "linear_join_kernel", "sum_tokens_fwd_kernel")
+    kernels_of_a_call = ("rows_kernel", "linear_fold_fwd_kernel", "join_kernel", "sum_tokens_fwd_kernel")
     assert all(launches[name] == 1 for name in kernels_of_a_call)
     assert sum(launches.values()) <= 6, launches
     assert operators.largest < found.num_tokens.sum() * 64 * 2
@@ -373,13 +374,13 @@ def test_a_fold_that_is_finished_at_once(monkeypatch):
     and what the backward needs of them, norm, is near enough the largest logit."""
     inputs, launches = head_inputs(4, 9, 48, 300, labelled=1.0).to(BF16), Counter()
     x, y = inputs.hidden.detach().flatten(0, 1), inputs.labels.flatten()
-    for name in ("linear_fold_fwd_kernel", "linear_join_kernel"):
-        monkeypatch.setattr(linear, name, Launched(getattr(linear, name), name, launches))
+    for module, name in ((linear, "linear_fold_fwd_kernel"), (join, "join_kernel")):
+        monkeypatch.setattr(module, name, Launched(getattr(module, name), name, launches))
     fold = kernels.new_fold(y, torch.float32, ())
     with Operators(launches):
         assert kernels.linear_fold_(fold, x, inputs.weight.detach(), None, LogitTransform(), BF16)
         logp, norm, _ = fold.finish(300, torch.float32)
-    assert launches == {"linear_fold_fwd_kernel": 1, "linear_join_kernel": 1}
+    assert launches == {"linear_fold_fwd_kernel": 1, "join_kernel": 1}
     logits = eager_logits(x.double(), inputs.weight.detach().double())
     torch.testing.assert_close(norm[0].double(), logits.amax(1), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(norm[0] + norm[1].double().log(), logits.logsumexp(1), rtol=0, atol=2e-5)
