@@ -130,6 +130,19 @@ def test_a_split_of_impossible_entries_alone(fused, no_tiles, monkeypatch, value
         assert ours.stats["mean_logit"][inputs.labels >= 0].lt(-1e29).all()
 
 
+def test_norm_far_from_zero(fused, no_tiles):
+    """Its largest logit is one, and its sum is of exponentials by that, not by what rounds to it."""
+    x, weight = (torch.randint(-2, 3, shape).to(torch.bfloat16) for shape in ((20, 16), (123, 16)))
+    bias, y = torch.full((123,), 9984.0, dtype=torch.bfloat16), torch.randint(123, (20,))
+    fold = kernels.new_fold(y, torch.float32, ())
+    assert kernels.linear_fold_(fold, x, weight, bias, LogitTransform(), torch.bfloat16)
+    logp, norm, _ = fold.finish(123, torch.float32)
+    logits = x.double() @ weight.double().T + 9984
+    assert torch.equal(norm[0].double(), logits.amax(1))
+    torch.testing.assert_close(norm[1].double(), (logits - logits.amax(1, True)).exp().sum(1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(logp.double(), logits.log_softmax(1)[torch.arange(20), y], rtol=2e-6, atol=2e-6)
+
+
 def test_a_strided_bias_in_the_fused_forward(fused, no_tiles):
     inputs = head_inputs(2, 9, 48, 123).to(torch.bfloat16)
     bias = torch.stack([inputs.bias, -inputs.bias], 1)[:, 0]
