@@ -22,6 +22,7 @@ from dpo_kernels.impl.triton import (
     CHECKED_LABELS,
     MAX_BLOCK_BYTES,
     MAX_BLOCK_H,
+    MAX_REGISTERS,
     dlogits_bwd_kernel,
     fold_fwd_kernel,
     logits_bwd_kernel,
@@ -33,31 +34,30 @@ from dpo_kernels.impl.triton_exponentials import (
     DLOGITS_BLOCK_V,
     FAR,
     GROUP,
-    JOIN_ROWS,
     SQUARED,
     dhidden_kernel,
     exp_dlogits_kernel,
-    exp_join_kernel,
     linear_dlogits_bwd_kernel,
     linear_exp_fwd_kernel,
     linear_pack_fwd_kernel,
     pieces,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
-from dpo_kernels.impl.triton_linear import (
-    BLOCK_H,
-    BLOCK_N,
-    JOIN_SPLITS,
-    NUM_STAGES,
-    NUM_WARPS,
-    block_v,
-    linear_fold_fwd_kernel,
-    linear_join_kernel,
-)
-from dpo_kernels.impl.triton_linear import JOIN_ROWS as LINEAR_JOIN_ROWS
+from dpo_kernels.impl.triton_join import JOIN_ROWS, JOIN_SPLITS, join_kernel
+from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
+from dpo_kernels.impl.triton_math import LOG2_E, shift_by
 from dpo_kernels.impl.triton_rows import BLOCK_P, gather_rows_kernel, rows_kernel
 from dpo_kernels.impl.triton_rows import MAX_BLOCK_H as MAX_GATHER_BLOCK
 from dpo_kernels.impl.triton_rows import NUM_WARPS as ROWS_WARPS
+
+
+@triton.jit
+def change_kernel(old_ptr, new_ptr, out_ptr):
+    """Of shifts, from some maxima to others."""
+    n = tl.arange(0, 32)
+    old, _ = shift_by(tl.load(old_ptr + n), LOG2_E)
+    new, _ = shift_by(tl.load(new_ptr + n), LOG2_E)
+    tl.store(out_ptr + n, old - new)
 
 
 def cases(capability):
@@ -98,6 +98,8 @@ def cases(capability):
             names = ("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS")
             asked = {name: i if stats else None for i, name in enumerate(names)}
             settings = {**common, **asked, "STATS": stats, "PER": 16 // BYTES[storage], "BLOCK_T": CHECKED_LABELS}
+            if not stats:
+                settings["maxnreg"] = MAX_REGISTERS
             yield f"fold logits {storage}{' stats' * stats}", logits_fwd_kernel, types, settings, ()
         yield f"dlogits logits {storage}", logits_bwd_kernel, types, common, ()
     for storage in ("bf16", "fp16") if everything else ("bf16",):
@@ -124,11 +126,12 @@ def cases(capability):
                     continue
                 types |= {"shift_ptr": "*fp32", "e_ptr": "*bf16"}
                 where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
+                count = pieces(where["BLOCK_V"], name == "softcap")
                 yield (
                     f"linear exp {name}{' stats' * stats}",
                     linear_exp_fwd_kernel,
                     types,
-                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED},
+                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED, "PIECES": count},
                     odd,
                 )
                 where["BLOCK_V"] = block_v(False, False, hopper=capability == 90)
@@ -149,9 +152,12 @@ def cases(capability):
                     {**where, "SLOPE": 1.0, "GROUP": GROUP},
                     odd,
                 )
+    yield "shifts", change_kernel, {f"{name}_ptr": "*fp32" for name in ("old", "new", "out")}, {"num_warps": 1}, ()
     names = {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
-    join = {"SLOPE": 1.0, "HAS_SLOPE": True, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
-    join |= names
+    join = {
+        "INNER": 1 / 30.0, "OUTER": 30.0, "SLOPE": 1.0, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS,
+        "BLOCK_SPLITS": JOIN_SPLITS, "num_warps": 8,
+    }  # fmt: skip
     numbers = ("part", "shift", "logp", "norm", "stats", "joint", "scale", "label", "missing", "g", "sums")
     types = {f"{name}_ptr": "*fp32" for name in numbers}
     types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*fp16"}
@@ -161,12 +167,10 @@ def cases(capability):
         "BLOCK_V": DLOGITS_BLOCK_V,
         "num_warps": 4,
     }
-    of_parts = {"INNER": 1 / 30.0, "OUTER": 30.0, "STATS": True, "BLOCK_N": LINEAR_JOIN_ROWS, "num_warps": 8}
-    yield "rows linear join", linear_join_kernel, types, of_parts | names | {"BLOCK_SPLITS": JOIN_SPLITS}, ()
     yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": ROWS_WARPS}, ()
     of_hidden = dict.fromkeys(("hidden_ptr", "out_ptr"), "*bf16")
     yield "rows gathered", gather_rows_kernel, of_hidden, {"stride_hh": 1, "BLOCK_H": MAX_GATHER_BLOCK}, ()
-    yield "rows join", exp_join_kernel, types, join, ()
+    yield "rows join", join_kernel, types, join | names, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
@@ -180,7 +184,7 @@ UNIT = {"stride_av": 1, "stride_ov": 1}
 
 
 def compile_one(kernel, types, settings, odd, capability):
-    options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
+    options = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
     constants = {name: value for name, value in settings.items() if name not in options}
     constants |= {name: value for name, value in UNIT.items() if name in kernel.arg_names}
     if not constants.get("HAS_BIAS"):

@@ -21,6 +21,7 @@ if reason := dispatch.unavailable_reason("triton", torch.get_default_device()):
 kernels = dispatch.load("triton")
 torch_kernels = dispatch.load("torch")
 linear = pytest.importorskip("dpo_kernels.impl.triton_linear")
+join = pytest.importorskip("dpo_kernels.impl.triton_join")
 rows = pytest.importorskip("dpo_kernels.impl.triton_rows")
 sequences = pytest.importorskip("dpo_kernels.impl.triton_sequences")
 COMPILE = Path(__file__).with_name("compile_triton.py")
@@ -113,19 +114,33 @@ def test_the_first_of_equal_logits_is_the_top_one(request, monkeypatch, kind):
         assert out.stats["is_top1"].flatten().tolist() == [1.0, 0.0, 0.0], top
 
 
-def test_a_split_of_impossible_entries_alone(fused, no_tiles, monkeypatch):
+@pytest.mark.parametrize("value", [float("-inf"), -1e30])
+def test_a_split_of_impossible_entries_alone(fused, no_tiles, monkeypatch, value):
     monkeypatch.setattr(linear, "splits_of", lambda *_: 4)
     inputs = head_inputs(2, 9, 48, 1024, confident=0.3).to(torch.bfloat16)
     inputs.labels.clamp_(max=255)
-    stats = ("entropy", "is_top1", "log_sum_sq_probs")  # the mean logit is -inf
+    stats = ("entropy", "is_top1", "log_sum_sq_probs")  # the mean logit is the value's
     for impossible in (slice(256, 512), slice(256, None)):
         bias = inputs.bias.detach().clone()
-        bias[impossible] = float("-inf")
+        bias[impossible] = value
         with torch.no_grad():
             ours = linear_sequence_logps(*inputs[:3], bias=bias, stats=STATS, impl="triton")
             theirs = linear_sequence_logps(*inputs[:3], bias=bias, stats=stats, impl="torch")
         assert_same_results(ours, theirs, rtol=1e-5, atol=1e-5)
-        assert ours.stats["mean_logit"][inputs.labels >= 0].eq(-torch.inf).all()
+        assert ours.stats["mean_logit"][inputs.labels >= 0].lt(-1e29).all()
+
+
+def test_norm_far_from_zero(fused, no_tiles):
+    """Its largest logit is one, and its sum is of exponentials by that, not by what rounds to it."""
+    x, weight = (torch.randint(-2, 3, shape).to(torch.bfloat16) for shape in ((20, 16), (123, 16)))
+    bias, y = torch.full((123,), 9984.0, dtype=torch.bfloat16), torch.randint(123, (20,))
+    fold = kernels.new_fold(y, torch.float32, ())
+    assert kernels.linear_fold_(fold, x, weight, bias, LogitTransform(), torch.bfloat16)
+    logp, norm, _ = fold.finish(123, torch.float32)
+    logits = x.double() @ weight.double().T + 9984
+    assert torch.equal(norm[0].double(), logits.amax(1))
+    torch.testing.assert_close(norm[1].double(), (logits - logits.amax(1, True)).exp().sum(1), rtol=2e-6, atol=0)
+    torch.testing.assert_close(logp.double(), logits.log_softmax(1)[torch.arange(20), y], rtol=2e-6, atol=2e-6)
 
 
 def test_a_strided_bias_in_the_fused_forward(fused, no_tiles):
@@ -352,7 +367,7 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
         (sequences, "sum_tokens_fwd_kernel"),
         (sequences, "sum_tokens_bwd_kernel"),
         (linear, "linear_fold_fwd_kernel"),
-        (linear, "linear_join_kernel"),
+        (join, "join_kernel"),
         (rows, "rows_kernel"),
         (rows, "gather_rows_kernel"),
     ):
@@ -398,6 +413,7 @@ ONE_OF_EACH = [
     "linear exp plain",
     "linear pack plain",
     "linear dlogits plain",
+    "shifts",
 ]
 
 
@@ -423,7 +439,10 @@ def test_machine_code(sm, only, tmp_path):
             assert row["shared"] <= SHARED_MEMORY[sm] * 1024, row
             assert (row["store128"] > 0) == ("fold" not in kernel), row
             continue
-        if kernel in ("rows join", "rows linear join", "rows found"):  # a number of each row at a time
+        if kernel == "shifts":
+            assert row["add"] == 1, row  # what is subtracted is rounded before
+            continue
+        if kernel in ("rows join", "rows found"):  # a number of each row at a time
             continue
         assert row["load128"] > 0, row
         assert row["store128"] > 0 or (kernel.startswith("fold") and "exp" not in kernel), row
