@@ -55,7 +55,9 @@ TILE_BYTES = 128 * 2**20
 # A program takes 16 KiB of a row at once, or of each of its rows: so much has to be on its way from memory.
 BLOCK_N, MAX_BLOCK_BYTES, MAX_BLOCK_H = 1, 2**14, 1024
 CHECKED_LABELS = 1024
-MAX_REGISTERS = 64  # of a thread: four blocks of 8 warps have a multiprocessor together
+# Of a thread: two blocks of 8 warps have a multiprocessor together, or four, without statistics and a softcap. (Without
+# a limit, assemblers choose lower ones, and spill.)
+MAX_REGISTERS, FEW_REGISTERS = 128, 64
 
 # The fields of a Fold's state that the kernels name.
 SUM: tl.constexpr = tl.constexpr(3)
@@ -392,10 +394,12 @@ def logits_bwd_kernel(
     tl.store(out_row_ptr + at * stride_ov, d.to(out_ptr.dtype.element_ty), mask=in_range[:, None] & inside)
 
 
-def _launch(dtype: torch.dtype, v: int) -> dict[str, Any]:
+def _launch(dtype: torch.dtype, v: int, registers: int = MAX_REGISTERS) -> dict[str, Any]:
     block = min(max(triton.next_power_of_2(v), _per(dtype)), MAX_BLOCK_BYTES // dtype.itemsize)
-    acc = tl.float64 if accumulate_dtype(dtype) == torch.float64 else tl.float32
-    return {"ACC": acc, "BLOCK_N": BLOCK_N, "BLOCK_V": block, "num_warps": 8 if block * dtype.itemsize > 2**12 else 4}
+    launch = {"BLOCK_N": BLOCK_N, "BLOCK_V": block, "num_warps": 8 if block * dtype.itemsize > 2**12 else 4}
+    if accumulate_dtype(dtype) == torch.float64:
+        return launch | {"ACC": tl.float64}
+    return launch | {"ACC": tl.float32, "maxnreg": registers}
 
 
 def _per(dtype: torch.dtype) -> int:
@@ -438,6 +442,7 @@ def _fold_tile(
     assert a.is_contiguous()
     state, argmax, y = fold.state[:, rows], fold.argmax[rows], fold.y[rows]
     stride_sums, h = (0, 0) if sums is None else (sums.stride(0), sums.shape[1])
+    registers = MAX_REGISTERS if fold.names or transform.softcap is not None else FEW_REGISTERS
     if n:
         run(
             fold_fwd_kernel, (triton.cdiv(n, BLOCK_N),), a,
@@ -445,7 +450,7 @@ def _fold_tile(
             v, v, state.stride(0), stride_sums, columns.start, n, v, h,
             **transform_constants(transform), HAS_BIAS=columns.bias is not None, STATS=bool(fold.names),
             WRITE_EXP=sums is not None, BLOCK_H=min(triton.next_power_of_2(max(h, 1)), MAX_BLOCK_H), PER=_per(a.dtype),
-            **_launch(a.dtype, v),
+            **_launch(a.dtype, v, registers),
         )  # fmt: skip
 
 
@@ -468,9 +473,7 @@ def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> t
     y, acc, v = labels.y, accumulate_dtype(logits.dtype), logits.shape[-1]
     logp, norm, values = (logits.new_empty(*lead, *y.shape, dtype=acc) for lead in ((), (2,), (len(stats),)))
     fit = y.new_empty((), dtype=torch.int32)
-    launch = _launch(logits.dtype, v)
-    if acc == torch.float32 and not stats:
-        launch["maxnreg"] = MAX_REGISTERS
+    launch = _launch(logits.dtype, v, MAX_REGISTERS if stats else FEW_REGISTERS)
     run(
         logits_fwd_kernel, (1 + triton.cdiv(y.numel(), BLOCK_N),), logits,
         logits, y, logp, norm, values, fit, *logits.stride(), *y.stride(), labels.ignore_index,

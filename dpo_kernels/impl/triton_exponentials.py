@@ -85,6 +85,11 @@ def pieces(columns: int, softcap: bool) -> int:
     return max(1, columns // (PIECE_COLUMNS // 2 if softcap else PIECE_COLUMNS))
 
 
+def shifted_pieces(columns: int) -> int:
+    """The same of path B: with smaller ones a softcap's loop gets longer."""
+    return max(4, columns // PIECE_COLUMNS)
+
+
 def shift_columns(device: torch.device) -> int:
     """How many entries of the vocabulary share a shift of packed exponentials."""
     return _columns(device, True)
@@ -171,8 +176,8 @@ class Exponentials:
         return found[TOP.value].amax(0)
 
     def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
-        count = pieces(self.columns, self.transform.softcap is not None)
         if not self.packed:
+            count = shifted_pieces(self.columns)
             for again in (False, True):
                 self._write(
                     linear_exp_fwd_kernel, rows, out, self.shift[rows],
@@ -186,6 +191,7 @@ class Exponentials:
                 self.shifts = self.x.new_empty(self.blocks, padded_rows(self.rows), dtype=torch.float32)
             shifts, out = self.shifts, [e.view(torch.float16) for e in out]
         of_parts = [(shifts.stride(0), part.first_block) for part in self.parts]
+        count = pieces(self.columns, self.transform.softcap is not None)
         self._write(linear_pack_fwd_kernel, rows, out, shifts, of_parts, PIECES=count)
 
     def _write(

@@ -65,8 +65,8 @@ def linear_exp_fwd_kernel(
         end = tl.where(some_far, end, begin)
     shift = tl.maximum(shift, FLOOR) * LOG2_E
     stride_field = tl.cast(stride_field, tl.int64)
-    at = part_ptr + tl.cast(first_split + tl.program_id(1), tl.int64) * stride_split + rows
-    tl.store(at + SHIFT * stride_field, shift, mask=is_row)  # now: registers are full later
+    own_split = tl.cast(first_split + tl.program_id(1), tl.int64) * stride_split
+    tl.store(part_ptr + (own_split + SHIFT * stride_field) + rows, shift, mask=is_row)  # now: later registers are full
     top = tl.full([BLOCK_N], LOWEST, tl.float32)
     at_label = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
@@ -111,6 +111,7 @@ def linear_exp_fwd_kernel(
             e_place = rows[:, None] + tl.arange(0, PIECE_V)[None, :] * stride_ev
             tl.store(e_block_ptr + e_place, e.to(e_ptr.dtype.element_ty), mask=is_written[:, None] & inside)
 
+    at = part_ptr + own_split + rows
     if not AGAIN:
         tl.store(at + TOP * stride_field, top, mask=is_row)
         tl.store(at + LABEL * stride_field, at_label, mask=is_row)

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from dpo_kernels.impl.triton import (
     CHECKED_LABELS,
+    FEW_REGISTERS,
     MAX_BLOCK_BYTES,
     MAX_BLOCK_H,
     MAX_REGISTERS,
@@ -41,6 +42,7 @@ from dpo_kernels.impl.triton_exponentials import (
     linear_exp_fwd_kernel,
     linear_pack_fwd_kernel,
     pieces,
+    shifted_pieces,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
 from dpo_kernels.impl.triton_join import JOIN_ROWS, JOIN_SPLITS, join_kernel
@@ -68,6 +70,8 @@ def cases(capability):
     for storage in ("fp32", "fp64") if everything else ("fp32",):
         common = {"ACC": getattr(tl, f"float{storage[2:]}"), "BLOCK_N": 1, "num_warps": 8}
         common["BLOCK_V"] = MAX_BLOCK_BYTES // BYTES[storage]
+        if storage == "fp32":
+            common["maxnreg"] = MAX_REGISTERS
         for name, (inner, outer) in transforms.items():
             if storage == "fp64" and name != "softcap":
                 continue
@@ -81,25 +85,26 @@ def cases(capability):
                         continue
                     if storage == "fp32" and not everything and stats != (name == "softcap"):
                         continue
+                    few = storage == "fp32" and name == "plain" and not stats
+                    registers = {"maxnreg": FEW_REGISTERS} if few else {}
                     yield (
                         f"fold {storage} {name}{' stats' * stats}{' exp' * write}",
                         fold_fwd_kernel,
                         types,
-                        {**where, "BLOCK_H": MAX_BLOCK_H, "STATS": stats, "WRITE_EXP": write, "PER": per},
+                        {**where, **registers, "BLOCK_H": MAX_BLOCK_H, "STATS": stats, "WRITE_EXP": write, "PER": per},
                         (),
                     )
             yield f"dlogits {storage} {name}", dlogits_bwd_kernel, types, {**where, "SLOPE": 1.0}, ()
     for storage in ("bf16", "fp32") if everything else ("bf16",):
         common = {"ACC": tl.float32, "BLOCK_N": 1, "num_warps": 8}
-        common["BLOCK_V"] = MAX_BLOCK_BYTES // BYTES[storage]
+        common |= {"BLOCK_V": MAX_BLOCK_BYTES // BYTES[storage], "maxnreg": MAX_REGISTERS}
         types = {"a_ptr": f"*{storage}", "out_ptr": f"*{storage}", "fit_ptr": "*i32"}
         types |= {f"{n}_ptr": "*fp32" for n in ("logp", "norm", "stats", "g")}
         for stats in (False, True):
             names = ("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS")
             asked = {name: i if stats else None for i, name in enumerate(names)}
             settings = {**common, **asked, "STATS": stats, "PER": 16 // BYTES[storage], "BLOCK_T": CHECKED_LABELS}
-            if not stats:
-                settings["maxnreg"] = MAX_REGISTERS
+            settings["maxnreg"] = MAX_REGISTERS if stats else FEW_REGISTERS
             yield f"fold logits {storage}{' stats' * stats}", logits_fwd_kernel, types, settings, ()
         yield f"dlogits logits {storage}", logits_bwd_kernel, types, common, ()
     for storage in ("bf16", "fp16") if everything else ("bf16",):
@@ -126,7 +131,7 @@ def cases(capability):
                     continue
                 types |= {"shift_ptr": "*fp32", "e_ptr": "*bf16"}
                 where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
-                count = pieces(where["BLOCK_V"], name == "softcap")
+                count = shifted_pieces(where["BLOCK_V"])
                 yield (
                     f"linear exp {name}{' stats' * stats}",
                     linear_exp_fwd_kernel,
