@@ -295,7 +295,12 @@ class Model:
             ]
             found.append(self.join(n))
             if self.impl == "cuda":
-                found += [Launch("weigh_kernel", 1, 8 * n * _over(v, step)), self.gradient(n, v, 4 * n * h)]
+                together = waves.sum_parts(n, v, h, self.gpu.multiprocessors, self.cluster) if v >= 2**14 else 1
+                found += [
+                    Launch("weigh_kernel", 1, 8 * n * _over(v, step)),
+                    self.gradient(n, v, 4 * n * h, 0, together),
+                ]
+                found += [Launch("sum", 1, 4 * n * h * (together + 1))] * (together > 1)
                 sums = 0 if alone or i == 0 else 8
                 written = 2 if alone else 0 if sums else 4
                 found += [self.gradient(size, n, written * size * h, sums * size * h) for size in blocks]
@@ -307,16 +312,16 @@ class Model:
                 found += self.product(size, n, h, 2 if alone else 4, accumulate=i > 0)
         return [*found, self.dhidden(2), *[self.rounding()] * (not alone)]
 
-    def gradient(self, m: int, k: int, written: float, sums: float = 0) -> Launch:
-        """A product [m, k] x [k, H] of exponentials that it weighs. Weighing hides behind the products of the stage
-        before. What does not: of each tile the first stage, which nothing is before, about 300 clocks; and that its
-        results are stored, about 700, while both groups of warps are done with it. Of a tile's 2^15 entries a 32nd of a
-        clock each, of which nothing hides."""
+    def gradient(self, m: int, k: int, written: float, sums: float = 0, parts: int = 1) -> Launch:
+        """A product [m, k] x [k, H] of exponentials that it weighs, in so many parts of its sum. Weighing hides behind
+        the products of the stage before. What does not: of each tile the first stage, which nothing is before, about
+        300 clocks; and that its results are stored, about 700, while both groups of warps are done with it. Of a tile's
+        2^15 entries a 32nd of a clock each, of which nothing hides."""
         rows, columns = _over(m, waves.TILE_ROWS * self.cluster), _over(self.h, waves.TILE_COLUMNS)
-        rounds = _over(rows * columns, self.gpu.multiprocessors // self.cluster) * waves.TILE * k
+        rounds = waves.product_rounds(m, self.h, self.gpu.multiprocessors, parts, self.cluster) * waves.TILE * k / parts
         read = 2 * k * (m * _over(columns, GRADIENTS_TOGETHER) + self.h * _over(rows, GRADIENTS_TOGETHER))
         epilogue = 1 / 32 / ASSUMED[self.impl].exposed
-        return Launch("linear_gradient_kernel", 1, read + written, rounds, (m, k, self.h), True, epilogue, sums)
+        return Launch("linear_gradient_kernel", 1, read + parts * written, rounds, (m, k, self.h), True, epilogue, sums)
 
     def scaled_gradients(self) -> list[Launch]:
         """The loss's own gradient: dX and dW are multiplied by it, in place, unless it is 1."""

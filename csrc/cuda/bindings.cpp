@@ -188,8 +188,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "linear_dhidden",
       [](const cuda::Weighed& of, const cuda::Weighed& rest, const cuda::Matrix& w, const cuda::Matrix& out,
-         int processors, Address stream) {
-        cuda::linear_dhidden(of, rest, w, out, processors, as<CUstream_st>(stream));
+         int parts, int processors, Address stream) {
+        cuda::linear_dhidden(of, rest, w, out, parts, processors, as<CUstream_st>(stream));
       },
       release_gil());
   m.def(

@@ -125,10 +125,11 @@ struct Weighed {
   int64_t first;
   int first_block;
 };
-// out [N, H] in fp32: d^T W without labels' entries, of the entries of `of` and then of `rest`, which may have none. See
+// out [N, H] in fp32: d^T W without labels' entries, of the entries of `of` and then of `rest`, which may have none; as
+// `parts` of the sum, each as large as the others, of which those behind the first lie behind it, dense. See
 // linear_gradients.cu.
-void linear_dhidden(const Weighed& of, const Weighed& rest, const Matrix& w, const Matrix& out, int processors,
-                    cudaStream_t);
+void linear_dhidden(const Weighed& of, const Weighed& rest, const Matrix& w, const Matrix& out, int parts,
+                    int processors, cudaStream_t);
 // out [v, H]: d x, of the entries of `of`. In bf16, rounded once; or in fp32, added to what is there if `add`; without
 // data, nowhere. bias [v], or null: sums of d over rows.
 void linear_dweight(const Weighed& of, const Matrix& x, DType out_type, const Matrix& out, bool add, float* bias,

@@ -17,6 +17,8 @@
 // blocks of columns, so that a pair's part of E is read once for these columns, H / 2048 times in all, and W or x once
 // for 2048 rows of the result. A tile reads 32 KB a stage through the second-level cache, as linear_fold.cu does.
 #include <algorithm>
+#include <stdexcept>
+#include <string>
 
 #include "clusters.cuh"
 #include "exponentials.cuh"
@@ -56,8 +58,8 @@ struct Shared {
 };
 
 struct Problem {
-  int clusters, row_pairs, column_blocks, steps;
-  int rows, columns;  // of the result
+  int clusters, row_pairs, column_blocks, steps, parts;  // of the sums of dX, each with a result of its own
+  int rows, columns;                                     // of the result
   void* out;          // or null
   int64_t stride;
   bool add;
@@ -66,14 +68,17 @@ struct Problem {
   // come behind `steps_of_first`.
   int first, first_block, second, second_block, steps_of_first;
 
-  __device__ int tiles() const { return row_pairs * column_blocks; }
+  __device__ int tiles() const { return row_pairs * column_blocks * parts; }
   struct Tile {
-    int row, column;
+    int row, column, part, first, last;  // steps [first, last)
   };
   // Of this block.
   __device__ Tile tile(int i) const {
-    const auto [pair, column] = by_turns<kPairsTogether>(i, row_pairs, column_blocks);
-    return {(pair * kCluster + static_cast<int>(cluster_rank())) * kRows, column * kColumns};
+    const auto [pair, other] = by_turns<kPairsTogether>(i, row_pairs, column_blocks * parts);
+    const int part = other / column_blocks, column = other % column_blocks;
+    const auto boundary = [&](int of) { return static_cast<int>(static_cast<int64_t>(steps) * of / parts); };
+    return {(pair * kCluster + static_cast<int>(cluster_rank())) * kRows, column * kColumns, part, boundary(part),
+            boundary(part + 1)};
   }
 };
 
@@ -86,7 +91,7 @@ __device__ void copy_tiles(const Problem& p, const CUtensorMap& e_map, const CUt
   Stage stage;
   for (int i = static_cast<int>(blockIdx.x) / kCluster; i < p.tiles(); i += p.clusters) {
     const Problem::Tile tile = p.tile(i);
-    for (int step = 0; step < p.steps; ++step, stage.next()) {
+    for (int step = tile.first; step < tile.last; ++step, stage.next()) {
       Barrier* full = shared.full(stage.index);
       unsigned char* e = shared.e(stage.index);
       float* weights = shared.weights(stage.index);
@@ -183,13 +188,13 @@ __device__ __forceinline__ void weigh_stage(uint32_t (&d)[kDepth / 16][4], float
 }
 
 // Writes a thread's rows, `row` and 8 more, or adds to what is there. Four threads of a row store 32 bytes together.
-__device__ __forceinline__ void store(const Problem& p, float*, const float (&acc)[kColumns / 2], int row, int column,
+__device__ __forceinline__ void store(const Problem& p, float* out, const float (&acc)[kColumns / 2], int row, int column,
                                       const Lane& at) {
   constexpr int together = 8;  // loads that do not wait for one another
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     if (row + 8 * r >= p.rows) continue;
-    float* to = static_cast<float*>(p.out) + (row + 8 * r) * p.stride + column + at.pair();
+    float* to = out + (row + 8 * r) * p.stride + column + at.pair();
 #pragma unroll
     for (int first = 0; first < kColumns / 8; first += together) {
       const auto inside = [&](int j) { return column + 8 * j < p.columns; };
@@ -208,13 +213,13 @@ __device__ __forceinline__ void store(const Problem& p, float*, const float (&ac
     }
   }
 }
-__device__ __forceinline__ void store(const Problem& p, __nv_bfloat16*, const float (&acc)[kColumns / 2], int row,
-                                      int column, const Lane& at) {
+__device__ __forceinline__ void store(const Problem& p, __nv_bfloat16* out, const float (&acc)[kColumns / 2],
+                                      int row, int column, const Lane& at) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     // of two neighbours one gets four columns of the first eight, the other one of the next
     const int odd = at.lane % 2, first = column + at.pair() + 6 * odd;
-    __nv_bfloat16* to = static_cast<__nv_bfloat16*>(p.out) + (row + 8 * r) * p.stride + first;
+    __nv_bfloat16* to = out + (row + 8 * r) * p.stride + first;
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j += 2) {
       const auto rounded = [&](int i) {
@@ -251,26 +256,27 @@ __device__ void multiply(const Problem& p, const Shared& shared) {
       wgmma_fence();
 #pragma unroll
       for (int k = 0; k < kDepth / 16; ++k) {
-        wgmma_of_registers<kColumns>(acc, now[k], columns + k * kNextTermsOfColumns, step > 0 || k > 0);
+        wgmma_of_registers<kColumns>(acc, now[k], columns + k * kNextTermsOfColumns, step > tile.first || k > 0);
       }
       wgmma_commit();
-      if (step > 0) {
+      if (step > tile.first) {
         wgmma_wait<1>();
         release(before);
       }
       before = stage.index;
       stage.next();
     };
-    for (int step = 0; step < p.steps; step += 2) {
+    for (int step = tile.first; step < tile.last; step += 2) {
       take(step, d[0]);
-      if (step + 1 < p.steps) take(step + 1, d[1]);
+      if (step + 1 < tile.last) take(step + 1, d[1]);
     }
     wgmma_wait<0>();
     wgmma_results(acc);
     release(before);
 
     const int row = first_row + at.row();
-    if (p.out != nullptr) store(p, static_cast<O*>(nullptr), acc, row, tile.column, at);
+    O* out = static_cast<O*>(p.out);
+    if (out != nullptr) store(p, out + tile.part * p.rows * p.stride, acc, row, tile.column, at);
     if (kSums && tile.column == 0) {
 #pragma unroll
       for (int r = 0; r < 2; ++r) {
@@ -340,7 +346,7 @@ void launch(Problem p, const Weighed& first, const Weighed& second, const Matrix
   p.row_pairs = blocks_of(p.rows, kClusterRows);
   // without a result, sums alone are wanted
   p.column_blocks = out.data == nullptr ? 1 : blocks_of(p.columns, kColumns);
-  p.clusters = std::min(p.row_pairs * p.column_blocks, std::max(1, processors / kCluster));
+  p.clusters = std::min(p.row_pairs * p.column_blocks * p.parts, std::max(1, processors / kCluster));
   p.first = static_cast<int>(first.first);
   p.first_block = first.first_block;
   p.second = static_cast<int>(second.first);
@@ -361,13 +367,17 @@ void weigh(const Transform& transform, const Matrix& weights, const RowWeights& 
       static_cast<float>(Scales(transform).outer * kLog2E));
 }
 
-void linear_dhidden(const Weighed& first, const Weighed& second, const Matrix& w, const Matrix& out, int processors,
-                    cudaStream_t stream) {
+void linear_dhidden(const Weighed& first, const Weighed& second, const Matrix& w, const Matrix& out, int parts,
+                    int processors, cudaStream_t stream) {
   Problem p = {};
   p.rows = static_cast<int>(out.rows);
   p.columns = static_cast<int>(out.columns);
   p.steps_of_first = blocks_of(first.e.rows, kDepth);
   p.steps = p.steps_of_first + blocks_of(second.e.rows, kDepth);
+  p.parts = parts;
+  if (parts < 1 || parts > p.steps) {
+    throw std::invalid_argument("parts: expected 1 to " + std::to_string(p.steps) + ", got " + std::to_string(parts));
+  }
   launch<Of::hidden, float, false>(p, first, second, w, out, processors, stream);
 }
 
@@ -377,6 +387,7 @@ void linear_dweight(const Weighed& of, const Matrix& x, DType out_type, const Ma
   p.rows = static_cast<int>(of.e.rows);
   p.columns = static_cast<int>(x.columns);
   p.steps = blocks_of(x.rows, kDepth);
+  p.parts = 1;
   p.add = add;
   p.bias = bias;
   const auto with = [&](auto o) {

@@ -19,6 +19,7 @@ from dpo_kernels.impl import cuda_linear, waves
 from dpo_kernels.impl.cuda_linear import Sums, address, matrix, stream
 from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
 from dpo_kernels.impl.interface import GradRows, LogitTransform
+from dpo_kernels.impl.products import LONG_SUM
 
 
 def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
@@ -156,10 +157,18 @@ class Dlogits:
         assert out.is_contiguous() and out.dtype == torch.float32 and len(self.e) <= 2
         none = _cuda.Weighed(_cuda.Matrix(0, 0, 0, 0), _cuda.Matrix(0, 0, 0, 0), 0, 0)
         of, rest = [*map(self._weighed, self.sweep.parts, self.e), none][:2]
+        (v, h), n = self.sweep.weight.shape, out.shape[0]
+        parts = 1
+        if v >= LONG_SUM:
+            parts = waves.sum_parts(n, v, h, self.sweep.multiprocessors, _cuda.CLUSTER_BLOCKS)
+        found = out if parts == 1 else out.new_empty(parts, n, h)
+        to = _cuda.Matrix(address(found), n, h, h)
         with torch.cuda.device_of(out):
             _cuda.linear_dhidden(
-                of, rest, matrix(self.sweep.weight), matrix(out), self.sweep.multiprocessors, stream(out)
-            )
+                of, rest, matrix(self.sweep.weight), to, parts, self.sweep.multiprocessors, stream(out)
+            )  # fmt: skip
+        if parts > 1:
+            torch.sum(found, 0, out=out)
 
     def dweight(self, blocks: Iterable[slice], out: Tensor | None, dbias: Tensor | None, accumulate: bool) -> None:
         assert out is None or out.is_contiguous() and (out.dtype == torch.float32 or not accumulate)

@@ -33,26 +33,28 @@ def _over(size: int, of: int) -> int:
     return -(-size // of)
 
 
-def product_rounds(m: int, n: int, multiprocessors: int, parts: int = 1) -> int:
-    """Of a product [m, k] x [k, n] whose sum is in so many parts that are computed side by side."""
-    return _over(parts * _over(m, TILE_ROWS) * _over(n, TILE_COLUMNS), multiprocessors)
+def product_rounds(m: int, n: int, multiprocessors: int, parts: int = 1, cluster: int = 1) -> int:
+    """Of a product [m, k] x [k, n] whose sum is in so many parts that are computed side by side. `cluster`: so many
+    multiprocessors are one unit, with the same columns and other rows each."""
+    return _over(parts * _over(m, TILE_ROWS * cluster) * _over(n, TILE_COLUMNS), max(1, multiprocessors // cluster))
 
 
-def _product_time(m: int, k: int, n: int, multiprocessors: int, parts: int) -> float:
-    time = product_rounds(m, n, multiprocessors, parts) * TILE * k / parts
+def _product_time(m: int, k: int, n: int, multiprocessors: int, parts: int, cluster: int = 1) -> float:
+    time = product_rounds(m, n, multiprocessors, parts, cluster) * TILE * k / parts
     if parts > 1:  # in fp32, written and read
         time += 8 * parts * m * n * PER_BYTE / multiprocessors
     return time
 
 
 @functools.lru_cache(maxsize=1024)
-def sum_parts(m: int, k: int, n: int, multiprocessors: int) -> int:
-    """Into how many parts of k a product [m, k] x [k, n] is best split that has no tile for each multiprocessor."""
-    tiles = _over(m, TILE_ROWS) * _over(n, TILE_COLUMNS)
-    if not 0 < tiles < multiprocessors:
+def sum_parts(m: int, k: int, n: int, multiprocessors: int, cluster: int = 1) -> int:
+    """Into how many parts of k a product [m, k] x [k, n] is best split that has no tile for each multiprocessor, or for
+    each cluster of them."""
+    tiles, units = _over(m, TILE_ROWS * cluster) * _over(n, TILE_COLUMNS), max(1, multiprocessors // cluster)
+    if not 0 < tiles < units:
         return 1
-    choices = range(1, max(4, multiprocessors // tiles) + 1)
-    return min(choices, key=lambda parts: _product_time(m, k, n, multiprocessors, parts))
+    choices = range(1, max(4, units // tiles) + 1)
+    return min(choices, key=lambda parts: _product_time(m, k, n, multiprocessors, parts, cluster))
 
 
 def product_time(m: int, k: int, n: int, multiprocessors: int, in_parts: bool = False) -> float:

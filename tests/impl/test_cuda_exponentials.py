@@ -338,10 +338,13 @@ def test_weights_of_rows_of_any_size(kernels):
         ((1, 140, 520, 1300), (576, 724)),
     ],
 )
-@pytest.mark.parametrize("before", [0, 7])
-def test_products_of_weighed_exponentials(kernels, shape, sizes, before):
+@pytest.mark.parametrize(("before", "parts"), [(0, 1), (7, 3)])
+def test_products_of_weighed_exponentials(kernels, monkeypatch, shape, sizes, before, parts):
     """From the kernels' own factors: each entry of dlogits is rounded once, labels' are in dW and not in dX, and sums
-    are in fp32. Exponentials stay what they are, and nothing is written beside the blocks of dW that are asked for."""
+    are in fp32. Exponentials stay what they are, and nothing is written beside the blocks of dW that are asked for.
+    `parts` of dX's sum are computed side by side."""
+    monkeypatch.setattr(kernels.cuda_exponentials, "LONG_SUM", 1)
+    monkeypatch.setattr(kernels.cuda_exponentials.waves, "sum_parts", lambda *_: min(parts, -(-shape[3] // 64)))
     transform, (_, count, h, v) = LogitTransform(-0.7, 5.0, 1.3), shape
     x, weight, y = flat(head_inputs(*shape, labelled=1.0, logit_std=4.0).to(BF16))
     rows, n = slice(before, count), count - before

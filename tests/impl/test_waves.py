@@ -57,6 +57,8 @@ def test_parts_of_common_sums():
     assert waves.sum_parts(1024, 128256, 4096, 132) == 1, "128 of 132 as it is"
     assert waves.sum_parts(1024, 128256, 3072, 132) == 4, "384 of 396, with 96 tiles"
     assert waves.sum_parts(0, 128256, 3072, 132) == 1
+    assert waves.sum_parts(1024, 128256, 2048, 132, cluster=2) == 2, "64 of 66 pairs, with 32 tiles"
+    assert waves.sum_parts(2048, 128256, 2048, 132, cluster=2) == 1, "64 of 66 as it is"
 
 
 @pytest.mark.parametrize("cluster", [1, 2], ids=["Triton", "CUDA"])
