@@ -74,9 +74,8 @@ LAUNCH = 3e-6
 # Clocks of a multiprocessor for an entry of an epilogue: an exponential (16 a clock); 14 others (128 a clock), which
 # writing it takes besides.
 FOLD, WRITE = 1 / 16, 14 / 128
-# Of labelled rows, where the host knows their number: comparisons and an assertion, their places, labels, and two
-# tables that are filled with zeros and then with what the rows have. (The hidden states' copy is counted by itself.)
-FIND_ROWS = 17
+# Of Triton's, a fold's state, which nothing is written to.
+NEW_FOLD = 5
 # Of the loss of a part's pairs, forward and backward: small kernels of PyTorch's.
 COEFFICIENTS = 40
 # What logits of a tile take.
@@ -213,12 +212,22 @@ class Model:
         found = [Launch("product", 1, moved, time, (m, k, n), sums=sums)]
         return found + [Launch("sum", 1, 4 * m * n * (parts + 1))] * (parts > 1)
 
-    def compaction(self) -> list[Launch]:
-        """Labelled rows are found, checked, copied together and put back by PyTorch's operators."""
-        return [Launch("find rows", FIND_ROWS), self.gather()]
+    def found(self) -> list[Launch]:
+        """Labelled rows are found and checked, where the host knows their number."""
+        return [Launch("rows_kernel"), Launch("_assert_async")]
 
-    def gather(self) -> Launch:
-        return Launch("gather", 1, 4 * self.n * self.h)
+    def compaction(self) -> list[Launch]:
+        """Their hidden states are copied together."""
+        return [*self.found(), Launch("gather_rows_kernel", 1, 4 * self.n * self.h)]
+
+    def put_back(self) -> Launch:
+        """Log-probabilities go to their places."""
+        return Launch("index_put_")
+
+    def dhidden_of_positions(self) -> list[Launch]:
+        """From the gradient of log-probabilities at their places on to that of hidden states at theirs."""
+        table = [Launch("new_zeros", 1, 2 * self.n * self.h), Launch("index_put_", 1, 4 * self.n * self.h)]
+        return [Launch("index"), *table]
 
     def join(self, n: int) -> Launch:
         return Launch("exp_join_kernel", 1, 4 * FIELDS * n * self.splits(n, self.v))
@@ -229,26 +238,27 @@ class Model:
 
     def backward(self) -> list[Launch]:
         """What path B leaves for the backward: dX times the gradient of its row, rounded."""
-        return [Launch("mul", 1, 8 * self.n * self.h), Launch("cast", 1, 6 * self.n * self.h)]
+        scaled = [Launch("mul", 1, 8 * self.n * self.h), Launch("_to_copy", 1, 6 * self.n * self.h)]
+        return [*scaled, *self.dhidden_of_positions()]
 
     # Paths
 
     def path_a(self) -> list[Launch]:
         if self.impl == "tiles":
             return self.tiles_a()
-        # Triton's finds labelled rows in one kernel, and reads them where they lie
-        found = [Launch("rows_kernel"), Launch("_assert_async")] if self.impl == "triton" else self.compaction()
-        return [*found, *self.folded()]
+        # Triton's reads hidden states where they lie
+        found = self.found() if self.impl == "triton" else self.compaction()
+        return [*found, *self.folded(), Launch("sum_tokens")]
 
     def folded(self) -> list[Launch]:
-        swept = self.fused("linear_fold_fwd_kernel", self.n, self.v, FOLD)
-        return [swept, self.join(self.n), Launch("sum_tokens")]
+        return [self.fused("linear_fold_fwd_kernel", self.n, self.v, FOLD), self.join(self.n)]
 
     def path_b(self) -> list[Launch]:
         if self.impl == "tiles":
             return self.tiles_b()
         rows = waves.rows_at_a_time(self.n, self.v, self.h, self.gpu.multiprocessors, EXP_BYTES, self.cluster)
-        return [*self.compaction(), *self.exponentials_b(rows), Launch("sum_tokens"), *self.backward()]
+        swept = self.exponentials_b(rows)
+        return [*self.compaction(), *swept, self.put_back(), Launch("sum_tokens"), *self.backward()]
 
     def exponentials_b(self, rows: int) -> list[Launch]:
         """Blocks of so many rows: exponentials are written, some again, and one product takes them."""
@@ -274,7 +284,7 @@ class Model:
             return [*self.path_d(), Launch("coefficients", COEFFICIENTS)]
         swept = self.tiles_c(chunks) if self.impl == "tiles" else self.exponentials_c(chunks)
         losses = Launch("coefficients", COEFFICIENTS * len(chunks))
-        return [*self.compaction(), *swept, losses, *self.scaled_gradients()]
+        return [*self.compaction(), *swept, losses, *self.scaled_gradients(), *self.dhidden_of_positions()[1:]]
 
     def exponentials_c(self, chunks: list[int]) -> list[Launch]:
         """Chunks of so many rows: exponentials are written, become dlogits, and two products take them; on CUDA they
@@ -331,7 +341,9 @@ class Model:
     def path_d(self) -> list[Launch]:
         if self.impl == "tiles":
             return self.tiles_d()
-        return [*self.compaction(), *self.folded(), self.gather(), *self.recomputed_d(), *self.backward()[1:]]
+        fold = [Launch("new_fold", NEW_FOLD)] if self.impl == "triton" else []
+        forward = [*self.compaction(), *fold, *self.folded(), self.put_back(), Launch("sum_tokens")]
+        return [*forward, *self.recomputed_d(), *self.dhidden_of_positions()]
 
     def recomputed_d(self) -> list[Launch]:
         """Blocks of the vocabulary: dlogits are written, and two products take them."""
@@ -342,14 +354,14 @@ class Model:
             written = self.fused("linear_dlogits_kernel", n, v, FOLD, 2 * v * self.k.padded_rows(n))
             block = [written, *self.product(v, n, h, 2), *self.product(n, v, h, 4, accumulate=bool(found))]
             found += [launch._replace(count=count * launch.count) for launch in block]
-        return [*found, self.dhidden(4)]
+        return [*found, self.dhidden(2)]
 
     def path_e(self, backward: bool = False) -> list[Launch]:
         """A row is read once; with the backward again, and its gradient written. The last rows leave some
         multiprocessors without work."""
         rounds = _over(self.n, self.gpu.multiprocessors * ROWS_AT_ONCE) * self.gpu.multiprocessors * ROWS_AT_ONCE
         moved = 2 * self.v * rounds
-        found = [Launch("rows", 1, moved), Launch("sum_tokens")]
+        found = [Launch("rows", 1, moved), Launch("_assert_async"), Launch("sum_tokens")]
         return [*found, Launch("sum_gradient"), Launch("dlogits", 1, 2 * moved)] if backward else found
 
     # Tiles of fp32 logits, where no kernel of ours multiplies: a product writes one, a kernel reads it
@@ -374,7 +386,7 @@ class Model:
     def tiles_a(self) -> list[Launch]:
         blocks = paths._traffic_blocks(self.n, self.v, torch.float32, TILE_BYTES)
         swept = self.tiled(self.n, *blocks, lambda n, v: [Launch("fold", 1, 4 * n * v + self.state(n))])
-        return [*self.compaction(), *swept, Launch("finish"), Launch("sum_tokens")]
+        return [*self.compaction(), *swept, Launch("finish"), self.put_back(), Launch("sum_tokens")]
 
     def tiles_b(self) -> list[Launch]:
         def each(n: int, v: int) -> list[Launch]:
@@ -389,7 +401,7 @@ class Model:
             Launch("mul_", 1, 8 * self.n * self.h),
             label_rows,
         ]
-        return [*self.compaction(), *swept, Launch("sum_tokens"), *self.backward()]
+        return [*self.compaction(), *swept, self.put_back(), Launch("sum_tokens"), *self.backward()]
 
     def gradients(self, n: int, v: int, only: bool) -> list[Launch]:
         """dlogits of a tile that is read once, in place, with the labels' entries; and its two products. All rows in
@@ -416,7 +428,7 @@ class Model:
         only = rows >= self.n
         swept = self.tiled(self.n, rows, columns, lambda n, v: self.gradients(n, v, only))
         rounded = [self.rounding()] * (not only)
-        return [*self.tiles_a(), self.gather(), *swept, *rounded, self.dhidden(4), *self.backward()[1:]]
+        return [*self.tiles_a(), *swept, *rounded, self.dhidden(4), *self.backward()[1:]]
 
 
 def _over(size: int, of: int) -> int:

@@ -12,7 +12,7 @@ import torch
 from places import ROOT
 from recording import Operators, record
 
-from dpo_kernels import dispatch, ops, sequence_logps
+from dpo_kernels import dispatch, linear_dpo, linear_dpo_loss, linear_sequence_logps, logps, ops, sequence_logps
 from dpo_kernels.impl import paths, waves
 from dpo_kernels.impl.interface import GradRows, LogitTransform
 from dpo_kernels.testing import head_inputs
@@ -171,7 +171,8 @@ def recorded(monkeypatch):
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 64)
     monkeypatch.setattr(paths, "DW_COLUMNS", 40)
     monkeypatch.setattr(paths, "ALIGNED", 16)
-    others = (importlib.import_module(f"dpo_kernels.impl.triton{part}") for part in ("", "_rows", "_sequences"))
+    parts = ("", "_rows", "_scale", "_sequences")
+    others = (importlib.import_module(f"dpo_kernels.impl.triton{part}") for part in parts)
     launches, shapes = record(monkeypatch, kernels, linear, exponentials, *others)
     return kernels, launches, shapes
 
@@ -210,6 +211,48 @@ def test_what_path_a_launches(gpu_model, recorded):
     names, _ = predicted(gpu_model, labelled, 48, 251, lambda model: model.path_a())
     assert launches["linear_fold_fwd_kernel"] == names["linear_fold_fwd_kernel"] == 1
     assert launches.total() <= names.total() <= 6, launches
+
+
+# What the model calls Triton's kernels, and those of the operators that come together.
+IN_MODEL = {
+    "linear_join_kernel": "exp_join_kernel", "sum_tokens_fwd_kernel": "sum_tokens", "scale_kernel": "scale_",
+    "linear_dlogits_bwd_kernel": "linear_dlogits_kernel",
+    **dict.fromkeys(("zeros", "full_like", "fill_"), "new_fold"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["B", "C", "D"])
+def test_what_a_whole_call_launches(gpu_model, recorded, monkeypatch, path):
+    """Labelled rows lie anywhere among the positions, and their number is known. What the loss of pairs launches is no
+    more than the model says; all else is counted by name."""
+    kernels, launches, _ = recorded
+    n, h, v = 48, 48, 251
+    inputs = head_inputs(4, 40, h, v, labelled=0.6).to(BF16)
+    labels = torch.full((4, 40), -100)
+    labels[:, 5:29:2] = 7
+    hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(path != "B")
+    # on a GPU these are assertions, or look at nothing
+    for module in (logps, linear_dpo):
+        monkeypatch.setattr(module, "is_at_hand", lambda t: False)
+        monkeypatch.setattr(module, "check_head_is_finite", lambda *_: None)
+    monkeypatch.setattr(waves, "columns_at_a_time", lambda *_, **__: 128)
+    monkeypatch.setattr(kernels, "exponential_rows", lambda *_: n)
+    options = {"num_labelled": n, "check_hidden": False, "impl": "triton"}
+    given = torch.full(() if path == "C" else (4,), 2.0)
+    with Operators(launches):
+        if path == "C":
+            out = linear_dpo_loss(hidden, weight, labels, torch.zeros(4), **options).loss
+        else:
+            out = linear_sequence_logps(hidden, weight, labels, **options).logps
+        out.backward(given)
+    names, _ = predicted(gpu_model, n, h, v, gpu_model.PATHS[path])
+    assert names.pop("_assert_async") == 1
+    of_losses, found = names.pop("coefficients", 0), Counter()
+    for name, count in launches.items():
+        found[IN_MODEL.get(name, name) if path != "C" or name.endswith("kernel") else name] += count
+    if path == "C":
+        assert found.pop("_local_scalar_dense") == 1  # whether the gradient on a CPU is 1
+    assert not names - found and (found - names).total() <= of_losses, (found, names)
 
 
 @pytest.mark.parametrize("backward", [False, True])

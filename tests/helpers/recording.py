@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from dpo_kernels import ops
+
 
 class Launched:
     """In the place of a kernel: notes its launches."""
@@ -63,23 +65,34 @@ def launches_of(monkeypatch: Any, impl: str) -> Counter[str]:
 
 
 class Operators(TorchDispatchMode):
-    """Counts PyTorch's operators that launch something."""
+    """Counts PyTorch's operators that launch something, or wait for it, inside the custom operators too; and notes the
+    largest tensor that comes to be, in bytes."""
 
     WITHOUT_KERNEL = (
         *("empty", "view", "slice", "select", "t", "transpose", "as_strided", "unbind", "detach", "alias", "expand"),
-        *("unsqueeze", "dpo_kernels::"),
+        *("unsqueeze", "squeeze", "split"),
     )
+    # Of these, some make a copy.
+    MAYBE_VIEWS = ("reshape", "to", "contiguous")
 
     def __init__(self, launches: Counter[str]):
         super().__init__()
-        self.launches = launches
+        self.launches, self.largest = launches, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.name().removeprefix("aten::").partition(".")[0]
-        known = tuple(each if each.endswith("::") else f"{each}_" for each in self.WITHOUT_KERNEL)
-        if not (name in self.WITHOUT_KERNEL or name.startswith(known) or name == "new_empty"):
+        name = func.name()
+        if name in ops.IMPLEMENTATION_OF:
+            with self:
+                return ops.IMPLEMENTATION_OF[name](*args)
+        out = func(*args, **(kwargs or {}))
+        name = name.removeprefix("aten::").partition(".")[0]
+        is_view = name in self.MAYBE_VIEWS and out.data_ptr() == args[0].data_ptr()
+        known = (f"{each}_" for each in self.WITHOUT_KERNEL)
+        if not (is_view or name in (*self.WITHOUT_KERNEL, "new_empty") or name.startswith(tuple(known))):
             self.launches[name] += 1
-        return func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.numel() * out.itemsize)
+        return out
 
 
 def record(monkeypatch: Any, kernels: Any, *modules: Any) -> tuple[Counter[str], list[tuple[int, int, int, bool]]]:
