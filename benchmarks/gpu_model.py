@@ -270,45 +270,51 @@ class Model:
             found += [launch._replace(count=count * launch.count) for launch in block]
         return [*found, self.join(self.n), self.dhidden(4)]
 
-    def chunks(self, chunk_bytes: int) -> list[int]:
-        """Rows of path C's, of pairs that are alike; none where path D is taken."""
+    def chunks(self, chunk_bytes: int) -> tuple[list[int], int | None]:
+        """Rows of path C's, of pairs that are alike; none where path D is taken. Of how many vocabulary entries
+        exponentials are stored; None: of all."""
         pair = torch.arange(self.n) % PAIRS
         options = {"dweight": True, "exponentials": self.impl != "tiles"}
         comparisons = Rows(pair, pair), Halves(PAIRS)
         groups = plan_groups(*comparisons, self.weight, torch.float32, chunk_bytes, "triton", **options)
-        return [group.rows.stop - group.rows.start for group in groups or []]
+        groups = groups or []
+        return [group.rows.stop - group.rows.start for group in groups], groups[0].stored if groups else None
 
     def path_c(self, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> list[Launch]:
-        chunks = self.chunks(chunk_bytes)
+        chunks, stored = self.chunks(chunk_bytes)
         if not chunks:
             return [*self.path_d(), Launch("coefficients", COEFFICIENTS)]
-        swept = self.tiles_c(chunks) if self.impl == "tiles" else self.exponentials_c(chunks)
+        swept = self.tiles_c(chunks) if self.impl == "tiles" else self.exponentials_c(chunks, stored)
         losses = Launch("coefficients", COEFFICIENTS * len(chunks))
         return [*self.compaction(), *swept, losses, *self.scaled_gradients(), *self.dhidden_of_positions()[1:]]
 
-    def exponentials_c(self, chunks: list[int]) -> list[Launch]:
+    def exponentials_c(self, chunks: list[int], stored: int | None = None) -> list[Launch]:
         """Chunks of so many rows: exponentials are written, become dlogits, and two products take them; on CUDA they
         become dlogits on their way into two products of ours. Those of a single chunk lie in the memory of dW as far as
-        they fit."""
-        alone, v, h = len(chunks) == 1, self.v, self.h
+        they fit. What is not `stored` is computed again."""
+        alone, h, stored = len(chunks) == 1, self.h, self.v if stored is None else stored
         stride = self.k.padded_rows(max(chunks))
         kept = paths._kept_columns(self.k, max(chunks), self.weight) if alone else 0
         step = waves.TILE_COLUMNS if self.impl == "cuda" else self.k.shift_columns(self.weight.device)
-        blocks = [block.stop - block.start for block in paths._dw_blocks(v, h, kept, stride, step)]
+        blocks = [block.stop - block.start for block in paths._dw_blocks(self.v, h, kept, stride, step, stored)]
         found = []
         for i, n in enumerate(chunks):
-            parts = paths._sizes(v, kept)
+            parts = paths._sizes(stored, kept)
             logits = [size * self.k.padded_rows(n) for size in parts]
             found += [
                 self.fused("linear_pack_fwd_kernel", n, size, WRITE, 2 * of)
                 for size, of in zip(parts, logits, strict=True)
             ]
+            if stored < self.v:
+                found.append(self.fused("linear_pack_fwd_kernel", n, self.v - stored, FOLD))
             found.append(self.join(n))
             if self.impl == "cuda":
-                together = waves.sum_parts(n, v, h, self.gpu.multiprocessors, self.cluster) if v >= 2**14 else 1
+                together = 1
+                if stored >= 2**14:
+                    together = waves.sum_parts(n, stored, h, self.gpu.multiprocessors, self.cluster)
                 found += [
-                    Launch("weigh_kernel", 1, 8 * n * _over(v, step)),
-                    self.gradient(n, v, 4 * n * h, 0, together),
+                    Launch("weigh_kernel", 1, 8 * n * _over(stored, step)),
+                    self.gradient(n, stored, 4 * n * h, 0, together),
                 ]
                 found += [Launch("sum", 1, 4 * n * h * (together + 1))] * (together > 1)
                 sums = 0 if alone or i == 0 else 8
@@ -320,6 +326,8 @@ class Model:
                 found += self.product(n, size, h, 4, accumulate=part > 0)
             for size in blocks:
                 found += self.product(size, n, h, 2 if alone else 4, accumulate=i > 0)
+        if stored < self.v:
+            found += self.recomputed(self.v - stored, True)
         return [*found, self.dhidden(2), *[self.rounding()] * (not alone)]
 
     def gradient(self, m: int, k: int, written: float, sums: float = 0, parts: int = 1) -> Launch:
@@ -346,15 +354,19 @@ class Model:
         return [*forward, *self.recomputed_d(), *self.dhidden_of_positions()]
 
     def recomputed_d(self) -> list[Launch]:
-        """Blocks of the vocabulary: dlogits are written, and two products take them."""
+        return [*self.recomputed(self.v, False), self.dhidden(2)]
+
+    def recomputed(self, of: int, accumulate: bool) -> list[Launch]:
+        """Blocks of so much of the vocabulary: dlogits are written, and two products take them."""
         n, h, found = self.n, self.h, list[Launch]()
-        columns = waves.columns_at_a_time(n, self.v, h, self.gpu.multiprocessors, DLOGITS_BYTES, self.cluster)
-        first = min(columns, self.v)
-        for count, v in [(1, first), *_blocks(self.v - first, columns)]:
+        columns = waves.columns_at_a_time(n, of, h, self.gpu.multiprocessors, DLOGITS_BYTES, self.cluster)
+        first = min(columns, of)
+        for count, v in [(1, first), *_blocks(of - first, columns)]:
             written = self.fused("linear_dlogits_kernel", n, v, FOLD, 2 * v * self.k.padded_rows(n))
-            block = [written, *self.product(v, n, h, 2), *self.product(n, v, h, 4, accumulate=bool(found))]
+            sums = accumulate or bool(found)
+            block = [written, *self.product(v, n, h, 2), *self.product(n, v, h, 4, accumulate=sums)]
             found += [launch._replace(count=count * launch.count) for launch in block]
-        return [*found, self.dhidden(2)]
+        return found
 
     def path_e(self, backward: bool = False) -> list[Launch]:
         """A row is read once; with the backward again, and its gradient written. The last rows leave some

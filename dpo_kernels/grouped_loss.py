@@ -215,7 +215,7 @@ class GroupedLoss(torch.autograd.Function):
         of_wpo = options.stats.index("log_sum_sq_probs") if options.use_weighting else 0
 
         def coefficients(i: int, row_logps: Tensor, stats: Tensor) -> Tensor:
-            rows, of = g.groups[i]
+            rows, of, _ = g.groups[i]
             part = g.given.part(of)
             sequence, position = (t[rows] for t in g.rows.at)
             if len(table):
@@ -254,6 +254,7 @@ class GroupedLoss(torch.autograd.Function):
                 need=ctx.needs_input_grad[:3],
                 stats=options.stats,
                 exponentials=g.exponentials,
+                stored=g.groups[0].stored,
                 shards=g.shards,
             )
         num_tokens = g.given.num_tokens.clone()

@@ -128,7 +128,8 @@ def linear_dpo_loss(
       kernels store no logits) fit in `chunk_bytes`, and all
       gradients are formed in the forward and kept until the backward multiplies them by the incoming one: a second
       backward is an error, and bf16 gradients round a second time unless that factor is a power of two. Several parts
-      make a CUDA device wait for their sizes;
+      make a CUDA device wait for their sizes. Exponentials that do not fit are computed again, at the cost of their
+      share of a product;
     - the head is trained and the loss is not a mean over pairs ("aot", "aot_unpaired"), or a single pair exceeds
       `chunk_bytes`, or the products are in fp16 (whose gradients must be formed after the loss scale), or the call is
       being compiled, or something beside the loss is `differentiable`: 4, within a few tiles of memory.
@@ -171,7 +172,8 @@ def linear_dpo_loss(
             there are several groups, may take together; 1 GiB if None. A single group keeps the logits of H rows (H / 2
             in half precision; on a GPU of all its rows or none) in the memory of dW instead. 0 always takes the path of
             4 products. Of kernels that store exponentials in bf16 it is these: half as many bytes, and of nearly H rows
-            in the memory of dW.
+            in the memory of dW. Where those of all rows and vocabulary entries do not fit, nor, faster, those of
+            several groups, as many entries as do are stored: between 3 and 4 products.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden

@@ -152,7 +152,7 @@ def linear_reference_logps(
             of_rows = [group.rows for group in groups]
             found = paths.linear_logps_as_grouped(
                 *operands, of_rows, compute_dtype=compute_dtype, dweight=dweight, exponentials=exponentials,
-                shards=shards,
+                stored=groups[0].stored, shards=shards,
             )  # fmt: skip
         else:  # path B, or A, which is path D's forward too
             found = paths.linear_logps_fwd(

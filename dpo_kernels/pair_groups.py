@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_kernels.comparisons import Comparisons
 from dpo_kernels.dispatch import load
-from dpo_kernels.impl import paths
+from dpo_kernels.impl import paths, waves
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.rows import LabelledRows
 
@@ -20,6 +20,7 @@ from dpo_kernels.rows import LabelledRows
 class Group(NamedTuple):
     rows: slice  # of the rows in group-major order
     of: slice  # of the groups of sequences that are compared
+    stored: int | None = None  # of which vocabulary entries, the first ones, exponentials are stored; None: of all
 
 
 def group_major(rows: LabelledRows, comparisons: Comparisons, groups: Sequence[Group]) -> LabelledRows:
@@ -42,22 +43,38 @@ def plan_groups(
     exponentials: bool = False,
     counts: Sequence[Sequence[int]] | None = None,
 ) -> list[Group] | None:
-    """Whole pairs, or larger groups, in parts whose logits, or `exponentials` in their place, fit in `chunk_bytes`;
-    None if that cannot be, or there are no rows. `dweight`: the head's weight gets a gradient, in whose memory some of
-    them are kept. `counts`: [R][S] rows of each sequence on ranks that are to have the same parts, each of which fits
-    on all of them."""
+    """Whole pairs, or larger groups, in parts whose logits, or `exponentials` in their place, fit in `chunk_bytes`; or
+    all in one part, of whose exponentials some fit, where there are no such parts or sums over them take longer than
+    computing the others again; None if none of this can be, or there are no rows. `dweight`: the head's weight gets a
+    gradient, in whose memory some of them are kept. `counts`: [R][S] rows of each sequence on ranks that are to have
+    the same parts, each of which fits on all of them."""
     n, k = rows.sequence.shape[0], load(family)
     of_ranks = [n] if counts is None else [sum(of_rank) for of_rank in counts]
     if max(of_ranks) == 0 or chunk_bytes == 0:
         return None
     kept = [paths.kept_bytes(k, each, weight, dtype, exponentials, dweight) for each in of_ranks]
+    alone = Group(slice(0, n), slice(0, comparisons.groups))
     if max(each.buffer for each in kept) <= chunk_bytes:
-        return [Group(slice(0, n), slice(0, comparisons.groups))]
-    if dweight and weight.dtype != dtype:
-        chunk_bytes -= weight.numel() * dtype.itemsize
-    budget = chunk_bytes // kept[0].of_row
+        return [alone]
+    sums = weight.numel() * dtype.itemsize if dweight and weight.dtype != dtype else 0
+    budget = int(max(0, chunk_bytes - sums) // kept[0].of_row)
     if exponentials:  # so many have room with what lies behind the last of them
         budget -= budget % k.padded_rows(1)
+    groups = _cut(rows, comparisons, budget, counts)
+    if exponentials and (stored := paths.stored_columns(k, n, weight, dweight, chunk_bytes)):
+        again = n * weight.shape[1] * (weight.shape[0] - stored)  # multiply-adds
+        # each group reads and writes the sums of dW
+        if groups is None or again < 2 * len(groups) * sums * waves.PER_BYTE:
+            return [alone._replace(stored=stored)]
+    return groups
+
+
+def _cut(
+    rows: Rows, comparisons: Comparisons, budget: int, counts: Sequence[Sequence[int]] | None
+) -> list[Group] | None:
+    """Parts of `budget` rows at most, on each rank; None where a group has more."""
+    if budget == 0:  # the device need not be waited for
+        return None
     sizes = torch.bincount(comparisons.group_of(rows.sequence), minlength=comparisons.groups).tolist()
     # [groups, R]
     sizes_of_ranks = [[size] for size in sizes] if counts is None else _of_groups(counts, comparisons, rows)

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from dpo_kernels.comparisons import Halves
+from dpo_kernels.dispatch import load
+from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.pair_groups import plan_groups
 
@@ -69,3 +71,51 @@ def test_ranks_have_the_same_parts():
     found = [planned(sizes, 12, counts=[here, there]) for sizes in (here, there)]
     assert found == [[11, 11], [11, 11]]
     assert planned(here, 12) == [11, 11] and planned(there, 10) == [10, 3, 9]
+
+
+MIB, ALL = 2**20, None
+
+
+@pytest.mark.parametrize(
+    ("rows", "hidden", "vocab", "dweight", "mib", "parts", "stores"),
+    [
+        (8192, 2048, 151936, True, 1802, 1, ALL),
+        (8192, 2048, 151936, True, 1500, 1, "some"),  # eight parts would read and write sums of dW eight times
+        (8192, 2048, 151936, True, 1024, 1, "some"),  # the sums alone are more
+        (8192, 2048, 151936, True, 1023.7, 1, "some"),
+        (8192, 2048, 151936, True, 140, 1, "some"),
+        (8192, 2048, 151936, True, 128, None, None),  # as path D has at a time
+        (8192, 2048, 151936, True, 0, None, None),
+        (32768, 4096, 128256, True, 4096, 4, ALL),  # a third would be computed again
+        (32768, 4096, 128256, True, 3000, 1, "some"),  # no pair fits beside the sums
+        (8192, 2048, 151936, False, 1024, 3, ALL),  # there are no sums
+        (8192, 2048, 151936, False, 290, 1, "some"),  # no pair fits
+    ],
+)
+def test_exponentials_are_all_stored_or_some_or_none(rows, hidden, vocab, dweight, mib, parts, stores):
+    """Of eight pairs that are alike. The device is asked for their sizes only where several parts may come of them."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    k, chunk_bytes = load("triton"), mib * MIB
+    weight = torch.empty(vocab, hidden, dtype=torch.bfloat16, device="meta")
+    sequence = torch.arange(rows) % 8
+    if chunk_bytes < 4 * weight.numel() * dweight:
+        sequence = torch.empty(rows, dtype=torch.int64, device="meta")
+    groups = plan_groups(
+        Rows(sequence, sequence), Halves(8), weight, torch.float32, chunk_bytes, "triton",
+        dweight=dweight, exponentials=True,
+    )  # fmt: skip
+    if parts is None:
+        assert groups is None
+        return
+    stored = groups[0].stored
+    assert len(groups) == parts and groups[-1].rows.stop == rows and (stored is None) == (stores is ALL)
+    if stored is None:
+        return
+
+    def bytes_of(stored):
+        return paths.kept_bytes(k, rows, weight, torch.float32, True, dweight, stored).buffer
+
+    more = min(vocab, stored + k.shift_columns(weight.device))
+    assert bytes_of(stored) <= chunk_bytes < bytes_of(more) and stored % 64 == 0 and stored < vocab
+    kept = paths._kept_columns(k, rows, weight) if dweight else 0
+    assert stored - kept >= k.recomputed_columns(rows, vocab - stored, hidden, weight.device)

@@ -85,7 +85,7 @@ class Exponentials:
         self.transform, self.names, self.packed = transform, tuple(stats), packed
         n, bias = x.shape[0], cuda_linear.rounded_bias(bias, weight.dtype)
         _, self.multiprocessors = cuda_linear._machine(x.device)
-        self.parts, first, splits, blocks = list[_Part](), 0, 0, 0
+        self.rows, self.parts, first, splits, blocks = rows, list[_Part](), 0, 0, 0
         for size in sizes:
             own = cuda_linear.splits_of(rows, size, self.multiprocessors)
             here = slice(first, first + size)
@@ -96,17 +96,21 @@ class Exponentials:
             blocks += math.ceil(size / shift_columns(x.device))
         assert first == weight.shape[0]
         self.sums = Sums.empty(n, splits, bool(stats), x)
-        self.top, self.scale, self.label, self.own = x.new_empty(4, n, dtype=torch.float32)
+        self.top, self.scale, self.label, self.missing = x.new_empty(4, n, dtype=torch.float32)
+        self.weights: Tensor | None = None  # of packed ones
         if packed:
-            self.weights = x.new_empty(_cuda.FACTORS + blocks, padded_rows(rows), dtype=torch.float32)
-            self.shift, self.far = self.weights[_cuda.FACTORS :], None
+            self.shift, self.far = x.new_empty(0, 0, dtype=torch.float32), None
         else:
             some = weight[:FIRST_COLUMNS]
             self.shift = cuda_linear.fold(self.x, some, bias, self.y, transform, False).max.amax(0)
             self.far = torch.zeros(n, dtype=torch.int32, device=x.device)
 
-    def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
+    def write(self, rows: slice, out: Sequence[Tensor | None] | None) -> None:
         x, y, sums = self.x[rows], self.y[rows], self.sums.of(rows).native()
+        if self.packed and self.weights is None and out is not None:
+            blocks = sum(math.ceil(e.shape[0] / shift_columns(x.device)) for e in out if e is not None)
+            self.weights = x.new_empty(_cuda.FACTORS + blocks, padded_rows(self.rows), dtype=torch.float32)
+            self.shift = self.weights[_cuda.FACTORS :]
         places: Sequence[Tensor | None] = [None] * len(self.parts) if out is None else out
         for again in (False,) if self.packed else (False, True):
             for part, e in zip(self.parts, places, strict=True):
@@ -127,17 +131,18 @@ class Exponentials:
         )  # fmt: skip
 
     def weigh(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> Dlogits:
-        assert self.packed
+        assert self.weights is not None
         g, weights = g.float().contiguous(), self.weights[:, : rows.stop - rows.start]
         with torch.cuda.device_of(g):
             _cuda.weigh(
                 cuda_linear.native(self.transform), matrix(weights), address(self.y[rows]), address(self.top[rows]),
-                address(self.scale[rows]), address(self.label[rows]), address(g), address(self.own[rows]), stream(g),
+                address(self.scale[rows]), address(self.label[rows]), address(g), address(self.missing[rows]),
+                stream(g),
             )  # fmt: skip
         return Dlogits(self, e, rows, weights)
 
     def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
-        scale, label = (None, self.own) if self.packed else (self.scale, self.label)
+        scale, label = (None, self.missing) if self.packed else (self.scale, self.label)
         return _dhidden(sums, self.weight, self.y, scale, label, out)
 
 
@@ -157,7 +162,7 @@ class Dlogits:
         assert out.is_contiguous() and out.dtype == torch.float32 and len(self.e) <= 2
         none = _cuda.Weighed(_cuda.Matrix(0, 0, 0, 0), _cuda.Matrix(0, 0, 0, 0), 0, 0)
         of, rest = [*map(self._weighed, self.sweep.parts, self.e), none][:2]
-        (v, h), n = self.sweep.weight.shape, out.shape[0]
+        v, (n, h) = sum(e.shape[0] for e in self.e), out.shape
         parts = 1
         if v >= LONG_SUM:
             parts = waves.sum_parts(n, v, h, self.sweep.multiprocessors, _cuda.CLUSTER_BLOCKS)
@@ -175,7 +180,7 @@ class Dlogits:
         for block in blocks:
             (part, e), *_ = [
                 (part, e[block.start - part.first : block.stop - part.first])
-                for part, e in zip(self.sweep.parts, self.e, strict=True)
+                for part, e in zip(self.sweep.parts, self.e, strict=False)
                 if part.first <= block.start < part.first + e.shape[0]
             ]
             assert e.shape[0] == block.stop - block.start, "a block of one part"
@@ -191,7 +196,10 @@ class Dlogits:
 class Recomputed:
     """See `interface.Recomputed`."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform):
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform,
+        missing: Tensor | None = None,
+    ):  # fmt: skip
         self.x, self.weight, self.bias, self.transform = (
             _dense(x),
             weight,
@@ -201,7 +209,7 @@ class Recomputed:
         y, norm, logp, g = of
         self.y, self.logp, self.g = y.contiguous(), logp.float().contiguous(), g.float().contiguous()
         self.norm = norm.float().contiguous()
-        self.missing = torch.empty_like(self.logp)
+        self.missing = torch.empty_like(self.logp) if missing is None else missing
         _, self.multiprocessors = cuda_linear._machine(x.device)
 
     def write(self, block: slice, out: Tensor) -> None:

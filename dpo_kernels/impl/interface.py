@@ -163,20 +163,25 @@ class Exponentials(Protocol):
     memory, with more digits, until they become dlogits. These have a shift for each block of the vocabulary and row,
     the largest logit of the row so far."""
 
-    def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
-        """Goes over the vocabulary for these rows, and writes their exponentials to `out`; without it, nowhere."""
+    missing: Tensor
+    """[N] in fp32: what products of dlogits of rows that were weighed lack of the label's entry, where its part was
+    written."""
+
+    def write(self, rows: slice, out: Sequence[Tensor | None] | None) -> None:
+        """Goes over the vocabulary for these rows, and writes their exponentials to `out`; without it, nowhere, nor
+        those of parts that have none there, which come behind all that do."""
 
     def finish(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """logp [n], norm [2, n] and the statistics [K, n] of rows that were written; see `LinearLogps`."""
 
     def weigh(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> Dlogits | None:
-        """What packed exponentials of rows with the gradient g [n] with respect to logp are as dlogits, until others
-        are written or weighed; or None: they have become dlogits in their place, labels' entries too, each rounded
-        once."""
+        """What packed exponentials of rows, all that were written, with the gradient g [n] with respect to logp are as
+        dlogits, until others are written or weighed; or None: they have become dlogits in their place, labels' entries
+        too, each rounded once."""
 
     def dhidden(self, sums: Tensor, out: Tensor) -> Tensor:
         """From the sums [N, H] of exponentials times W over the vocabulary, d logp / dx; or dX, from those of dlogits:
-        in `out` [N, H], which may be `sums`. What these lack of the labels' entries is added exactly."""
+        in `out` [N, H], which may be `sums`. What these lack of the labels' entries, `missing`, is added exactly."""
 
 
 class Recomputed(Protocol):
@@ -290,9 +295,16 @@ class TileKernels(Protocol):
         vocabulary each part has, multiples of 16 but for the last."""
 
     def recomputed(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        of: GradRows,
+        transform: LogitTransform,
+        missing: Tensor | None = None,
     ) -> Recomputed:
-        """Of at least one row."""
+        """Of at least one row. `missing` is that of a sweep that wrote other entries' exponentials, whose `dhidden`
+        is to follow: what rounding leaves of the labels' entries goes there."""
 
     def recomputed_columns(self, n: int, v: int, h: int, device: torch.device) -> int:
         """How many vocabulary entries path D is to write at once: a multiple of 64, but where there are fewer."""

@@ -8,8 +8,8 @@ tiles where no logits are stored. What happens inside a tile, and the matrix pro
 Where `k` can write exponentials as the product x.W^T leaves the registers, paths B, C and D store no logits.
 Exponentials lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block
 of rows as it is. Path C's become dlogits on their way into products, or in one pass before, and one product over all
-rows of a chunk is dW. Path D's product writes dlogits at once, [v, N] of a block of the vocabulary. See "Exponentials"
-at the end.
+rows of a chunk is dW. Path D's product writes dlogits at once, [v, N] of a block of the vocabulary; so does path C's of
+entries whose exponentials have no room. See "Exponentials" at the end.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dpo_kernels.impl.interface import (
     GradRows,
     LinearLogps,
     LogitTransform,
+    Recomputed,
     Shards,
     TileKernels,
     accumulate_dtype,
@@ -45,8 +46,8 @@ SHIFT_BYTES = 4
 ALIGNED = 64
 
 
-def spans(size: int, step: int) -> Iterator[slice]:
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+def spans(size: int, step: int, first: int = 0) -> Iterator[slice]:
+    return (slice(start, min(start + step, size)) for start in range(first, size, step))
 
 
 def _blocks(n: int, v: int, h: int, dtype: torch.dtype, tile_bytes: int) -> tuple[int, int]:
@@ -301,16 +302,38 @@ class Kept(NamedTuple):
     """For n rows in one group, beside what is kept in the memory of dW."""
 
 
-def kept_bytes(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, exponentials: bool, dweight: bool) -> Kept:
-    """Of n rows. `exponentials`: and no logits; `dweight`: there is a dW."""
+def kept_bytes(
+    k: TileKernels,
+    n: int,
+    weight: Tensor,
+    acc: torch.dtype,
+    exponentials: bool,
+    dweight: bool,
+    stored: int | None = None,
+) -> Kept:
+    """Of n rows. `exponentials`: and no logits, of the whole vocabulary or its first `stored` entries; `dweight`: there
+    is a dW."""
     v = weight.shape[0]
     if exponentials:
         kept = _kept_columns(k, n, weight) if dweight else 0
+        v = v if stored is None else stored
         columns, e = k.shift_columns(weight.device), weight.dtype.itemsize
         whole, parts = (SHIFT_BYTES * sum(math.ceil(size / columns) for size in _sizes(v, each)) for each in (0, kept))
         return Kept(v * e + whole, k.padded_rows(n) * ((v - kept) * e + parts))
     row = v * acc.itemsize
     return Kept(row, (n - (_grouped_blocks(k, n, weight, acc, alone=True)[2] if dweight else 0)) * row)
+
+
+def stored_columns(k: TileKernels, n: int, weight: Tensor, dweight: bool, chunk_bytes: int) -> int:
+    """Of how many vocabulary entries, the first ones, the exponentials of n rows in one group are stored where there is
+    no room for all: those in the memory of dW, and so many that the `kept_bytes` are `chunk_bytes` at most. 0 where
+    the buffer is smaller than what path D would take for dlogits, which those of the other entries go through."""
+    v, h = weight.shape
+    kept, step = _kept_columns(k, n, weight) if dweight else 0, k.shift_columns(weight.device)
+    room = int(chunk_bytes) // k.padded_rows(n) - SHIFT_BYTES * math.ceil(kept / step)
+    buffer = max(0, room) // (step * weight.dtype.itemsize + SHIFT_BYTES) * step
+    rest = v - kept - buffer
+    return kept + buffer if buffer >= min(rest, k.recomputed_columns(n, rest, h, weight.device)) else 0
 
 
 def linear_logps_grouped(
@@ -327,14 +350,16 @@ def linear_logps_grouped(
     need: tuple[bool, bool, bool],
     stats: Sequence[str] = (),
     exponentials: bool = False,
+    stored: int | None = None,
     shards: Shards | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path C: the gradients of a sum over groups of rows, each product computed once. The products of one group, or
     `exponentials` for which `k` takes these operands, are kept, tile by tile, while `coefficients(i, logp [n], stats
     [K, n])` says what each row of group i weighs: in the memory that dW is going to take where they fit, else in a
-    buffer of `kept_bytes`."""
+    buffer of `kept_bytes`. With exponentials of the first `stored` vocabulary entries alone, of one group, the products
+    x.W^T of the others are computed again."""
     if exponentials:
-        return _exponentials_grouped(k, x, weight, bias, y, transform, groups, coefficients, need, stats)
+        return _exponentials_grouped(k, x, weight, bias, y, transform, groups, coefficients, need, stats, stored)
     n, v = x.shape[0], weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     largest = max((group.stop - group.start for group in groups), default=0)
@@ -401,6 +426,7 @@ def linear_logps_as_grouped(
     compute_dtype: torch.dtype,
     dweight: bool,
     exponentials: bool = False,
+    stored: int | None = None,
     shards: Shards | None = None,
 ) -> Tensor:
     """[N] the log-probabilities of `linear_logps_grouped` (with a gradient of `weight` or not), to the bit, in path A's
@@ -409,7 +435,8 @@ def linear_logps_as_grouped(
     acc = accumulate_dtype(compute_dtype)
     if exponentials:
         kept = _kept_columns(k, largest, weight) if len(groups) == 1 and dweight else 0
-        sweep = k.exponentials(x, weight, bias, y, transform, (), largest, _sizes(weight.shape[0], kept), packed=True)
+        sizes = _sizes(weight.shape[0], kept, stored)
+        sweep = k.exponentials(x, weight, bias, y, transform, (), largest, sizes, packed=True)
         for group in groups:
             sweep.write(group, None)
         return torch.cat([sweep.finish(group)[0] for group in groups])
@@ -436,9 +463,11 @@ def linear_logps_as_grouped(
 # Exponentials
 
 
-def _sizes(v: int, kept: int) -> list[int]:
-    """Vocabulary entries of each part: of what is kept in the memory of dW, and of the rest."""
-    return [kept, v - kept] if kept else [v]
+def _sizes(v: int, kept: int, stored: int | None = None) -> list[int]:
+    """Vocabulary entries of each part that there is: those whose exponentials are kept in the memory of dW, those of a
+    buffer, and with `stored` of both the rest."""
+    stored = v if stored is None else stored
+    return [size for size in (kept, stored - kept, v - stored) if size]
 
 
 def _exponentials_fwd(
@@ -477,10 +506,10 @@ def _kept_columns(k: TileKernels, n: int, weight: Tensor) -> int:
     return kept - kept % ALIGNED
 
 
-def _dw_blocks(v: int, h: int, kept: int, stride: int, step: int) -> Iterator[slice]:
-    """Blocks of dW [v, h] in the order in which they are written. Each ends before the first of the kept exponentials,
-    `stride` apart at the end of its memory, that are still to be read, its own among them. Those of the kept ones begin
-    where a shift does, of which each is of `step` entries."""
+def _dw_blocks(v: int, h: int, kept: int, stride: int, step: int, stored: int | None = None) -> Iterator[slice]:
+    """Blocks of dW [v, h], of the `stored` exponentials, in the order in which they are written. Each ends before the
+    first of the kept exponentials, `stride` apart at the end of its memory, that are still to be read, its own among
+    them. Those of the kept ones begin where a shift does, of which each is of `step` entries."""
     start = 0
     while start < kept:
         stop = min(kept, (v * h - (kept - start) * stride) // h)
@@ -488,7 +517,7 @@ def _dw_blocks(v: int, h: int, kept: int, stride: int, step: int) -> Iterator[sl
             stop -= stop % step
         yield slice(start, stop)
         start = stop
-    yield slice(kept, v)
+    yield slice(kept, v if stored is None else stored)
 
 
 class _StoredDlogits:
@@ -525,33 +554,43 @@ def _exponentials_grouped(
     coefficients: Callable[[int, Tensor, Tensor], Tensor],
     need: tuple[bool, bool, bool],
     stats: Sequence[str],
+    stored: int | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Path C: one product for dX and one for dW a group. A dW is rounded once: by its product if there is one group,
     whose exponentials then lie in its memory as far as they fit; else it is summed in fp32. A bias's gradient is
-    summed group by group, and over these at the end."""
+    summed group by group, and over these at the end. What is not stored comes last, when the buffer is free, as on path
+    D."""
     (n, h), v = x.shape, weight.shape[0]
+    stored = v if stored is None else stored
     largest, alone = max(group.stop - group.start for group in groups), len(groups) == 1
+    assert alone or stored == v
     stride = k.padded_rows(largest)
     kept = _kept_columns(k, largest, weight) if alone and need[1] else 0
     dw = weight.new_empty(v, h) if need[1] else None
     dw_sum = dw if alone or dw is None else torch.empty_like(dw, dtype=torch.float32)
     db = weight.new_empty(len(groups), v, dtype=torch.float32) if need[2] and bias is not None else None
     sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
-    places = [weight.new_empty(v - kept, stride)]
+    places = [weight.new_empty(stored - kept, stride)]
     if kept and dw is not None:
         places.insert(0, dw.view(-1)[v * h - kept * stride :].view(kept, stride))
-    parts = [slice(0, v)] if not kept else [slice(0, kept), slice(kept, v)]
-    sweep = k.exponentials(x, weight, bias, y, transform, stats, largest, _sizes(v, kept), packed=True)
+    parts = [slice(0, kept), slice(kept, stored)][-len(places) :]
+    sizes = _sizes(v, kept, stored)
+    sweep = k.exponentials(x, weight, bias, y, transform, stats, largest, sizes, packed=True)
     for i, group in enumerate(groups):
         e = [place[:, : group.stop - group.start] for place in places]
-        sweep.write(group, e)
-        logp, _, values = sweep.finish(group)
-        dlogits = sweep.weigh(e, group, coefficients(i, logp, values)) or _StoredDlogits(k, e, parts, x[group], weight)
+        sweep.write(group, [*e, None][: len(sizes)])
+        logp, norm, values = sweep.finish(group)
+        g = coefficients(i, logp, values)
+        dlogits = sweep.weigh(e, group, g) or _StoredDlogits(k, e, parts, x[group], weight)
         if sums is not None:
             dlogits.dhidden(sums[group])
         if dw_sum is not None or db is not None:
-            blocks = parts if dw_sum is None else _dw_blocks(v, h, kept, stride, k.shift_columns(x.device))
+            blocks = parts if dw_sum is None else _dw_blocks(v, h, kept, stride, k.shift_columns(x.device), stored)
             dlogits.dweight(blocks, dw_sum, None if db is None else db[i], accumulate=i > 0)
+        if stored < v:
+            again = k.recomputed(x, weight, bias, GradRows(y, norm, logp, g), transform, sweep.missing)
+            rest = spans(v, k.recomputed_columns(n, v - stored, h, x.device), stored)
+            _recompute_(k, again, rest, places[-1], x, weight, sums, dw, None if db is None else db[i])
     dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
     if dw is not None and dw_sum is not None and dw_sum is not dw:
         dw.copy_(dw_sum)
@@ -569,7 +608,7 @@ def _recomputed_bwd(
     transform: LogitTransform,
     need: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Path D, three products a block of the vocabulary: of dlogits of all rows, of dW, and of what they add to dX."""
+    """Path D."""
     (n, h), v = x.shape, weight.shape[0]
     columns = k.recomputed_columns(n, v, h, x.device)
     sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
@@ -577,8 +616,26 @@ def _recomputed_bwd(
     db = weight.new_empty(v, dtype=torch.float32) if need[2] and bias is not None else None
     buffer = weight.new_empty(min(v, columns), k.padded_rows(n))
     sweep = k.recomputed(x, weight, bias, of, transform)
-    for block in spans(v, columns):
-        d = buffer[: block.stop - block.start, :n]
+    _recompute_(k, sweep, spans(v, columns), buffer, x, weight, sums, dw, db)
+    dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
+    return dx, dw, None if db is None or bias is None else db.to(bias.dtype)
+
+
+def _recompute_(
+    k: TileKernels,
+    sweep: Recomputed,
+    blocks: Iterable[slice],
+    buffer: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    sums: Tensor | None,
+    dw: Tensor | None,
+    db: Tensor | None,
+) -> None:
+    """Three products a block of the vocabulary: of dlogits of all rows, of dW, and of what they add to the sums of
+    dX, if earlier entries are in these."""
+    for block in blocks:
+        d = buffer[: block.stop - block.start, : x.shape[0]]
         sweep.write(block, d)
         if dw is not None:
             k.product(d, x, dw[block])
@@ -586,5 +643,3 @@ def _recomputed_bwd(
             k.product(d.t(), weight[block], sums, accumulate=block.start > 0)
         if db is not None:
             torch.sum(d, 1, dtype=db.dtype, out=db[block])
-    dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
-    return dx, dw, None if db is None or bias is None else db.to(bias.dtype)

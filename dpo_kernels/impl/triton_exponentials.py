@@ -175,7 +175,7 @@ class Exponentials:
         )  # fmt: skip
         return found[TOP.value].amax(0)
 
-    def write(self, rows: slice, out: Sequence[Tensor] | None) -> None:
+    def write(self, rows: slice, out: Sequence[Tensor | None] | None) -> None:
         if not self.packed:
             count = shifted_pieces(self.columns)
             for again in (False, True):
@@ -188,27 +188,29 @@ class Exponentials:
             shifts = self.x.new_empty(1, 16, dtype=torch.float32)
         else:
             if self.shifts is None:
-                self.shifts = self.x.new_empty(self.blocks, padded_rows(self.rows), dtype=torch.float32)
-            shifts, out = self.shifts, [e.view(torch.float16) for e in out]
+                blocks = sum(triton.cdiv(e.shape[0], self.columns) for e in out if e is not None)
+                self.shifts = self.x.new_empty(blocks, padded_rows(self.rows), dtype=torch.float32)
+            shifts, out = self.shifts, [None if e is None else e.view(torch.float16) for e in out]
         of_parts = [(shifts.stride(0), part.first_block) for part in self.parts]
         count = pieces(self.columns, self.transform.softcap is not None)
         self._write(linear_pack_fwd_kernel, rows, out, shifts, of_parts, PIECES=count)
 
     def _write(
-        self, kernel: Any, rows: slice, out: Sequence[Tensor] | None, shift: Tensor,
+        self, kernel: Any, rows: slice, out: Sequence[Tensor | None] | None, shift: Tensor,
         of_parts: Sequence[tuple[int, ...]], **constants: Any,
     ) -> None:  # fmt: skip
         x, n = self.x[rows], rows.stop - rows.start
         # to where nothing is written: another kernel might round otherwise
         nowhere = x.new_empty(1, 16, dtype=torch.float16 if self.packed else x.dtype)
-        places = [nowhere] * len(self.parts) if out is None else out
-        for part, e, of_part in zip(self.parts, places, of_parts, strict=True):
+        places = [None] * len(self.parts) if out is None else out
+        for part, place, of_part in zip(self.parts, places, of_parts, strict=True):
+            e = nowhere if place is None else place
             run(
                 kernel, (_row_blocks(n), part.splits), x,
                 x, part.weight, part.bias, self.y[rows], shift, self.sums[:, :, rows], e,
                 x.stride(0), part.weight.stride(0), e.stride(0), self.x.shape[0], self.sums.stride(0),
                 n, part.weight.shape[0], x.shape[1], part.first, part.first_split,
-                0 if out is None else padded_rows(n), *of_part, STATS=bool(self.names), **constants, **self.constants,
+                0 if place is None else padded_rows(n), *of_part, STATS=bool(self.names), **constants, **self.constants,
             )  # fmt: skip
 
     def finish(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
@@ -225,7 +227,7 @@ class Exponentials:
     def weigh(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> None:
         assert self.shifts is not None
         n, g = rows.stop - rows.start, g.contiguous()
-        for part, each in zip(self.parts, e, strict=True):
+        for part, each in zip(self.parts, e, strict=False):
             run(
                 exp_dlogits_kernel, (part.blocks, triton.cdiv(padded_rows(n), DLOGITS_BLOCK_N)), each,
                 each.view(torch.float16), each, self.y[rows], g, self.shifts, self.joint[rows], self.scale[rows],
@@ -242,11 +244,14 @@ class Exponentials:
 class Recomputed:
     """See `interface.Recomputed`."""
 
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform):
+    def __init__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, of: GradRows, transform: LogitTransform,
+        missing: Tensor | None = None,
+    ):  # fmt: skip
         self.x, self.weight, self.transform = _readable(x, weight), weight, transform
         self.bias = None if bias is None else bias.to(weight.dtype).resolve_neg().contiguous()
         self.y, self.norm, self.logp, self.g = (t.contiguous() for t in of)
-        self.missing = torch.empty_like(self.logp)
+        self.missing = torch.empty_like(self.logp) if missing is None else missing
         columns = shift_columns(x.device)
         self.constants = _constants(transform, bias, columns)
         self.constants["PIECES"] = pieces(columns, transform.softcap is not None)

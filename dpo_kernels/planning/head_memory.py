@@ -21,7 +21,7 @@ from dpo_kernels.dispatch import check_runs, choose, impl_of, is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import Rows, accumulate_dtype
 from dpo_kernels.impl.products import parts_of_sum
-from dpo_kernels.pair_groups import plan_groups
+from dpo_kernels.pair_groups import Group, plan_groups
 
 # [N]: where rows lie (16), labels (8), the running sums of a sweep (64) and what they are finished in
 ROW_BYTES = 160
@@ -40,8 +40,8 @@ class HeadMemory(NamedTuple):
     """The gradients that stay: dX [P, H], and dW [V, H] of a trained head, in the dtype of the inputs."""
     moment: str
     """When the peak is."""
-    products: int
-    """Matrix products of [rows, H] by [H, V] that are computed."""
+    products: float
+    """Matrix products of [rows, H] by [H, V] that are computed, some perhaps of a part of the vocabulary."""
     rows: int
     """Rows that go through them: all positions, or the labelled ones."""
     path: str = ""
@@ -109,9 +109,9 @@ def ours_bytes(
     why = "for any loss"
     if path == "C":
         budget = linear_dpo.DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
-        sizes, why = _groups(t, pairs, budget)
-        if sizes:
-            return _grouped(t, sizes, positions, small)._replace(why=why)
+        groups, why = _groups(t, pairs, budget)
+        if groups:
+            return _grouped(t, groups, positions, small)._replace(why=why)
         t = tiles("D")
     return _recomputed(t, positions, small)._replace(why=why)
 
@@ -275,8 +275,8 @@ def _last(size: int, step: int) -> int:
     return size - (math.ceil(size / step) - 1) * step
 
 
-def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[int], str]:
-    """Rows of path C's groups, none where it is not taken, and why; the rows are spread evenly over the pairs."""
+def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[Group], str]:
+    """Path C's groups, none where it is not taken, and why; the rows are spread evenly over the pairs."""
     if torch.float16 in (t.dtype, t.compute_dtype):
         return [], "gradients in fp16 are formed after the loss scale"
     pair = torch.arange(t.n) % pairs
@@ -285,15 +285,19 @@ def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[int], str]:
         Rows(pair, pair), Halves(pairs), t.weight, t.acc, chunk_bytes, t.family,
         dweight=dweight, exponentials=t.exponentials,
     )  # fmt: skip
-    if groups is not None:
+    stored = None if groups is None else groups[0].stored
+    if groups is not None and stored is None:
         which = "all pairs" if len(groups) == 1 else f"the pairs, in {len(groups)} groups,"
-        return [group.rows.stop - group.rows.start for group in groups], f"the {kept_as} of {which} fit in chunk_bytes"
+        return groups, f"the {kept_as} of {which} fit in chunk_bytes"
     kept = paths.kept_bytes(t.k, t.n, t.weight, t.acc, t.exponentials, dweight)
     sums = t.v * t.h * t.a if t.dtype != t.acc else 0
-    rows = t.k.padded_rows(math.ceil(t.n / pairs)) if t.exponentials else math.ceil(t.n / pairs)
-    least = math.ceil(min(kept.buffer, rows * kept.of_row + sums) / 2**20)
+    # several groups whose exponentials fit may take longer than one with some
+    least = kept.buffer if t.exponentials else min(kept.buffer, math.ceil(t.n / pairs) * kept.of_row + sums)
+    whole = f"path C, with 3 products, needs {math.ceil(least / 2**20)} MiB of it"
+    if groups is not None:
+        return groups, f"the exponentials of {stored} of {t.v} vocabulary entries fit in chunk_bytes; {whole}"
     what = f"a pair's {kept_as}" + " and the sums of dW" * (sums > 0)
-    return [], f"{what} exceed chunk_bytes; path C, with 3 products, needs {least} MiB of it"
+    return [], f"{what} exceed chunk_bytes; {whole}"
 
 
 def _partial(t: _Tiles, rows: int, terms: int) -> int:
@@ -365,16 +369,18 @@ def _recomputed(t: _Tiles, positions: int, small: int) -> HeadMemory:
     return _highest(moments, dw + dx, 4, t.n, "D")
 
 
-def _grouped(t: _Tiles, sizes: list[int], positions: int, small: int) -> HeadMemory:
+def _grouped(t: _Tiles, groups: list[Group], positions: int, small: int) -> HeadMemory:
     """C."""
-    largest, alone = max(sizes), len(sizes) == 1
+    largest, alone = max(group.rows.stop - group.rows.start for group in groups), len(groups) == 1
     if t.exponentials:
         x, sums, dx, dw = (size * t.h for size in (t.n * t.e, t.n * t.a, positions * t.e, t.v * t.e))
-        kept = paths.kept_bytes(t.k, largest, t.weight, t.acc, True, alone).buffer
+        stored = groups[0].stored
+        kept = paths.kept_bytes(t.k, largest, t.weight, t.acc, True, alone, stored).buffer
         base = small + x + sums + dw + (0 if alone else t.v * t.h * t.a) + kept + t.sums_of_rows
         moments = {"dX sums": base + _partial(t, largest, t.v), "cast": base + x}
         moments["dX"] = small + dw + x + dx
-        return _highest(moments, dw + dx, 3, t.n, "C")
+        products = 3 if stored is None else round(4 - stored / t.v, 2)
+        return _highest(moments, dw + dx, products, t.n, "C")
     rows, columns, in_dw = paths._grouped_blocks(t.k, largest, t.weight, t.acc, alone)
     t.set_blocks(rows, columns)
     x, dx_sum, dx, dw = (size * t.h for size in (t.n * t.e, t.n * t.a, positions * t.e, t.v * t.e))
@@ -396,7 +402,7 @@ def _grouped(t: _Tiles, sizes: list[int], positions: int, small: int) -> HeadMem
     return _highest(moments, dw + dx, 3, t.n, "C")
 
 
-def _highest(moments: dict[str, int], returned: int, products: int, rows: int, path: str = "") -> HeadMemory:
+def _highest(moments: dict[str, int], returned: int, products: float, rows: int, path: str = "") -> HeadMemory:
     moment = max(moments, key=lambda name: moments[name])
     return HeadMemory(moments[moment], returned, moment, products, rows, path)
 

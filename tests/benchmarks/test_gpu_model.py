@@ -11,6 +11,7 @@ import pytest
 import torch
 from places import ROOT
 from recording import Operators, record
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo, linear_dpo_loss, linear_sequence_logps, logps, ops, sequence_logps
 from dpo_kernels.impl import paths, waves
@@ -137,11 +138,15 @@ def test_targets_of_triton_follow_from_its_rate_alone(gpu_model):
             assert found.over_g() > target
 
 
-def test_where_path_c_is_taken(gpu_model):
-    """Within the default of 1 GiB at one of the four sizes; elsewhere path D is."""
+def test_what_path_c_stores(gpu_model):
+    """Within the default of 1 GiB all at one of the four sizes, and elsewhere most: the rest is computed again."""
     h200 = gpu_model.GPUS["H200"]
-    taken = {size[1:] for size in gpu_model.SIZES if gpu_model.predict("C", "cuda", h200, size).over_g() < 3.5}
-    assert taken == {(4096, 128256)}
+    for size in gpu_model.SIZES:
+        chunks, stored = gpu_model.Model(h200, "cuda", *size).chunks(2**30)
+        found, whole = (gpu_model.predict(path, "cuda", h200, size).over_g() for path in ("C", "C, 4 GiB"))
+        again = 0 if stored is None else 1 - stored / size[2]
+        assert len(chunks) == 1 and (stored is None) == (size[1:] == (4096, 128256)) and again < 0.4
+        assert abs(found - whole - again) < 0.1, "a product that is computed again takes a product's time"
 
 
 def test_tiles_take_longer(gpu_model):
@@ -302,30 +307,39 @@ def test_what_path_b_launches(gpu_model, recorded, monkeypatch, shape):
     assert launches == names and sorted(shapes) == sorted(products)
 
 
-@pytest.mark.parametrize("chunks", [(80,), (36,), (40, 40), (40, 24, 16)], ids=str)
-def test_what_path_c_launches(gpu_model, recorded, chunks):
+@pytest.mark.parametrize(
+    ("chunks", "stored"),
+    [((80,), None), ((36,), None), ((40, 40), None), ((40, 24, 16), None), ((80,), 176)],
+    ids=str,
+)
+def test_what_path_c_launches(gpu_model, recorded, monkeypatch, chunks, stored):
     n, h, v = sum(chunks), 48, 251
     kernels, launches, shapes = recorded
+    monkeypatch.setattr(waves, "columns_at_a_time", lambda *_, **__: 64)
     x, weight, y = inputs_of(n, h, v)
     ends = [sum(chunks[: i + 1]) for i in range(len(chunks))]
     groups = [slice(end - size, end) for end, size in zip(ends, chunks, strict=True)]
     with Operators(launches):
         paths.linear_logps_grouped(
             kernels, x, weight, None, y, LogitTransform(), groups, lambda i, logp, stats: logp,
-            compute_dtype=BF16, need=(True, True, False), exponentials=True,
+            compute_dtype=BF16, need=(True, True, False), exponentials=True, stored=stored,
         )  # fmt: skip
-    names, products = predicted(gpu_model, n, h, v, lambda model: model.exponentials_c(list(chunks)))
+    names, products = predicted(gpu_model, n, h, v, lambda model: model.exponentials_c(list(chunks), stored))
+    if stored is not None:
+        assert names["linear_dlogits_kernel"] == 2
+        launches["linear_dlogits_kernel"] = launches.pop("linear_dlogits_bwd_kernel")
     assert launches == names and sorted(shapes) == sorted(products)
 
 
-@pytest.mark.parametrize("chunks", [(80,), (40, 40)], ids=str)
-def test_what_path_c_launches_on_cuda(gpu_model, emulated_cuda, monkeypatch, chunks):
-    """Where dW comes in three blocks, if there is one chunk: products of ours alone."""
+@pytest.mark.parametrize(("chunks", "stored"), [((80,), None), ((40, 40), None), ((80,), 832)], ids=str)
+def test_what_path_c_launches_on_cuda(gpu_model, emulated_cuda, monkeypatch, chunks, stored):
+    """Where dW comes in three blocks, if there is one chunk: products of ours alone, but for what is not stored."""
     if torch.get_default_device().type != "cpu":
         pytest.skip("an emulation, of numbers on the host")
     n, h, v = sum(chunks), 48, 1300
     groups = list(paths.spans(n, chunks[0]))
     monkeypatch.setattr(paths, "DW_COLUMNS", 256)
+    monkeypatch.setattr(waves, "columns_at_a_time", lambda *_, **__: 256)
     x, weight, y = inputs_of(n, h, v)
     launches, native = Counter(), emulated_cuda._cuda
 
@@ -336,19 +350,27 @@ def test_what_path_c_launches_on_cuda(gpu_model, emulated_cuda, monkeypatch, chu
 
     for module in (emulated_cuda, emulated_cuda.cuda_linear, emulated_cuda.cuda_exponentials):
         monkeypatch.setattr(module, "_cuda", Native())
+
+    def product(a, b, out, accumulate=False):
+        launches.update(["product"])
+        with _disable_current_modes():
+            return out.copy_((out if accumulate else 0) + a.float() @ b.float())
+
+    monkeypatch.setattr(emulated_cuda, "product", product)
     with Operators(launches):
         paths.linear_logps_grouped(
             emulated_cuda, x, weight, None, y, LogitTransform(), groups, lambda i, logp, stats: logp,
-            compute_dtype=BF16, need=(True, True, False), exponentials=True,
+            compute_dtype=BF16, need=(True, True, False), exponentials=True, stored=stored,
         )  # fmt: skip
-    found = gpu_model.Model(gpu_model.GPUS["H200"], "cuda", n, h, v).exponentials_c(list(chunks))
+    found = gpu_model.Model(gpu_model.GPUS["H200"], "cuda", n, h, v).exponentials_c(list(chunks), stored)
     names = Counter()
     for launch in found:
         names[launch.name] += launch.count
     assert launches.pop("linear_dhidden") + launches.pop("linear_dweight") == names.pop("linear_gradient_kernel")
     assert sorted(launches.values()) == sorted(names.values()) and launches["weigh"] == names["weigh_kernel"], launches
     gradients = [launch for launch in found if launch.name == "linear_gradient_kernel"]
-    assert sum(math.prod(launch.product) for launch in gradients) == 2 * n * h * v
+    assert sum(math.prod(launch.product) for launch in gradients) == 2 * n * h * (stored or v)
+    assert launches["product"] == names["product"] == (0 if stored is None else 4)
     assert [launch.sums > 0 for launch in gradients] == ([False] * 4 if len(chunks) == 1 else [False] * 3 + [True])
 
 

@@ -5,6 +5,7 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import head_inputs
 
@@ -28,6 +29,19 @@ def hinge_coefficients(inputs):
     """Of the sum over sequences that the loss of `trained` has the gradient of."""
     pairs = inputs.labels.shape[0] // 2
     return torch.tensor([-0.001 / pairs] * pairs + [0.001 / pairs] * pairs)
+
+
+def bytes_for_some(kernels, inputs, need, buffer):
+    """The `chunk_bytes` in which exponentials of so many vocabulary entries fit, beside those in the memory of dW, and
+    how many are stored then; the rest are not. In no case does the sum of dW, or a pair."""
+    n, dweight = int((inputs.labels >= 0).sum()), "weight" in need
+    stored = buffer + (paths._kept_columns(kernels, n, inputs.weight) if dweight else 0)
+    rest = inputs.weight.shape[0] - stored
+    assert inputs.labels.shape[0] == 2 and rest > 0, "one pair, which is not stored whole"
+    found = paths.kept_bytes(kernels, n, inputs.weight, torch.float32, True, dweight, stored).buffer
+    assert paths.stored_columns(kernels, n, inputs.weight, dweight, found) == stored
+    assert paths.stored_columns(kernels, n, inputs.weight, dweight, found - 1) < stored
+    return found, stored
 
 
 def growing(after=40, by=200.0, vocab=123):

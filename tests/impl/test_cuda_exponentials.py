@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
-from exponentials import Operators, assert_rows_within, by_eager, growing, hinge_coefficients
+from exponentials import Operators, assert_rows_within, by_eager, bytes_for_some, growing, hinge_coefficients
 from grids import covering
 from places import DEVICE
 from torch.utils._python_dispatch import _disable_current_modes
@@ -29,6 +29,8 @@ SHAPES = {"tails": (4, 9, 48, 123), "one row": (2, 1, 16, 300), "blocks": (4, 70
 SEVERAL = (4, 90, 16, 251)
 # Exponentials lie in the memory of dW, which is written in three blocks.
 KEPT = (4, 25, 48, 1300)
+# One pair, the exponentials of some of whose entries lie there.
+SOME = (2, 50, 48, 1300)
 
 
 @pytest.fixture
@@ -98,8 +100,10 @@ def trained(inputs, need, transform, chunk_bytes=None, stats=()):
     return out, torch.autograd.grad(out.loss, [t for t in leaves if t.requires_grad])
 
 
-def pair_bytes(kernels, inputs, dweight):
-    """What the longest pair takes, beside the sums of dW; less than all of them do."""
+def pair_bytes(kernels, monkeypatch, inputs, dweight):
+    """What the longest pair takes, beside the sums of dW; less than all of them do. Where one part with some of its
+    exponentials would be faster, there is none."""
+    monkeypatch.setattr(paths, "stored_columns", lambda *_: 0)
     sizes = (inputs.labels >= 0).sum(1).view(2, -1).sum(0).tolist()
     of_row = paths.kept_bytes(kernels, 1, inputs.weight, torch.float32, True, False).of_row
     found = kernels.padded_rows(max(sizes)) * of_row + inputs.weight.numel() * 4 * dweight
@@ -114,17 +118,51 @@ def pair_bytes(kernels, inputs, dweight):
         full=2,
     ),
 )
-def test_trained_head(kernels, transform, need, shape, confident, stats):
+def test_trained_head(kernels, monkeypatch, transform, need, shape, confident, stats):
     options, need = TRANSFORMS[transform], NEED[need]
     inputs = head_inputs(*shape, confident=confident, labelled=0.8).to(BF16)
     out, mine = trained(
-        inputs, need, options, pair_bytes(kernels, inputs, "weight" in need) if shape == SEVERAL else None, stats
+        inputs,
+        need,
+        options,
+        pair_bytes(kernels, monkeypatch, inputs, "weight" in need) if shape == SEVERAL else None,
+        stats,
     )
     coefficients, with_bias = hinge_coefficients(inputs), "bias" in need
     _, eager = by_eager(inputs, coefficients, need, options, with_bias)
     best, oracle = by_eager(inputs.to(torch.float64), coefficients, need, options, with_bias)
     torch.testing.assert_close(out.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
     assert_gradients(inputs, need, mine, eager, oracle)
+
+
+@pytest.mark.parametrize(
+    ("transform", "need", "buffer", "confident", "stats"),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], [256, 512], [0.0, 1.0], [(), STATS], full=2),
+)
+def test_exponentials_of_some_entries(kernels, monkeypatch, transform, need, buffer, confident, stats):
+    """In the memory of dW, where there is one, and in a buffer; with labels there, and among the entries whose products
+    are computed again, in blocks, the last of which is smaller."""
+    options, need = TRANSFORMS[transform], NEED.get(need, ("bias",))
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 192))
+    inputs, of = head_inputs(*SOME, confident=confident, labelled=0.8).to(BF16), kernels.recomputed
+    chunk_bytes, stored = bytes_for_some(kernels, inputs, need, buffer)
+    parts, used = sorted({0, stored - buffer, stored}), []
+    of_labels = torch.bucketize(inputs.labels[inputs.labels >= 0], torch.tensor(parts), right=True)
+    assert of_labels.unique().numel() == len(parts), "labels of each part"
+    monkeypatch.setattr(kernels, "recomputed", lambda *args: used.append(args) or of(*args))
+    out, mine = trained(inputs, need, options, chunk_bytes, stats)
+    assert len(used) == 1, "path C"
+    coefficients, with_bias = hinge_coefficients(inputs), "bias" in need
+    _, eager = by_eager(inputs, coefficients, need, options, with_bias)
+    best, oracle = by_eager(inputs.to(torch.float64), coefficients, need, options, with_bias)
+    torch.testing.assert_close(out.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
+    assert_gradients(inputs, need, mine, eager, oracle)
+    logits = eager_logits(*inputs.to(torch.float64)[:2], bias=inputs.bias.double() if with_bias else None, **options)
+    for name, best in eager_stats(logits.detach(), inputs.labels).items():
+        if name in stats:
+            torch.testing.assert_close(out.stats[name].double(), best.double(), rtol=1e-5, atol=1e-5)
+    again, gradients = trained(inputs, need, options, chunk_bytes, stats)
+    assert torch.equal(out.logps, again.logps) and all(map(torch.equal, mine, gradients)), "the same bits"
 
 
 @pytest.mark.parametrize(
@@ -359,7 +397,7 @@ def test_products_of_weighed_exponentials(kernels, monkeypatch, shape, sizes, be
     dlogits, factors = sweep.weigh(e, rows, g), sweep.shift[:, :n]
     exact = torch.exp(5.0 / 1.3 * (shift - sweep.top[rows])) * (g * sweep.scale[rows]).double() / 2**15
     torch.testing.assert_close(factors.double(), exact, rtol=2e-5, atol=0.0)
-    torch.testing.assert_close(sweep.own[rows], g * sweep.scale[rows] * sweep.label[rows], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(sweep.missing[rows], g * sweep.scale[rows] * sweep.label[rows], rtol=1e-6, atol=0.0)
 
     first_blocks = (0, -(-sizes[0] // 256))[: len(sizes)]
     block_of = torch.cat([at + torch.arange(size) // 256 for at, size in zip(first_blocks, sizes, strict=True)])
@@ -378,7 +416,7 @@ def test_products_of_weighed_exponentials(kernels, monkeypatch, shape, sizes, be
     assert_sums(dx[rows], d.T, weight)
     assert dx[:before].isnan().all()
 
-    d[at_labels], wide[at_labels] = sweep.own[rows].to(BF16).double(), sweep.own[rows]
+    d[at_labels], wide[at_labels] = sweep.missing[rows].to(BF16).double(), sweep.missing[rows]
     for part in (slice(0, sizes[0]), slice(sizes[0], v))[: len(sizes)]:
         blocks = [slice(part.start + s.start, part.start + s.stop) for s in paths.spans(part.stop - part.start, 256)]
         beside = torch.ones(v, dtype=torch.bool)
@@ -484,22 +522,25 @@ def test_the_first_of_equal_logits_is_the_top_one(kernels, monkeypatch, path):
 
 
 @pytest.mark.parametrize(
-    ("gradients", "several", "options", "stats"),
+    ("gradients", "parts", "options", "stats"),
     covering(
         [("hidden",), ("hidden", "weight"), ("hidden", "weight", "bias"), ("hidden", "bias")],
-        [False, True],
+        ["one", "several", "some"],
         [{}, {"softcap": 3.0, "logit_scale": 0.5, "temperature": 1.3}],
         [(), ("entropy",)],
         full=2,
     ),
 )
-def test_rewards_of_a_model_against_itself_are_zero(kernels, gradients, several, options, stats):
+def test_rewards_of_a_model_against_itself_are_zero(kernels, monkeypatch, gradients, parts, options, stats):
     """With statistics and without, which a reference never has."""
-    inputs = head_inputs(*SEVERAL if several else (4, 20, 48, 123), logit_std=3.0).to(BF16)
+    inputs = head_inputs(*{"several": SEVERAL, "some": SOME}.get(parts, (4, 20, 48, 123)), logit_std=3.0).to(BF16)
     leaves = [getattr(inputs, name).detach().requires_grad_(name in gradients) for name in NAMES]
     given = {"bias": leaves[2], "impl": "cuda", **options}
-    if several:
-        given["chunk_bytes"] = pair_bytes(kernels, inputs, "weight" in gradients)
+    if parts == "several":
+        given["chunk_bytes"] = pair_bytes(kernels, monkeypatch, inputs, "weight" in gradients)
+    elif parts == "some":
+        monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 192))
+        given["chunk_bytes"], _ = bytes_for_some(kernels, inputs, gradients, 256)
     reference = linear_reference_logps(*leaves[:2], inputs.labels, gradients=gradients, **given)
     found = linear_dpo_loss(*leaves[:2], inputs.labels, reference.logps, stats=stats, **given)
     assert torch.equal(found.logps, reference.logps)
@@ -527,7 +568,7 @@ def test_the_order_of_threads_and_copies_changes_nothing(kernels, monkeypatch):
                 for dtype in (BF16, torch.float32):
                     dw.append(torch.ones(weight.shape, dtype=dtype))
                     dlogits.dweight([slice(0, 251)], dw[-1], db, dtype == torch.float32)
-                results += [sweep.own, sweep.weights, dx, *dw, db]
+                results += [sweep.missing, sweep.weights, dx, *dw, db]
             results += [e, logp, norm, stats, sweep.scale, sweep.label, sweep.shift]
         again = kernels.recomputed(x, weight, None, GradRows(y, norm, logp, torch.ones(48)), LogitTransform())
         e, _ = padded(kernels, weight, 48)

@@ -6,10 +6,10 @@ from collections import Counter
 
 import pytest
 import torch
-from exponentials import Operators, assert_rows_within, by_eager, growing, hinge_coefficients
+from exponentials import Operators, assert_rows_within, by_eager, bytes_for_some, growing, hinge_coefficients
 from grids import covering
 from places import DEVICE
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.impl import paths
@@ -53,6 +53,8 @@ def no_tiles(monkeypatch):
 SHAPES = {"tails": (4, 9, 48, 123), "one row": (2, 1, 16, 123), "blocks": (4, 20, 64, 500)}
 # More rows than the memory of dW has room for, so that pairs come in several groups.
 SEVERAL = (4, 40, 16, 251)
+# One pair, and more rows than H: the memory of dW has room for the exponentials of some entries alone.
+SOME = (2, 40, 32, 500)
 
 
 @pytest.mark.parametrize(
@@ -95,8 +97,10 @@ NAMES = ("hidden", "weight", "bias")
 NEED = {"head": ("hidden", "weight"), "all": NAMES, "head alone": ("weight", "bias"), "bias": ("hidden", "bias")}
 
 
-def pair_bytes(inputs, dweight):
-    """What the longest pair takes, beside the sums of dW; less than all of them do."""
+def pair_bytes(monkeypatch, inputs, dweight):
+    """What the longest pair takes, beside the sums of dW; less than all of them do. Where one part with some of its
+    exponentials would be faster, there is none."""
+    monkeypatch.setattr(paths, "stored_columns", lambda *_: 0)
     sizes = (inputs.labels >= 0).sum(1).view(2, -1).sum(0).tolist()
     of_row = paths.kept_bytes(kernels, 1, inputs.weight, torch.float32, True, False).of_row
     found = kernels.padded_rows(max(sizes)) * of_row + inputs.weight.numel() * 4 * dweight
@@ -108,12 +112,12 @@ def pair_bytes(inputs, dweight):
     ("transform", "need", "shape", "confident"),
     covering(list(TRANSFORMS), list(NEED), [SHAPES["tails"], SHAPES["blocks"], SEVERAL], [0.0, 1.0]),
 )
-def test_trained_head(transform, need, shape, confident):
+def test_trained_head(monkeypatch, transform, need, shape, confident):
     options, need = TRANSFORMS[transform], NEED[need]
     inputs = head_inputs(*shape, confident=confident, labelled=0.8).to(BF16)
     chunk_bytes = None
     if shape == SEVERAL:
-        chunk_bytes = pair_bytes(inputs, "weight" in need)
+        chunk_bytes = pair_bytes(monkeypatch, inputs, "weight" in need)
     out, mine = trained(inputs, need, options, chunk_bytes)
     coefficients, with_bias = hinge_coefficients(inputs), "bias" in need
     _, eager = by_eager(inputs, coefficients, need, options, with_bias)
@@ -127,6 +131,43 @@ def test_trained_head(transform, need, shape, confident):
         elif name == "weight":  # of labels, where what was confident nearly cancels
             rows = inputs.labels[inputs.labels >= 0].unique()
             assert_rows_within(ours[rows], theirs[rows], exact[rows], "dweight")
+
+
+@pytest.mark.parametrize(
+    ("transform", "need", "buffer", "confident", "stats"),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], [64, 128, 256], [0.0, 1.0], [(), STATS], full=2),
+)
+def test_exponentials_of_some_entries(monkeypatch, transform, need, buffer, confident, stats):
+    """In the memory of dW, where there is one, and in a buffer; with labels there, and among the entries whose products
+    are computed again, in blocks, the last of which is smaller."""
+    options, need = TRANSFORMS[transform], NEED.get(need, ("bias",))
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 64))
+    inputs, of = head_inputs(*SOME, confident=confident, labelled=0.8).to(BF16), kernels.recomputed
+    chunk_bytes, stored = bytes_for_some(kernels, inputs, need, buffer)
+    parts, used = sorted({0, stored - buffer, stored}), []
+    of_labels = torch.bucketize(inputs.labels[inputs.labels >= 0], torch.tensor(parts), right=True)
+    assert of_labels.unique().numel() == len(parts), "labels of each part"
+    monkeypatch.setattr(kernels, "recomputed", lambda *args: used.append(args) or of(*args))
+    out, mine = trained(inputs, need, options, chunk_bytes, stats)
+    assert len(used) == 1, "path C"
+    coefficients, with_bias = hinge_coefficients(inputs), "bias" in need
+    _, eager = by_eager(inputs, coefficients, need, options, with_bias)
+    best, oracle = by_eager(inputs.to(torch.float64), coefficients, need, options, with_bias)
+    torch.testing.assert_close(out.logps.double(), best.sum(1).detach(), rtol=1e-5, atol=1e-5)
+    for name, ours, theirs, exact in zip(need, mine, eager, oracle, strict=True):
+        assert_within_budget(ours, theirs, exact, f"d{name}")
+        if name == "hidden":
+            labelled = inputs.labels >= 0
+            assert_rows_within(ours[labelled], theirs[labelled], exact[labelled], "dhidden")
+        elif name == "weight":
+            rows = inputs.labels[inputs.labels >= 0].unique()
+            assert_rows_within(ours[rows], theirs[rows], exact[rows], "dweight")
+    logits = eager_logits(*inputs.to(torch.float64)[:2], bias=inputs.bias.double() if with_bias else None, **options)
+    for name, best in eager_stats(logits.detach(), inputs.labels).items():
+        if name in stats:
+            torch.testing.assert_close(out.stats[name].double(), best.double(), rtol=1e-5, atol=1e-5)
+    again, gradients = trained(inputs, need, options, chunk_bytes, stats)
+    assert torch.equal(out.logps, again.logps) and all(map(torch.equal, mine, gradients)), "the same bits"
 
 
 @pytest.mark.parametrize(
@@ -313,22 +354,25 @@ def test_no_labelled_rows(path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("gradients", "several", "options", "stats"),
+    ("gradients", "parts", "options", "stats"),
     covering(
         [("hidden",), ("hidden", "weight"), ("hidden", "weight", "bias"), ("hidden", "bias")],
-        [False, True],
+        ["one", "several", "some"],
         [{}, {"softcap": 3.0, "logit_scale": 0.5, "temperature": 1.3}],
         [(), ("entropy",)],
         full=2,
     ),
 )
-def test_rewards_of_a_model_against_itself_are_zero(gradients, several, options, stats):
+def test_rewards_of_a_model_against_itself_are_zero(monkeypatch, gradients, parts, options, stats):
     """With statistics and without, which a reference never has."""
-    inputs = head_inputs(*SEVERAL if several else (4, 20, 48, 123), logit_std=3.0).to(BF16)
+    inputs = head_inputs(*{"several": SEVERAL, "some": SOME}.get(parts, (4, 20, 48, 123)), logit_std=3.0).to(BF16)
     leaves = [getattr(inputs, name).detach().requires_grad_(name in gradients) for name in NAMES]
     given = {"bias": leaves[2], "impl": "triton", **options}
-    if several:
-        given["chunk_bytes"] = pair_bytes(inputs, "weight" in gradients)
+    if parts == "several":
+        given["chunk_bytes"] = pair_bytes(monkeypatch, inputs, "weight" in gradients)
+    elif parts == "some":
+        monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 64))
+        given["chunk_bytes"], _ = bytes_for_some(kernels, inputs, gradients, 64)
     reference = linear_reference_logps(*leaves[:2], inputs.labels, gradients=gradients, **given)
     found = linear_dpo_loss(*leaves[:2], inputs.labels, reference.logps, stats=stats, **given)
     assert torch.equal(found.logps, reference.logps)
@@ -337,9 +381,9 @@ def test_rewards_of_a_model_against_itself_are_zero(gradients, several, options,
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_the_same_bits_again(several):
+def test_the_same_bits_again(monkeypatch, several):
     inputs = head_inputs(*SEVERAL if several else (4, 9, 48, 123), confident=0.5).to(BF16)
-    chunk_bytes = pair_bytes(inputs, True) if several else None
+    chunk_bytes = pair_bytes(monkeypatch, inputs, True) if several else None
     results = []
     for _ in range(2):
         leaves = [t.detach().requires_grad_() for t in inputs[:2]]
@@ -511,6 +555,47 @@ def test_default_chunk_of_a_common_head(monkeypatch):
     monkeypatch.undo()  # blocks of their true size
     weight = torch.empty(128256, 4096, dtype=BF16, device="meta")
     assert 2**29 < paths.kept_bytes(kernels, 8192, weight, torch.float32, True, True).buffer <= 2**30
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of tensors that are made without a value."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if "empty" in func.name():
+            self.bytes += out.nbytes
+        return out
+
+
+@pytest.mark.parametrize("need", ["head", "bias"])
+@pytest.mark.parametrize("buffer", [64, 256])
+def test_exponentials_of_some_entries_keep_to_the_budget(recorded, monkeypatch, buffer, need):
+    """All that is made beside the gradients, the sums of dX and what each row takes; what is computed again is made in
+    their place."""
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 64))
+    inputs = head_inputs(*SOME, labelled=1.0).to(BF16)
+    x, weight, y = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach(), inputs.labels.flatten()
+    (n, h), v, of_head = x.shape, weight.shape[0], need == "head"
+    chunk_bytes, stored = bytes_for_some(kernels, inputs, NEED[need], buffer)
+    with Allocated() as made:
+        paths.linear_logps_grouped(
+            kernels, x, weight, inputs.bias.detach(), y, LogitTransform(), [slice(0, n)], lambda i, logp, stats: logp,
+            compute_dtype=BF16, need=(True, of_head, not of_head), exponentials=True, stored=stored,
+        )  # fmt: skip
+    splits = kernels.exponentials(
+        x, weight, None, y, LogitTransform(), (), n, paths._sizes(v, stored - buffer, stored), packed=True
+    ).splits
+    of_rows = 4 * n * (exponentials.FIELDS * splits + 8) + 64
+    gradients = (2 + 4) * n * h + (2 * v * h if of_head else 4 * v)
+    assert chunk_bytes < made.bytes - gradients <= chunk_bytes + of_rows
+    launches, shapes = recorded
+    blocks = -(-(v - stored) // 64)
+    assert launches["linear_dlogits_bwd_kernel"] == blocks > 1 and launches["linear_pack_fwd_kernel"] == 2 + of_head
+    assert sum(a * b * c for a, b, c, _ in shapes) == (1 + of_head) * n * v * h, "each product of dlogits once"
 
 
 def test_operands_that_begin_anywhere():

@@ -23,7 +23,14 @@ from dpo_kernels.models.shapes import ModelShape, count_shape, find_shape
 from dpo_kernels.planning import command
 from dpo_kernels.planning import step as planning
 from dpo_kernels.planning.batches import measured_share
-from dpo_kernels.planning.head_memory import eager_bytes, ours_bytes, trl_bytes
+from dpo_kernels.planning.head_memory import (
+    POSITION_BYTES,
+    ROW_BYTES,
+    SPLIT_BYTES,
+    eager_bytes,
+    ours_bytes,
+    trl_bytes,
+)
 from dpo_kernels.testing import SavedBytes, allocated, head_inputs
 
 WITHIN = 0.1
@@ -255,6 +262,26 @@ def test_kernels_of_a_device_that_is_not_there(monkeypatch, impl, path):
     assert kernels.exponential_rows(1000, 50000, 512, torch.device("cuda")) > 100
     found = ours_bytes(path, **sizes, device="cuda", impl=impl)
     assert found.path == path and found.temporary > 0
+
+
+@pytest.mark.parametrize("impl", ["triton", "cuda"])
+def test_exponentials_that_do_not_all_fit(monkeypatch, impl):
+    """Products of some vocabulary entries are computed again, and `chunk_bytes` is kept to."""
+    monkeypatch.setattr(dispatch, "unavailable_reason", lambda *_: None)
+    of = {"tokens": 8192, "positions": 8192, "hidden": 2048, "vocab": 151936, "dtype": torch.bfloat16, "pairs": 8}
+    try:
+        some, none = (ours_bytes("C", **of, device="cuda", impl=impl, chunk_bytes=size) for size in (2**30, 0))
+    except ImportError as error:
+        pytest.skip(f"{error}")
+    stored, vocab = map(int, re.search(r"exponentials of (\d+) of (\d+) vocabulary entries fit", some.why).groups())
+    assert some.path == "C" and 3.2 < some.products < 3.4 and vocab == 151936
+    assert some.products == pytest.approx(4 - stored / vocab, abs=0.006)
+    assert (none.path, none.products) == ("D", 4)
+    beside = 8192 * (6 * 2048 + ROW_BYTES + SPLIT_BYTES + POSITION_BYTES)  # sums of dX, which is in bf16 too
+    assert 0.99 * 2**30 < some.temporary - beside <= 2**30
+    needed = int(some.why.split("needs ")[1].split(" MiB")[0]) * 2**20
+    whole = ours_bytes("C", **of, device="cuda", impl=impl, chunk_bytes=needed)
+    assert whole.products == 3 and "exponentials of all pairs" in whole.why
 
 
 # The whole step
