@@ -12,8 +12,9 @@ from recording import Operators, launches_of
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, logps, sequence_logps
-from dpo_kernels.impl import positions
+from dpo_kernels.impl import paths, positions
 from dpo_kernels.linear_reference import linear_reference_logps
+from dpo_kernels.rows import LabelledRows
 from dpo_kernels.testing import head_inputs
 
 BF16 = torch.bfloat16
@@ -204,7 +205,7 @@ def calls(gpu_impl, path, hidden, weight, labels, **options):
     return [*found, *torch.autograd.grad(loss, [t for t in (hidden, weight) if t.requires_grad])]
 
 
-OPTIONS = [{}, {"shift": True}, {"predicted": True}, {"known": True}, {"parts": True}, {"autocast": True}]
+OPTIONS = [{}, {"shift": True}, {"predicted": True}, {"known": True}, {"autocast": True}]
 
 
 @pytest.mark.parametrize(
@@ -219,8 +220,6 @@ def test_paths_compute_the_same_of_rows_that_pytorch_finds(gpu_impl, kernels, mo
         hidden = inputs.hidden.view(2, 18, 32)
     if options.pop("known", False):
         given["num_labelled"] = int((labels >= 0).sum())
-    if options.pop("parts", False) and path in ("C", "reference"):
-        given["chunk_bytes"] = 123 * 32 * 4 * (dtype == BF16) + 20 * 123 * dtype.itemsize * (1 + (dtype == BF16))
     autocast = options.pop("autocast", False) and dtype == torch.float32
     looked, find = [], kernels.find_rows
     monkeypatch.setattr(kernels, "find_rows", lambda *args, **more: looked.append(find(*args, **more)) or looked[-1])
@@ -232,6 +231,27 @@ def test_paths_compute_the_same_of_rows_that_pytorch_finds(gpu_impl, kernels, mo
         monkeypatch.setattr(kernels, "find_rows", lambda *_, **__: looked.append(None))
     for mine, other in zip(*results, strict=True):
         assert mine.dtype == other.dtype and torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("predicted", [False, True])
+@pytest.mark.parametrize("path", ["C", "reference"])
+def test_rows_that_are_sorted_by_the_parts_of_a_loss(gpu_impl, kernels, monkeypatch, path, predicted):
+    """Each with its label and its hidden state."""
+    inputs = head_inputs(4, 90, 16, 251, labelled=0.8).to(BF16)
+    sizes = (inputs.labels >= 0).sum(1).view(2, -1).sum(0).tolist()
+    of_row = paths.kept_bytes(kernels, 1, inputs.weight, torch.float32, True, True).of_row
+    given = {"chunk_bytes": kernels.padded_rows(max(sizes)) * of_row + inputs.weight.numel() * 4}
+    if predicted:
+        given["predictors"] = torch.arange(360).view(4, 90) * 7 % 360
+    taken, take = [], LabelledRows.take
+    monkeypatch.setattr(LabelledRows, "take", lambda rows, order: taken.append(rows.found) or take(rows, order))
+    results = []
+    for _ in range(2):
+        results.append(calls(gpu_impl, path, inputs.hidden, inputs.weight, inputs.labels, **given))
+        monkeypatch.setattr(kernels, "find_rows", lambda *_, **__: None)
+    assert len(taken) == 2 and taken[0] is not None and taken[1] is None
+    for mine, other in zip(*results, strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("path", ["B", "C", "D", "reference"])
