@@ -33,7 +33,9 @@ struct Finished {
   DPO_HOST_DEVICE double write(int64_t row, const RowSums& of) const {
     const double lead = of.target - of.shift;
     const double own = lead > 0 ? -log1p(of.sum * exp(-lead)) : lead - log(of.sum + exp(lead));
-    const double largest = of.top > of.target ? of.top : of.target, scale = exp(of.shift - largest);
+    // what is kept of it is what the others are relative to
+    const double most = of.top > of.target ? of.top : of.target, kept = static_cast<T>(most);
+    const double largest = std::isfinite(kept) ? kept : most, scale = exp(of.shift - largest);
     const double total = of.sum * scale + exp(of.target - largest), log_prob_of_shift = (of.shift - largest) - log(total);
     logp[row] = static_cast<T>(own);
     if (norm != nullptr) {

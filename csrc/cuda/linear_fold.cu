@@ -118,6 +118,7 @@ struct Problem {
   bool again;
   int all_splits;
   // Of dlogits.
+  double norm_log2e;  // the unit of z, in that of outer_log2e
   const float *norm, *logp, *g;
   int64_t norm_stride;
   float slope, *missing;
@@ -225,8 +226,11 @@ struct RowGradient {
 
   __device__ __forceinline__ void begin(const Problem& p, int row) {
     if (row >= p.n) return;
-    shift_log2e = p.norm[row] * kLog2E;
-    factor = -p.g[row] * p.slope / p.norm[p.norm_stride + row];
+    const double shift = p.norm[row] * p.norm_log2e;
+    shift_log2e = static_cast<float>(shift);
+    // what that rounding leaves is a power for every entry of the row
+    const float rest = isinf(shift_log2e) ? 0 : static_cast<float>(shift_log2e - shift);
+    factor = -p.g[row] * p.slope / p.norm[p.norm_stride + row] * exp2f(rest);
   }
   __device__ __forceinline__ void label(const Problem& p, int row, int, float, float slope) {
     own = -expm1f(p.logp[row]) * (p.g[row] * p.slope) * slope;
@@ -521,6 +525,7 @@ void linear_dlogits(const LinearProduct& args, const Matrix& out, const GradRows
                     cudaStream_t stream) {
   Problem p = problem(args, processors);
   p.stores = true;
+  p.norm_log2e = p.outer_log2e / Scales(args.transform).outer;
   p.norm = static_cast<const float*>(grad.norm);
   p.norm_stride = grad.norm_stride;
   p.logp = static_cast<const float*>(grad.logp);

@@ -432,6 +432,25 @@ def test_products_of_weighed_exponentials(kernels, monkeypatch, shape, sizes, be
     assert torch.equal(memory.view(torch.int16), written.view(torch.int16)) and behind.isnan().all()
 
 
+@pytest.mark.parametrize("scale", [1.0, 717 / 1024])
+def test_a_common_offset_costs_a_row_of_dlogits_nothing(kernels, scale):
+    """Each entry is rounded at random; what a whole row is multiplied by is not."""
+    x, weight = (torch.randn(size, 32, generator=torch.Generator().manual_seed(size)) for size in (70, 1024))
+    x, weight, bias = (x / 20).to(BF16), weight.to(BF16), torch.full((1024,), 9984.0, dtype=BF16)
+    y, of = torch.arange(70), LogitTransform(scale)
+    # as the kernel rounds a product: what is left is the error of its exponentials
+    z = (x.double() @ weight.double().t() + bias.double()).float().double() * scale
+    found = paths.linear_logps_fwd(kernels, x, weight, bias, y, of, compute_dtype=BF16, fused=True)
+    kept = (found.norm[0].double() - z.logsumexp(1)).exp() * found.norm[1]
+    assert (kept - 1).square().mean().sqrt() < 1e-5
+    d, _ = padded(kernels, weight, 70)
+    sweep = kernels.recomputed(x, weight, bias, GradRows(y, found.norm, found.logp, torch.ones(70)), of)
+    sweep.write(slice(0, 1024), d)
+    exact = (scale * z.softmax(1)).scatter(1, y[:, None], 0)
+    of_rows = -d.t().double().scatter(1, y[:, None], 0).sum(1) / exact.sum(1)
+    assert (of_rows - 1).square().mean().sqrt() < 1e-4
+
+
 @pytest.mark.parametrize("transform", list(TRANSFORMS))
 @pytest.mark.parametrize("shape", [(1, 20, 48, 123), (1, 300, 72, 700)])
 def test_recomputed_dlogits(kernels, transform, shape):
