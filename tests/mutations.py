@@ -309,6 +309,8 @@ MUTATIONS = {
         Mutation(GRADIENTS_CU, "second ? p.second_block : p.first_block", "p.first_block", WEIGHED_TESTS),
         Mutation(GRADIENTS_CU, "p.first_block + tile.row / kBlockColumns", "p.first_block", WEIGHED_TESTS),
         Mutation(GRADIENTS_CU, "(second ? p.second : p.first) + v", "p.first + v", WEIGHED_TESTS),
+        # parts of a sum in the place of the first one
+        Mutation(GRADIENTS_CU, "out + tile.part * p.rows * p.stride", "out", WEIGHED_TESTS),
         # labels' entries of one of the two rows of a thread, or one of its two columns; in sums of dW alone
         Mutation(
             GRADIENTS_CU,
@@ -316,7 +318,7 @@ MUTATIONS = {
             "labels[n] != first_row + at.row()",
             WEIGHED_TESTS,
         ),
-        Mutation(GRADIENTS_CU, "sums[i % 2] += own[n];", "", WEIGHED_TESTS),
+        Mutation(GRADIENTS_CU, "sums[i % 2] += own[n];", "sums[i % 2] += 0;", WEIGHED_TESTS),
         # results of rows and columns that there are not; sums that are forgotten
         Mutation(
             GRADIENTS_CU,
@@ -665,7 +667,7 @@ MUTATIONS = {
         Mutation(PATHS, '== "cuda" and fit < n)', '== "cuda" and fit < 1)', "test_linear_dpo.py -k kept_in_the_memory"),
         # small blocks at the end; partial sums as large as the tiles of a whole product; a remainder of a sum left out
         Mutation(WAVES, "2 * _last(n, rows) >= rows", "2 * _last(n, rows) >= 0", "impl/test_waves.py"),
-        Mutation(WAVES, "if not 0 < tiles < multiprocessors:", "if tiles == 0:", "impl/test_waves.py"),
+        Mutation(WAVES, "if not 0 < tiles < units:", "if tiles == 0:", "impl/test_waves.py"),
         Mutation(
             PRODUCTS, "return out if whole == a.shape[1] else", "return out if whole else", "impl/test_products.py"
         ),

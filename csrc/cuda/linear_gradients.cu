@@ -58,8 +58,9 @@ struct Shared {
 };
 
 struct Problem {
-  int clusters, row_pairs, column_blocks, steps, parts;  // of the sums of dX, each with a result of its own
-  int rows, columns;                                     // of the result
+  int clusters, row_pairs, column_blocks, steps;
+  int parts;  // of the sums of dX, computed side by side, each with a result of its own
+  int rows, columns;  // of the result
   void* out;          // or null
   int64_t stride;
   bool add;
