@@ -9,6 +9,7 @@ adds, and nothing else.
 """
 
 import gc
+import importlib
 import inspect
 import os
 import subprocess
@@ -98,6 +99,28 @@ def impl(request, monkeypatch):
     if request.param == "triton" and DEVICE == "cpu":
         monkeypatch.setattr(module, "BLOCK_N", 32)  # the interpreter takes its time for each program
     return module
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu_impl(request, monkeypatch):
+    """The names of those whose kernels find labelled rows, with the fused forward as their own; in blocks that an
+    interpreter can do, without one in the blocks that ship."""
+    if request.param == "cuda" and DEVICE == "cpu":
+        request.getfixturevalue("emulated_cuda")
+    if reason := dispatch.unavailable_reason(request.param, torch.get_default_device()):
+        pytest.skip(reason)
+    if not dispatch.load(request.param).has_fused_forward(torch.get_default_device()):
+        pytest.skip("the fused forward is Hopper's")
+    if request.param == "triton":
+        monkeypatch.setitem(dispatch.FORWARD_OF, "triton", "triton_fused")
+        if DEVICE == "cpu":
+            linear = importlib.import_module("dpo_kernels.impl.triton_linear")
+            monkeypatch.setattr(linear, "BLOCK_N", 16)
+            monkeypatch.setattr(linear, "BLOCK_H", 32)
+            monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 32)
+            monkeypatch.setattr(linear, "JOIN_SPLITS", 2)
+            monkeypatch.setattr(importlib.import_module("dpo_kernels.impl.triton_rows"), "BLOCK_P", 16)
+    return request.param
 
 
 @pytest.fixture

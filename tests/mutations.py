@@ -99,7 +99,8 @@ TRITON_SCALE = "dpo_kernels/impl/triton_scale.py"
 TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
-TRITON_ROWS, ROWS_TESTS = "dpo_kernels/impl/triton_rows.py", "impl/test_triton_rows.py"
+TRITON_ROWS, ROWS_TESTS = "dpo_kernels/impl/triton_rows.py", "impl/test_found_rows.py impl/test_path_a.py -k triton"
+POSITIONS_CU, CUDA_ROWS_TESTS = "csrc/cuda/positions.cu", "impl/test_found_rows.py impl/test_path_a.py -k cuda"
 TRITON_TESTS = "impl/test_triton.py -k 'not machine_code and not every_batch'"
 CONSUMERS = "test_logps.py test_linear_dpo.py test_numerics.py"
 ON_CPU = f"{CONSUMERS} impl/test_native.py -k '(cpu or test_native) and not outside and not budget'"
@@ -428,6 +429,10 @@ MUTATIONS = {
         # infinite hidden states that a softcap hides; a wrong number of labels
         Mutation(TRITON_LINEAR, "(at_label - at_label) != 0.0", "logp != logp", ROWS_TESTS),
         Mutation(TRITON_ROWS, "((expected < 0) | (count == expected))", "(count >= 0)", ROWS_TESTS),
+        # copies of other hidden states; infinite ones that are passed over; tables that hold what was in memory
+        Mutation(TRITON_ROWS, "slot // U * stride_hr + slot % U * stride_hu", "slot * stride_hu", ROWS_TESTS),
+        Mutation(TRITON_ROWS, "((x - x) != 0.0)", "(x != x)", ROWS_TESTS),
+        Mutation(TRITON_ROWS, "tl.store(logp_ptr + p, 0.0, mask=ignored)", "pass", ROWS_TESTS),
         # what copies of 16 bytes cannot take
         Mutation(TRITON_LINEAR, "        and t.stride(0) % 16 == 0\n", "", TRITON_TESTS),
         # cancels
@@ -518,6 +523,31 @@ MUTATIONS = {
         Mutation(CUDA, "fold.argmax[rows]", "fold.argmax", ON_CUDA),
         # 0 times infinity
         Mutation(EXP_CUH, "if (!logit.capped && outer < FLT_MIN) inner = 0, outer = 1;", "", CUDA_TESTS),
+        # rows that a kernel finds: behind others; by all threads of their warp; labels of the next sequence, and of
+        # another one; labels and predictors that are looked at by no block, or by their own alone; a wrong number
+        Mutation(POSITIONS_CU, "      before += labels[j] != of.ignore_index;\n", "", CUDA_ROWS_TESTS),
+        Mutation(POSITIONS_CU, "lane < warp ? of_warp : 0", "lane <= warp ? of_warp : 0", CUDA_ROWS_TESTS),
+        Mutation(POSITIONS_CU, "!is_position || at.t + of.shift >= at.length", "!is_position", CUDA_ROWS_TESTS),
+        Mutation(POSITIONS_CU, "    offset += at_end;\n", "", CUDA_ROWS_TESTS),
+        Mutation(POSITIONS_CU, "&& lies_outside(labels[j], of.v);", "&& false;", CUDA_ROWS_TESTS),
+        Mutation(POSITIONS_CU, "if (is_last && of.predictors.data != nullptr) {", "if (false) {", CUDA_ROWS_TESTS),
+        Mutation(POSITIONS_CU, "before == of.expected);", "before >= of.expected);", CUDA_ROWS_TESTS),
+        Mutation(POSITIONS_CU, "__syncthreads();  // what was there has been read", "", CUDA_ROWS_TESTS),
+        # tables that hold what was in memory, or at a row's number what belongs to its place; what is not finite
+        Mutation(POSITIONS_CU, "out.values[k * positions + place] = 0;", ";", CUDA_ROWS_TESTS),
+        Mutation(POSITIONS_CU, "is_finite &= x[k] - x[k] == 0;", "is_finite &= x[k] == x[k];", CUDA_ROWS_TESTS),
+        Mutation(EXP_CU, "out.places == nullptr ? row : out.places[row]", "row", CUDA_ROWS_TESTS),
+        Mutation(EXP_CU, "out.places == nullptr ? n : out.positions", "n", CUDA_ROWS_TESTS),
+        # rows that are sorted by group with the labels of others; tables of another dtype; what is not finite
+        Mutation(GATHER, "table=self.found.table[:, order]", "table=self.found.table", CUDA_ROWS_TESTS),
+        Mutation(
+            GATHER,
+            "if self.found is not None and like.dtype == self.found.token_logps.dtype:",
+            "if self.found is not None:",
+            CUDA_ROWS_TESTS,
+        ),  # fmt: skip
+        Mutation(GATHER, "if not rows.found.broken.item():", "if True:", CUDA_ROWS_TESTS),
+        Mutation(LOGPS, "if num_labelled > positions:", "if False:", "impl/test_found_rows.py -k positions"),
         # rows that lie one over another
         Mutation(CUDA_LINEAR, "rows = t.stride(0) >= t.shape[1] and t.stride(0)", "rows = t.stride(0)", CUDA_TESTS),
     ],
@@ -607,7 +637,7 @@ MUTATIONS = {
         # another order
         Mutation(
             PAIR_GROUPS,
-            "torch.argsort(comparisons.order(rows.sequence),",
+            "torch.argsort(comparisons.order(rows.at.sequence),",
             "torch.argsort(rows.sequence,",
             DPO_TESTS,
         ),
@@ -1996,8 +2026,8 @@ MUTATIONS = {
             PREDICTED,
         ),
         # places one behind the end, and of no label
-        Mutation(LOGPS, "(predictors >= places)", "(predictors > places)", PREDICTED),
-        Mutation(LOGPS, "(predictors >= places)) & (labels != ignore_index)", "(predictors >= places))", PREDICTED),
+        Mutation(GATHER, "(predictors >= places)", "(predictors > places)", PREDICTED),
+        Mutation(GATHER, "(predictors >= places)) & (labels != ignore_index)", "(predictors >= places))", PREDICTED),
         # rankings in batches: whose pairs are others', or connect some of them, one response, and other weights
         Mutation(BATCHING, "[(first + chosen, first + rejected) for", "[(chosen, rejected) for", BATCH_TESTS),
         Mutation(BATCHING, 'if Groups(pairs, responses, torch.device("cpu")).groups > 1:', "if False:", BATCH_TESTS),

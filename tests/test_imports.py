@@ -15,7 +15,8 @@ from places import ROOT
 LAYERS = (
     ("lazy", "options", "verdicts", "_native", "_cuda"),
     ("impl",),
-    ("dispatch", "rows", "measure", "comparisons"),
+    ("dispatch", "measure", "comparisons"),
+    ("rows",),
     ("ops",),
     ("parallel",),
     ("sequence_parallel",),

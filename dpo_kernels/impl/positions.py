@@ -45,7 +45,7 @@ def search(launch: Callable[[Search, FoundRows, Tensor], None], of: Search, stat
         return None
     if of.predictors is not None and (of.shift or of.predictors.dtype != torch.int64):
         return None
-    waits = of.num_labelled is None or labels.device.type == "cpu"
+    waits = of.num_labelled is None or labels.device.type != "cuda"
     most = positions if of.num_labelled is None else min(of.expected, positions)
     table = labels.new_empty(ROW_FIELDS, most, dtype=torch.int64)
     notes = table.new_empty(NOTES)

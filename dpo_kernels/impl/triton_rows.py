@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_kernels.impl import positions, triton_linear
 from dpo_kernels.impl.interface import FoundRows, LogitTransform, TokenLogps
 
-BLOCK_P, NUM_WARPS = 4096, 16
+BLOCK_P, NUM_WARPS = 2048, 16
 MAX_BLOCK_H = 4096
 COUNT, FITS, BROKEN = (tl.constexpr(field) for field in (positions.COUNT, positions.FITS, positions.BROKEN))
 
@@ -91,7 +91,7 @@ def rows_kernel(
         tl.store(notes_ptr + BROKEN, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["U"], do_not_specialize_on_alignment=["slots_ptr", "broken_ptr"])
 def gather_rows_kernel(
     hidden_ptr, slots_ptr, out_ptr, broken_ptr, stride_hr, stride_hu, stride_hh, U, H, BLOCK_H: tl.constexpr
 ):

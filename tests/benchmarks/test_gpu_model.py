@@ -216,6 +216,8 @@ def test_what_path_a_launches(gpu_model, recorded):
     names, _ = predicted(gpu_model, labelled, 48, 251, lambda model: model.path_a())
     assert launches["linear_fold_fwd_kernel"] == names["linear_fold_fwd_kernel"] == 1
     assert launches.total() <= names.total() <= 6, launches
+    on_hopper = gpu_model.Model(gpu_model.GPUS["H200"], "cuda", labelled, 48, 251).path_a()
+    assert sum(launch.count for launch in on_hopper) == 6  # see test_path_a.py
 
 
 # What the model calls Triton's kernels, and those of the operators that come together.

@@ -55,7 +55,8 @@ from dpo_kernels.impl.triton_linear import (
     linear_join_kernel,
 )
 from dpo_kernels.impl.triton_linear import JOIN_ROWS as LINEAR_JOIN_ROWS
-from dpo_kernels.impl.triton_rows import BLOCK_P, rows_kernel
+from dpo_kernels.impl.triton_rows import BLOCK_P, gather_rows_kernel, rows_kernel
+from dpo_kernels.impl.triton_rows import MAX_BLOCK_H as MAX_GATHER_BLOCK
 from dpo_kernels.impl.triton_rows import NUM_WARPS as ROWS_WARPS
 
 
@@ -163,13 +164,17 @@ def cases(capability):
     of_parts = {"INNER": 1 / 30.0, "OUTER": 30.0, "STATS": True, "BLOCK_N": LINEAR_JOIN_ROWS, "num_warps": 8}
     yield "rows linear join", linear_join_kernel, types, of_parts | names | {"BLOCK_SPLITS": JOIN_SPLITS}, ()
     yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": ROWS_WARPS}, ()
+    of_hidden = dict.fromkeys(("hidden_ptr", "out_ptr"), "*bf16")
+    yield "rows gathered", gather_rows_kernel, of_hidden, {"stride_hh": 1, "BLOCK_H": MAX_GATHER_BLOCK}, ()
     yield "rows join", exp_join_kernel, types, join, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
-POINTERS = dict.fromkeys(("y", "argmax", "slot", "place", "broken", "labels", "predictors", "rows", "notes"), "*i64")
+POINTERS = dict.fromkeys(
+    ("y", "argmax", "slot", "place", "broken", "labels", "predictors", "rows", "notes", "slots"), "*i64"
+)
 POINTERS = {f"{name}_ptr": kind for name, kind in (POINTERS | {"state": "*fp64"}).items()}
 UNIT = {"stride_av": 1, "stride_ov": 1}
 
