@@ -336,6 +336,20 @@ MUTATIONS = {
             "(v * h - (kept - start) * stride) // h + step",
             f"{CUDA_EXP_TESTS} -k trained_head",
         ),
+        # what is computed again: labels' entries twice, dX without what is stored, blocks over dW
+        Mutation(CUDA_EXP, "if missing is None else missing", "", f"{CUDA_EXP_TESTS} -k 'some_entries'"),
+        Mutation(TRITON_EXP, "if missing is None else missing", "", f"{EXP_TESTS} -k 'some_entries and plain'"),
+        Mutation(
+            PATHS, "sums, accumulate=block.start > 0)", "sums, accumulate=False)", f"{CUDA_EXP_TESTS} -k 'some_entries'"
+        ),
+        Mutation(PATHS, "rest, places[-1], x", "rest, places[0], x", f"{CUDA_EXP_TESTS} -k 'some_entries'"),
+        # a reference whose parts are others
+        Mutation(
+            PATHS,
+            "sizes = _sizes(weight.shape[0], kept, stored)\n",
+            "sizes = _sizes(weight.shape[0], kept)\n",
+            f"{CUDA_EXP_TESTS} -k 'rewards'",
+        ),
         # a scale forgotten
         Mutation(
             EXP_CU,
@@ -705,6 +719,17 @@ MUTATIONS = {
         # a factor that is rounded, or left out
         Mutation(TRITON_SCALE, "if factor != 1.0:", "if factor > 1.0:", "impl/test_scale.py -k triton"),
         Mutation(ROWS_CU, "if (by == 1) return;", "", "impl/test_scale.py -k cuda"),
+        # some exponentials where groups are faster, or cannot be; more of them than fit; a block that has no room
+        Mutation(PAIR_GROUPS, "2 * len(groups) * sums", "0", "test_pair_groups.py"),
+        Mutation(PAIR_GROUPS, "if groups is None or again", "if groups is not None and again", "test_pair_groups.py"),
+        Mutation(PATHS, "- SHIFT_BYTES * math.ceil(kept / step)\n", "\n", "test_pair_groups.py"),
+        Mutation(PATHS, "weight.device)) else 0", "weight.device)) else kept + buffer", "test_pair_groups.py"),
+        Mutation(
+            "dpo_kernels/planning/head_memory.py",
+            "round(4 - stored / t.v, 2)",
+            "3",
+            "planning/test_planning.py -k that_do_not_all_fit",
+        ),
         # a small part at the end
         Mutation(PAIR_GROUPS, "most)) == fewest", "rows)) >= 1", "test_pair_groups.py"),
         Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),
