@@ -230,7 +230,7 @@ class Model:
         return [Launch("index"), *table]
 
     def join(self, n: int) -> Launch:
-        return Launch("exp_join_kernel", 1, 4 * FIELDS * n * self.splits(n, self.v))
+        return Launch("join_kernel", 1, 4 * FIELDS * n * self.splits(n, self.v))
 
     def dhidden(self, out_bytes: int) -> Launch:
         """sums + label W_y"""

@@ -118,7 +118,7 @@ def gpu_impl(request, monkeypatch):
             monkeypatch.setattr(linear, "BLOCK_N", 16)
             monkeypatch.setattr(linear, "BLOCK_H", 32)
             monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 32)
-            monkeypatch.setattr(linear, "JOIN_SPLITS", 2)
+            monkeypatch.setattr(importlib.import_module("dpo_kernels.impl.triton_join"), "JOIN_SPLITS", 2)
             monkeypatch.setattr(importlib.import_module("dpo_kernels.impl.triton_rows"), "BLOCK_P", 16)
     return request.param
 

@@ -96,7 +96,10 @@ CUDA_EXP_TESTS = "impl/test_cuda_exponentials.py"
 WEIGHED_TESTS = "impl/test_cuda_exponentials.py -k weighed"
 WAVES, PRODUCTS = (f"dpo_kernels/impl/{name}.py" for name in ("waves", "products"))
 TRITON_SCALE = "dpo_kernels/impl/triton_scale.py"
-TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
+TRITON_SHIFTED, TRITON_PACKED, TRITON_DLOGITS, TRITON_JOIN = (
+    f"dpo_kernels/impl/triton_{name}.py" for name in ("shifted", "packed", "dlogits", "join")
+)
+EXP_TESTS = "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
 TRITON_ROWS, ROWS_TESTS = "dpo_kernels/impl/triton_rows.py", "impl/test_found_rows.py impl/test_path_a.py -k triton"
@@ -106,6 +109,7 @@ CONSUMERS = "test_logps.py test_linear_dpo.py test_numerics.py"
 ON_CPU = f"{CONSUMERS} impl/test_native.py -k '(cpu or test_native) and not outside and not budget'"
 ON_CUDA = f"{CONSUMERS} impl/test_cuda.py -k 'cuda and not machine_code and not budget'"
 ON_TORCH = f"{CONSUMERS} test_ops.py -k 'torch and not budget'"
+NUMERICS_OF = "test_numerics.py -k '"
 LOGPS_TESTS, DPO_TESTS, NUMERICS = (f"test_{name}.py -k torch" for name in ("logps", "linear_dpo", "numerics"))
 PUBLISHED = "test_losses.py -k published"
 SHARD_TESTS = "test_parallel.py -k '3 or every'"
@@ -185,7 +189,7 @@ MUTATIONS = {
         # 0 times infinity
         Mutation(CPU, "e * maximum(broadcast(T(-1e4)), d)", "e * d", ON_CPU),
         # the last of equal segments
-        Mutation(CPU, "if (kStats && segment_max > old_max)", "if (kStats && segment_max >= old_max)", ON_CPU),
+        Mutation(CPU, "segment_max > old_max ||", "segment_max >= old_max ||", ON_CPU),
         # cancels
         Mutation(
             FINISH, "lead > 0 ? -log1p(of.sum * exp(-lead)) : lead", "lead", "test_logps.py -k 'cpu and confident'"
@@ -222,7 +226,16 @@ MUTATIONS = {
     ],
     "CUDA kernels": [
         # the last of equal entries
-        Mutation(ROWS_CU, "if (block > top) {", "if (block >= top) {", CUDA_TESTS),
+        Mutation(ROWS_CU, "(block > top ||", "(block >= top ||", CUDA_TESTS),
+        # the first one nowhere, of the least numbers that there are
+        Mutation(ROWS_CU, "(block == top && argmax < 0)", "false", f"{NUMERICS_OF} cuda and one_number'"),
+        # what rounding a shift leaves: forgotten, and of huge logits
+        Mutation(ROWS_CU, " * power(-rest), apart", ", apart", f"{NUMERICS_OF} cuda and offset'"),
+        Mutation(ROWS_CU, " * power(-shift.exponent(top));", ";", f"{NUMERICS_OF} cuda and offset'"),
+        Mutation(
+            ROWS_CU, "if (unit_of(found.top) != fold.shift.unit) {", "if (false) {", f"{NUMERICS_OF} cuda and huge'"
+        ),
+        Mutation(MATH, "kHuge<float> = 1 << 29", "kHuge<float> = FLT_MAX", f"{NUMERICS_OF} cuda and huge'"),
         # a scale forgotten
         Mutation(
             ROWS_CU,
@@ -361,6 +374,24 @@ MUTATIONS = {
         Mutation(EXP_CU, "if (split < label_split) before", "if (split > label_split) before", CUDA_TESTS),
     ],
     "Triton kernels": [
+        # the first one nowhere, of the least numbers that there are
+        Mutation(
+            TRITON, "tl.minimum(argmax, place), argmax)", "argmax, argmax)", f"{NUMERICS_OF} triton and one_number'"
+        ),
+        # what rounding a shift leaves: forgotten, of huge logits, and lost in a multiply-add
+        Mutation(TRITON, "tl.exp(apart) * tl.exp2(-rest)", "tl.exp(apart)", f"{NUMERICS_OF} triton and offset'"),
+        Mutation(TRITON, "(sum_ez - total * rest) / LOG2_E", "sum_ez / LOG2_E", f"{NUMERICS_OF} triton and offset'"),
+        Mutation(TRITON, "goes = tl.max(is_huge.to(tl.int32), axis=0)", "goes = 0", f"{NUMERICS_OF} triton and huge'"),
+        Mutation(
+            TRITON_MATH,
+            "return unit, shift, tl.exp2(-rest)",
+            "return unit, shift, 1.0",
+            f"{NUMERICS_OF} triton and offset'",
+        ),
+        Mutation(
+            TRITON_MATH, "shift = tl.fma(top, unit, 0.0)", "shift = top * unit", "impl/test_triton.py -k machine_code"
+        ),
+        Mutation(TRITON_LINEAR, "tl.maximum(top, -huge(tl.float32))", "tl.maximum(top, 0.5 * LOWEST)", TRITON_TESTS),
         # a label of an earlier tile
         Mutation(TRITON, "is_row & (label >= 0) & (label < V)", "is_row & (label < V)", TRITON_TESTS),
         # a missing mask
@@ -415,33 +446,49 @@ MUTATIONS = {
         ),
         # exponentials that overflow, and those of others that are written again
         Mutation("dpo_kernels/impl/exponentials.py", "FAR = 60.0", "FAR = 1e9", EXP_TESTS),
-        Mutation(TRITON_EXP, "shift = tl.where(is_far, top, shift)", "shift = shift", EXP_TESTS),
+        Mutation(TRITON_SHIFTED, "shift = tl.where(is_far, top, shift)", "shift = shift", EXP_TESTS),
         # a shift that rounds downwards, one for all blocks, sums that do not follow it, and another split's
-        Mutation(TRITON_EXP, "return shift + tl.abs(shift) * 2.0**-22", "return shift", EXP_TESTS),
-        Mutation(TRITON_EXP, "factor = weight * tl.exp2(shift - joint)", "factor = weight", EXP_TESTS),
-        Mutation(TRITON_EXP, "        total = total * rescale\n", "", EXP_TESTS),
-        Mutation(TRITON_EXP, "total += part_total * factor", "total += part_total", EXP_TESTS),
+        Mutation(TRITON_PACKED, "return shift + tl.abs(shift) * 2.0**-22", "return shift", EXP_TESTS),
+        Mutation(TRITON_PACKED, "factor = weight * tl.exp2(shift - joint)", "factor = weight", EXP_TESTS),
+        Mutation(TRITON_PACKED, "        total = total * rescale\n", "", EXP_TESTS),
+        Mutation(TRITON_JOIN, "total += tl.sum(mass * factor, axis=0)", "total += tl.sum(mass, axis=0)", EXP_TESTS),
         # the label's part: its rounding, its slope, where it is, and what a split finds of another part's
-        Mutation(TRITON_EXP, "is_label = (columns == label) & inside", "is_label = columns == label", EXP_TESTS),
-        Mutation(TRITON_EXP, "has_entry = (label >= begin) & (label < end)", "has_entry = label < V", EXP_TESTS),
-        Mutation(TRITON_EXP, "leaves_out = (has_label > 0) |", "leaves_out =", EXP_TESTS),
+        Mutation(TRITON_SHIFTED, "is_label = (columns == label) & inside", "is_label = columns == label", EXP_TESTS),
+        Mutation(TRITON_PACKED, "target, _ = to_logits(at_label, INNER, OUTER)", "target = at_label", EXP_TESTS),
+        Mutation(TRITON_JOIN, "(-total * slope).to(tl.float32)", "(-total).to(tl.float32)", EXP_TESTS),
+        # a squared exponential's unit forgotten; an exponential's factor that is not by the largest shift
+        Mutation(TRITON_JOIN, "tl.log(sum_sq / (SQUARED * SQUARED))", "tl.log(sum_sq)", EXP_TESTS),
+        Mutation(
+            TRITON_JOIN,
+            "tl.store(shift_ptr + n, shift, mask=is_row)",
+            "tl.store(shift_ptr + n, top, mask=is_row)",
+            EXP_TESTS,
+        ),
+        # norm that is rounded behind the sum that goes with it
+        Mutation(
+            TRITON_JOIN,
+            "largest = tl.maximum(top, target_z).to(tl.float64)",
+            "largest = tl.maximum(shift, target)",
+            TRITON_TESTS,
+        ),
+        Mutation(TRITON_PACKED, "leaves_out = (has_label > 0) |", "leaves_out =", EXP_TESTS),
         # the gradient of logits: what its label's entry loses, and programs that take turns
-        Mutation(TRITON_EXP, "missing += tl.sum(tl.where(is_label, left, 0.0), axis=1)", "pass", EXP_TESTS),
-        Mutation(TRITON_EXP, "tl.cdiv(N, BLOCK_N) - first_block, GROUP)", "GROUP, GROUP)", EXP_TESTS),
+        Mutation(TRITON_DLOGITS, "missing += tl.sum(tl.where(is_label, left, 0.0), axis=1)", "pass", EXP_TESTS),
+        Mutation(TRITON_DLOGITS, "tl.cdiv(N, BLOCK_N) - first_block, GROUP)", "GROUP, GROUP)", EXP_TESTS),
         # the softcap's part of the gradient
-        Mutation(TRITON_EXP, "e = e * slope\n            e_block_ptr", "pass\n            e_block_ptr", EXP_TESTS),
-        Mutation(TRITON_EXP, "e = e * slope\n            v = start", "pass\n            v = start", EXP_TESTS),
+        Mutation(TRITON_SHIFTED, "e = e * slope\n            e_block_ptr", "pass\n            e_block_ptr", EXP_TESTS),
+        Mutation(TRITON_PACKED, "e = e * slope\n            v = start", "pass\n            v = start", EXP_TESTS),
         # sums that do not follow the maximum
-        Mutation(TRITON_LINEAR, "(ez + mass * (own - shift[None, :])) * factor", "ez * factor", TRITON_TESTS),
+        Mutation(TRITON_JOIN, "(ez + mass * change) * factor", "ez * factor", TRITON_TESTS),
         # of equal logits not the first alone; the label among the others of its block
-        Mutation(TRITON_LINEAR, "(target_z > top_before)", "(target_z >= top_before)", TRITON_TESTS),
+        Mutation(TRITON_JOIN, "(target_z > top_before)", "(target_z >= top_before)", TRITON_TESTS),
         Mutation(TRITON_LINEAR, 'z = tl.where(v == own, float("-inf"), z)', "pass", TRITON_TESTS),
         # rows behind others; labels of another sequence; hidden states as if they lay one after the other
         Mutation(TRITON_ROWS, "n = first_row + tl.cumsum(", "n = tl.cumsum(", ROWS_TESTS),
         Mutation(TRITON_ROWS, "inside = (p < P) & (t + SHIFT < T)", "inside = p < P", ROWS_TESTS),
         Mutation(TRITON_LINEAR, "slot // T * stride_xr + slot % T * stride_xn", "slot * stride_xn", ROWS_TESTS),
         # infinite hidden states that a softcap hides; a wrong number of labels
-        Mutation(TRITON_LINEAR, "(at_label - at_label) != 0.0", "logp != logp", ROWS_TESTS),
+        Mutation(TRITON_JOIN, "(at_label - at_label) != 0.0", "logp != logp", ROWS_TESTS),
         Mutation(TRITON_ROWS, "((expected < 0) | (count == expected))", "(count >= 0)", ROWS_TESTS),
         # copies of other hidden states; infinite ones that are passed over; tables that hold what was in memory
         Mutation(TRITON_ROWS, "slot // U * stride_hr + slot % U * stride_hu", "slot * stride_hu", ROWS_TESTS),
@@ -458,8 +505,8 @@ MUTATIONS = {
         # the last of equal blocks
         Mutation(
             TORCH,
-            "torch.where(block_max > old_max, block_argmax",
-            "torch.where(block_max >= old_max, block_argmax",
+            "is_new = (block_max > old_max)",
+            "is_new = (block_max >= old_max)",
             "test_logps.py -k 'torch and top1'",
         ),
         # 0 times infinity

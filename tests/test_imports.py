@@ -38,7 +38,19 @@ COMPILED = {"_native", "_cuda"}  # imported by implementations alone
 IMPLEMENTATIONS = (
     {"torch"},
     {"native"},
-    {"triton", "triton_linear", "triton_math", "triton_scale", "triton_rows", "triton_sequences"},
+    {
+        "triton",
+        "triton_dlogits",
+        "triton_exponentials",
+        "triton_join",
+        "triton_linear",
+        "triton_math",
+        "triton_packed",
+        "triton_rows",
+        "triton_scale",
+        "triton_sequences",
+        "triton_shifted",
+    },  # fmt: skip
     {"cuda", "cuda_exponentials", "cuda_linear"},
 )
 

@@ -1,5 +1,7 @@
 """Where precision is easily lost: confident tokens, logits far from zero, and operands rounded to half precision."""
 
+import math
+
 import pytest
 import torch
 from grids import covering
@@ -120,6 +122,41 @@ def test_a_common_offset_of_the_logits_costs_nothing(offset):
     p = exact.detach().softmax(-1)
     for name, best in (("entropy", torch.special.entr(p).sum(-1)), ("log_sum_sq_probs", p.square().sum(-1).log())):
         torch.testing.assert_close(out.stats[name][labelled].double(), best[labelled], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [-torch.inf, -1e30, -1e9, 1e9, 1e30])  # -inf: the least number
+def test_rows_of_one_number_that_is_huge(dtype, value):
+    """As of masked entries alone: all are equally likely, and the first one is the top one."""
+    value, v = max(value, torch.finfo(dtype).min), 4097
+    labels = torch.tensor([[0], [5], [v - 1]])
+    logits = torch.full((3, 1, v), value, dtype=dtype, requires_grad=True)
+    out = sequence_logps(logits, labels, stats=("is_top1", "entropy", "log_sum_sq_probs"))
+    (gradient,) = torch.autograd.grad(out.logps.sum(), logits)
+    assert out.stats["is_top1"].flatten().tolist() == [1, 0, 0]
+    for found, sign in ((out.token_logps, -1), (out.stats["entropy"], 1), (out.stats["log_sum_sq_probs"], -1)):
+        torch.testing.assert_close(found.detach(), torch.full((3, 1), sign * math.log(v)), rtol=2e-6, atol=0)
+    expected = torch.full(logits.shape, -1 / v).scatter_(2, labels[..., None], 1 - 1 / v)
+    torch.testing.assert_close(gradient, expected.to(dtype), rtol=max(2e-6, torch.finfo(dtype).eps), atol=0)
+
+
+@pytest.mark.parametrize("value", [-torch.inf, -1e30, -1e10])
+def test_huge_numbers_beside_others(value):
+    """As of a vocabulary that is padded: nothing is left of them, wherever a kernel sees no others."""
+    exact = torch.randn(4, 1, 9001, dtype=torch.float64)
+    exact[:2, :, 300:], exact[2:, :, :-300] = (max(value, torch.finfo(torch.float32).min),) * 2
+    labels = torch.tensor([[0], [299], [9000], [8800]])
+    logits = exact.float().requires_grad_()
+    out = sequence_logps(logits, labels, stats=("is_top1", "entropy", "log_sum_sq_probs"))
+    p = exact.softmax(-1)
+    torch.testing.assert_close(
+        out.token_logps.double(), p.log().gather(2, labels[..., None])[..., 0], rtol=2e-6, atol=2e-6
+    )
+    for name, best in (("entropy", torch.special.entr(p).sum(-1)), ("log_sum_sq_probs", p.square().sum(-1).log())):
+        torch.testing.assert_close(out.stats[name].double(), best, rtol=2e-6, atol=2e-6)
+    (gradient,) = torch.autograd.grad(out.logps.sum(), logits)
+    expected = -p.scatter_add(2, labels[..., None], torch.full((4, 1, 1), -1.0, dtype=torch.float64))
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("frozen", [True, False])

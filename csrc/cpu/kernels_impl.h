@@ -156,7 +156,7 @@ inline double fold_segment(RowFold& fold, const Logits<S, kPlain>& z, Range segm
   V unused;
   const double segment_max = first_lane(z.transformed(broadcast(extreme * direction), &unused));
   const double old_max = f[kMax], new_max = segment_max > old_max ? segment_max : old_max;
-  if (kStats && segment_max > old_max) {
+  if (kStats && (segment_max > old_max || (segment_max == old_max && fold.argmax < 0))) {
     for (int64_t i = segment.first; i < segment.last; ++i) {
       // by logits, which can be equal where products are not
       if (i != label && first_lane(z(i, 1, &unused)) == segment_max) {

@@ -47,6 +47,38 @@ __device__ __forceinline__ __half narrow<__half>(float x) {
 __device__ __forceinline__ float exp_of(float x) { return exp2f(x * kLog2E); }
 __device__ __forceinline__ double exp_of(double x) { return exp(x); }
 
+// In the unit that is exponentials' own: of fp32 log2, of fp64 nats.
+template <class T>
+constexpr T kUnit = 1;
+template <>
+constexpr float kUnit<float> = kLog2E;
+__device__ __forceinline__ float power(float x) { return exp2f(x); }
+__device__ __forceinline__ double power(double x) { return exp(x); }
+// From here on neighbouring logits are so far apart that the smaller one's exponential is 0 beside the larger one's, be
+// it to the base e or 2.
+template <class T>
+constexpr T kHuge = FLT_MAX;
+template <>
+constexpr float kHuge<float> = 1 << 29;
+template <class T>
+__device__ __forceinline__ T unit_of(T top) {
+  return fabs(top) < kHuge<T> ? kUnit<T> : T(1);
+}
+
+__device__ __forceinline__ float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
+__device__ __forceinline__ double multiply_add(double a, double b, double c) { return fma(a, b, c); }
+
+// What exponentials are taken relative to, so that each is one multiply-add and one instruction: `top` in this unit,
+// rounded. exponent(top) is what that leaves, which is exact: exp(z - top) = power(exponent(z)) / power(exponent(top)).
+template <class T>
+struct Shift {
+  T unit, by;
+
+  // A product would be put, unrounded, into multiply-adds with what it is subtracted from.
+  __device__ __forceinline__ Shift(T top, T unit) : unit(unit), by(multiply_add(top, unit, T(0))) {}
+  __device__ __forceinline__ T exponent(T z) const { return multiply_add(z, unit, -by); }
+};
+
 // tanh x and 1 - tanh^2 x, which keeps its digits where tanh reaches 1. Below 0.625, where 1 - e cancels,
 // t + t^3 p(t^2): csrc/README.md.
 __device__ __forceinline__ float tanh_of(float x, float& slope) {

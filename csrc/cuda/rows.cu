@@ -57,12 +57,16 @@ __device__ __forceinline__ int label_among(int64_t label, int v) {
   return label >= 0 && label < v ? static_cast<int>(label) : -1;
 }
 
-// What one thread has seen of a row, beside the label.
+// What one thread has seen of a row, beside the label and above the least: sums of e = power(shift.exponent(z)), of z,
+// e shift.exponent(z) and e^2.
 template <class T, bool kStats>
 struct ThreadFold {
-  // finite, so that entries of -inf alone leave no inf - inf
-  T top = -FLT_MAX, sum = 0, sum_z = 0, sum_ez = 0, sum_sq = 0;
+  T top;
+  Shift<T> shift;
+  T sum = 0, sum_z = 0, sum_ez = 0, sum_sq = 0;
   int argmax = -1;
+
+  __device__ __forceinline__ ThreadFold(T least, T unit) : top(least), shift(least, unit) {}
 
   // i: the index of the first. What is not to count is -inf.
   template <int kCount>
@@ -70,25 +74,27 @@ struct ThreadFold {
     T block = z[0];
 #pragma unroll
     for (int k = 1; k < kCount; ++k) block = larger(block, z[k]);
-    const T next = larger(top, block), rescale = exp_of(top - next);
-    if (kStats) {
-      if (block > top) {
+    if (kStats && (block > top || (block == top && argmax < 0))) {
 #pragma unroll
-        for (int k = kCount - 1; k >= 0; --k) argmax = z[k] == block ? i + k : argmax;
-      }
-      sum_ez = (sum_ez + sum * larger(top - next, T(-1e4))) * rescale;
+      for (int k = kCount - 1; k >= 0; --k) argmax = z[k] == block ? i + k : argmax;
+    }
+    top = larger(top, block);
+    const T before = shift.by;
+    shift = Shift<T>(top, shift.unit);
+    const T change = before - shift.by, rescale = power(change);
+    if (kStats) {
+      sum_ez = (sum_ez + sum * larger(change, T(-1e4))) * rescale;
       sum_sq *= rescale * rescale;
     }
     sum *= rescale;
-    top = next;
     T part[2] = {0, 0};
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      const T shifted = z[k] - next, e = exp_of(shifted);
+      const T exponent = shift.exponent(z[k]), e = power(exponent);
       part[k % 2] += e;
       if (kStats) {
-        // exp has reached 0 long before -1e4, and 0 times -inf is to be 0
-        sum_ez += e * larger(shifted, T(-1e4));
+        // a power has reached 0 long before -1e4, and 0 times -inf is to be 0
+        sum_ez += e * larger(exponent, T(-1e4));
         sum_sq += e * e;
       }
     }
@@ -105,14 +111,9 @@ struct RowFold {
   int argmax;
 };
 
-template <bool kStats, class S, class Of>
-__device__ __forceinline__ auto fold_row(const Row<S>& row, const Of& of, int label) {
-  using T = typename Accumulate<S>::T;
-  __shared__ T shared_top[kWarps];
-  __shared__ double shared_sum[kWarps];
-  __shared__ int shared_index[kWarps];
-  // Each thread goes from left to right, so that it finds the first of equal maxima.
-  ThreadFold<T, kStats> fold;
+// By a thread of a block that goes through all of it, from left to right: so it finds the first of equal maxima.
+template <bool kStats, class S, class Of, class T>
+__device__ __forceinline__ void add_row(const Row<S>& row, const Of& of, int label, ThreadFold<T, kStats>& fold) {
   const auto add = [&](const auto& pack, int i) {
     constexpr int count = sizeof(pack) / sizeof(S);
     T z[count], slope[count];
@@ -141,15 +142,32 @@ __device__ __forceinline__ auto fold_row(const Row<S>& row, const Of& of, int la
   }
   for (; p < packs; p += kThreads) add(from[p], head + p * kPer<S>);
   for (int i = head + packs * kPer<S> + threadIdx.x; i < row.v; i += kThreads) add(Pack<S, 1>{row[i]}, i);
+}
 
+template <bool kStats, class S, class Of>
+__device__ __forceinline__ auto fold_row(const Row<S>& row, const Of& of, int label) {
+  using T = typename Accumulate<S>::T;
+  __shared__ T shared_top[kWarps];
+  __shared__ double shared_sum[kWarps];
+  __shared__ int shared_index[kWarps];
+  ThreadFold<T, kStats> fold(-kHuge<T>, kUnit<T>);
+  add_row(row, of, label, fold);
   RowFold<T> found{};
   found.top = over_block(fold.top, shared_top, larger<T>);
+  if (unit_of(found.top) != fold.shift.unit) {  // of huge logits, as where all are masked
+    fold = ThreadFold<T, kStats>(T(-FLT_MAX), T(1));
+    add_row(row, of, label, fold);
+    found.top = over_block(fold.top, shared_top, larger<T>);
+  }
+
   const auto plus = [](double a, double b) { return a + b; };
-  const double factor = exp_of(fold.top - found.top), apart = static_cast<double>(fold.top) - found.top;
+  const T rest = fold.shift.exponent(fold.top);
+  const double factor = exp_of(fold.top - found.top) * power(-rest), apart = static_cast<double>(fold.top) - found.top;
   found.sum = over_block(fold.sum * factor, shared_sum, plus);
   if (kStats) {
     found.sum_z = over_block(static_cast<double>(fold.sum_z), shared_sum, plus);
-    found.sum_ez = over_block((fold.sum_ez + fold.sum * apart) * factor, shared_sum, plus);
+    const double sum_ez = (fold.sum_ez - static_cast<double>(fold.sum) * rest) / fold.shift.unit;
+    found.sum_ez = over_block((sum_ez + fold.sum * apart) * factor, shared_sum, plus);
     found.sum_sq = over_block(fold.sum_sq * factor * factor, shared_sum, plus);
     const int mine = fold.top == found.top && fold.argmax >= 0 ? fold.argmax : INT_MAX;
     found.argmax = over_block(mine, shared_index, [](int a, int b) { return a < b ? a : b; });
@@ -318,12 +336,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4)
   const Row<S> to = row_of<S>(out, s, t, v);
   if (y == labels.ignore_index) return fill_row(to, S{}, blockIdx.y, gridDim.y);
   const int label = label_among(y, v);
-  const T shift = norm[n], weight = g.at<T>(s, t), factor = -weight / norm[count + n];
+  const T top = norm[n], weight = g.at<T>(s, t);
+  const Shift<T> shift(top, unit_of(top));
+  const T factor = -weight / norm[count + n] * power(-shift.exponent(top));
   const T own = -expm1(logp[n]) * weight;
   map_row(row_of<S>(logits, s, t, v), to, blockIdx.y, gridDim.y, [&](auto& x, int i) {
     constexpr int width = sizeof(x) / sizeof(T);
 #pragma unroll
-    for (int k = 0; k < width; ++k) x[k] = i + k == label ? own : exp_of(x[k] - shift) * factor;
+    for (int k = 0; k < width; ++k) x[k] = i + k == label ? own : power(shift.exponent(x[k])) * factor;
   });
 }
 

@@ -28,7 +28,7 @@ class Fold:
         self.state = y.new_empty(7, *y.shape, dtype=dtype)
         """[7, N]: the seven below, which are views of it."""
         self.max, self.target, self.label_slope, self.sum, self.sum_z, self.sum_ez, self.sum_sq = self.state
-        self.argmax = torch.empty_like(y)
+        self.argmax = y.new_empty(y.shape)
         """[N] int64: where the maximum is, the first of equal ones; kept for "is_top1" alone."""
         self.begin()
 

@@ -91,7 +91,9 @@ def _add_logits_(fold: Fold, z: Tensor, rows: slice, start: int) -> Tensor:
     block_max, block_argmax = z.max(1)
     new_max = torch.maximum(old_max, block_max)
     if "is_top1" in fold.names:
-        fold.argmax[rows] = torch.where(block_max > old_max, block_argmax + start, fold.argmax[rows])
+        argmax = fold.argmax[rows]
+        is_new = (block_max > old_max) | ((block_max == old_max) & (argmax < 0))
+        fold.argmax[rows] = torch.where(is_new, block_argmax + start, argmax)
     rescale = torch.exp(old_max - new_max)
     z.sub_(new_max[:, None]).exp_()
     if "entropy" in fold.names:

@@ -29,7 +29,19 @@ from dpo_kernels.impl.triton_exponentials import recomputed_columns as recompute
 from dpo_kernels.impl.triton_exponentials import shift_columns as shift_columns
 from dpo_kernels.impl.triton_exponentials import takes_exponentials as takes_exponentials
 from dpo_kernels.impl.triton_linear import LOWEST
-from dpo_kernels.impl.triton_math import exp, log1p, one_minus_exp, run, stats_constants, to_logits, transform_constants
+from dpo_kernels.impl.triton_math import (
+    LOG2_E,
+    exp,
+    exp_from,
+    huge,
+    log1p,
+    one_minus_exp,
+    run,
+    shift_by,
+    stats_constants,
+    to_logits,
+    transform_constants,
+)
 from dpo_kernels.impl.triton_rows import find_rows as find_rows
 from dpo_kernels.impl.triton_rows import gather_rows as gather_rows
 from dpo_kernels.impl.triton_rows import linear_token_logps as linear_token_logps
@@ -43,6 +55,9 @@ TILE_BYTES = 128 * 2**20
 # A program takes 16 KiB of a row at once, or of each of its rows: so much has to be on its way from memory.
 BLOCK_N, MAX_BLOCK_BYTES, MAX_BLOCK_H = 1, 2**14, 1024
 CHECKED_LABELS = 1024
+# Of a thread: two blocks of 8 warps have a multiprocessor together, or four, without statistics and a softcap. (Without
+# a limit, assemblers choose lower ones, and spill.)
+MAX_REGISTERS, FEW_REGISTERS = 128, 64
 
 # The fields of a Fold's state that the kernels name.
 SUM: tl.constexpr = tl.constexpr(3)
@@ -86,15 +101,15 @@ def _at(ptr, n, T, stride_s, stride_t):
 
 
 @triton.jit
-def _fold_row(
-    row_ptr, is_row, label, stride_v, bias_ptr, V,
+def _fold_lanes(
+    row_ptr, is_row, label, stride_v, bias_ptr, V, unit, least,
     ACC: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, STATS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PER: tl.constexpr,
 ):  # fmt: skip
-    """Of the entries beside the label: the maximum, the sum of exp(z - max), those of the statistics, and where the
-    maximum is, or V. Each lane has its own maximum; at the end they are brought to the largest, and added."""
+    """Of the entries beside the label that are above `least`, each lane's maximum, the sums of e = 2^(z unit - shift)
+    for this maximum's shift, of z, of e (z unit - shift) and of e^2, and where the maximum is, or V."""
     LANES: tl.constexpr = BLOCK_V // PER
-    top = tl.full([BLOCK_N, LANES], LOWEST, ACC)
+    top = least[:, None] + tl.zeros([BLOCK_N, LANES], ACC)
     total = tl.zeros([BLOCK_N, LANES], ACC)
     sum_z = tl.zeros([BLOCK_N, LANES], ACC)
     sum_ez = tl.zeros([BLOCK_N, LANES], ACC)
@@ -106,6 +121,7 @@ def _fold_row(
     label_block = tl.where(is_row & (label >= 0), label // BLOCK_V, -1)
     first_label, last_label = tl.min(label_block, axis=0) * BLOCK_V, tl.max(label_block, axis=0) * BLOCK_V
     some_row = tl.max(is_row.to(tl.int32), axis=0)
+    shift, _ = shift_by(top, unit[:, None])
 
     for first in range(0, V * some_row, BLOCK_V):
         columns = first + lane
@@ -117,24 +133,52 @@ def _fold_row(
         if ((first >= first_label) & (first <= last_label)) | (first + BLOCK_V > V):
             z = tl.where(inside & (columns != label[:, None, None]), z, float("-inf"))
         block_top = tl.max(z, axis=2)
-        new_top = tl.maximum(top, block_top)
-        rescale = exp(top - new_top)
-        shifted = z - new_top[:, :, None]
-        e = exp(shifted)
+        if STATS:  # of equal ones the first
+            place = tl.min(tl.where(z == block_top[:, :, None], columns, V), axis=2)
+            argmax = tl.where(block_top > top, place, tl.where(block_top == top, tl.minimum(argmax, place), argmax))
+        top = tl.maximum(top, block_top)
+        change = shift
+        shift, _ = shift_by(top, unit[:, None])
+        change -= shift
+        rescale = tl.exp2(change)
+        power = tl.fma(z, unit[:, None, None], -shift[:, :, None])
+        e = tl.exp2(power)
         if STATS:
-            place = tl.min(tl.where(z == block_top[:, :, None], columns, V), axis=2)  # of equal ones the first
-            argmax = tl.where(block_top > top, place, argmax)
-            # exp has reached 0 long before -1e4, and 0 times -inf, or the first maximum's distance, is to be 0
-            sum_ez = (sum_ez + total * tl.maximum(top - new_top, -1e4)) * rescale
-            sum_ez += tl.sum(e * tl.maximum(shifted, -1e4), axis=2)
+            # 2^x has reached 0 long before -1e4, and 0 times -inf, or the first maximum's distance, is to be 0
+            sum_ez = (sum_ez + total * tl.maximum(change, -1e4)) * rescale
+            sum_ez += tl.sum(e * tl.maximum(power, -1e4), axis=2)
             sum_sq = sum_sq * rescale * rescale + tl.sum(e * e, axis=2)
         total = total * rescale + tl.sum(e, axis=2)
-        top = new_top
+    return top, total, sum_z, sum_ez, sum_sq, argmax
+
+
+@triton.jit
+def _fold_row(
+    row_ptr, is_row, label, stride_v, bias_ptr, V,
+    ACC: tl.constexpr, INNER: tl.constexpr, OUTER: tl.constexpr, HAS_BIAS: tl.constexpr, STATS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, PER: tl.constexpr,
+):  # fmt: skip
+    """Of the entries beside the label: the maximum, the sum of exp(z - max), those of the statistics, and where the
+    maximum is, or V. Each lane has its own maximum; at the end they are brought to the largest, and added."""
+    unit, least = tl.full([BLOCK_N], LOG2_E, ACC), tl.zeros([BLOCK_N], ACC) - huge(ACC)
+    zero = tl.zeros([BLOCK_N, BLOCK_V // PER], ACC)
+    top, total, sum_z, sum_ez, sum_sq, argmax = zero, zero, zero, zero, zero, zero.to(tl.int32)
+    goes = 1
+    while goes > 0:  # once, but for rows of huge logits alone, as of those that are masked
+        top, total, sum_z, sum_ez, sum_sq, argmax = _fold_lanes(
+            row_ptr, is_row, label, stride_v, bias_ptr, V, unit, least,
+            ACC, INNER, OUTER, HAS_BIAS, STATS, BLOCK_N, BLOCK_V, PER,
+        )  # fmt: skip
+        is_huge = is_row & (unit != 1.0) & (tl.abs(tl.max(top, axis=1)) >= huge(ACC))
+        unit, least = tl.where(is_huge, 1.0, unit), tl.where(is_huge, LOWEST, least)
+        goes = tl.max(is_huge.to(tl.int32), axis=0)
 
     row_top = tl.max(top, axis=1)
     apart = tl.maximum(top - row_top[:, None], -1e4)
-    factor = tl.exp(apart).to(tl.float64)
-    sum_ez = tl.sum((sum_ez + total * apart).to(tl.float64) * factor, axis=1)
+    _, rest = shift_by(top, unit[:, None])
+    factor = (tl.exp(apart) * tl.exp2(-rest)).to(tl.float64)
+    sum_ez = (sum_ez - total * rest) / LOG2_E + total * apart
+    sum_ez = tl.sum(sum_ez.to(tl.float64) * factor, axis=1)
     sum_sq = tl.sum(sum_sq.to(tl.float64) * factor * factor, axis=1)
     argmax = tl.min(tl.where(top == row_top[:, None], argmax, V), axis=1)
     total = tl.sum(total.to(tl.float64) * factor, axis=1)
@@ -333,9 +377,9 @@ def logits_bwd_kernel(
     in_range = n < N
     y = tl.load(_at(y_ptr, n, T, stride_ys, stride_yt), mask=in_range, other=ignore_index)
     is_labelled = in_range & (y != ignore_index)
-    shift = tl.load(norm_ptr + n, mask=is_labelled, other=0.0)
+    unit, shift, factor = exp_from(tl.load(norm_ptr + n, mask=is_labelled, other=0.0))
     g = tl.load(_at(g_ptr, n, T, stride_gs, stride_gt), mask=is_labelled, other=0.0)
-    factor = -g / tl.load(norm_ptr + N + n, mask=is_labelled, other=1.0)
+    factor *= -g / tl.load(norm_ptr + N + n, mask=is_labelled, other=1.0)
     own = g * one_minus_exp(tl.load(logp_ptr + n, mask=is_labelled, other=0.0))
 
     columns = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
@@ -343,16 +387,19 @@ def logits_bwd_kernel(
     at = columns.to(tl.int64)
     row_ptr = _at(a_ptr, n, T, stride_as, stride_at)[:, None]
     z = tl.load(row_ptr + at * stride_av, mask=is_labelled[:, None] & inside, other=0.0).to(ACC)
-    d = tl.where(columns == y[:, None], own[:, None], exp(z - shift[:, None]) * factor[:, None])
+    e = tl.exp2(tl.fma(z, unit[:, None], -shift[:, None]))
+    d = tl.where(columns == y[:, None], own[:, None], e * factor[:, None])
     d = tl.where(is_labelled[:, None], d, 0.0)
     out_row_ptr = _at(out_ptr, n, T, stride_os, stride_ot)[:, None]
     tl.store(out_row_ptr + at * stride_ov, d.to(out_ptr.dtype.element_ty), mask=in_range[:, None] & inside)
 
 
-def _launch(dtype: torch.dtype, v: int) -> dict[str, Any]:
+def _launch(dtype: torch.dtype, v: int, registers: int = MAX_REGISTERS) -> dict[str, Any]:
     block = min(max(triton.next_power_of_2(v), _per(dtype)), MAX_BLOCK_BYTES // dtype.itemsize)
-    acc = tl.float64 if accumulate_dtype(dtype) == torch.float64 else tl.float32
-    return {"ACC": acc, "BLOCK_N": BLOCK_N, "BLOCK_V": block, "num_warps": 8 if block * dtype.itemsize > 2**12 else 4}
+    launch = {"BLOCK_N": BLOCK_N, "BLOCK_V": block, "num_warps": 8 if block * dtype.itemsize > 2**12 else 4}
+    if accumulate_dtype(dtype) == torch.float64:
+        return launch | {"ACC": tl.float64}
+    return launch | {"ACC": tl.float32, "maxnreg": registers}
 
 
 def _per(dtype: torch.dtype) -> int:
@@ -395,6 +442,7 @@ def _fold_tile(
     assert a.is_contiguous()
     state, argmax, y = fold.state[:, rows], fold.argmax[rows], fold.y[rows]
     stride_sums, h = (0, 0) if sums is None else (sums.stride(0), sums.shape[1])
+    registers = MAX_REGISTERS if fold.names or transform.softcap is not None else FEW_REGISTERS
     if n:
         run(
             fold_fwd_kernel, (triton.cdiv(n, BLOCK_N),), a,
@@ -402,7 +450,7 @@ def _fold_tile(
             v, v, state.stride(0), stride_sums, columns.start, n, v, h,
             **transform_constants(transform), HAS_BIAS=columns.bias is not None, STATS=bool(fold.names),
             WRITE_EXP=sums is not None, BLOCK_H=min(triton.next_power_of_2(max(h, 1)), MAX_BLOCK_H), PER=_per(a.dtype),
-            **_launch(a.dtype, v),
+            **_launch(a.dtype, v, registers),
         )  # fmt: skip
 
 
@@ -425,12 +473,12 @@ def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> t
     y, acc, v = labels.y, accumulate_dtype(logits.dtype), logits.shape[-1]
     logp, norm, values = (logits.new_empty(*lead, *y.shape, dtype=acc) for lead in ((), (2,), (len(stats),)))
     fit = y.new_empty((), dtype=torch.int32)
+    launch = _launch(logits.dtype, v, MAX_REGISTERS if stats else FEW_REGISTERS)
     run(
         logits_fwd_kernel, (1 + triton.cdiv(y.numel(), BLOCK_N),), logits,
         logits, y, logp, norm, values, fit, *logits.stride(), *y.stride(), labels.ignore_index,
         -1 if labels.num_labelled is None else labels.num_labelled, max(1, y.shape[1]), y.numel(), v,
-        STATS=bool(stats), **stats_constants(stats), PER=_per(logits.dtype), BLOCK_T=CHECKED_LABELS,
-        **_launch(logits.dtype, v),
+        STATS=bool(stats), **stats_constants(stats), PER=_per(logits.dtype), BLOCK_T=CHECKED_LABELS, **launch,
     )  # fmt: skip
     check_labels(fit, labels, v)
     return logp, norm, values

@@ -22,6 +22,30 @@ def exp(x):
 
 
 @triton.jit
+def huge(DTYPE: tl.constexpr):
+    """From where on neighbouring logits are so far apart that the smaller one's exponential is 0 beside the larger
+    one's, be it to the base e or 2. Below, 2^rest of `shift_by` and its square stay within the type."""
+    return tl.full([], 2.0**60 if DTYPE.primitive_bitwidth == 64 else 2.0**29, DTYPE)
+
+
+@triton.jit
+def shift_by(top, unit):
+    """What exponentials are taken relative to, as 2^(z unit - shift) = exp(z - top) 2^rest, which is one multiply-add
+    and one instruction an entry: top unit, rounded, and the rest, exact. `unit` is LOG2_E, or 1 of huge logits."""
+    # A product would be put, unrounded, into multiply-adds with what it is subtracted from.
+    shift = tl.fma(top, unit, 0.0)
+    return shift, tl.fma(top, unit, -shift)
+
+
+@triton.jit
+def exp_from(top):
+    """Of rows: unit, shift and factor by which exp(z - top) is 2^(z unit - shift) factor."""
+    unit = tl.where(tl.abs(top) < huge(top.dtype), tl.full(top.shape, LOG2_E, top.dtype), 1.0)
+    shift, rest = shift_by(top, unit)
+    return unit, shift, tl.exp2(-rest)
+
+
+@triton.jit
 def _tanh(x):
     """tanh x, and 1 - tanh^2 x, which keeps its digits where tanh reaches 1."""
     t = tl.abs(x)

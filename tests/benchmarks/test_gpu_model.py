@@ -176,7 +176,7 @@ def recorded(monkeypatch):
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 64)
     monkeypatch.setattr(paths, "DW_COLUMNS", 40)
     monkeypatch.setattr(paths, "ALIGNED", 16)
-    parts = ("", "_rows", "_scale", "_sequences")
+    parts = ("", "_join", "_rows", "_scale", "_sequences")
     others = (importlib.import_module(f"dpo_kernels.impl.triton{part}") for part in parts)
     launches, shapes = record(monkeypatch, kernels, linear, exponentials, *others)
     return kernels, launches, shapes
@@ -222,9 +222,9 @@ def test_what_path_a_launches(gpu_model, recorded):
 
 # What the model calls Triton's kernels, and those of the operators that come together.
 IN_MODEL = {
-    "linear_join_kernel": "exp_join_kernel", "sum_tokens_fwd_kernel": "sum_tokens", "scale_kernel": "scale_",
+    "sum_tokens_fwd_kernel": "sum_tokens", "scale_kernel": "scale_",
     "linear_dlogits_bwd_kernel": "linear_dlogits_kernel",
-    **dict.fromkeys(("zeros", "full_like", "fill_"), "new_fold"),
+    **dict.fromkeys(("zero_", "fill_"), "new_fold"),
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
-"""Triton's interpreter cuts fp32 off to bf16, and multiplies the bits of bf16 as integers: corrected here. And it puts
-its own functions in the place of all the language's at each call in a kernel, not at its start alone."""
+"""Triton's interpreter cuts fp32 off to bf16, multiplies the bits of bf16 as integers, and rounds twice in a
+multiply-add: corrected here. And it puts its own functions in the place of all the language's at each call in a kernel,
+not at its start alone."""
 
 import numpy as np
 import torch
@@ -25,7 +26,14 @@ def correct() -> None:
     def create_dot(self, a, b, *others):
         return dot(self, widened(a), widened(b), *others)
 
-    builder.cast_impl, builder.create_dot = cast_impl, create_dot
+    def create_fma(self, x, y, z):
+        wide = [
+            operand.data.astype(np.longdouble if operand.data.dtype == np.float64 else np.float64)
+            for operand in (x, y, z)
+        ]
+        return handle((wide[0] * wide[1] + wide[2]).astype(z.data.dtype), z.dtype.scalar)
+
+    builder.cast_impl, builder.create_dot, builder.create_fma = cast_impl, create_dot, create_fma
 
     def call(self, *args, **kwargs):
         if any(tl.core.is_builtin(language.load) for language in (tl, tl.core)):

@@ -17,6 +17,7 @@ INSTRUCTIONS = {
     "load128": r"\bLDG\.E\.128|\bLDG\.E\.\w*\.?128",
     "store128": r"\bSTG\.E\.128|\bSTG\.E\.\w*\.?128",
     "store64": r"\bSTG\.E\.64|\bSTG\.E\.\w*\.?64",
+    "add": r"\bFADD\b",
     "copy_to_shared": r"\bLDGSTS\b|\bUTMALDG\b",
     # not the bits in shared memory by which Blackwell keeps account of its tensor memory
     "atomics": r"(?<![.\w])(ATOM|ATOMG|ATOMS(?!\.(OR|AND) RZ,)|RED|REDG)\.",

@@ -46,7 +46,7 @@ class LaunchedByModule:
         return launch
 
 
-TRITON = ("triton", "triton_exponentials", "triton_linear", "triton_rows", "triton_scale", "triton_sequences")
+TRITON = tuple(f"triton{part}" for part in ("", "_exponentials", "_join", "_linear", "_rows", "_scale", "_sequences"))
 CUDA = ("cuda", "cuda_exponentials", "cuda_linear", "cuda_positions")
 
 

@@ -20,8 +20,10 @@ from triton.compiler import ASTSource
 
 from dpo_kernels.impl.triton import (
     CHECKED_LABELS,
+    FEW_REGISTERS,
     MAX_BLOCK_BYTES,
     MAX_BLOCK_H,
+    MAX_REGISTERS,
     dlogits_bwd_kernel,
     fold_fwd_kernel,
     logits_bwd_kernel,
@@ -33,31 +35,31 @@ from dpo_kernels.impl.triton_exponentials import (
     DLOGITS_BLOCK_V,
     FAR,
     GROUP,
-    JOIN_ROWS,
     SQUARED,
     dhidden_kernel,
     exp_dlogits_kernel,
-    exp_join_kernel,
     linear_dlogits_bwd_kernel,
     linear_exp_fwd_kernel,
     linear_pack_fwd_kernel,
     pieces,
+    shifted_pieces,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
-from dpo_kernels.impl.triton_linear import (
-    BLOCK_H,
-    BLOCK_N,
-    JOIN_SPLITS,
-    NUM_STAGES,
-    NUM_WARPS,
-    block_v,
-    linear_fold_fwd_kernel,
-    linear_join_kernel,
-)
-from dpo_kernels.impl.triton_linear import JOIN_ROWS as LINEAR_JOIN_ROWS
+from dpo_kernels.impl.triton_join import JOIN_ROWS, JOIN_SPLITS, join_kernel
+from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
+from dpo_kernels.impl.triton_math import LOG2_E, shift_by
 from dpo_kernels.impl.triton_rows import BLOCK_P, gather_rows_kernel, rows_kernel
 from dpo_kernels.impl.triton_rows import MAX_BLOCK_H as MAX_GATHER_BLOCK
 from dpo_kernels.impl.triton_rows import NUM_WARPS as ROWS_WARPS
+
+
+@triton.jit
+def change_kernel(old_ptr, new_ptr, out_ptr):
+    """Of shifts, from some maxima to others."""
+    n = tl.arange(0, 32)
+    old, _ = shift_by(tl.load(old_ptr + n), LOG2_E)
+    new, _ = shift_by(tl.load(new_ptr + n), LOG2_E)
+    tl.store(out_ptr + n, old - new)
 
 
 def cases(capability):
@@ -68,6 +70,8 @@ def cases(capability):
     for storage in ("fp32", "fp64") if everything else ("fp32",):
         common = {"ACC": getattr(tl, f"float{storage[2:]}"), "BLOCK_N": 1, "num_warps": 8}
         common["BLOCK_V"] = MAX_BLOCK_BYTES // BYTES[storage]
+        if storage == "fp32":
+            common["maxnreg"] = MAX_REGISTERS
         for name, (inner, outer) in transforms.items():
             if storage == "fp64" and name != "softcap":
                 continue
@@ -81,23 +85,26 @@ def cases(capability):
                         continue
                     if storage == "fp32" and not everything and stats != (name == "softcap"):
                         continue
+                    few = storage == "fp32" and name == "plain" and not stats
+                    registers = {"maxnreg": FEW_REGISTERS} if few else {}
                     yield (
                         f"fold {storage} {name}{' stats' * stats}{' exp' * write}",
                         fold_fwd_kernel,
                         types,
-                        {**where, "BLOCK_H": MAX_BLOCK_H, "STATS": stats, "WRITE_EXP": write, "PER": per},
+                        {**where, **registers, "BLOCK_H": MAX_BLOCK_H, "STATS": stats, "WRITE_EXP": write, "PER": per},
                         (),
                     )
             yield f"dlogits {storage} {name}", dlogits_bwd_kernel, types, {**where, "SLOPE": 1.0}, ()
     for storage in ("bf16", "fp32") if everything else ("bf16",):
         common = {"ACC": tl.float32, "BLOCK_N": 1, "num_warps": 8}
-        common["BLOCK_V"] = MAX_BLOCK_BYTES // BYTES[storage]
+        common |= {"BLOCK_V": MAX_BLOCK_BYTES // BYTES[storage], "maxnreg": MAX_REGISTERS}
         types = {"a_ptr": f"*{storage}", "out_ptr": f"*{storage}", "fit_ptr": "*i32"}
         types |= {f"{n}_ptr": "*fp32" for n in ("logp", "norm", "stats", "g")}
         for stats in (False, True):
             names = ("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS")
             asked = {name: i if stats else None for i, name in enumerate(names)}
             settings = {**common, **asked, "STATS": stats, "PER": 16 // BYTES[storage], "BLOCK_T": CHECKED_LABELS}
+            settings["maxnreg"] = MAX_REGISTERS if stats else FEW_REGISTERS
             yield f"fold logits {storage}{' stats' * stats}", logits_fwd_kernel, types, settings, ()
         yield f"dlogits logits {storage}", logits_bwd_kernel, types, common, ()
     for storage in ("bf16", "fp16") if everything else ("bf16",):
@@ -124,11 +131,12 @@ def cases(capability):
                     continue
                 types |= {"shift_ptr": "*fp32", "e_ptr": "*bf16"}
                 where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
+                count = shifted_pieces(where["BLOCK_V"])
                 yield (
                     f"linear exp {name}{' stats' * stats}",
                     linear_exp_fwd_kernel,
                     types,
-                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED},
+                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED, "PIECES": count},
                     odd,
                 )
                 where["BLOCK_V"] = block_v(False, False, hopper=capability == 90)
@@ -149,9 +157,12 @@ def cases(capability):
                     {**where, "SLOPE": 1.0, "GROUP": GROUP},
                     odd,
                 )
+    yield "shifts", change_kernel, {f"{name}_ptr": "*fp32" for name in ("old", "new", "out")}, {"num_warps": 1}, ()
     names = {name: i for i, name in enumerate(("ENTROPY", "IS_TOP1", "MEAN_LOGIT", "SUM_SQ_PROBS"))}
-    join = {"SLOPE": 1.0, "HAS_SLOPE": True, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS, "num_warps": 1}
-    join |= names
+    join = {
+        "INNER": 1 / 30.0, "OUTER": 30.0, "SLOPE": 1.0, "SQUARED": SQUARED, "STATS": True, "BLOCK_N": JOIN_ROWS,
+        "BLOCK_SPLITS": JOIN_SPLITS, "num_warps": 8,
+    }  # fmt: skip
     numbers = ("part", "shift", "logp", "norm", "stats", "joint", "scale", "label", "missing", "g", "sums")
     types = {f"{name}_ptr": "*fp32" for name in numbers}
     types |= dict.fromkeys(("d_ptr", "w_ptr", "out_ptr"), "*bf16") | {"e_ptr": "*fp16"}
@@ -161,12 +172,10 @@ def cases(capability):
         "BLOCK_V": DLOGITS_BLOCK_V,
         "num_warps": 4,
     }
-    of_parts = {"INNER": 1 / 30.0, "OUTER": 30.0, "STATS": True, "BLOCK_N": LINEAR_JOIN_ROWS, "num_warps": 8}
-    yield "rows linear join", linear_join_kernel, types, of_parts | names | {"BLOCK_SPLITS": JOIN_SPLITS}, ()
     yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": ROWS_WARPS}, ()
     of_hidden = dict.fromkeys(("hidden_ptr", "out_ptr"), "*bf16")
     yield "rows gathered", gather_rows_kernel, of_hidden, {"stride_hh": 1, "BLOCK_H": MAX_GATHER_BLOCK}, ()
-    yield "rows join", exp_join_kernel, types, join, ()
+    yield "rows join", join_kernel, types, join | names, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
@@ -180,7 +189,7 @@ UNIT = {"stride_av": 1, "stride_ov": 1}
 
 
 def compile_one(kernel, types, settings, odd, capability):
-    options = {name: settings[name] for name in ("num_warps", "num_stages") if name in settings}
+    options = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
     constants = {name: value for name, value in settings.items() if name not in options}
     constants |= {name: value for name, value in UNIT.items() if name in kernel.arg_names}
     if not constants.get("HAS_BIAS"):

@@ -23,6 +23,7 @@ if reason := dispatch.unavailable_reason("triton", torch.get_default_device()):
     pytest.skip(reason, allow_module_level=True)
 kernels = dispatch.load("triton")
 linear = pytest.importorskip("dpo_kernels.impl.triton_linear")
+join = pytest.importorskip("dpo_kernels.impl.triton_join")
 exponentials = pytest.importorskip("dpo_kernels.impl.triton_exponentials")
 BF16 = torch.bfloat16
 TRANSFORMS = {"plain": {}, "all": {"softcap": 5.0, "logit_scale": -0.7, "temperature": 1.3}}
@@ -429,7 +430,7 @@ class Launched:
 def recorded(monkeypatch):
     """Launches of kernels by name, and shapes of products."""
     launches, shapes = Counter(), []
-    for module in (linear, exponentials):
+    for module in (linear, join, exponentials):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Launched(getattr(module, name), name, launches))
 
@@ -459,7 +460,7 @@ def test_what_path_b_launches(recorded):
         )
     assert out.dhidden.dtype == torch.float32 and out.dhidden.shape == (80, 48)
     assert launches == {
-        "linear_fold_fwd_kernel": 1, "linear_exp_fwd_kernel": 2 * blocks, "exp_join_kernel": 1, "dhidden_kernel": 1
+        "linear_fold_fwd_kernel": 1, "linear_exp_fwd_kernel": 2 * blocks, "join_kernel": 1, "dhidden_kernel": 1
     }  # fmt: skip
     assert len(shapes) == blocks and all(k == 251 and h == 48 and not more for _, k, h, more in shapes)
     assert sum(n for n, *_ in shapes) == 80
@@ -488,7 +489,7 @@ def test_what_path_c_launches(recorded, groups, with_bias):
         parts, of_dw = 2, len(list(paths._dw_blocks(251, 48, kept, 96, 32)))
         assert kept > 0 and of_dw > 2
     assert launches == {
-        "linear_pack_fwd_kernel": parts * groups, "exp_join_kernel": groups, "exp_dlogits_kernel": parts * groups,
+        "linear_pack_fwd_kernel": parts * groups, "join_kernel": groups, "exp_dlogits_kernel": parts * groups,
         "dhidden_kernel": 1,
     }  # fmt: skip
     assert len(shapes) == groups * (parts + of_dw)
