@@ -99,7 +99,7 @@ TRITON_SCALE = "dpo_kernels/impl/triton_scale.py"
 TRITON_SHIFTED, TRITON_PACKED, TRITON_DLOGITS, TRITON_JOIN = (
     f"dpo_kernels/impl/triton_{name}.py" for name in ("shifted", "packed", "dlogits", "join")
 )
-EXP_TESTS = "impl/test_triton_exponentials.py"
+TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
 TRITON_ROWS, ROWS_TESTS = "dpo_kernels/impl/triton_rows.py", "impl/test_found_rows.py impl/test_path_a.py -k triton"
