@@ -99,7 +99,7 @@ TRITON_SCALE = "dpo_kernels/impl/triton_scale.py"
 TRITON_SHIFTED, TRITON_PACKED, TRITON_DLOGITS, TRITON_JOIN = (
     f"dpo_kernels/impl/triton_{name}.py" for name in ("shifted", "packed", "dlogits", "join")
 )
-EXP_TESTS = "impl/test_triton_exponentials.py"
+TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_triton_exponentials.py"
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
 TRITON_ROWS, ROWS_TESTS = "dpo_kernels/impl/triton_rows.py", "impl/test_found_rows.py impl/test_path_a.py -k triton"
@@ -348,6 +348,20 @@ MUTATIONS = {
             "(v * h - (kept - start) * stride) // h",
             "(v * h - (kept - start) * stride) // h + step",
             f"{CUDA_EXP_TESTS} -k trained_head",
+        ),
+        # what is computed again: labels' entries twice, dX without what is stored, blocks over dW
+        Mutation(CUDA_EXP, "if missing is None else missing", "", f"{CUDA_EXP_TESTS} -k 'some_entries'"),
+        Mutation(TRITON_EXP, "if missing is None else missing", "", f"{EXP_TESTS} -k 'some_entries and plain'"),
+        Mutation(
+            PATHS, "sums, accumulate=block.start > 0)", "sums, accumulate=False)", f"{CUDA_EXP_TESTS} -k 'some_entries'"
+        ),
+        Mutation(PATHS, "rest, places[-1], x", "rest, places[0], x", f"{CUDA_EXP_TESTS} -k 'some_entries'"),
+        # a reference whose parts are others
+        Mutation(
+            PATHS,
+            "sizes = _sizes(weight.shape[0], kept, stored)\n",
+            "sizes = _sizes(weight.shape[0], kept)\n",
+            f"{CUDA_EXP_TESTS} -k 'rewards'",
         ),
         # a scale forgotten
         Mutation(
@@ -680,7 +694,7 @@ MUTATIONS = {
         # a compiled graph with another dtype
         Mutation(OPS, "dtype = accumulate_dtype(compute_dtype)\n", "dtype = hidden.dtype\n", "test_ops.py -k 'torch'"),
         # memory that is not counted
-        Mutation(PAIR_GROUPS, "chunk_bytes -= weight.numel() * dtype.itemsize", "pass", "test_memory.py -k 'torch'"),
+        Mutation(PAIR_GROUPS, "max(0, chunk_bytes - sums)", "chunk_bytes", "test_memory.py -k 'torch'"),
         # another order
         Mutation(
             PAIR_GROUPS,
@@ -752,6 +766,17 @@ MUTATIONS = {
         # a factor that is rounded, or left out
         Mutation(TRITON_SCALE, "if factor != 1.0:", "if factor > 1.0:", "impl/test_scale.py -k triton"),
         Mutation(ROWS_CU, "if (by == 1) return;", "", "impl/test_scale.py -k cuda"),
+        # some exponentials where groups are faster, or cannot be; more of them than fit; a block that has no room
+        Mutation(PAIR_GROUPS, "2 * len(groups) * sums", "0", "test_pair_groups.py"),
+        Mutation(PAIR_GROUPS, "if groups is None or again", "if groups is not None and again", "test_pair_groups.py"),
+        Mutation(PATHS, "- SHIFT_BYTES * math.ceil(kept / step)\n", "\n", "test_pair_groups.py"),
+        Mutation(PATHS, "weight.device)) else 0", "weight.device)) else kept + buffer", "test_pair_groups.py"),
+        Mutation(
+            "dpo_kernels/planning/head_memory.py",
+            "round(4 - stored / t.v, 2)",
+            "3",
+            "planning/test_planning.py -k that_do_not_all_fit",
+        ),
         # a small part at the end
         Mutation(PAIR_GROUPS, "most)) == fewest", "rows)) >= 1", "test_pair_groups.py"),
         Mutation(LINEAR_DPO, "counts = None if ranks is None else ranks.counts", "counts = None", SEQUENCE_TESTS),

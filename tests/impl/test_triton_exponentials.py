@@ -373,9 +373,11 @@ def test_rewards_of_a_model_against_itself_are_zero(monkeypatch, gradients, part
     elif parts == "some":
         monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 64))
         given["chunk_bytes"], _ = bytes_for_some(kernels, inputs, gradients, 64)
+    sizes, of = set(), kernels.exponentials  # of parts, whose sums are joined
+    monkeypatch.setattr(kernels, "exponentials", lambda *args, **by: sizes.add(tuple(args[7])) or of(*args, **by))
     reference = linear_reference_logps(*leaves[:2], inputs.labels, gradients=gradients, **given)
     found = linear_dpo_loss(*leaves[:2], inputs.labels, reference.logps, stats=stats, **given)
-    assert torch.equal(found.logps, reference.logps)
+    assert torch.equal(found.logps, reference.logps) and len(sizes) == 1
     assert (found.chosen_rewards == 0).all() and (found.rejected_rewards == 0).all()
     assert found.loss.item() == pytest.approx(math.log(2), abs=1e-7)
 
