@@ -74,8 +74,6 @@ LAUNCH = 3e-6
 # Clocks of a multiprocessor for an entry of an epilogue: an exponential (16 a clock); 14 others (128 a clock), which
 # writing it takes besides.
 FOLD, WRITE = 1 / 16, 14 / 128
-# Of Triton's, a fold's state, which nothing is written to.
-NEW_FOLD = 5
 # Of the loss of a part's pairs, forward and backward: small kernels of PyTorch's.
 COEFFICIENTS = 40
 # What logits of a tile take.
@@ -349,8 +347,7 @@ class Model:
     def path_d(self) -> list[Launch]:
         if self.impl == "tiles":
             return self.tiles_d()
-        fold = [Launch("new_fold", NEW_FOLD)] if self.impl == "triton" else []
-        forward = [*self.compaction(), *fold, *self.folded(), self.put_back(), Launch("sum_tokens")]
+        forward = [*self.compaction(), *self.folded(), self.put_back(), Launch("sum_tokens")]
         return [*forward, *self.recomputed_d(), *self.dhidden_of_positions()]
 
     def recomputed_d(self) -> list[Launch]:

@@ -7,7 +7,6 @@ of one tile. Kernels go to the current stream of their tensors' device, and noth
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +23,7 @@ from dpo_kernels.impl.cuda_linear import native as _transform
 from dpo_kernels.impl.cuda_linear import stream as _stream
 from dpo_kernels.impl.cuda_linear import type_name as _type
 from dpo_kernels.impl.exponentials import padded_rows as padded_rows
-from dpo_kernels.impl.fold import CompiledFold, Fold, stats_numbers
+from dpo_kernels.impl.fold import CompiledFold, Fold, LazyFold, stats_numbers
 from dpo_kernels.impl.interface import (
     Columns,
     GradPositions,
@@ -69,19 +68,10 @@ def out_tile(a: Tensor, dtype: torch.dtype) -> Tensor:
     return a.view(dtype)[:, :v]  # the first half of each row
 
 
-class CudaFold(CompiledFold):
-    """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E. Its state
-    comes to be where tiles are folded."""
+class CudaFold(LazyFold, CompiledFold):
+    """A fold that is finished by one kernel: on a GPU, thirty on [N] would take as long as a tenth of path E."""
 
-    def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
-        self.y, self.names, self._dtype = y, tuple(stats), dtype
-        self.in_one_kernel: tuple[cuda_linear.Sums, LogitTransform] | None = None
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in ("state", "argmax", *_STATE):
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        super().__init__(self.y, self._dtype, self.names)
-        return getattr(self, name)
+    in_one_kernel: tuple[cuda_linear.Sums, LogitTransform] | None = None
 
     def finish(self, vocab_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
         if self.in_one_kernel is not None:
@@ -95,9 +85,6 @@ class CudaFold(CompiledFold):
                 stats_numbers(self.names), _address(self.logp), _address(self.norm), _address(values), _stream(self.y),
             )  # fmt: skip
         return self.logp, self.norm, values
-
-
-_STATE = ("max", "target", "label_slope", "sum", "sum_z", "sum_ez", "sum_sq")
 
 
 def new_fold(y: Tensor, dtype: torch.dtype, stats: Sequence[str]) -> Fold:

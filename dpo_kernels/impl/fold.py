@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -96,6 +96,22 @@ class Fold:
 def stats_numbers(names: Sequence[str]) -> list[int]:
     """Of statistics, in `csrc/finish.h`."""
     return [get_args(Stat).index(name) for name in names]
+
+
+class LazyFold(Fold):
+    """A fold whose state comes to be when it is first asked for, so that nothing is launched for one that is finished
+    without tiles."""
+
+    STATE = ("state", "max", "target", "label_slope", "sum", "sum_z", "sum_ez", "sum_sq", "argmax")
+
+    def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
+        self.y, self.names, self._dtype = y, tuple(stats), dtype
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.STATE:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        super().__init__(self.y, self._dtype, self.names)
+        return getattr(self, name)
 
 
 class CompiledFold(Fold):

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_kernels.impl.fold import Fold
+from dpo_kernels.impl.fold import LazyFold
 from dpo_kernels.impl.interface import LogitTransform
 from dpo_kernels.impl.triton_join import (
     FIELDS,
@@ -199,7 +199,7 @@ def can_take(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:
     )
 
 
-class LinearFold(Fold):
+class LinearFold(LazyFold):
     """A fold that `linear_fold_` finishes at once."""
 
     finished: tuple[Tensor, Tensor, Tensor] | None = None

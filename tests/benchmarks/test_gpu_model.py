@@ -224,7 +224,6 @@ def test_what_path_a_launches(gpu_model, recorded):
 IN_MODEL = {
     "sum_tokens_fwd_kernel": "sum_tokens", "scale_kernel": "scale_",
     "linear_dlogits_bwd_kernel": "linear_dlogits_kernel",
-    **dict.fromkeys(("zero_", "fill_"), "new_fold"),
 }  # fmt: skip
 
 
