@@ -140,6 +140,15 @@ def test_rows_of_one_number_that_is_huge(dtype, value):
     torch.testing.assert_close(gradient, expected.to(dtype), rtol=max(2e-6, torch.finfo(dtype).eps), atol=0)
 
 
+def test_the_first_of_least_products(impl, set_tile_bytes):
+    """As of a bias that masks all entries, in several tiles."""
+    set_tile_bytes(8 * 16 * 4)
+    bias = torch.full((50,), torch.finfo(torch.float32).min)
+    hidden, weight, labels = torch.zeros(3, 1, 8), torch.zeros(50, 8), torch.tensor([[0], [5], [49]])
+    out = linear_sequence_logps(hidden, weight, labels, bias=bias, stats=("is_top1",))
+    assert out.stats["is_top1"].flatten().tolist() == [True, False, False]
+
+
 @pytest.mark.parametrize("value", [-torch.inf, -1e30, -1e10])
 def test_huge_numbers_beside_others(value):
     """As of a vocabulary that is padded: nothing is left of them, wherever a kernel sees no others."""

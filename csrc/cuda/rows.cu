@@ -223,7 +223,8 @@ __global__ void __launch_bounds__(kThreads, kStats || sizeof(S) == 8 ? 2 : 4)
     z += sum_z;
     ez = (ez + old_sum * (old_max - new_max)) * old_factor + (sum_ez + sum * (top - new_max)) * new_factor;
     sq = sq * old_factor * old_factor + sum_sq * new_factor * new_factor;
-    if (top > old_max && argmax != INT_MAX) state.argmax[n] = of.start + argmax;
+    const bool is_new = top > old_max || (top == old_max && state.argmax[n] < 0);
+    if (is_new && argmax != INT_MAX) state.argmax[n] = of.start + argmax;
   }
 }
 

@@ -48,7 +48,7 @@ def shift_columns(device: torch.device) -> int:
 
 
 def _dense(x: Tensor) -> Tensor:
-    return x if cuda_linear.can_be_copied_in_boxes(x, x.dtype) else x.contiguous()
+    return x if cuda_linear.can_be_copied_in_boxes(x, x.dtype) else x.resolve_neg().contiguous()
 
 
 def _dhidden(sums: Tensor, weight: Tensor, y: Tensor, scale: Tensor | None, label: Tensor, out: Tensor) -> Tensor:

@@ -67,7 +67,7 @@ def rounded_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def can_be_copied_in_boxes(t: Tensor, dtype: torch.dtype) -> bool:
     """What the tensor memory accelerator asks of a matrix."""
     rows = t.stride(0) >= t.shape[1] and t.stride(0) * t.itemsize % 16 == 0
-    return t.dtype == dtype and t.stride(1) == 1 and rows and t.data_ptr() % 16 == 0
+    return t.dtype == dtype and t.stride(1) == 1 and rows and t.data_ptr() % 16 == 0 and not t.is_neg()
 
 
 def can_fold(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:

@@ -75,7 +75,8 @@ def linear_token_logps(
     num_labelled: int | None,
     predictors: Tensor | None,
 ) -> TokenLogps | None:
-    if hidden.dtype != compute_dtype or not cuda_linear.can_fold(weight, weight, compute_dtype):
+    rows_are_aligned = hidden.shape[2] * hidden.itemsize % 16 == 0  # of the copy
+    if hidden.dtype != compute_dtype or not rows_are_aligned or not cuda_linear.can_fold(weight, weight, compute_dtype):
         return None
     found = find_rows(
         labels, weight.shape[0], ignore_index=ignore_index, shift=shift, num_labelled=num_labelled,

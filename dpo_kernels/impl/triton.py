@@ -208,6 +208,7 @@ def fold_fwd_kernel(
     old_top = tl.load(state, mask=is_row, other=0.0).to(ACC)
     old_total = tl.load(state + SUM * stride_field, mask=is_row, other=0.0)
     if STATS:
+        old_argmax = tl.load(argmax_ptr + n, mask=is_row, other=0)
         old_z = tl.load(state + SUM_Z * stride_field, mask=is_row, other=0.0)
         old_ez = tl.load(state + SUM_EZ * stride_field, mask=is_row, other=0.0)
         old_sq = tl.load(state + SUM_SQ * stride_field, mask=is_row, other=0.0)
@@ -248,7 +249,8 @@ def fold_fwd_kernel(
         tl.store(state + SUM_EZ * stride_field, joint_ez, mask=is_row)
         joint_sq = old_sq * old_factor * old_factor + sum_sq * factor * factor
         tl.store(state + SUM_SQ * stride_field, joint_sq, mask=is_row)
-        tl.store(argmax_ptr + n, start + argmax, mask=is_row & (tile_top > old_top))
+        is_new = (tile_top > old_top) | ((tile_top == old_top) & (old_argmax < 0))
+        tl.store(argmax_ptr + n, start + argmax, mask=is_row & is_new & (argmax < V))
 
 
 @triton.jit(
@@ -399,7 +401,8 @@ def _launch(dtype: torch.dtype, v: int, registers: int = MAX_REGISTERS) -> dict[
     launch = {"BLOCK_N": BLOCK_N, "BLOCK_V": block, "num_warps": 8 if block * dtype.itemsize > 2**12 else 4}
     if accumulate_dtype(dtype) == torch.float64:
         return launch | {"ACC": tl.float64}
-    return launch | {"ACC": tl.float32, "maxnreg": registers}
+    launch["ACC"] = tl.float32
+    return launch | {"maxnreg": registers} if torch.version.cuda else launch  # other backends have no such limit
 
 
 def _per(dtype: torch.dtype) -> int:

@@ -108,7 +108,7 @@ def recomputed_columns(n: int, v: int, h: int, device: torch.device) -> int:
 
 
 def _readable(x: Tensor, weight: Tensor) -> Tensor:
-    return x if triton_linear.can_take(x, weight, x.dtype) else x.contiguous()
+    return x if triton_linear.can_take(x, weight, x.dtype) else x.resolve_neg().contiguous()
 
 
 def _row_blocks(rows: int) -> int:

@@ -292,6 +292,23 @@ def test_what_goes_the_other_way(gpu_impl, taken):
     assert len(taken) == 2
 
 
+@pytest.mark.parametrize("how", ["a part of more", "with a negative bit"])
+def test_weights_that_lie_anyhow(gpu_impl, how):
+    """Rows of the weight begin where wide copies do, and those of a dense copy of 20 numbers do not; what is subtracted
+    is not what lies in memory."""
+    inputs, generator = head_inputs(4, 9, 20, 67).to(BF16), torch.Generator().manual_seed(1)
+    wide = torch.randn(67, 24, generator=generator).to(BF16)
+    weight = wide[:, :20] if how == "a part of more" else torch._neg_view(-wide[:, :20].contiguous())
+    for trained in (False, True):
+        hidden, of_weight = inputs.hidden.detach().requires_grad_(trained), weight.detach().requires_grad_(trained)
+        found = linear_sequence_logps(hidden, of_weight, inputs.labels, impl=gpu_impl)
+        expected = linear_sequence_logps(hidden, of_weight, inputs.labels, impl="torch")
+        torch.testing.assert_close(found.token_logps, expected.token_logps, rtol=1e-5, atol=1e-5)
+        if trained:
+            mine, other = (torch.autograd.grad(out.logps.sum(), (hidden, of_weight)) for out in (found, expected))
+            torch.testing.assert_close(mine, other, rtol=2e-2, atol=2e-2)
+
+
 def test_the_same_bits_again(gpu_impl, taken):
     inputs = head_inputs(3, 13, 32, 150).to(BF16)
     with torch.no_grad():
