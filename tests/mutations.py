@@ -353,7 +353,7 @@ MUTATIONS = {
             PATHS,
             "(v * h - (kept - start) * stride) // h",
             "(v * h - (kept - start) * stride) // h + step",
-            f"{CUDA_EXP_TESTS} -k trained_head",
+            "impl/test_triton_exponentials.py -k overwrite",
         ),
         # what is computed again: labels' entries twice, dX without what is stored, blocks over dW
         Mutation(CUDA_EXP, "if missing is None else missing", "", f"{CUDA_EXP_TESTS} -k 'some_entries'"),
