@@ -238,7 +238,9 @@ template <Of kOf, class O, bool kSums>
 __device__ void multiply(const Problem& p, const Shared& shared) {
   const int group = static_cast<int>(threadIdx.x) / kGroup - 1;
   const Lane at = {static_cast<int>(threadIdx.x) % kGroup / 32, static_cast<int>(threadIdx.x) % 32};
-  const auto release = [&](int stage) {  // to both blocks, which fill it with their halves
+  // To both blocks, which fill it with their halves: behind the product that took what was read of it into registers, so
+  // that no read is under way any more.
+  const auto release = [&](int stage) {
     if (at.lane < kCluster) barrier_arrive_at(shared.empty(stage), at.lane);
   };
   Stage stage;
