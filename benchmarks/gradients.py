@@ -43,7 +43,8 @@ def main() -> None:
         sys.exit(f"impl 'cuda': {reason}")
     kernels = dispatch.load("cuda")
     if not kernels.has_fused_forward(device):
-        sys.exit("these products are Hopper's")
+        print("these products are Hopper's: nothing to time")
+        return
     print("".join(f"{name:>12}" for name in COLUMNS), flush=True)
     sizes = QUICK if args.quick else SIZES
     for size in sizes:
@@ -55,6 +56,8 @@ def main() -> None:
         rows.append(row)
         if args.json:
             args.json.write_text(json.dumps({"environment": measure.describe(device), "rows": rows}, indent=2) + "\n")
+    if not rows:
+        sys.exit(f"no size was begun within {args.seconds:g} s")
     relative = [f"{name} {max(row[name] / row[f'{name}_of_d'] for row in rows):.2f}" for name in ("dX", "dW")]
     print(f"{' and '.join(relative)} of PyTorch's time at most, at {len(rows)} sizes of {len(sizes)}")
     if len(rows) < len(sizes) or any(row["difference"] > LIMIT for row in rows):

@@ -4,7 +4,7 @@ A *family* of kernels is an implementation, or one whose product x.W^T does at i
 stored for ("_fused"): the forward without gradients is then a single kernel, paths B and C store exponentials, and path
 D the gradient of the logits. What "auto" takes is looked up: the verdict of this very device, which `dpo-kernels tune`
 has measured; then the table of measurements that come with the package; then "torch". The number of rows is not asked
-for, so results do not depend on how a batch is cut, and nothing is ever measured in a call.
+for, so which kernels a row sees does not depend on how a batch is cut, and nothing is ever measured in a call.
 """
 
 from __future__ import annotations

@@ -130,9 +130,10 @@ def linear_dpo_loss(
       backward is an error, and bf16 gradients round a second time unless that factor is a power of two. Several parts
       make a CUDA device wait for their sizes. Exponentials that do not fit are computed again, at the cost of their
       share of a product;
-    - the head is trained and the loss is not a mean over pairs ("aot", "aot_unpaired"), or a single pair exceeds
-      `chunk_bytes`, or the products are in fp16 (whose gradients must be formed after the loss scale), or the call is
-      being compiled, or something beside the loss is `differentiable`: 4, within a few tiles of memory.
+    - the head is trained and the loss is not a mean over pairs ("aot", "aot_unpaired"), or the logits of a single pair
+      exceed `chunk_bytes` (of exponentials: too few of them fit), or the products are in fp16 (whose gradients must be
+      formed after the loss scale), or the call is being compiled, or something beside the loss is `differentiable`: 4,
+      within a few tiles of memory.
 
     Args:
         hidden: [S, T, H] floating point; rows 0..B-1 chosen, B..2B-1 rejected, unless `pairs` says otherwise.
@@ -173,7 +174,8 @@ def linear_dpo_loss(
             in half precision; on a GPU of all its rows or none) in the memory of dW instead. 0 always takes the path of
             4 products. Of kernels that store exponentials in bf16 it is these: half as many bytes, and of nearly H rows
             in the memory of dW. Where those of all rows and vocabulary entries do not fit, nor, faster, those of
-            several groups, as many entries as do are stored: between 3 and 4 products.
+            several groups, as many entries as do are stored: between 3 and 4 products; none, where there is less room
+            than for 256 MiB of them.
 
     Raises:
         ValueError: an argument of the wrong shape, dtype, device or value; a label outside the vocabulary or a hidden
@@ -271,7 +273,8 @@ def linear_dpo_loss(
 
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     dtypes = compute_dtype, weight.dtype, hidden.dtype
-    if torch.is_grad_enabled() and head_trained and not differentiable and takes_groups(options.names, dtypes):
+    in_groups = takes_groups(options.names, dtypes) and chunk_bytes != 0
+    if torch.is_grad_enabled() and head_trained and not differentiable and in_groups:
         if rows is None:
             rows = find_rows(family, *wanted)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes

@@ -108,7 +108,7 @@ def linear_sequence_logps(
             not waited for: labels are checked by assertions on it, and hidden states that are not finite give
             log-probabilities that are not.
         check_hidden: False: hidden states or a head that are not finite give log-probabilities that are not, and no
-            error.
+            error. A compiled call looks at hidden states all the same.
         predictors: [S, T] int64, where hidden states [R, U, H] do not lie as labels do, such as in packed rows: the
             place in their flat [R U] of what predicts labels[s, t]. Several labels may have the same one, of which no
             copy is made but that of labelled rows. Without `shift`; anything where there is no label.

@@ -3,7 +3,7 @@
 DPO_KERNELS_TEST_DEVICE=cuda runs what uses the fixture `impl` on a GPU: tensors that name no device are made there.
 
 There are two lengths of test run. `@pytest.mark.full` is on what only `--full` runs: the whole of a test, one of its
-values (`pytest.param(..., marks=pytest.mark.full)`, or `grids.covering` for all but a few combinations), or, with
+values (`pytest.param(..., marks=pytest.mark.full)`, or `grids.covering` for what a long run adds), or, with
 `when=lambda impl, dtype: ...`, the cases of those parameters for which this is true. `--only-full` runs what `--full`
 adds, and nothing else.
 """

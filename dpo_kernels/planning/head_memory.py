@@ -293,7 +293,8 @@ def _groups(t: _Tiles, pairs: int, chunk_bytes: int) -> tuple[list[Group], str]:
     sums = t.v * t.h * t.a if t.dtype != t.acc else 0
     # several groups whose exponentials fit may take longer than one with some
     least = kept.buffer if t.exponentials else min(kept.buffer, math.ceil(t.n / pairs) * kept.of_row + sums)
-    whole = f"path C, with 3 products, needs {math.ceil(least / 2**20)} MiB of it"
+    in_one = " in one group" if t.exponentials else ""
+    whole = f"path C, with 3 products{in_one}, needs {math.ceil(least / 2**20)} MiB of it"
     if groups is not None:
         return groups, f"the exponentials of {stored} of {t.v} vocabulary entries fit in chunk_bytes; {whole}"
     what = f"a pair's {kept_as}" + " and the sums of dW" * (sums > 0)
