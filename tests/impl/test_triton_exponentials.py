@@ -135,7 +135,7 @@ def test_trained_head(monkeypatch, transform, need, shape, confident):
 
 @pytest.mark.parametrize(
     ("transform", "need", "buffer", "confident", "stats"),
-    covering(list(TRANSFORMS), [*NEED, "bias alone"], [64, 128, 256], [0.0, 1.0], [(), STATS], full=2),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], [64, 256], [0.0, 1.0], [(), STATS], full=2),
 )
 def test_exponentials_of_some_entries(monkeypatch, transform, need, buffer, confident, stats):
     """In the memory of dW, where there is one, and in a buffer; with labels there, and among the entries whose products
@@ -166,8 +166,9 @@ def test_exponentials_of_some_entries(monkeypatch, transform, need, buffer, conf
     for name, best in eager_stats(logits.detach(), inputs.labels).items():
         if name in stats:
             torch.testing.assert_close(out.stats[name].double(), best.double(), rtol=1e-5, atol=1e-5)
-    again, gradients = trained(inputs, need, options, chunk_bytes, stats)
-    assert torch.equal(out.logps, again.logps) and all(map(torch.equal, mine, gradients)), "the same bits"
+    if buffer == 64:
+        again, gradients = trained(inputs, need, options, chunk_bytes, stats)
+        assert torch.equal(out.logps, again.logps) and all(map(torch.equal, mine, gradients)), "the same bits"
 
 
 @pytest.mark.parametrize(
