@@ -273,8 +273,7 @@ def linear_dpo_loss(
 
     head_trained = weight.requires_grad or (bias is not None and bias.requires_grad)
     dtypes = compute_dtype, weight.dtype, hidden.dtype
-    in_groups = takes_groups(options.names, dtypes) and chunk_bytes != 0
-    if torch.is_grad_enabled() and head_trained and not differentiable and in_groups:
+    if torch.is_grad_enabled() and head_trained and not differentiable and takes_groups(options.names, dtypes):
         if rows is None:
             rows = find_rows(family, *wanted)
         budget = DEFAULT_CHUNK_BYTES if chunk_bytes is None else chunk_bytes
