@@ -234,7 +234,6 @@ MUTATIONS = {
         Mutation(ROWS_CU, "(block == top && argmax < 0)", "false", f"{NUMERICS_OF} cuda and one_number'"),
         # what rounding a shift leaves: forgotten, and of huge logits
         Mutation(ROWS_CU, " * power(-rest), apart", ", apart", f"{NUMERICS_OF} cuda and offset'"),
-        Mutation(ROWS_CU, " * power(-shift.exponent(top));", ";", f"{NUMERICS_OF} cuda and offset'"),
         Mutation(
             ROWS_CU, "if (unit_of(found.top) != fold.shift.unit) {", "if (false) {", f"{NUMERICS_OF} cuda and huge'"
         ),

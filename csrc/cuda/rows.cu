@@ -337,14 +337,12 @@ __global__ void __launch_bounds__(kThreads, sizeof(S) == 8 ? 2 : 4)
   const Row<S> to = row_of<S>(out, s, t, v);
   if (y == labels.ignore_index) return fill_row(to, S{}, blockIdx.y, gridDim.y);
   const int label = label_among(y, v);
-  const T top = norm[n], weight = g.at<T>(s, t);
-  const Shift<T> shift(top, unit_of(top));
-  const T factor = -weight / norm[count + n] * power(-shift.exponent(top));
+  const T shift = norm[n], weight = g.at<T>(s, t), factor = -weight / norm[count + n];
   const T own = -expm1(logp[n]) * weight;
   map_row(row_of<S>(logits, s, t, v), to, blockIdx.y, gridDim.y, [&](auto& x, int i) {
     constexpr int width = sizeof(x) / sizeof(T);
 #pragma unroll
-    for (int k = 0; k < width; ++k) x[k] = i + k == label ? own : power(shift.exponent(x[k])) * factor;
+    for (int k = 0; k < width; ++k) x[k] = i + k == label ? own : exp_of(x[k] - shift) * factor;
   });
 }
 

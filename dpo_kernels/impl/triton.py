@@ -32,7 +32,6 @@ from dpo_kernels.impl.triton_linear import LOWEST
 from dpo_kernels.impl.triton_math import (
     LOG2_E,
     exp,
-    exp_from,
     huge,
     log1p,
     one_minus_exp,
@@ -379,9 +378,9 @@ def logits_bwd_kernel(
     in_range = n < N
     y = tl.load(_at(y_ptr, n, T, stride_ys, stride_yt), mask=in_range, other=ignore_index)
     is_labelled = in_range & (y != ignore_index)
-    unit, shift, factor = exp_from(tl.load(norm_ptr + n, mask=is_labelled, other=0.0))
+    shift = tl.load(norm_ptr + n, mask=is_labelled, other=0.0)
     g = tl.load(_at(g_ptr, n, T, stride_gs, stride_gt), mask=is_labelled, other=0.0)
-    factor *= -g / tl.load(norm_ptr + N + n, mask=is_labelled, other=1.0)
+    factor = -g / tl.load(norm_ptr + N + n, mask=is_labelled, other=1.0)
     own = g * one_minus_exp(tl.load(logp_ptr + n, mask=is_labelled, other=0.0))
 
     columns = (tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V))[None, :]
@@ -389,8 +388,7 @@ def logits_bwd_kernel(
     at = columns.to(tl.int64)
     row_ptr = _at(a_ptr, n, T, stride_as, stride_at)[:, None]
     z = tl.load(row_ptr + at * stride_av, mask=is_labelled[:, None] & inside, other=0.0).to(ACC)
-    e = tl.exp2(tl.fma(z, unit[:, None], -shift[:, None]))
-    d = tl.where(columns == y[:, None], own[:, None], e * factor[:, None])
+    d = tl.where(columns == y[:, None], own[:, None], exp(z - shift[:, None]) * factor[:, None])
     d = tl.where(is_labelled[:, None], d, 0.0)
     out_row_ptr = _at(out_ptr, n, T, stride_os, stride_ot)[:, None]
     tl.store(out_row_ptr + at * stride_ov, d.to(out_ptr.dtype.element_ty), mask=in_range[:, None] & inside)

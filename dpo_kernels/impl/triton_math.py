@@ -38,14 +38,6 @@ def shift_by(top, unit):
 
 
 @triton.jit
-def exp_from(top):
-    """Of rows: unit, shift and factor by which exp(z - top) is 2^(z unit - shift) factor."""
-    unit = tl.where(tl.abs(top) < huge(top.dtype), tl.full(top.shape, LOG2_E, top.dtype), 1.0)
-    shift, rest = shift_by(top, unit)
-    return unit, shift, tl.exp2(-rest)
-
-
-@triton.jit
 def _tanh(x):
     """tanh x, and 1 - tanh^2 x, which keeps its digits where tanh reaches 1."""
     t = tl.abs(x)
