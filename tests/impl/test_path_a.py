@@ -344,7 +344,8 @@ def test_what_a_call_launches(gpu_impl, monkeypatch, known, options):
     }[gpu_impl]
     assert all(launches.pop(name) == 1 for name in kernels)
     assert launches.total() <= 1, launches
-    assert operators.largest <= found.num_tokens.sum() * 64 * 2
+    copied = int(found.num_tokens.sum()) * 64 * 2  # hidden states, which Triton's reads where they lie
+    assert operators.largest < copied + (gpu_impl == "cuda")
     assert (found.logps != 0).all()
 
 
