@@ -56,7 +56,7 @@ BLOCK_N, MAX_BLOCK_BYTES, MAX_BLOCK_H = 1, 2**14, 1024
 CHECKED_LABELS = 1024
 # Of a thread: two blocks of 8 warps have a multiprocessor together, or four, without statistics and a softcap. (Without
 # a limit, assemblers choose lower ones, and spill.)
-MAX_REGISTERS, FEW_REGISTERS = 128, 64
+MAX_REGISTERS, FEW_REGISTERS = 128, 72
 
 # The fields of a Fold's state that the kernels name.
 SUM: tl.constexpr = tl.constexpr(3)

@@ -398,7 +398,7 @@ SPILLED = {
     (80, "linear exp plain stats"): 8, (80, "linear pack plain stats"): 48, (80, "linear pack softcap"): 24,
     (80, "linear pack softcap stats"): 8, (90, "linear exp plain stats"): 16, (90, "linear exp softcap"): 40,
     (90, "linear exp softcap stats"): 40, (90, "linear pack plain stats"): 8, (90, "linear pack softcap"): 16,
-    (90, "linear pack softcap stats"): 40, (100, "fold logits bf16"): 24, (100, "linear exp softcap"): 8,
+    (90, "linear pack softcap stats"): 40, (100, "linear exp softcap"): 8,
     (100, "linear pack softcap"): 24, (100, "linear pack softcap stats"): 24,
 }  # fmt: skip
 MORE = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64  # of older assemblers
