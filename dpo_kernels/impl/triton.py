@@ -54,8 +54,8 @@ TILE_BYTES = 128 * 2**20
 # A program takes 16 KiB of a row at once, or of each of its rows: so much has to be on its way from memory.
 BLOCK_N, MAX_BLOCK_BYTES, MAX_BLOCK_H = 1, 2**14, 1024
 CHECKED_LABELS = 1024
-# Of a thread: two blocks of 8 warps have a multiprocessor together, or three, without statistics and a softcap. (Without
-# a limit, assemblers choose lower ones, and spill.)
+# Of a thread: two blocks of 8 warps have a multiprocessor together, or three, without statistics and a softcap.
+# (Without a limit, assemblers choose lower ones, and spill.)
 MAX_REGISTERS, FEW_REGISTERS = 128, 72
 
 # The fields of a Fold's state that the kernels name.
