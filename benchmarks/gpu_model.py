@@ -6,7 +6,8 @@
 Predictions, not results: `x g` is the time over that of one product [N, H] x [H, V] of the library, in bf16 with all
 rows labelled. *best* is what comes if kernels of ours that multiply run at the library's rate and their epilogues, and
 sums that products read and write, hide behind them; *expected* takes the shares of ASSUMED. Shapes are those that the
-code itself chooses (dpo_kernels/impl/waves.py, paths.py); tests count that it launches what is listed here.
+code itself chooses (dpo_kernels/impl/waves.py, paths.py, exponential_paths.py); tests count that it launches what is
+listed here.
 
 Dimensions: N labelled rows, n of a block; H hidden size, V vocabulary size, v entries of a part of it.
 """
@@ -23,7 +24,7 @@ import torch
 from dpo_kernels.bench.report import aligned
 from dpo_kernels.comparisons import Halves
 from dpo_kernels.dispatch import load
-from dpo_kernels.impl import paths, waves
+from dpo_kernels.impl import exponential_paths, paths, waves
 from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.linear_dpo import DEFAULT_CHUNK_BYTES
@@ -292,12 +293,14 @@ class Model:
         they fit. What is not `stored` is computed again."""
         alone, h, stored = len(chunks) == 1, self.h, self.v if stored is None else stored
         stride = self.k.padded_rows(max(chunks))
-        kept = paths._kept_columns(self.k, max(chunks), self.weight) if alone else 0
+        kept = exponential_paths.kept_columns(self.k, max(chunks), self.weight) if alone else 0
         step = waves.TILE_COLUMNS if self.impl == "cuda" else self.k.shift_columns(self.weight.device)
-        blocks = [block.stop - block.start for block in paths._dw_blocks(self.v, h, kept, stride, step, stored)]
+        blocks = [
+            block.stop - block.start for block in exponential_paths.dw_blocks(self.v, h, kept, stride, step, stored)
+        ]
         found = []
         for i, n in enumerate(chunks):
-            parts = paths._sizes(stored, kept)
+            parts = exponential_paths.part_sizes(stored, kept)
             logits = [size * self.k.padded_rows(n) for size in parts]
             found += [
                 self.fused("linear_pack_fwd_kernel", n, size, WRITE, 2 * of)

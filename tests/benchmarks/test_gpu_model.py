@@ -14,7 +14,8 @@ from recording import Operators, record
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo, linear_dpo_loss, linear_sequence_logps, logps, ops, sequence_logps
-from dpo_kernels.impl import paths, waves
+from dpo_kernels.impl import exponential_paths, paths, waves
+from dpo_kernels.impl.blocks import spans
 from dpo_kernels.impl.interface import GradRows, LogitTransform
 from dpo_kernels.testing import head_inputs
 
@@ -174,8 +175,8 @@ def recorded(monkeypatch):
         monkeypatch.setattr(linear, "BLOCK_N", 16)
         monkeypatch.setattr(linear, "BLOCK_H", 32)
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 64)
-    monkeypatch.setattr(paths, "DW_COLUMNS", 40)
-    monkeypatch.setattr(paths, "ALIGNED", 16)
+    monkeypatch.setattr(exponential_paths, "DW_COLUMNS", 40)
+    monkeypatch.setattr(exponential_paths, "ALIGNED", 16)
     parts = ("", "_join", "_rows", "_scale", "_sequences")
     others = (importlib.import_module(f"dpo_kernels.impl.triton{part}") for part in parts)
     launches, shapes = record(monkeypatch, kernels, linear, exponentials, *others)
@@ -336,8 +337,8 @@ def test_what_path_c_launches_on_cuda(gpu_model, emulated_cuda, monkeypatch, chu
     if torch.get_default_device().type != "cpu":
         pytest.skip("an emulation, of numbers on the host")
     n, h, v = sum(chunks), 48, 1300
-    groups = list(paths.spans(n, chunks[0]))
-    monkeypatch.setattr(paths, "DW_COLUMNS", 256)
+    groups = list(spans(n, chunks[0]))
+    monkeypatch.setattr(exponential_paths, "DW_COLUMNS", 256)
     monkeypatch.setattr(waves, "columns_at_a_time", lambda *_, **__: 256)
     x, weight, y = inputs_of(n, h, v)
     launches, native = Counter(), emulated_cuda._cuda

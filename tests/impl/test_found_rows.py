@@ -12,7 +12,7 @@ from recording import Operators, launches_of
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, logps, sequence_logps
-from dpo_kernels.impl import paths, positions
+from dpo_kernels.impl import exponential_paths, paths, positions
 from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.rows import LabelledRows
 from dpo_kernels.testing import head_inputs
@@ -243,7 +243,7 @@ def test_rows_that_are_sorted_by_the_parts_of_a_loss(gpu_impl, kernels, monkeypa
     given = {"chunk_bytes": kernels.padded_rows(max(sizes)) * of_row + inputs.weight.numel() * 4}
     if predicted:
         given["predictors"] = torch.arange(360).view(4, 90) * 7 % 360
-    monkeypatch.setattr(paths, "stored_columns", lambda *_: 0)  # and so in several parts
+    monkeypatch.setattr(exponential_paths, "stored_columns", lambda *_: 0)  # and so in several parts
     taken, take = [], LabelledRows.take
     monkeypatch.setattr(LabelledRows, "take", lambda rows, order: taken.append(rows.found) or take(rows, order))
     results = []
