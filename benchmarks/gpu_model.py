@@ -25,7 +25,7 @@ from dpo_kernels.bench.report import aligned
 from dpo_kernels.comparisons import Halves
 from dpo_kernels.dispatch import load
 from dpo_kernels.impl import exponential_paths, paths, waves
-from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES
+from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FIRST_COLUMNS
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.linear_dpo import DEFAULT_CHUNK_BYTES
 from dpo_kernels.pair_groups import plan_groups
@@ -213,7 +213,7 @@ class Model:
 
     def found(self) -> list[Launch]:
         """Labelled rows are found and checked, where the host knows their number."""
-        return [Launch("rows_kernel"), Launch("_assert_async")]
+        return [Launch("rows_kernel")]
 
     def compaction(self) -> list[Launch]:
         """Their hidden states are copied together."""
@@ -224,9 +224,8 @@ class Model:
         return Launch("index_put_")
 
     def dhidden_of_positions(self) -> list[Launch]:
-        """From the gradient of log-probabilities at their places on to that of hidden states at theirs."""
-        table = [Launch("new_zeros", 1, 2 * self.n * self.h), Launch("index_put_", 1, 4 * self.n * self.h)]
-        return [Launch("index"), *table]
+        """From the gradient of rows to that of all positions."""
+        return [Launch("new_zeros", 1, 2 * self.n * self.h), Launch("index_put_", 1, 4 * self.n * self.h)]
 
     def join(self, n: int) -> Launch:
         return Launch("join_kernel", 1, 4 * FIELDS * n * self.splits(n, self.v))
@@ -236,9 +235,8 @@ class Model:
         return Launch("dhidden_kernel", 1, (4 + 2 + out_bytes) * self.n * self.h)
 
     def backward(self) -> list[Launch]:
-        """What path B leaves for the backward: dX times the gradient of its row, rounded."""
-        scaled = [Launch("mul", 1, 8 * self.n * self.h), Launch("_to_copy", 1, 6 * self.n * self.h)]
-        return [*scaled, *self.dhidden_of_positions()]
+        """What path B leaves for the backward: dX goes to its positions, times the gradient of its row, rounded."""
+        return [Launch("new_zeros", 1, 2 * self.n * self.h), Launch("put_rows_kernel", 1, 6 * self.n * self.h)]
 
     # Paths
 
@@ -257,11 +255,11 @@ class Model:
             return self.tiles_b()
         rows = waves.rows_at_a_time(self.n, self.v, self.h, self.gpu.multiprocessors, EXP_BYTES, self.cluster)
         swept = self.exponentials_b(rows)
-        return [*self.compaction(), *swept, self.put_back(), Launch("sum_tokens"), *self.backward()]
+        return [*self.compaction(), *swept, Launch("sum_tokens"), *self.backward()]
 
     def exponentials_b(self, rows: int) -> list[Launch]:
         """Blocks of so many rows: exponentials are written, some again, and one product takes them."""
-        found = [self.fused("linear_fold_fwd_kernel", self.n, min(512, self.v), FOLD), Launch("amax")]
+        found = [self.fused("linear_fold_fwd_kernel", self.n, min(FIRST_COLUMNS, self.v), FOLD)]
         for count, n in _blocks(self.n, rows):
             written = self.fused("linear_exp_fwd_kernel", n, self.v, WRITE, 2 * self.v * self.k.padded_rows(n))
             again = Launch("linear_exp_fwd_kernel", 1, 4 * n * self.splits(n, self.v))
@@ -285,7 +283,7 @@ class Model:
             return [*self.path_d(), Launch("coefficients", COEFFICIENTS)]
         swept = self.tiles_c(chunks) if self.impl == "tiles" else self.exponentials_c(chunks, stored)
         losses = Launch("coefficients", COEFFICIENTS * len(chunks))
-        return [*self.compaction(), *swept, losses, *self.scaled_gradients(), *self.dhidden_of_positions()[1:]]
+        return [*self.compaction(), *swept, losses, *self.scaled_gradients(), *self.dhidden_of_positions()]
 
     def exponentials_c(self, chunks: list[int], stored: int | None = None) -> list[Launch]:
         """Chunks of so many rows: exponentials are written, become dlogits, and two products take them; on CUDA they
@@ -351,7 +349,7 @@ class Model:
         if self.impl == "tiles":
             return self.tiles_d()
         forward = [*self.compaction(), *self.folded(), self.put_back(), Launch("sum_tokens")]
-        return [*forward, *self.recomputed_d(), *self.dhidden_of_positions()]
+        return [*forward, Launch("index"), *self.recomputed_d(), *self.dhidden_of_positions()]
 
     def recomputed_d(self) -> list[Launch]:
         return [*self.recomputed(self.v, False), self.dhidden(2)]
@@ -439,8 +437,8 @@ class Model:
         rows, columns = paths._blocks(self.n, self.v, self.h, torch.float32, TILE_BYTES)
         only = rows >= self.n
         swept = self.tiled(self.n, rows, columns, lambda n, v: self.gradients(n, v, only))
-        rounded = [self.rounding()] * (not only)
-        return [*self.tiles_a(), *swept, *rounded, self.dhidden(4), *self.backward()[1:]]
+        swept += [*[self.rounding()] * (not only), self.dhidden(4), Launch("_to_copy", 1, 6 * self.n * self.h)]
+        return [*self.tiles_a(), Launch("index"), *swept, *self.dhidden_of_positions()]
 
 
 def _over(size: int, of: int) -> int:

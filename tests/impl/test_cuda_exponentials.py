@@ -637,7 +637,7 @@ def test_rows_of_far_logits_alone_are_gone_over_again(kernels, monkeypatch):
     monkeypatch.setattr(kernels.cuda_exponentials, "_cuda", Native())
     sweep.write(slice(0, 600), [e])
     assert written[0].all() and torch.equal(written[1], (torch.arange(600) // 256) == 1)
-    assert sweep.far.nonzero().flatten().tolist() == [256]
+    assert sweep.far[::256].tolist() == [0, 1, 0]
 
 
 @pytest.fixture
@@ -691,7 +691,7 @@ def test_what_path_b_launches(kernels, recorded):
     assert out.dhidden.dtype == torch.float32 and out.dhidden.shape == (320, 48)
     assert launches == {"linear_fold": 1, "linear_exp": 2 * blocks, "join": 1, "dhidden": 1}
     assert sum(n * k * h for n, k, h, _ in shapes) == 320 * 251 * 48
-    assert sum(launches.values()) + sum(operators.count.values()) + len(shapes) <= 7 + 3 * blocks, operators.count
+    assert sum(launches.values()) + sum(operators.count.values()) + len(shapes) <= 4 + 3 * blocks, operators.count
     assert operators.largest < 320 * 251 / 2, "logits"
 
 
