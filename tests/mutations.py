@@ -499,9 +499,24 @@ MUTATIONS = {
         Mutation(TRITON_ROWS, "((x - x) != 0.0)", "(x != x)", ROWS_TESTS),
         Mutation(TRITON_ROWS, "tl.store(logp_ptr + p, 0.0, mask=ignored)", "pass", ROWS_TESTS),
         # a wrong number of rows that nobody hears of; gradients of other rows
-        Mutation(TRITON_ROWS, "        if ASSERTS:\n", "        if False:\n", f"{ROWS_TESTS} and assertion"),
-        Mutation(TRITON_ROWS, "mask=h < H, other=0.0) * g\n", "mask=h < H, other=0.0)\n", f"{ROWS_TESTS} and put"),
-        Mutation(TRITON_ROWS, "g_ptr + s * stride_gs + t * stride_gt", "g_ptr + s * T + t", f"{ROWS_TESTS} and put"),
+        Mutation(
+            TRITON_ROWS,
+            "        if ASSERTS:\n",
+            "        if False:\n",
+            "impl/test_found_rows.py -k 'triton and assertion'",
+        ),
+        Mutation(
+            TRITON_ROWS,
+            "mask=h < H, other=0.0) * g\n",
+            "mask=h < H, other=0.0)\n",
+            "impl/test_found_rows.py -k 'triton and put'",
+        ),
+        Mutation(
+            TRITON_ROWS,
+            "g_ptr + s * stride_gs + t * stride_gt",
+            "g_ptr + s * T + t",
+            "impl/test_found_rows.py -k 'triton and put'",
+        ),
         # what copies of 16 bytes cannot take
         Mutation(TRITON_LINEAR, "        and t.stride(0) % 16 == 0\n", "", TRITON_TESTS),
         # cancels
@@ -600,9 +615,9 @@ MUTATIONS = {
         Mutation(POSITIONS_CU, "    offset += at_end;\n", "", CUDA_ROWS_TESTS),
         Mutation(POSITIONS_CU, "&& lies_outside(labels[j], of.v);", "&& false;", CUDA_ROWS_TESTS),
         # a wrong number of rows that nobody hears of; gradients of other rows; marks that nobody took away
-        Mutation(POSITIONS_CU, "fits || !of.asserts", "true", f"{CUDA_ROWS_TESTS} and assertion"),
-        Mutation(POSITIONS_CU, "x[k] *= factor;", ";", f"{CUDA_ROWS_TESTS} and put"),
-        Mutation(POSITIONS_CU, "g.at<float>(s, t)", "g.at<float>(s, 0)", f"{CUDA_ROWS_TESTS} and put"),
+        Mutation(POSITIONS_CU, "fits || !of.asserts", "true", "impl/test_found_rows.py -k 'cuda and assertion'"),
+        Mutation(POSITIONS_CU, "x[k] *= factor;", ";", "impl/test_found_rows.py -k 'cuda and put'"),
+        Mutation(POSITIONS_CU, "g.at<float>(s, t)", "g.at<float>(s, 0)", "impl/test_found_rows.py -k 'cuda and put'"),
         Mutation("csrc/cuda/linear_fold.cu", "p.far[row] = 0;", ";", f"{CUDA_EXP_TESTS} -k 'far_logits_alone'"),
         Mutation(POSITIONS_CU, "if (is_last && of.predictors.data != nullptr) {", "if (false) {", CUDA_ROWS_TESTS),
         Mutation(POSITIONS_CU, "before == of.expected);", "before >= of.expected);", CUDA_ROWS_TESTS),

@@ -370,6 +370,7 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
         (join, "join_kernel"),
         (rows, "rows_kernel"),
         (rows, "gather_rows_kernel"),
+        (rows, "put_rows_kernel"),
     ):
         launches[name] = Launches(getattr(module, name), runs=module is rows)
         monkeypatch.setattr(module, name, launches[name])
