@@ -48,7 +48,7 @@ from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
 from dpo_kernels.impl.triton_join import JOIN_ROWS, JOIN_SPLITS, join_kernel
 from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
 from dpo_kernels.impl.triton_math import LOG2_E, shift_by
-from dpo_kernels.impl.triton_rows import BLOCK_P, gather_rows_kernel, rows_kernel
+from dpo_kernels.impl.triton_rows import BLOCK_P, WITH_ASSERTS, gather_rows_kernel, put_rows_kernel, rows_kernel
 from dpo_kernels.impl.triton_rows import MAX_BLOCK_H as MAX_GATHER_BLOCK
 from dpo_kernels.impl.triton_rows import NUM_WARPS as ROWS_WARPS
 
@@ -172,7 +172,10 @@ def cases(capability):
         "BLOCK_V": DLOGITS_BLOCK_V,
         "num_warps": 4,
     }
-    yield "rows found", rows_kernel, types, {"SHIFT": 1, "STATS": 4, "BLOCK_P": BLOCK_P, "num_warps": ROWS_WARPS}, ()
+    of_rows = {"SHIFT": 1, "STATS": 4, "ASSERTS": False, "BLOCK_P": BLOCK_P, "num_warps": ROWS_WARPS}
+    yield "rows found", rows_kernel, types, of_rows, ()
+    yield "rows found asserts", rows_kernel, types, of_rows | WITH_ASSERTS | {"ASSERTS": True}, ()
+    yield "rows put", put_rows_kernel, types | {"rows_ptr": "*fp32"}, {"BLOCK_H": MAX_GATHER_BLOCK}, ()
     of_hidden = dict.fromkeys(("hidden_ptr", "out_ptr"), "*bf16")
     yield "rows gathered", gather_rows_kernel, of_hidden, {"stride_hh": 1, "BLOCK_H": MAX_GATHER_BLOCK}, ()
     yield "rows join", join_kernel, types, join | names, ()
@@ -182,14 +185,29 @@ def cases(capability):
 
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 POINTERS = dict.fromkeys(
-    ("y", "argmax", "slot", "place", "broken", "labels", "predictors", "rows", "notes", "slots"), "*i64"
+    (
+        "y",
+        "argmax",
+        "slot",
+        "place",
+        "broken",
+        "labels",
+        "predictors",
+        "rows",
+        "notes",
+        "slots",
+        "sequence",
+        "position",
+    ),
+    "*i64",
 )
 POINTERS = {f"{name}_ptr": kind for name, kind in (POINTERS | {"state": "*fp64"}).items()}
+OPTIONS = ("num_warps", "num_stages", "maxnreg", *WITH_ASSERTS)
 UNIT = {"stride_av": 1, "stride_ov": 1}
 
 
 def compile_one(kernel, types, settings, odd, capability):
-    options = {name: settings[name] for name in ("num_warps", "num_stages", "maxnreg") if name in settings}
+    options = {name: settings[name] for name in OPTIONS if name in settings}
     constants = {name: value for name, value in settings.items() if name not in options}
     constants |= {name: value for name, value in UNIT.items() if name in kernel.arg_names}
     if not constants.get("HAS_BIAS"):
@@ -212,7 +230,7 @@ def usage(compiled):
         file.write(compiled.asm["cubin"])
         file.flush()
         (found,) = machine_code.kernels(file.name)
-    return found | {"shared": compiled.metadata.shared}
+    return found | {"shared": compiled.metadata.shared, "asserts": "__assertfail" in compiled.asm["ptx"]}
 
 
 if __name__ == "__main__":
