@@ -56,6 +56,15 @@ def all_modes(bench, request):
     return bench(*modes, "--tokens", *request.param, "--peers", "eager", "eager, not in fp32", "--no-memory")
 
 
+# Both reports, each of the two ways; what one says has nothing to do with the other.
+both = pytest.mark.parametrize(
+    ("with_peers", "all_modes"),
+    [(forks.python, ("64",)), pytest.param(forks.python_alone, ("32", "64"), marks=pytest.mark.full)],
+    ids=["not compiled, 64", "compiled, 32, 64"],
+    indirect=True,
+)
+
+
 def sizes_of(report):
     return report["arguments"]["tokens"]
 
@@ -75,6 +84,7 @@ def test_report_says_where_it_comes_from(with_peers):
     assert "run/s" in with_peers["stderr"] or "s/run" in with_peers["stderr"]  # the progress bar
 
 
+@both
 def test_every_row_is_timed_or_says_why_not(with_peers, all_modes):
     assert len(with_peers["tables"]) == 2 and len(all_modes["tables"]) == 5 * 2 * len(sizes_of(all_modes))
     for report in (with_peers, all_modes):
@@ -188,6 +198,7 @@ def test_limits_do_the_products_that_a_mode_takes(all_modes):
         assert all(measure in row for row in table["rows"])
 
 
+@both
 def test_csv_has_a_line_for_each_row(all_modes, with_peers):
     for report in (all_modes, with_peers):
         assert len(report["csv"]) == sum(len(table["rows"]) for table in report["tables"])
@@ -205,6 +216,7 @@ def test_csv_has_a_line_for_each_row(all_modes, with_peers):
     assert first["torch"] and first["device"] and first["commit"] == (all_modes["environment"]["commit"] or "")
 
 
+@both
 def test_pictures(all_modes, with_peers):
     """Bars for every table; curves over N, where there are two, for every mode and dtype."""
     sizes = len(sizes_of(all_modes))
