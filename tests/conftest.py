@@ -50,8 +50,8 @@ def pytest_configure(config):
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
 def pytest_xdist_make_scheduler(config, log):
-    """Each process has tests that stand together, and so a module's fixtures are made in one or two of them, until it has
-    none left and takes some of another's."""
+    """Each process has tests that stand together, until it has none left and takes some of another's: so a module's
+    fixtures are made in one or two of them."""
     if config.getoption("dist") != "load":
         return None
     from xdist.scheduler import WorkStealingScheduling
