@@ -193,7 +193,7 @@ if [ $part = training ]; then
 fi
 if [ $part != rest ]; then
   step tune 75 tune
-  step paths 60 timings --only paths,E
+  step paths 60 timings --only paths,E "${quick[@]}"
   [ $device = cpu ] || step gradients 15 $python benchmarks/gradients.py --seconds 10 --json "$out/gradients.json"
 fi
 [ $part != first ] || exit $failed

@@ -48,6 +48,17 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "full(when=None): run with --full alone; when(**parameters) says of which cases")
 
 
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config, log):
+    """Each process has tests that stand together, until it has none left and takes some of another's: so a module's
+    fixtures are made in one or two of them."""
+    if config.getoption("dist") != "load":
+        return None
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log)
+
+
 def pytest_collection_modifyitems(config, items):
     full, only = config.getoption("--full"), config.getoption("--only-full")
     if full and not only:

@@ -22,7 +22,7 @@ def linear_args(inputs, bias, with_dhidden, stats, dtype):
 
 @pytest.mark.parametrize(
     ("impl", "with_bias", "frozen", "dtype"),
-    covering(IMPLS, [False, True], [False, True], [torch.float32, torch.bfloat16]),
+    covering(IMPLS, [False, True], [False, True], [torch.float32, torch.bfloat16], full=2),
     indirect=["impl"],
 )
 def test_opcheck_linear(with_bias, frozen, dtype):
@@ -125,7 +125,7 @@ def fused_loss(hidden, weight, labels, bias, ref_logps):
 
 @pytest.mark.parametrize(
     ("impl", "loss", "frozen", "dynamic"),
-    covering(IMPLS, [loss_from_hidden, loss_from_logits, fused_loss], [False, True], [False, True]),
+    covering(IMPLS, [loss_from_hidden, loss_from_logits, fused_loss], [False, True], [False, True], full=2),
     indirect=["impl"],
 )
 def test_compile_fullgraph(loss, frozen, dynamic):

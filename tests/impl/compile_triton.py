@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests/helpers python tests/impl/compile_triton.py 80 90 100
     PYTHONPATH=tests/helpers python tests/impl/compile_triton.py 90 "fold bf16 plain"    # these kernels alone
+    PYTHONPATH=tests/helpers python tests/impl/compile_triton.py 90 without "fold bf16 plain"    # all the others
 
 Tensors are taken to be aligned to 16 bytes and sizes to be multiples of 16, as they are in training, but for what the
 kernels are not specialised on, and for `odd` sizes.
@@ -183,6 +184,14 @@ def cases(capability):
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
 
+def is_shown(name, capability):
+    """Without being asked for: of a product with and without a softcap and statistics, all four for Hopper, and two for
+    either of the others."""
+    one_of_two = ("softcap" in name) != ("stats" in name)
+    return capability == 90 or not name.startswith(PRODUCTS) or one_of_two == (capability == 80)
+
+
+PRODUCTS = "linear fold", "linear exp", "linear pack"
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
 POINTERS = dict.fromkeys(
     (
@@ -235,9 +244,12 @@ def usage(compiled):
 
 if __name__ == "__main__":
     capabilities = [int(argument) for argument in sys.argv[1:] if argument.isdecimal()]
-    only = [argument for argument in sys.argv[1:] if not argument.isdecimal()]
+    names = [argument for argument in sys.argv[1:] if not argument.isdecimal()]
     for capability in capabilities:
-        wanted = [case for case in cases(capability) if not only or case[0] in only]
+        if names and names[0] != "without":
+            wanted = [case for case in cases(capability) if case[0] in names]
+        else:
+            wanted = [case for case in cases(capability) if is_shown(case[0], capability) and case[0] not in names]
         with ThreadPoolExecutor() as pool:  # one kernel is disassembled while the next is compiled
             used = {name: pool.submit(usage, compile_one(*case, capability)) for name, *case in wanted}
         for name, found in used.items():

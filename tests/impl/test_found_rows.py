@@ -213,7 +213,8 @@ OPTIONS = [{}, {"shift": True}, {"predicted": True}, {"known": True}, {"autocast
 
 
 @pytest.mark.parametrize(
-    ("path", "dtype", "options"), covering(["B", "C", "D", "reference"], [BF16, torch.float32, torch.float64], OPTIONS)
+    ("path", "dtype", "options"),
+    covering(["B", "C", "D", "reference"], [BF16, torch.float32, torch.float64], OPTIONS, full=2),
 )
 def test_paths_compute_the_same_of_rows_that_pytorch_finds(gpu_impl, kernels, monkeypatch, path, dtype, options):
     """To the bit, gradients too."""

@@ -111,7 +111,7 @@ def pair_bytes(monkeypatch, inputs, dweight):
 
 @pytest.mark.parametrize(
     ("transform", "need", "shape", "confident"),
-    covering(list(TRANSFORMS), list(NEED), [SHAPES["tails"], SHAPES["blocks"], SEVERAL], [0.0, 1.0]),
+    covering(list(TRANSFORMS), list(NEED), [SHAPES["tails"], SHAPES["blocks"], SEVERAL], [0.0, 1.0], full=2),
 )
 def test_trained_head(monkeypatch, transform, need, shape, confident):
     options, need = TRANSFORMS[transform], NEED[need]
