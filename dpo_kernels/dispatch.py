@@ -195,7 +195,7 @@ def sums_tokens(family: str) -> bool:
 
 def finds_rows(family: str) -> bool:
     """Whether the family has a kernel that finds labelled rows, and one that copies their hidden states together."""
-    return impl_of(family) in _FOR_GPUS
+    return impl_of(family) != "torch"
 
 
 def paths_of(family: str) -> tuple[str, ...]:

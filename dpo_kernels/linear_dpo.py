@@ -285,14 +285,20 @@ def linear_dpo_loss(
         )  # fmt: skip
         if groups is not None:
             rows = group_major(rows, comparisons, groups)
-            x = rows_of(hidden, rows)
+            x = rows.copy(hidden.detach())
             if check_hidden and ranks is None:  # else it was before they agreed
-                check_finite(x.detach(), rows, waits)
-            grouped = Grouped(rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards)
-            found = GroupedLoss.apply(x, weight, bias, grouped)
+                check_finite(x, rows, waits)
+            table = None
+            if options.wanted_stats:
+                _, table = rows.tables(labels.shape, len(options.wanted_stats), given.ref_logps)
+            grouped = Grouped(
+                x, rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards, table
+            )
+            loss, losses, logps, chosen, rejected = GroupedLoss.apply(hidden, weight, bias, grouped)
             if check_hidden:
-                check_head_is_finite(found[2], head)
-            return LinearDPOOutput._make((*found[:-1], named_stats(stats, found[-1])))
+                check_head_is_finite(logps, head)
+            of_tokens = {} if table is None else named_stats(options.wanted_stats, table)
+            return LinearDPOOutput(loss, losses, logps, given.num_tokens, chosen, rejected, of_tokens)
 
     out = linear_sequence_logps(
         hidden,

@@ -119,53 +119,47 @@ def check_finite(x: Tensor, rows: LabelledRows, waits: bool) -> None:
     )
 
 
+def hidden_gradient(dx: Tensor, shape: torch.Size, at: Rows, slots: Tensor | None) -> Tensor:
+    """That of hidden states [R, U, H] from dx [N, H] of their rows, which lie at positions or in `slots` of the flat
+    [R U]. A slot may be that of several rows, as a prompt's end is of all responses to it: these are added in a fixed
+    order."""
+    dhidden = dx.new_zeros(shape)
+    if slots is None:
+        dhidden[at.sequence, at.position] = dx
+        return dhidden
+    flat = dhidden.view(-1, shape[-1])
+    if flat.device.type == "cpu":  # index_put_ takes one number after the other there
+        flat.index_add_(0, slots, dx)
+    else:  # index_add_ adds in any order elsewhere
+        flat.index_put_((slots,), dx, accumulate=True)
+    return dhidden
+
+
 class GatherRows(torch.autograd.Function):
-    """hidden [S, T, H] to its labelled rows [N, H], which `copy` makes of it. No row is taken twice, so the backward
-    writes and never adds."""
+    """hidden [R, U, H] to its labelled rows [N, H], which `copy` makes of it."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, sequence: Tensor, position: Tensor, copy: Callable[[Tensor], Tensor]
+        ctx: Any,
+        hidden: Tensor,
+        sequence: Tensor,
+        position: Tensor,
+        slots: Tensor | None,
+        copy: Callable[[Tensor], Tensor],
     ) -> Tensor:
-        ctx.save_for_backward(sequence, position)
+        ctx.save_for_backward(sequence, position, slots)
         ctx.shape = hidden.shape
         return copy(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        sequence, position = ctx.saved_tensors
-        dhidden = grads[0].new_zeros(ctx.shape)
-        dhidden[sequence, position] = grads[0]
-        return dhidden, None, None, None
-
-
-class GatherSlots(torch.autograd.Function):
-    """hidden [R, T, H] to the rows [N, H] in slots [N] of its flat [R T], which `copy` makes of it. A slot may be taken
-    several times, as that of a prompt's end by all responses to it: the backward adds, in a fixed order."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, slots: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.save_for_backward(slots)
-        ctx.shape = hidden.shape
-        return copy(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (slots,) = ctx.saved_tensors
-        dhidden = grads[0].new_zeros(ctx.shape)
-        flat = dhidden.view(-1, ctx.shape[-1])
-        if flat.device.type == "cpu":  # index_put_ takes one number after the other there
-            flat.index_add_(0, slots, grads[0])
-        else:  # index_add_ adds in any order elsewhere
-            flat.index_put_((slots,), grads[0], accumulate=True)
-        return dhidden, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        sequence, position, slots = ctx.saved_tensors
+        return hidden_gradient(grads[0], ctx.shape, Rows(sequence, position), slots), None, None, None, None
 
 
 def rows_of(hidden: Tensor, rows: LabelledRows) -> Tensor:
     """[N, H] the hidden states that predict the labels at `rows`."""
-    if rows.slots is None:
-        return GatherRows.apply(hidden, *rows.at, rows.copy)
-    return GatherSlots.apply(hidden, rows.slots, rows.copy)
+    return GatherRows.apply(hidden, *rows.at, rows.slots, rows.copy)
 
 
 class ScatterRows(torch.autograd.Function):

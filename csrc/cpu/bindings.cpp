@@ -10,6 +10,7 @@
 
 #include "../operands.h"
 #include "kernels.h"
+#include "positions.h"
 
 using namespace dpo_kernels;
 
@@ -45,6 +46,16 @@ PYBIND11_MODULE(_native, m) {
   py::class_<Rows>(m, "Rows", py::module_local())
       .def(py::init([](Address sequence, Address position, Address y, int64_t n, int64_t v) {
         return Rows{as<const int64_t>(sequence), as<const int64_t>(position), as<const int64_t>(y), n, v};
+      }));
+
+  py::class_<Positions>(m, "Positions", py::module_local())
+      .def(py::init([](Address data, int64_t stride_s, int64_t stride_t) {
+        return Positions{as<const void>(data), stride_s, stride_t};
+      }));
+  py::class_<Search>(m, "Search", py::module_local())
+      .def(py::init([](const Positions& labels, int64_t sequences, int64_t length, int64_t shift, int64_t ignore_index,
+                       int64_t v, int64_t expected, const Positions& predictors, int64_t slots) {
+        return Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots};
       }));
 
   m.def("isas", [] {
@@ -132,6 +143,22 @@ PYBIND11_MODULE(_native, m) {
       "transpose",
       [](Address a, Address out, int64_t n, int64_t v, int threads) {
         kernels->transpose(as<const float>(a), as<float>(out), n, v, threads);
+      },
+      release_gil());
+  m.def(
+      "find_rows",
+      [](const std::string& label_type, const Search& search, Address rows, int64_t capacity, Address logp,
+         Address values, int64_t stats, Address notes) {
+        find_rows(label_type, search,
+                  {as<int64_t>(rows), capacity, as<float>(logp), as<float>(values), stats, as<int64_t>(notes)});
+      },
+      release_gil());
+  m.def(
+      "gather_rows",
+      [](const std::string& dtype, const LogitsRows& hidden, int64_t of_sequence, int64_t h, Address slots, int64_t n,
+         Address out, Address broken, int threads) {
+        gather_rows(dtype_of(dtype), hidden, of_sequence, h, as<const int64_t>(slots), n, as<void>(out),
+                    as<int64_t>(broken), threads);
       },
       release_gil());
   m.def("exp", [](Address x, int64_t n) { kernels->exp(as<float>(x), n); }, release_gil());
