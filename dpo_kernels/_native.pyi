@@ -15,23 +15,6 @@ class LogitsRows:
 class Rows:
     def __init__(self, sequence: int, position: int, y: int, n: int, v: int) -> None: ...
 
-class Positions:
-    def __init__(self, data: int, stride_s: int, stride_t: int) -> None: ...
-
-class Search:
-    def __init__(
-        self,
-        labels: Positions,
-        sequences: int,
-        length: int,
-        shift: int,
-        ignore_index: int,
-        v: int,
-        expected: int,
-        predictors: Positions,
-        slots: int,
-    ) -> None: ...
-
 def isas() -> list[str]: ...
 def isa() -> str: ...
 def use_isa(name: str) -> None: ...
@@ -69,7 +52,26 @@ def finish(
 ) -> None: ...
 def transpose(a: int, out: int, n: int, v: int, threads: int) -> None: ...
 def find_rows(
-    label_type: str, search: Search, rows: int, capacity: int, logp: int, values: int, stats: int, notes: int
+    label_type: str,
+    labels: int,
+    label_stride_s: int,
+    label_stride_t: int,
+    sequences: int,
+    length: int,
+    shift: int,
+    ignore_index: int,
+    v: int,
+    expected: int,
+    predictors: int,
+    predictor_stride_s: int,
+    predictor_stride_t: int,
+    slots: int,
+    rows: int,
+    capacity: int,
+    logp: int,
+    values: int,
+    stats: int,
+    notes: int,
 ) -> None: ...
 def gather_rows(
     dtype: str, hidden: LogitsRows, of_sequence: int, h: int, slots: int, n: int, out: int, broken: int, threads: int

@@ -180,7 +180,8 @@ def pair_losses(
 ) -> tuple[PreferenceLoss, Tensor]:
     """Losses from [S, T] token log-probabilities; and the log-probabilities [S] that they use."""
     plain, logps = weights_of(given, options).sums(token_logps, given.whole)
-    return losses_of_logps(plain, logps, pair_weights(token_logps, log_sum_sq_probs, given, options), given, options)
+    wpo = None if log_sum_sq_probs is None else pair_weights(token_logps, log_sum_sq_probs, given, options)
+    return losses_of_logps(plain, logps, wpo, given, options)
 
 
 def weights_of(given: Given, options: LossSettings) -> ResponseWeights:
@@ -189,12 +190,8 @@ def weights_of(given: Given, options: LossSettings) -> ResponseWeights:
     )
 
 
-def pair_weights(
-    token_logps: Tensor, log_sum_sq_probs: Tensor | None, given: Given, options: LossSettings
-) -> Tensor | None:
+def pair_weights(token_logps: Tensor, log_sum_sq_probs: Tensor, given: Given, options: LossSettings) -> Tensor:
     """[B] of WPO."""
-    if log_sum_sq_probs is None:
-        return None
     split, whole = given.comparisons.split, given.whole
     tokens = (torch.cat(split(t)) for t in (token_logps, log_sum_sq_probs, given.labels))
     of_pairs = None if whole is None else whole.of(lambda t: torch.cat(split(t)))
@@ -258,7 +255,8 @@ def losses_and_slopes(
 
 
 class Grouped(NamedTuple):
-    """What path C needs beside its differentiable inputs."""
+    """What path C needs beside its differentiable inputs. Parts cover all pairs: one without labelled tokens is in no
+    part's rows, but in a part."""
 
     x: Tensor  # [N, H] hidden states of the rows
     rows: LabelledRows
@@ -270,7 +268,8 @@ class Grouped(NamedTuple):
     family: str
     exponentials: bool  # are kept in the place of logits
     shards: VocabularyShards | None
-    stats: Tensor | None  # [K, S, T], 0, to which what was asked for is written
+    token_logps: Tensor  # [S, T], 0 where there is no label, to be written
+    stats: Tensor  # [K, S, T] likewise, of what was asked for
 
     def joined(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Losses, rewards of chosen and of rejected ones, and log-probabilities: of all groups, from those of each."""
@@ -298,28 +297,24 @@ class GroupedLoss(torch.autograd.Function):
 
         def coefficients(i: int, row_logps: Tensor, stats: Tensor) -> Tensor:
             rows, of, _ = g.groups[i]
-            part, at = g.given, g.rows.at
+            part, at, token_logps = g.given, g.rows.at, g.token_logps
             if len(g.groups) > 1:
-                part, at = part.part(of), Rows(at.sequence[rows], at.position[rows])
-            if g.stats is not None:
+                at = Rows(at.sequence[rows], at.position[rows])
+            if len(g.stats):
                 g.stats[:, at.sequence, at.position] = stats[: len(g.stats)].to(g.stats.dtype)
-            if len(g.groups) > 1:
-                at = at._replace(sequence=comparisons.local(at.sequence, of))
-
-            def table(values: Tensor) -> Tensor:
-                """[n] to [s, T]. A pair without labelled tokens is in no part's rows, but in a part: parts cover all
-                pairs."""
-                of_positions = values.new_zeros(part.labels.shape)
-                of_positions[at.sequence, at.position] = values
-                return of_positions
-
-            weights, token_logps = weights_of(part, options), table(row_logps)
+            if len(g.groups) > 1:  # of sequences that are numbered anew
+                part, at = part.part(of), at._replace(sequence=comparisons.local(at.sequence, of))
+                token_logps = row_logps.new_zeros(part.labels.shape)
+            token_logps[at.sequence, at.position] = row_logps
+            wpo, weights = None, weights_of(part, options)
+            if options.use_weighting:
+                log_sum_sq_probs = torch.zeros_like(token_logps)
+                log_sum_sq_probs[at.sequence, at.position] = stats[options.stats.index("log_sum_sq_probs")]
+                wpo = pair_weights(token_logps, log_sum_sq_probs, part, options)
             plain, logps = weights.sums(token_logps, part.whole)
-            of_wpo = table(stats[options.stats.index("log_sum_sq_probs")]) if options.use_weighting else None
-            wpo = pair_weights(token_logps, of_wpo, part, options)
-            loss, *slopes = losses_and_slopes(plain, logps, wpo, part, options)
+            loss, dplain, dlogps = losses_and_slopes(plain, logps, wpo, part, options)
             parts.append((*loss, logps))
-            return weights.slopes(*slopes, at)
+            return weights.slopes(dplain, dlogps, at)
 
         with _without_autocast(g.x.device.type):
             ctx.grads = paths.linear_logps_grouped(

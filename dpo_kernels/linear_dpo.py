@@ -288,16 +288,14 @@ def linear_dpo_loss(
             x = rows.copy(hidden.detach())
             if check_hidden and ranks is None:  # else it was before they agreed
                 check_finite(x, rows, waits)
-            table = None
-            if options.wanted_stats:
-                _, table = rows.tables(labels.shape, len(options.wanted_stats), given.ref_logps)
+            tables = rows.tables(labels.shape, len(options.wanted_stats), given.ref_logps)
             grouped = Grouped(
-                x, rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards, table
+                x, rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards, *tables
             )
             loss, losses, logps, chosen, rejected = GroupedLoss.apply(hidden, weight, bias, grouped)
             if check_hidden:
                 check_head_is_finite(logps, head)
-            of_tokens = {} if table is None else named_stats(options.wanted_stats, table)
+            of_tokens = named_stats(stats, tables[1])
             return LinearDPOOutput(loss, losses, logps, given.num_tokens, chosen, rejected, of_tokens)
 
     out = linear_sequence_logps(

@@ -963,7 +963,8 @@ def _is_finite(x: float) -> bool:
 
 def _check_number(argument: str, value: object, expected: str, is_valid: Callable[[float], bool]) -> None:
     # a tensor neither: its gradient would be lost
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not is_valid(float(value)):
+    # float first, which is asked at once
+    if not isinstance(value, (float, numbers.Real)) or isinstance(value, bool) or not is_valid(float(value)):
         raise ValueError(f"{argument} must be {expected}, got {value!r}")
 
 

@@ -48,16 +48,6 @@ PYBIND11_MODULE(_native, m) {
         return Rows{as<const int64_t>(sequence), as<const int64_t>(position), as<const int64_t>(y), n, v};
       }));
 
-  py::class_<Positions>(m, "Positions", py::module_local())
-      .def(py::init([](Address data, int64_t stride_s, int64_t stride_t) {
-        return Positions{as<const void>(data), stride_s, stride_t};
-      }));
-  py::class_<Search>(m, "Search", py::module_local())
-      .def(py::init([](const Positions& labels, int64_t sequences, int64_t length, int64_t shift, int64_t ignore_index,
-                       int64_t v, int64_t expected, const Positions& predictors, int64_t slots) {
-        return Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots};
-      }));
-
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const Kernels* k : available()) names.push_back(k->name);
@@ -147,9 +137,20 @@ PYBIND11_MODULE(_native, m) {
       release_gil());
   m.def(
       "find_rows",
-      [](const std::string& label_type, const Search& search, Address rows, int64_t capacity, Address logp,
-         Address values, int64_t stats, Address notes) {
-        find_rows(label_type, search,
+      [](const std::string& label_type, Address labels, int64_t label_stride_s, int64_t label_stride_t,
+         int64_t sequences, int64_t length, int64_t shift, int64_t ignore_index, int64_t v, int64_t expected,
+         Address predictors, int64_t predictor_stride_s, int64_t predictor_stride_t, int64_t slots, Address rows,
+         int64_t capacity, Address logp, Address values, int64_t stats, Address notes) {
+        find_rows(label_type,
+                  {{as<const void>(labels), label_stride_s, label_stride_t},
+                   sequences,
+                   length,
+                   shift,
+                   ignore_index,
+                   v,
+                   expected,
+                   {as<const void>(predictors), predictor_stride_s, predictor_stride_t},
+                   slots},
                   {as<int64_t>(rows), capacity, as<float>(logp), as<float>(values), stats, as<int64_t>(notes)});
       },
       release_gil());

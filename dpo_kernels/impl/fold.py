@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ class Fold:
         """[N] int64: where the maximum is, the first of equal ones; kept for "is_top1" alone."""
         self.begin()
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
         if name not in self.FIELDS:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         self.__dict__.update(zip(self.FIELDS, self.state.unbind(), strict=True))
@@ -112,7 +112,7 @@ class LazyFold(Fold):
     def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
         self.y, self.names, self._dtype = y, tuple(stats), dtype
 
-    def __getattr__(self, name: str) -> Tensor:
+    def __getattr__(self, name: str) -> Any:
         if name not in ("state", "argmax"):
             return super().__getattr__(name)
         super().__init__(self.y, self._dtype, self.names)

@@ -260,18 +260,14 @@ def _rows(rows: Rows, y: Tensor, v: int) -> tuple[_native.Rows, tuple[Tensor, ..
     return _native.Rows(sequence, position, labels, y.shape[0], v), kept
 
 
-def _positions(t: Tensor | None) -> _native.Positions:
-    return _native.Positions(0, 0, 0) if t is None else _native.Positions(_address(t), *t.stride())
-
-
 def _find(of: positions.Search, found: FoundRows, notes: Tensor) -> None:
-    search = _native.Search(
-        _positions(of.labels), *of.labels.shape, int(of.shift), of.ignore_index, of.vocab_size, of.expected,
-        _positions(of.predictors), of.slots,
-    )  # fmt: skip
+    labels, predictors, table, stats = of.labels, of.predictors, found.table, found.stats
+    (s, t), (stride_s, stride_t) = labels.shape, labels.stride()
+    by_s, by_t = (0, 0) if predictors is None else predictors.stride()
     _native.find_rows(
-        _type(of.labels), search, _address(found.table), found.table.shape[1], _address(found.token_logps),
-        _address(found.stats), found.stats.shape[0], _address(notes),
+        _type(labels), _address(labels), stride_s, stride_t, s, t, of.shift, of.ignore_index, of.vocab_size,
+        of.expected, _address(predictors), by_s, by_t, of.slots, _address(table), table.shape[1],
+        _address(found.token_logps), _address(stats), stats.shape[0], _address(notes),
     )  # fmt: skip
 
 
