@@ -59,8 +59,6 @@ class Halves(NamedTuple):
 
     def take(self, t: Tensor, of: slice) -> Tensor:
         """[S, ...] to [s, ...]."""
-        if of.stop - of.start == self.pairs:
-            return t
         return torch.cat([t[of], t[of.start + self.pairs : of.stop + self.pairs]])
 
     def put(self, t: Tensor, of: slice, values: Tensor) -> None:
@@ -69,8 +67,6 @@ class Halves(NamedTuple):
 
     def local(self, sequence: Tensor, of: slice) -> Tensor:
         """The numbers that the part's sequences have in it."""
-        if of.stop - of.start == self.pairs:
-            return sequence
         return sequence % self.pairs - of.start + sequence // self.pairs * (of.stop - of.start)
 
     def pairs_of(self, of: slice) -> slice | Tensor:

@@ -295,7 +295,7 @@ def linear_dpo_loss(
             loss, losses, logps, chosen, rejected = GroupedLoss.apply(hidden, weight, bias, grouped)
             if check_hidden:
                 check_head_is_finite(logps, head)
-            of_tokens = named_stats(stats, tables[1])
+            of_tokens = named_stats(options.wanted_stats, tables[1])
             return LinearDPOOutput(loss, losses, logps, given.num_tokens, chosen, rejected, of_tokens)
 
     out = linear_sequence_logps(
