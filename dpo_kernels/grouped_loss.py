@@ -154,10 +154,10 @@ class ResponseWeights(NamedTuple):
 
     def slopes(self, dplain: Tensor | None, dlogps: Tensor, at: Rows) -> Tensor:
         """[N] the gradient of rows from those [S] of both: one and the same where both are one."""
-        d = dlogps[at.sequence]
+        d = dlogps.index_select(0, at.sequence)
         if self.by_length is not None:
             d = d * self.by_length[at.sequence, at.position]
-            d = d if dplain is None else dplain[at.sequence] + d
+            d = d if dplain is None else dplain.index_select(0, at.sequence) + d
         return d if self.given is None else d * self.given[at.sequence, at.position]
 
 
