@@ -175,18 +175,18 @@ def _type(t: Tensor) -> str:
     return str(t.dtype).removeprefix("torch.")
 
 
-def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> _native.Tile:
+def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform, first: int = 0) -> _native.Tile:
+    """`first`: of the labels y, the tile's first row."""
+    (n, v), scale, softcap, temperature = a.shape, *transform
     assert a.dtype in (torch.float32, torch.float64)
-    assert a.is_contiguous() and y.is_contiguous() and y.dtype == torch.int64 and y.shape[0] == a.shape[0]
+    assert a.is_contiguous() and y.is_contiguous() and y.dtype == torch.int64 and y.shape[0] >= first + n
     assert columns.bias is None or columns.bias.is_contiguous() and columns.bias.dtype == a.dtype
-    scale, softcap, temperature = transform
-    n, v = a.shape
     return _native.Tile(
         _address(a),
         n,
         v,
         columns.start,
-        _address(y),
+        _address(y) + first * NUMBER_BYTES,
         _address(columns.bias),
         _native.Transform(scale, softcap or 0.0, temperature),
     )
@@ -215,7 +215,7 @@ def fold_exp_(
 def _fold(
     fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, rescale: Tensor | None
 ) -> None:
-    tile = _tile(a, fold.y[rows], columns, transform)
+    tile = _tile(a, fold.y, columns, transform, rows.start)
     _native.fold(_type(a), tile, _state(fold, rows.start), _address(rescale), bool(fold.names), torch.get_num_threads())
 
 
