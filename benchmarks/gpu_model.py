@@ -6,7 +6,8 @@
 Predictions, not results: `x g` is the time over that of one product [N, H] x [H, V] of the library, in bf16 with all
 rows labelled. *best* is what comes if kernels of ours that multiply run at the library's rate and their epilogues, and
 sums that products read and write, hide behind them; *expected* takes the shares of ASSUMED. Shapes are those that the
-code itself chooses (dpo_kernels/impl/waves.py, paths.py); tests count that it launches what is listed here.
+code itself chooses (dpo_kernels/impl/waves.py, paths.py, exponential_paths.py); tests count that it launches what is
+listed here.
 
 Dimensions: N labelled rows, n of a block; H hidden size, V vocabulary size, v entries of a part of it.
 """
@@ -23,8 +24,8 @@ import torch
 from dpo_kernels.bench.report import aligned
 from dpo_kernels.comparisons import Halves
 from dpo_kernels.dispatch import load
-from dpo_kernels.impl import paths, waves
-from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES
+from dpo_kernels.impl import exponential_paths, paths, waves
+from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FIRST_COLUMNS
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.linear_dpo import DEFAULT_CHUNK_BYTES
 from dpo_kernels.pair_groups import plan_groups
@@ -212,7 +213,7 @@ class Model:
 
     def found(self) -> list[Launch]:
         """Labelled rows are found and checked, where the host knows their number."""
-        return [Launch("rows_kernel"), Launch("_assert_async")]
+        return [Launch("rows_kernel")]
 
     def compaction(self) -> list[Launch]:
         """Their hidden states are copied together."""
@@ -223,9 +224,8 @@ class Model:
         return Launch("index_put_")
 
     def dhidden_of_positions(self) -> list[Launch]:
-        """From the gradient of log-probabilities at their places on to that of hidden states at theirs."""
-        table = [Launch("new_zeros", 1, 2 * self.n * self.h), Launch("index_put_", 1, 4 * self.n * self.h)]
-        return [Launch("index"), *table]
+        """From the gradient of rows to that of all positions."""
+        return [Launch("new_zeros", 1, 2 * self.n * self.h), Launch("index_put_", 1, 4 * self.n * self.h)]
 
     def join(self, n: int) -> Launch:
         return Launch("join_kernel", 1, 4 * FIELDS * n * self.splits(n, self.v))
@@ -235,9 +235,8 @@ class Model:
         return Launch("dhidden_kernel", 1, (4 + 2 + out_bytes) * self.n * self.h)
 
     def backward(self) -> list[Launch]:
-        """What path B leaves for the backward: dX times the gradient of its row, rounded."""
-        scaled = [Launch("mul", 1, 8 * self.n * self.h), Launch("_to_copy", 1, 6 * self.n * self.h)]
-        return [*scaled, *self.dhidden_of_positions()]
+        """What path B leaves for the backward: dX goes to its positions, times the gradient of its row, rounded."""
+        return [Launch("new_zeros", 1, 2 * self.n * self.h), Launch("put_rows_kernel", 1, 6 * self.n * self.h)]
 
     # Paths
 
@@ -256,11 +255,11 @@ class Model:
             return self.tiles_b()
         rows = waves.rows_at_a_time(self.n, self.v, self.h, self.gpu.multiprocessors, EXP_BYTES, self.cluster)
         swept = self.exponentials_b(rows)
-        return [*self.compaction(), *swept, self.put_back(), Launch("sum_tokens"), *self.backward()]
+        return [*self.compaction(), *swept, Launch("sum_tokens"), *self.backward()]
 
     def exponentials_b(self, rows: int) -> list[Launch]:
         """Blocks of so many rows: exponentials are written, some again, and one product takes them."""
-        found = [self.fused("linear_fold_fwd_kernel", self.n, min(512, self.v), FOLD), Launch("amax")]
+        found = [self.fused("linear_fold_fwd_kernel", self.n, min(FIRST_COLUMNS, self.v), FOLD)]
         for count, n in _blocks(self.n, rows):
             written = self.fused("linear_exp_fwd_kernel", n, self.v, WRITE, 2 * self.v * self.k.padded_rows(n))
             again = Launch("linear_exp_fwd_kernel", 1, 4 * n * self.splits(n, self.v))
@@ -284,7 +283,7 @@ class Model:
             return [*self.path_d(), Launch("coefficients", COEFFICIENTS)]
         swept = self.tiles_c(chunks) if self.impl == "tiles" else self.exponentials_c(chunks, stored)
         losses = Launch("coefficients", COEFFICIENTS * len(chunks))
-        return [*self.compaction(), *swept, losses, *self.scaled_gradients(), *self.dhidden_of_positions()[1:]]
+        return [*self.compaction(), *swept, losses, *self.scaled_gradients(), *self.dhidden_of_positions()]
 
     def exponentials_c(self, chunks: list[int], stored: int | None = None) -> list[Launch]:
         """Chunks of so many rows: exponentials are written, become dlogits, and two products take them; on CUDA they
@@ -292,12 +291,14 @@ class Model:
         they fit. What is not `stored` is computed again."""
         alone, h, stored = len(chunks) == 1, self.h, self.v if stored is None else stored
         stride = self.k.padded_rows(max(chunks))
-        kept = paths._kept_columns(self.k, max(chunks), self.weight) if alone else 0
+        kept = exponential_paths.kept_columns(self.k, max(chunks), self.weight) if alone else 0
         step = waves.TILE_COLUMNS if self.impl == "cuda" else self.k.shift_columns(self.weight.device)
-        blocks = [block.stop - block.start for block in paths._dw_blocks(self.v, h, kept, stride, step, stored)]
+        blocks = [
+            block.stop - block.start for block in exponential_paths.dw_blocks(self.v, h, kept, stride, step, stored)
+        ]
         found = []
         for i, n in enumerate(chunks):
-            parts = paths._sizes(stored, kept)
+            parts = exponential_paths.part_sizes(stored, kept)
             logits = [size * self.k.padded_rows(n) for size in parts]
             found += [
                 self.fused("linear_pack_fwd_kernel", n, size, WRITE, 2 * of)
@@ -348,7 +349,7 @@ class Model:
         if self.impl == "tiles":
             return self.tiles_d()
         forward = [*self.compaction(), *self.folded(), self.put_back(), Launch("sum_tokens")]
-        return [*forward, *self.recomputed_d(), *self.dhidden_of_positions()]
+        return [*forward, Launch("index"), *self.recomputed_d(), *self.dhidden_of_positions()]
 
     def recomputed_d(self) -> list[Launch]:
         return [*self.recomputed(self.v, False), self.dhidden(2)]
@@ -436,8 +437,8 @@ class Model:
         rows, columns = paths._blocks(self.n, self.v, self.h, torch.float32, TILE_BYTES)
         only = rows >= self.n
         swept = self.tiled(self.n, rows, columns, lambda n, v: self.gradients(n, v, only))
-        rounded = [self.rounding()] * (not only)
-        return [*self.tiles_a(), *swept, *rounded, self.dhidden(4), *self.backward()[1:]]
+        swept += [*[self.rounding()] * (not only), self.dhidden(4), Launch("_to_copy", 1, 6 * self.n * self.h)]
+        return [*self.tiles_a(), Launch("index"), *swept, *self.dhidden_of_positions()]
 
 
 def _over(size: int, of: int) -> int:

@@ -61,6 +61,7 @@ class Search:
         expected: int,
         predictors: Positions,
         slots: int,
+        asserts: bool,
     ) -> None: ...
 
 def find_rows(
@@ -76,6 +77,9 @@ def find_rows(
 ) -> None: ...
 def gather_rows(
     dtype: str, hidden: LogitsRows, of_sequence: int, slots: int, out: Matrix, broken: int, stream: int
+) -> None: ...
+def put_rows(
+    out_dtype: str, rows: Matrix, g: Positions, sequence: int, position: int, length: int, out: int, stream: int
 ) -> None: ...
 def fold(
     dtype: str,
@@ -126,7 +130,7 @@ def logits_bwd(
     stream: int,
 ) -> None: ...
 def linear_fold(
-    dtype: str, product: LinearProduct, parts: Parts, stats: bool, processors: int, stream: int
+    dtype: str, product: LinearProduct, parts: Parts, stats: bool, far: int, processors: int, stream: int
 ) -> None: ...
 def linear_exp(
     product: LinearProduct,

@@ -13,6 +13,7 @@ from torch import Tensor
 from dpo_kernels import ops
 from dpo_kernels.dispatch import Family, check_runs, choose, is_fused, load, sums_tokens
 from dpo_kernels.impl.interface import STATS, LogitTransform
+from dpo_kernels.linear_rows import LinearOptions, LinearTokenLogps
 from dpo_kernels.options import Impl, Reduction, Stat, explain_unknown, is_at_hand
 from dpo_kernels.parallel import (
     Head,
@@ -20,9 +21,8 @@ from dpo_kernels.parallel import (
     check_shards_are_finite,
     head_here,
     is_dtensor,
-    sharded_token_logps,
 )
-from dpo_kernels.rows import ScatterRows, check_finite, check_places, find_rows, rows_of, shift_labels
+from dpo_kernels.rows import check_finite, check_places, find_rows, rows_of, shift_labels
 from dpo_kernels.sequence_parallel import SequenceRanks, Whole, check_parts, described, in_step, of_operands, ranks_of
 
 if TYPE_CHECKING:
@@ -149,7 +149,6 @@ def linear_sequence_logps(
     with_dhidden = torch.is_grad_enabled() and hidden.requires_grad and not trained
     family = head.family(impl, "D" if trained else "B" if with_dhidden else "A", compute_dtype)
     cap = None if softcap is None else float(softcap)
-    options = (bias, float(logit_scale), cap, float(temperature), ignore_index)
     transform = LogitTransform(float(logit_scale), cap, float(temperature))
 
     weighs = torch.is_grad_enabled() and token_weights is not None and token_weights.requires_grad
@@ -182,31 +181,30 @@ def linear_sequence_logps(
             check_places(hidden, labels, predictors, ignore_index, num_labelled is None)
             hidden = hidden.flatten(0, 1)[predictors.masked_fill(labels == ignore_index, 0)]
         token_logps, _, values, _ = ops.linear_token_logps(
-            hidden, weight, labels, *options, known, compute_dtype, list(stats), with_dhidden, family
+            hidden,
+            weight,
+            labels,
+            bias,
+            *transform,
+            ignore_index,
+            known,
+            compute_dtype,
+            list(stats),
+            with_dhidden,
+            family,
         )
     else:
         # Rows are compacted out here where their number may decide shapes: only [N, H] is saved for the backward.
         rows = find_rows(
             family, hidden, labels, head.vocab, ignore_index, num_labelled, predictors, stats=len(stats)
         )  # fmt: skip
-        x = rows_of(hidden, rows)
+        of = LinearOptions(
+            transform, compute_dtype, stats, with_dhidden, family, head.shards, check_hidden, num_labelled is None
+        )
+        y = rows.y if head.shards is None else rows.y - head.shards.first
+        token_logps, values = LinearTokenLogps.apply(hidden, weight, bias, y, rows, labels.shape, of)
         if check_hidden:
-            check_finite(x.detach(), rows, waits=num_labelled is None)
-        if head.shards is None:
-            row_logps, _, row_values, _ = ops.linear_token_logps(
-                x[None], weight, rows.y[None], *options, ops.COMPACTED, compute_dtype, list(stats), with_dhidden, family
-            )
-            row_logps, row_values = row_logps[0], row_values[:, 0]
-        else:
-            row_logps, row_values = sharded_token_logps(
-                x, head, rows.y, transform, compute_dtype, stats, with_dhidden, family
-            )
-        zeros, values = rows.tables(labels.shape, len(stats), row_logps)
-        token_logps = ScatterRows.apply(row_logps, *rows.at, zeros)
-        if stats:
-            values[:, rows.at.sequence, rows.at.position] = row_values
-        if check_hidden:
-            check_head_is_finite(row_logps, head)
+            check_head_is_finite(token_logps, head)
     same = {} if ranks is None else of_operands(hidden, weight, bias, logit_scale, softcap, temperature)
     return _reduce(token_logps, labels, token_weights, ignore_index, reduction, stats, values, ranks, same, family)
 

@@ -1,8 +1,7 @@
 """The custom operators `dpo_kernels::*`: schemas, fakes and autograd. No kernel code.
 
 Positions are [S, T] with ignored labels left in, so that every output shape follows from the inputs' shapes and a
-compiled graph needs no break; each operator compacts to the labelled rows itself. A caller that has compacted and
-checked them already says so with `num_labelled` = COMPACTED, and nothing is searched for again.
+compiled graph needs no break; each operator compacts to the labelled rows itself.
 
 Output tensors that were not asked for have no elements. `impl` is a family of kernels as `dispatch` names them.
 """
@@ -20,11 +19,10 @@ from dpo_kernels.dispatch import is_fused, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import GradPositions, GradRows, Labels, LogitTransform, accumulate_dtype
 from dpo_kernels.impl.positions import at_rows, spread
-from dpo_kernels.rows import LabelledRows, check_finite, find_rows
+from dpo_kernels.rows import check_finite, find_rows, hidden_gradient
 
-# values of num_labelled beside a count
+# num_labelled, where it is no count
 UNKNOWN = -1
-COMPACTED = -2
 
 
 def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,33 +37,8 @@ def _without_autocast(fn: Callable[..., Any]) -> Callable[..., Any]:
     return wrapper
 
 
-def _rows(
-    impl: str, hidden: Tensor, labels: Tensor, vocab_size: int, ignore_index: int, num_labelled: int
-) -> LabelledRows | None:
-    """The labelled rows, or None where all are."""
-    if num_labelled == COMPACTED:
-        return None
-    known = None if num_labelled == UNKNOWN else num_labelled
-    return find_rows(impl, hidden, labels, vocab_size, ignore_index, known)
-
-
 def _labels(labels: Tensor, ignore_index: int, num_labelled: int) -> Labels:
     return Labels(labels, ignore_index, None if num_labelled == UNKNOWN else num_labelled)
-
-
-def _spread(values: Tensor, rows: LabelledRows | None, shape: torch.Size) -> Tensor:
-    """[..., N] values of labelled rows to [..., S, T], 0 elsewhere."""
-    return values.reshape(*values.shape[:-1], *shape) if rows is None else spread(values, rows.at, shape)
-
-
-def _operands(hidden: Tensor, labels: Tensor, rows: LabelledRows | None) -> tuple[Tensor, Tensor]:
-    """The hidden states [N, H] of these rows, and their labels [N]."""
-    return (hidden.reshape(-1, hidden.shape[2]), labels.reshape(-1)) if rows is None else (rows.copy(hidden), rows.y)
-
-
-def _pick(t: Tensor, rows: LabelledRows | None) -> Tensor:
-    """[..., S, T] to [..., N]."""
-    return t.reshape(*t.shape[:-2], -1) if rows is None else at_rows(t, rows.at)
 
 
 @_without_autocast
@@ -84,35 +57,27 @@ def linear_token_logps_impl(
     with_dhidden: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    rows = _rows(impl, hidden, labels, weight.shape[0], ignore_index, num_labelled)
-    x, y = _operands(hidden, labels, rows)
-    if rows is not None:
-        check_finite(x, rows, waits=num_labelled == UNKNOWN)
+    known = None if num_labelled == UNKNOWN else num_labelled
+    rows = find_rows(impl, hidden, labels, weight.shape[0], ignore_index, known)
+    x = rows.copy(hidden)
+    check_finite(x, rows, waits=known is None)
     out = paths.linear_logps_fwd(
         load(impl),
         x,
         weight,
         bias,
-        y,
+        rows.y,
         LogitTransform(logit_scale, softcap, temperature),
         compute_dtype=compute_dtype,
         stats=stats,
         with_dhidden=with_dhidden,
         fused=is_fused(impl),
     )
-    if out.dhidden is None:
-        dhidden = out.logp.new_empty(0)
-    elif rows is None:
-        dhidden = out.dhidden.view(hidden.shape)
-    else:
-        dhidden = out.dhidden.new_zeros(hidden.shape)
-        dhidden[rows.at.sequence, rows.at.position] = out.dhidden
-    return (
-        _spread(out.logp, rows, labels.shape),
-        _spread(out.norm, rows, labels.shape),
-        _spread(out.stats, rows, labels.shape),
-        dhidden,
-    )
+    dhidden = out.logp.new_empty(0)
+    if out.dhidden is not None:
+        dhidden = hidden_gradient(out.dhidden, hidden.shape, rows.at, None)
+    logps, norm, values = (spread(t, rows.at, labels.shape) for t in (out.logp, out.norm, out.stats))
+    return logps, norm, values, dhidden
 
 
 linear_token_logps = torch.library.custom_op(
@@ -157,9 +122,9 @@ def linear_token_logps_bwd_impl(
     need_dbias: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _rows(impl, hidden, labels, weight.shape[0], ignore_index, num_labelled)
-    x, y = _operands(hidden, labels, rows)
-    if y.shape[0] == 0:
+    known = None if num_labelled == UNKNOWN else num_labelled
+    rows = find_rows(impl, hidden, labels, weight.shape[0], ignore_index, known)
+    if rows.y.shape[0] == 0:
         return (
             hidden.new_zeros(hidden.shape if need_dhidden else 0),
             weight.new_zeros(weight.shape if need_dweight else 0),
@@ -167,22 +132,16 @@ def linear_token_logps_bwd_impl(
         )
     dx, dweight, dbias = paths.linear_logps_bwd(
         load(impl),
-        x,
+        rows.copy(hidden),
         weight,
         bias,
-        GradRows(y, _pick(norm, rows), _pick(logps, rows), _pick(grad, rows)),
+        GradRows(rows.y, *(at_rows(t, rows.at) for t in (norm, logps, grad))),
         LogitTransform(logit_scale, softcap, temperature),
         compute_dtype=compute_dtype,
         need=(need_dhidden, need_dweight, need_dbias),
         fused=is_fused(impl),
     )
-    if dx is None:
-        dhidden = hidden.new_empty(0)
-    elif rows is None:
-        dhidden = dx.view(hidden.shape)
-    else:
-        dhidden = dx.new_zeros(hidden.shape)
-        dhidden[rows.at.sequence, rows.at.position] = dx
+    dhidden = hidden.new_empty(0) if dx is None else hidden_gradient(dx, hidden.shape, rows.at, None)
     if dweight is None:
         dweight = weight.new_empty(0)
     return dhidden, dweight, weight.new_empty(0) if dbias is None else dbias

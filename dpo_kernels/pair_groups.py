@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_kernels.comparisons import Comparisons
 from dpo_kernels.dispatch import load
-from dpo_kernels.impl import paths, waves
+from dpo_kernels.impl import exponential_paths, paths, waves
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.rows import LabelledRows
 
@@ -61,7 +61,7 @@ def plan_groups(
     if exponentials:  # so many have room with what lies behind the last of them
         budget -= budget % k.padded_rows(1)
     groups = _cut(rows, comparisons, budget, counts)
-    if exponentials and (stored := paths.stored_columns(k, n, weight, dweight, chunk_bytes)):
+    if exponentials and (stored := exponential_paths.stored_columns(k, n, weight, dweight, chunk_bytes)):
         again = n * weight.shape[1] * (weight.shape[0] - stored)  # multiply-adds
         # each group reads and writes the sums of dW
         if groups is None or again < 2 * len(groups) * sums * waves.PER_BYTE:

@@ -17,10 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dpo_kernels.dispatch import Family, Path, choose, is_fused, load
-from dpo_kernels.impl import paths
 from dpo_kernels.impl.fold import Fold
-from dpo_kernels.impl.interface import GradRows, LogitTransform
-from dpo_kernels.ops import refuse_second_derivative
 
 # What a rank says of a row: the seven numbers of `Fold.state` and where the largest logit is, in fp64, so that neither
 # dtypes nor implementations of ranks matter.
@@ -301,93 +298,6 @@ def _number(t: Tensor | None) -> int:
 
 def _others(values: Sequence[int]) -> list[int]:
     return [rank for rank, value in enumerate(values) if value != values[0]]
-
-
-class _ShardedTokenLogps(torch.autograd.Function):
-    """Paths A, B and D of rows x [N, H], with labels y [N] counted from the first entry that is here."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, of: _Options
-    ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(x.device.type, enabled=False):
-            out = paths.linear_logps_fwd(
-                load(of.family),
-                x.detach(),
-                weight.detach(),
-                None if bias is None else bias.detach(),
-                y,
-                of.transform,
-                compute_dtype=of.compute_dtype,
-                stats=of.stats,
-                with_dhidden=of.with_dhidden,
-                shards=of.shards,
-            )
-        ctx.of, ctx.dtype = of, x.dtype
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(out.stats)
-        if of.with_dhidden:
-            ctx.save_for_backward(out.dhidden)
-        else:
-            ctx.save_for_backward(x, weight, bias, y, out.norm, out.logp)
-        return out.logp, out.stats
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, of = grads[0], ctx.of
-        if grad is None:
-            return (None,) * 5
-        refuse_second_derivative()
-        if of.with_dhidden:
-            (dhidden,) = ctx.saved_tensors
-            dx = dhidden * grad[:, None]
-            if dx.numel():
-                of.shards.start_sum(dx)()
-            return dx.to(ctx.dtype), None, None, None, None
-        x, weight, bias, y, norm, logps = ctx.saved_tensors
-        if y.shape[0] == 0:
-            given = zip((x, weight, bias), ctx.needs_input_grad[:3], strict=True)
-            return (*(torch.zeros_like(t) if need else None for t, need in given), None, None)
-        with torch.autocast(x.device.type, enabled=False):
-            formed = paths.linear_logps_bwd(
-                load(of.family),
-                x,
-                weight,
-                bias,
-                GradRows(y, norm, logps, grad),
-                of.transform,
-                compute_dtype=of.compute_dtype,
-                need=ctx.needs_input_grad[:3],
-                shards=of.shards,
-            )
-        return (*formed, None, None)
-
-
-class _Options(NamedTuple):
-    transform: LogitTransform
-    compute_dtype: torch.dtype
-    stats: Sequence[str]
-    with_dhidden: bool
-    family: str
-    shards: VocabularyShards
-
-
-def sharded_token_logps(
-    x: Tensor,
-    head: Head,
-    y: Tensor,
-    transform: LogitTransform,
-    compute_dtype: torch.dtype,
-    stats: Sequence[str],
-    with_dhidden: bool,
-    family: str,
-) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [N] and statistics [K, N] of rows x [N, H] with labels y [N] of the whole vocabulary, the same
-    on all ranks. Gradients: that of x is the same on all ranks, those of weight and bias are of the part that is here.
-    """
-    assert head.shards is not None
-    options = _Options(transform, compute_dtype, stats, with_dhidden, family, head.shards)
-    return _ShardedTokenLogps.apply(x, head.weight, head.bias, y - head.shards.first, options)
 
 
 def check_shards_are_finite(logps: Tensor, head: Head) -> None:

@@ -57,6 +57,7 @@ EXP_CU, EXP_CUH = "csrc/cuda/exponentials.cu", "csrc/cuda/exponentials.cuh"
 GRADIENTS_CU, CLUSTERS_CUH = "csrc/cuda/linear_gradients.cu", "csrc/cuda/clusters.cuh"
 CUDA_LINEAR, CUDA_EXP = "dpo_kernels/impl/cuda_linear.py", "dpo_kernels/impl/cuda_exponentials.py"
 TRITON, TRITON_LINEAR, TRITON_MATH = (f"dpo_kernels/impl/triton{part}.py" for part in ("", "_linear", "_math"))
+EXP_PATHS, LINEAR_ROWS = "dpo_kernels/impl/exponential_paths.py", "dpo_kernels/linear_rows.py"
 TORCH, PATHS, FOLD, NATIVE, CUDA = (f"dpo_kernels/impl/{n}.py" for n in ("torch", "paths", "fold", "native", "cuda"))
 POSITIONS, TRITON_SUMS = (f"dpo_kernels/impl/{name}.py" for name in ("positions", "triton_sequences"))
 SEQUENCES_CU, SUM_TESTS = "csrc/cuda/sequences.cu", "impl/test_sequences.py"
@@ -350,7 +351,7 @@ MUTATIONS = {
         Mutation(GRADIENTS_CU, "* (1 / kPackedOne)", "", WEIGHED_TESTS),
         # a block of dW that is written over exponentials
         Mutation(
-            PATHS,
+            EXP_PATHS,
             "(v * h - (kept - start) * stride) // h",
             "(v * h - (kept - start) * stride) // h + step",
             "impl/test_triton_exponentials.py -k overwrite",
@@ -359,14 +360,17 @@ MUTATIONS = {
         Mutation(CUDA_EXP, "if missing is None else missing", "", f"{CUDA_EXP_TESTS} -k 'some_entries'"),
         Mutation(TRITON_EXP, "if missing is None else missing", "", f"{EXP_TESTS} -k 'some_entries and plain'"),
         Mutation(
-            PATHS, "sums, accumulate=block.start > 0)", "sums, accumulate=False)", f"{CUDA_EXP_TESTS} -k 'some_entries'"
+            EXP_PATHS,
+            "sums, accumulate=block.start > 0)",
+            "sums, accumulate=False)",
+            f"{CUDA_EXP_TESTS} -k 'some_entries'",
         ),
-        Mutation(PATHS, "rest, places[-1], x", "rest, places[0], x", f"{CUDA_EXP_TESTS} -k 'some_entries'"),
+        Mutation(EXP_PATHS, "rest, places[-1], x", "rest, places[0], x", f"{CUDA_EXP_TESTS} -k 'some_entries'"),
         # a reference whose parts are others
         Mutation(
-            PATHS,
-            "sizes = _sizes(weight.shape[0], kept, stored)\n",
-            "sizes = _sizes(weight.shape[0], kept)\n",
+            EXP_PATHS,
+            "sizes = part_sizes(weight.shape[0], kept, stored)\n",
+            "sizes = part_sizes(weight.shape[0], kept)\n",
             f"{CUDA_EXP_TESTS} -k 'rewards'",
         ),
         # a scale forgotten
@@ -388,12 +392,7 @@ MUTATIONS = {
         Mutation(TRITON, "tl.exp(apart) * tl.exp2(-rest)", "tl.exp(apart)", f"{NUMERICS_OF} triton and offset'"),
         Mutation(TRITON, "(sum_ez - total * rest) / LOG2_E", "sum_ez / LOG2_E", f"{NUMERICS_OF} triton and offset'"),
         Mutation(TRITON, "goes = tl.max(is_huge.to(tl.int32), axis=0)", "goes = 0", f"{NUMERICS_OF} triton and huge'"),
-        Mutation(
-            TRITON_MATH,
-            "return unit, shift, tl.exp2(-rest)",
-            "return unit, shift, 1.0",
-            f"{NUMERICS_OF} triton and offset'",
-        ),
+        Mutation(TRITON, "(tl.exp(apart) * tl.exp2(-rest))", "tl.exp(apart)", f"{NUMERICS_OF} triton and offset'"),
         Mutation(
             TRITON_MATH, "shift = tl.fma(top, unit, 0.0)", "shift = top * unit", "impl/test_triton.py -k machine_code"
         ),
@@ -500,6 +499,10 @@ MUTATIONS = {
         Mutation(TRITON_ROWS, "slot // U * stride_hr + slot % U * stride_hu", "slot * stride_hu", ROWS_TESTS),
         Mutation(TRITON_ROWS, "((x - x) != 0.0)", "(x != x)", ROWS_TESTS),
         Mutation(TRITON_ROWS, "tl.store(logp_ptr + p, 0.0, mask=ignored)", "pass", ROWS_TESTS),
+        # a wrong number of rows that nobody hears of; gradients of other rows
+        Mutation(TRITON_ROWS, "        if ASSERTS:\n", "        if False:\n", f"{ROWS_TESTS} and assertion"),
+        Mutation(TRITON_ROWS, "mask=h < H, other=0.0) * g\n", "mask=h < H, other=0.0)\n", f"{ROWS_TESTS} and put"),
+        Mutation(TRITON_ROWS, "g_ptr + s * stride_gs + t * stride_gt", "g_ptr + s * T + t", f"{ROWS_TESTS} and put"),
         # what copies of 16 bytes cannot take
         Mutation(TRITON_LINEAR, "        and t.stride(0) % 16 == 0\n", "", TRITON_TESTS),
         # cancels
@@ -597,6 +600,11 @@ MUTATIONS = {
         Mutation(POSITIONS_CU, "!is_position || at.t + of.shift >= at.length", "!is_position", CUDA_ROWS_TESTS),
         Mutation(POSITIONS_CU, "    offset += at_end;\n", "", CUDA_ROWS_TESTS),
         Mutation(POSITIONS_CU, "&& lies_outside(labels[j], of.v);", "&& false;", CUDA_ROWS_TESTS),
+        # a wrong number of rows that nobody hears of; gradients of other rows; marks that nobody took away
+        Mutation(POSITIONS_CU, "fits || !of.asserts", "true", f"{CUDA_ROWS_TESTS} and assertion"),
+        Mutation(POSITIONS_CU, "x[k] *= factor;", ";", f"{CUDA_ROWS_TESTS} and put"),
+        Mutation(POSITIONS_CU, "g.at<float>(s, t)", "g.at<float>(s, 0)", f"{CUDA_ROWS_TESTS} and put"),
+        Mutation("csrc/cuda/linear_fold.cu", "p.far[row] = 0;", ";", f"{CUDA_EXP_TESTS} -k 'far_logits_alone'"),
         Mutation(POSITIONS_CU, "if (is_last && of.predictors.data != nullptr) {", "if (false) {", CUDA_ROWS_TESTS),
         Mutation(POSITIONS_CU, "before == of.expected);", "before >= of.expected);", CUDA_ROWS_TESTS),
         Mutation(POSITIONS_CU, "__syncthreads();  // what was there has been read", "", CUDA_ROWS_TESTS),
@@ -677,7 +685,8 @@ MUTATIONS = {
         ),
         # swallowed errors
         Mutation(LOGPS, "if inplace_backward and any(", "if False and any(", ON_TORCH),
-        Mutation(OPS, "        check_finite(x, rows, waits=num_labelled == UNKNOWN)", "        pass", ON_TORCH),
+        Mutation(OPS, "    check_finite(x, rows, waits=known is None)", "    pass", ON_TORCH),
+        Mutation(LINEAR_ROWS, "            check_finite(x, rows, of.waits)", "            pass", ON_TORCH),
         Mutation(OPTIONS, "for extreme in t.aminmax())", "for extreme in t.aminmax()[:1])", ON_TORCH),
         Mutation(DISPATCH, "else unavailable_reason(name, device)", "else None", LOGPS_TESTS),
         # a setting that is off
@@ -700,8 +709,8 @@ MUTATIONS = {
         # memory that nobody wrote to
         Mutation(
             GATHER,
-            "dhidden = dx.new_zeros(shape)\n",
-            "dhidden = dx.new_empty(shape)\n",
+            "dhidden = dx.new_zeros(shape)\n    if",
+            "dhidden = dx.new_empty(shape)\n    if",
             "test_numerics.py -k 'torch and uninit'",
         ),
         Mutation(TORCH, "    out[others.sequence, others.position] = 0\n", "", LOGPS_TESTS),
@@ -754,7 +763,7 @@ MUTATIONS = {
         # ranks that plan otherwise than others
         Mutation(LINEAR_DPO, "comparisons, head.planned, dtype", "comparisons, weight, dtype", SHARD_TESTS),
         # memory that nobody wrote to
-        Mutation(PARALLEL, "        if y.shape[0] == 0:", "        if False:", SHARD_TESTS),
+        Mutation(LINEAR_ROWS, "        if y.shape[0] == 0:", "        if False:", SHARD_TESTS),
         # sequences in parts: sums, positions, plans, memory that nobody wrote to, and ranks that wait for one another
         Mutation(SEQUENCES, "functools.reduce(torch.add, others, first)", "first + 0", SEQUENCE_TESTS),
         Mutation(SEQUENCES, "counts[: self.rank].sum(0)", "counts[: self.rank + 1].sum(0)", SEQUENCE_TESTS),
@@ -783,8 +792,8 @@ MUTATIONS = {
         # some exponentials where groups are faster, or cannot be; more of them than fit; a block that has no room
         Mutation(PAIR_GROUPS, "2 * len(groups) * sums", "0", "test_pair_groups.py"),
         Mutation(PAIR_GROUPS, "if groups is None or again", "if groups is not None and again", "test_pair_groups.py"),
-        Mutation(PATHS, "- SHIFT_BYTES * math.ceil(kept / step)\n", "\n", "test_pair_groups.py"),
-        Mutation(PATHS, "weight.device)) else 0", "weight.device)) else kept + buffer", "test_pair_groups.py"),
+        Mutation(EXP_PATHS, "- SHIFT_BYTES * math.ceil(kept / step)\n", "\n", "test_pair_groups.py"),
+        Mutation(EXP_PATHS, "weight.device)) else 0", "weight.device)) else kept + buffer", "test_pair_groups.py"),
         Mutation(
             "dpo_kernels/planning/head_memory.py",
             "round(4 - stored / t.v, 2)",
@@ -2113,6 +2122,12 @@ MUTATIONS = {
         Mutation(GROUPED_LOSS, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
         # one label of a slot teaches it, and what none does has a gradient
         Mutation(GATHER, "flat.index_add_(0, slots, dx)", "flat[slots] = dx", PREDICTED),
+        Mutation(
+            GATHER,
+            "flat = dhidden.view(-1, shape[-1])",
+            "flat = dhidden.fill_(7.0).view(-1, shape[-1])",
+            PREDICTED,
+        ),
         # places one behind the end, and of no label
         Mutation(GATHER, "(predictors >= places)", "(predictors > places)", PREDICTED),
         Mutation(GATHER, "(predictors >= places)) & (labels != ignore_index)", "(predictors >= places))", PREDICTED),

@@ -5,7 +5,7 @@ import torch
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.linear_reference import linear_reference_logps
-from dpo_kernels.rows import GatherSlots
+from dpo_kernels.rows import GatherRows, LabelledRows
 
 S, L, R, U, H, V = 4, 5, 2, 7, 12, 31
 
@@ -72,8 +72,8 @@ def test_a_reference_is_summed_as_the_policy(gradients):
 def test_only_labelled_rows_are_copied(monkeypatch):
     """A sequence much longer than the others makes no copy of theirs as long."""
     seen = []
-    forward = GatherSlots.forward
-    monkeypatch.setattr(GatherSlots, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
+    copy = LabelledRows.copy
+    monkeypatch.setattr(LabelledRows, "copy", lambda *args: seen.append(copy(*args)) or seen[-1])
     hidden, weight, labels, predictors = inputs()
     linear_dpo_loss(hidden, weight, labels, torch.zeros(S), predictors=predictors)
     assert [rows.shape for rows in seen] == [(int((labels != -100).sum()), H)]
@@ -107,10 +107,13 @@ def test_what_are_no_places(function, change, message):
         function(*given, predictors=predictors, shift=True, **more)
 
 
+def of_slots(hidden, slots):
+    return GatherRows.apply(hidden, slots, slots, slots, lambda t: t.flatten(0, 1)[slots])
+
+
 def test_one_slot_for_many_labels_has_the_sum_of_their_gradients():
     hidden = torch.randn(1, 3, 2, dtype=torch.float64, requires_grad=True)
-    slots = torch.tensor([1, 1, 2, 1])
-    assert torch.autograd.gradcheck(lambda x: GatherSlots.apply(x, slots, lambda t: t.flatten(0, 1)[slots]), hidden)
+    assert torch.autograd.gradcheck(lambda x: of_slots(x, torch.tensor([1, 1, 2, 1])), hidden)
 
 
 def test_slots_that_nothing_took_have_no_gradient(monkeypatch):
@@ -119,8 +122,7 @@ def test_slots_that_nothing_took_have_no_gradient(monkeypatch):
     hidden = torch.randn(1, 3, 2, requires_grad=True)
     torch.use_deterministic_algorithms(True)
     try:
-        slots = torch.tensor([1, 1])
-        GatherSlots.apply(hidden, slots, lambda t: t.flatten(0, 1)[slots]).sum().backward()
+        of_slots(hidden, torch.tensor([1, 1])).sum().backward()
     finally:
         torch.use_deterministic_algorithms(False)
     assert hidden.grad.tolist() == [[[0, 0], [2, 2], [0, 0]]]

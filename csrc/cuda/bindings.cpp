@@ -60,8 +60,8 @@ PYBIND11_MODULE(_cuda, m) {
   py::class_<cuda::Search>(m, "Search", local)
       .def(py::init([](const cuda::Positions& labels, int64_t sequences, int64_t length, int shift,
                        int64_t ignore_index, int64_t v, int64_t expected, const cuda::Positions& predictors,
-                       int64_t slots) {
-        return cuda::Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots};
+                       int64_t slots, bool asserts) {
+        return cuda::Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots, asserts};
       }));
 
   m.def(
@@ -79,6 +79,14 @@ PYBIND11_MODULE(_cuda, m) {
          const cuda::Matrix& out, Address broken, Address stream) {
         cuda::gather_rows(dtype_of(dtype), hidden, of_sequence, as<const int64_t>(slots), out, as<int64_t>(broken),
                           as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
+      "put_rows",
+      [](const std::string& out_dtype, const cuda::Matrix& rows, const cuda::Positions& g, Address sequence,
+         Address position, int64_t length, Address out, Address stream) {
+        cuda::put_rows(dtype_of(out_dtype), rows, g, as<const int64_t>(sequence), as<const int64_t>(position), length,
+                       as<void>(out), as<CUstream_st>(stream));
       },
       release_gil());
   m.def(
@@ -144,8 +152,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "linear_fold",
       [](const std::string& dtype, const cuda::LinearProduct& product, const cuda::Parts& parts, bool stats,
-         int processors, Address stream) {
-        cuda::linear_fold(dtype_of(dtype), product, parts, stats, processors, as<CUstream_st>(stream));
+         Address far, int processors, Address stream) {
+        cuda::linear_fold(dtype_of(dtype), product, parts, stats, as<int>(far), processors, as<CUstream_st>(stream));
       },
       release_gil());
   m.def(

@@ -63,8 +63,8 @@ struct Parts {
   float* label;
   int64_t label_stride;
 };
-// Folds all of the vocabulary.
-void linear_fold(DType type, const LinearProduct&, const Parts&, bool stats, int processors, cudaStream_t);
+// Folds all of the vocabulary. `far`, if not null, is that of `Exponentials` to come, and becomes 0 where it is read.
+void linear_fold(DType type, const LinearProduct&, const Parts&, bool stats, int* far, int processors, cudaStream_t);
 
 // Exponentials exp(z - shift) dz/da, without the scale's part, as [V, N] in 16 bits; 0 at the label. The sums that go
 // with them are of what was not rounded. In bf16 with the row's shift, which is given; or `packed`: times kPackedOne in
@@ -167,6 +167,7 @@ struct Search {
   int64_t ignore_index, v, expected;
   Positions predictors;
   int64_t slots;
+  bool asserts;  // that all is as it should be: else the notes alone say so
 };
 // Field f of labelled row n goes to rows[f * capacity + n], of no more than `capacity` of them; 0 to logp [S, T] and to
 // `stats` tables [S, T] of values at all other positions; and the notes. See dpo_kernels/impl/positions.py.
@@ -184,6 +185,10 @@ void find_rows(LabelType type, const Search&, const FoundRows&, cudaStream_t);
 // out [N, H]; `broken` becomes 1 if one of their numbers is not finite.
 void gather_rows(DType type, const LogitsRows& hidden, int64_t of_sequence, const int64_t* slots, const Matrix& out,
                  int64_t* broken, cudaStream_t);
+// Each of rows [N, H] in fp32, times the number of g [S, T] in fp32 at its position, to that position of `out`
+// [S, `length`, H].
+void put_rows(DType out_type, const Matrix& rows, const Positions& g, const int64_t* sequence, const int64_t* position,
+              int64_t length, void* out, cudaStream_t);
 // Path E, from logits [S, T, V]: logp [S, T], norm [2, S, T] and the statistics [count, S, T] that `stats` names, 0 at
 // ignored positions; fit: 1 if all labels are among the v entries, and `num_labelled` of them, unless negative; or 0.
 void logits_fwd(DType type, const LogitsRows&, const Labels&, int64_t v, int64_t num_labelled, const Stats& stats,

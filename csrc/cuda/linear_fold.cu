@@ -214,6 +214,7 @@ struct RowFold {
     if (kTo == Epilogue::shifted && p.again) return;
     write(kPartMax, top);
     if (kStats) write(kPartSumZ, sum_z);
+    if (kTo == Epilogue::fold && p.far != nullptr && row % kClusterRows == 0) p.far[row] = 0;
     if (kTo == Epilogue::shifted && is_far(top, shift(), p.far_above)) p.far[row / kClusterRows * kClusterRows] = 1;
   }
 };
@@ -495,10 +496,11 @@ void launch_fold(DType type, const LinearProduct& args, const Matrix& e, const P
 
 }  // namespace
 
-void linear_fold(DType type, const LinearProduct& args, const Parts& parts, bool stats, int processors,
+void linear_fold(DType type, const LinearProduct& args, const Parts& parts, bool stats, int* far, int processors,
                  cudaStream_t stream) {
   Problem p = problem(args, processors);
   p.parts = parts;
+  p.far = far;
   type == DType::bf16 ? launch_fold<__nv_bfloat16, Epilogue::fold>(type, args, {}, p, stats, stream)
                       : launch_fold<__half, Epilogue::fold>(type, args, {}, p, stats, stream);
 }

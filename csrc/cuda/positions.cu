@@ -1,7 +1,9 @@
-// Which of the positions carry a label, and their hidden states together.
+// Which of the positions carry a label, their hidden states together, and what comes of these back at its positions.
 //
 // Dimensions: S sequences of T positions, P = S T of them in all, N labelled ones, K statistics; R sequences of U hidden
 // states of H numbers, which are S and T but for predictors.
+#undef NDEBUG  // a wrong number of rows is no matter of debugging
+#include <cassert>
 #include <stdexcept>
 
 #include "row.cuh"
@@ -118,8 +120,12 @@ __global__ void __launch_bounds__(kFindThreads) find_rows_kernel(Search of, Foun
   if (!is_last) return;
   const int any_wrong = over_block<int>(wrong, shared, [](int a, int b) { return a | b; });
   if (thread != 0) return;
+  const bool fits = any_wrong == 0 && (of.expected < 0 || before == of.expected);
+  assert((fits || !of.asserts) &&
+         "num_labelled does not fit the labels, or a label lies outside the vocabulary, or a predictor outside the "
+         "hidden states");
   out.notes[kNoteCount] = before;
-  out.notes[kNoteFits] = any_wrong == 0 && (of.expected < 0 || before == of.expected);
+  out.notes[kNoteFits] = fits;
   out.notes[kNoteBroken] = 0;
 }
 
@@ -137,6 +143,20 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = 0; k < count; ++k) is_finite &= x[k] - x[k] == 0;
   });
   if (!is_finite) *broken = 1;
+}
+
+// A block has a row.
+template <class O>
+__global__ void __launch_bounds__(kThreads)
+    put_rows_kernel(TileRows<float> rows, Positions g, const int64_t* sequence, const int64_t* position, int64_t length,
+                    TileRows<O> out) {
+  const int64_t n = blockIdx.x, s = sequence[n], t = position[n];
+  const float factor = g.at<float>(s, t);
+  map_row(rows[n], out[s * length + t], 0, 1, [&](auto& x, int) {
+    constexpr int count = sizeof(x) / sizeof(x[0]);
+#pragma unroll
+    for (int k = 0; k < count; ++k) x[k] *= factor;
+  });
 }
 
 }  // namespace
@@ -174,6 +194,26 @@ void gather_rows(DType type, const LogitsRows& hidden, int64_t of_sequence, cons
         TileRows<S>{static_cast<S*>(out.data), out.stride, static_cast<int>(out.columns)}, broken);
   };
   switch (type) {
+    case DType::f32:
+      return with(float());
+    case DType::f64:
+      return with(double());
+    case DType::bf16:
+      return with(__nv_bfloat16());
+    case DType::f16:
+      return with(__half());
+  }
+}
+
+void put_rows(DType out_type, const Matrix& rows, const Positions& g, const int64_t* sequence, const int64_t* position,
+              int64_t length, void* out, cudaStream_t stream) {
+  const int h = static_cast<int>(rows.columns);
+  const auto with = [&](auto o) {
+    using O = decltype(o);
+    run(put_rows_kernel<O>, rows.rows, 1, stream, TileRows<float>{static_cast<float*>(rows.data), rows.stride, h}, g,
+        sequence, position, length, TileRows<O>{static_cast<O*>(out), h, h});
+  };
+  switch (out_type) {
     case DType::f32:
       return with(float());
     case DType::f64:

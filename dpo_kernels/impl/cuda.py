@@ -39,7 +39,7 @@ from dpo_kernels.impl.products import put_labels_ as put_labels_
 
 exponentials = cuda_exponentials.Exponentials
 recomputed = cuda_exponentials.Recomputed
-find_rows, gather_rows = cuda_positions.find_rows, cuda_positions.gather_rows
+find_rows, gather_rows, put_rows = cuda_positions.find_rows, cuda_positions.gather_rows, cuda_positions.put_rows
 linear_token_logps = cuda_positions.linear_token_logps
 _positions = cuda_positions.of_positions
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ import dpo_kernels._cuda as _cuda
 from dpo_kernels.impl import cuda_linear, waves
 from dpo_kernels.impl.cuda_linear import Sums, address, matrix, stream
 from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
-from dpo_kernels.impl.interface import GradRows, LogitTransform
+from dpo_kernels.impl.interface import FoundRows, GradRows, LogitTransform
 from dpo_kernels.impl.products import LONG_SUM
 
 
@@ -101,9 +101,9 @@ class Exponentials:
         if packed:
             self.shift, self.far = x.new_empty(0, 0, dtype=torch.float32), None
         else:
+            self.far = x.new_empty(n, dtype=torch.int32)
             some = weight[:FIRST_COLUMNS]
-            self.shift = cuda_linear.fold(self.x, some, bias, self.y, transform, False).max.amax(0)
-            self.far = torch.zeros(n, dtype=torch.int32, device=x.device)
+            (self.shift,) = cuda_linear.fold(self.x, some, bias, self.y, transform, False, splits=1, far=self.far).max
 
     def write(self, rows: slice, out: Sequence[Tensor | None] | None) -> None:
         x, y, sums = self.x[rows], self.y[rows], self.sums.of(rows).native()
@@ -124,11 +124,19 @@ class Exponentials:
                         bool(self.names), self.multiprocessors, stream(x),
                     )  # fmt: skip
 
+    def _stored(self, rows: slice) -> dict[str, Any]:
+        """What becomes known of rows with stored exponentials, and what with."""
+        shift = None if self.packed else self.shift[rows]
+        return {
+            "shift": shift, "far": FAR, "top": self.top[rows], "scale": self.scale[rows], "label": self.label[rows],
+        }  # fmt: skip
+
     def finish(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
-        return self.sums.of(rows).join(
-            self.weight.shape[0], self.transform, self.names, shift=None if self.packed else self.shift[rows],
-            far=FAR, top=self.top[rows], scale=self.scale[rows], label=self.label[rows],
-        )  # fmt: skip
+        return self.sums.of(rows).join(self.weight.shape[0], self.transform, self.names, **self._stored(rows))
+
+    def finish_at(self, found: FoundRows) -> None:
+        of = self._stored(slice(0, len(found.y)))
+        self.sums.join_at(found, self.weight.shape[0], self.transform, self.names, **of)
 
     def weigh(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> Dlogits:
         assert self.weights is not None

@@ -133,11 +133,23 @@ class Sums(NamedTuple):
         self._join(vocab_size, transform, stats, shift, far, (address(logp), address(norm), address(values)), of_rows)
         return logp, norm, values
 
-    def join_at(self, found: FoundRows, vocab_size: int, transform: LogitTransform, stats: Sequence[str]) -> None:
+    def join_at(
+        self,
+        found: FoundRows,
+        vocab_size: int,
+        transform: LogitTransform,
+        stats: Sequence[str],
+        *,
+        shift: Tensor | None = None,
+        far: float = 0.0,
+        top: Tensor | None = None,
+        scale: Tensor | None = None,
+        label: Tensor | None = None,
+    ) -> None:
         """logp and the statistics go to the rows' places in the tables of `found`."""
         to = (address(found.token_logps), 0, address(found.stats))
-        of_rows = (0, 0, 0, address(found.places), found.token_logps.numel())
-        self._join(vocab_size, transform, stats, None, 0.0, to, of_rows)
+        of_rows = (address(top), address(scale), address(label), address(found.places), found.token_logps.numel())
+        self._join(vocab_size, transform, stats, shift, far, to, of_rows)
 
     def _join(
         self,
@@ -156,14 +168,25 @@ class Sums(NamedTuple):
             )  # fmt: skip
 
 
-def fold(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, transform: LogitTransform, stats: bool) -> Sums:
-    """Of all of x.W^T [N, V], for at least one row."""
+def fold(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    transform: LogitTransform,
+    stats: bool,
+    *,
+    splits: int | None = None,
+    far: Tensor | None = None,
+) -> Sums:
+    """Of all of x.W^T [N, V], for at least one row; in `splits` parts, or as many as suit the machine. `far`: as
+    csrc/cuda/kernels.h has it."""
     _, multiprocessors = _machine(x.device)
-    splits = splits_of(x.shape[0], weight.shape[0], multiprocessors)
+    splits = splits or splits_of(x.shape[0], weight.shape[0], multiprocessors)
     sums = Sums.empty(x.shape[0], splits, stats, x)
     with torch.cuda.device_of(x):
         _cuda.linear_fold(
-            type_name(x), product(x, weight, bias, y, 0, transform, splits), sums.native(), stats, multiprocessors,
-            stream(x),
+            type_name(x), product(x, weight, bias, y, 0, transform, splits), sums.native(), stats, address(far),
+            multiprocessors, stream(x),
         )  # fmt: skip
     return sums

@@ -14,7 +14,7 @@ from torch import Tensor
 import dpo_kernels._cuda as _cuda
 from dpo_kernels.impl import cuda_linear, positions
 from dpo_kernels.impl.cuda_linear import address, matrix, stream, type_name
-from dpo_kernels.impl.interface import FoundRows, LogitTransform, TokenLogps
+from dpo_kernels.impl.interface import FoundRows, LogitTransform, Rows, TokenLogps
 
 
 def of_positions(t: Tensor | None) -> _cuda.Positions:
@@ -25,7 +25,7 @@ def _launch(of: positions.Search, found: FoundRows, notes: Tensor) -> None:
     labels, table, (s, t) = of.labels, found.table, of.labels.shape
     search = _cuda.Search(
         of_positions(labels), s, t, int(of.shift), of.ignore_index, of.vocab_size, of.expected,
-        of_positions(of.predictors), of.slots,
+        of_positions(of.predictors), of.slots, of.asserts,
     )  # fmt: skip
     with torch.cuda.device_of(labels):
         _cuda.find_rows(
@@ -59,6 +59,15 @@ def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
             matrix(out), address(broken), stream(hidden),
         )  # fmt: skip
     return out
+
+
+def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
+    assert rows.is_contiguous() and out.is_contiguous() and rows.dtype == g.dtype == torch.float32
+    with torch.cuda.device_of(rows):
+        _cuda.put_rows(
+            type_name(out), matrix(rows), of_positions(g), address(at.sequence), address(at.position), out.shape[1],
+            address(out), stream(rows),
+        )  # fmt: skip
 
 
 def linear_token_logps(

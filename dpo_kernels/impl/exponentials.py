@@ -8,7 +8,7 @@ from __future__ import annotations
 # An exponential in bf16 has one shift a row: the largest of its first logits, so many of them. No logit is more than
 # FAR above it, so that exponentials, their sums and what these are divided by stay within what bf16 and fp32 hold. Rows
 # of which one is are gone over again.
-FIRST_COLUMNS = 512
+FIRST_COLUMNS = 256
 FAR = 60.0
 # A block of path B's exponentials takes this at most.
 EXP_BYTES = 2**29

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import dpo_kernels._native as _native
 from dpo_kernels.impl import positions
+from dpo_kernels.impl.blocks import spans
 from dpo_kernels.impl.fold import CompiledFold, Fold, stats_numbers
 from dpo_kernels.impl.interface import (
     Columns,
@@ -27,7 +28,6 @@ from dpo_kernels.impl.interface import (
     Rows,
     accumulate_dtype,
 )
-from dpo_kernels.impl.paths import spans
 from dpo_kernels.impl.positions import at_rows, labelled_rows, spread, unlabelled_rows
 from dpo_kernels.impl.products import scale_ as scale_
 

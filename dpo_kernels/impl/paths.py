@@ -2,31 +2,29 @@
 
 Dimensions: N labelled rows, H hidden size, V vocabulary size, v columns of one vocabulary block, n rows of one row
 block, K statistics. A *tile* is [n, v] in the accumulation dtype (fp32; fp64 for fp64 operands). No tensor made here
-exceeds `tile_bytes`, except the [N, H] accumulators and results, the buffer of path C, and what takes the place of
-tiles where no logits are stored. What happens inside a tile, and the matrix products, are `k`'s: the implementation's.
+exceeds `tile_bytes`, except the [N, H] accumulators and results, and the buffer of path C. What happens inside a tile,
+and the matrix products, are `k`'s: the implementation's.
 
-Where `k` can write exponentials as the product x.W^T leaves the registers, paths B, C and D store no logits.
-Exponentials lie as [V, n], two bytes each. Path B's are operands: one product over all of the vocabulary takes a block
-of rows as it is. Path C's become dlogits on their way into products, or in one pass before, and one product over all
-rows of a chunk is dW. Path D's product writes dlogits at once, [v, N] of a block of the vocabulary; so does path C's of
-entries whose exponentials have no room. See "Exponentials" at the end.
+Where `k` can write exponentials as the product x.W^T leaves the registers, paths B, C and D have no tiles: see
+`exponential_paths`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from dpo_kernels.impl import exponential_paths
+from dpo_kernels.impl.blocks import ALIGNED, spans
+from dpo_kernels.impl.exponential_paths import Kept
 from dpo_kernels.impl.interface import (
     Columns,
     GradRows,
     LinearLogps,
     LogitTransform,
-    Recomputed,
     Shards,
     TileKernels,
     accumulate_dtype,
@@ -37,17 +35,6 @@ MIN_COLUMNS = 256
 MIN_ROWS = 128
 # Rows of W that belong to labels are gathered so many at a time.
 LABEL_ROWS = 1024
-# Vocabulary entries that dW is ahead of the exponentials in its memory, or those of one shift where these are more: no
-# product of a block of dW has fewer.
-DW_COLUMNS = 512
-# A shift of exponentials, in fp32.
-SHIFT_BYTES = 4
-# Columns of a tile are a multiple of this, but for the last: its rows then begin where wide loads and products like it.
-ALIGNED = 64
-
-
-def spans(size: int, step: int, first: int = 0) -> Iterator[slice]:
-    return (slice(start, min(start + step, size)) for start in range(first, size, step))
 
 
 def _blocks(n: int, v: int, h: int, dtype: torch.dtype, tile_bytes: int) -> tuple[int, int]:
@@ -127,7 +114,7 @@ def linear_logps_fwd(
     acc = accumulate_dtype(compute_dtype)
     sweeps = n > 0 and shards is None and (with_dhidden or as_with_dhidden)
     if fused and sweeps and k.takes_exponentials(x.dtype, weight, compute_dtype):
-        return _exponentials_fwd(k, x, weight, bias, y, transform, stats, with_dhidden)
+        return exponential_paths.linear_logps_fwd(k, x, weight, bias, y, transform, stats, with_dhidden)
     rows, columns = blocks or _blocks(n, v, h, acc, k.tile_bytes(x.device))
     if n and v and blocks is None and _reads_in_place(weight, compute_dtype):
         rows, columns = _traffic_blocks(n, v, acc, k.tile_bytes(x.device))
@@ -266,7 +253,7 @@ def linear_logps_bwd(
     without tiles of logits, where `k` has that for these operands."""
     (n, h), v = x.shape, weight.shape[0]
     if fused and n > 0 and shards is None and k.takes_exponentials(x.dtype, weight, compute_dtype):
-        return _recomputed_bwd(k, x, weight, bias, of, transform, need)
+        return exponential_paths.linear_logps_bwd(k, x, weight, bias, of, transform, need)
     acc = accumulate_dtype(compute_dtype)
     rows, columns = _blocks(n, v, h, acc, k.tile_bytes(x.device))
     grads = _Gradients(k, x, weight, bias, compute_dtype, need, columns, rows >= n, shards)
@@ -299,14 +286,6 @@ def _grouped_blocks(k: TileKernels, n: int, weight: Tensor, acc: torch.dtype, al
     return rows, columns, n if fit == n else fit - fit % rows
 
 
-class Kept(NamedTuple):
-    """What path C keeps of a group's rows until it is known what these weigh, in bytes."""
-
-    of_row: int
-    buffer: int
-    """For n rows in one group, beside what is kept in the memory of dW."""
-
-
 def kept_bytes(
     k: TileKernels,
     n: int,
@@ -318,27 +297,10 @@ def kept_bytes(
 ) -> Kept:
     """Of n rows. `exponentials`: and no logits, of the whole vocabulary or its first `stored` entries; `dweight`: there
     is a dW."""
-    v = weight.shape[0]
     if exponentials:
-        kept = _kept_columns(k, n, weight) if dweight else 0
-        v = v if stored is None else stored
-        columns, e = k.shift_columns(weight.device), weight.dtype.itemsize
-        whole, parts = (SHIFT_BYTES * sum(math.ceil(size / columns) for size in _sizes(v, each)) for each in (0, kept))
-        return Kept(v * e + whole, k.padded_rows(n) * ((v - kept) * e + parts))
-    row = v * acc.itemsize
+        return exponential_paths.kept_bytes(k, n, weight, dweight, stored)
+    row = weight.shape[0] * acc.itemsize
     return Kept(row, (n - (_grouped_blocks(k, n, weight, acc, alone=True)[2] if dweight else 0)) * row)
-
-
-def stored_columns(k: TileKernels, n: int, weight: Tensor, dweight: bool, chunk_bytes: int) -> int:
-    """Of how many vocabulary entries, the first ones, the exponentials of n rows in one group are stored where there is
-    no room for all: those in the memory of dW, and so many that the `kept_bytes` are `chunk_bytes` at most. 0 where
-    the buffer is smaller than what path D would take for dlogits, which those of the other entries go through."""
-    v, h = weight.shape
-    kept, step = _kept_columns(k, n, weight) if dweight else 0, k.shift_columns(weight.device)
-    room = int(chunk_bytes) // k.padded_rows(n) - SHIFT_BYTES * math.ceil(kept / step)
-    buffer = max(0, room) // (step * weight.dtype.itemsize + SHIFT_BYTES) * step
-    rest = v - kept - buffer
-    return kept + buffer if buffer >= min(rest, k.recomputed_columns(n, rest, h, weight.device)) else 0
 
 
 def linear_logps_grouped(
@@ -364,7 +326,9 @@ def linear_logps_grouped(
     buffer of `kept_bytes`. With exponentials of the first `stored` vocabulary entries alone, of one group, the products
     x.W^T of the others are computed again."""
     if exponentials:
-        return _exponentials_grouped(k, x, weight, bias, y, transform, groups, coefficients, need, stats, stored)
+        return exponential_paths.linear_logps_grouped(
+            k, x, weight, bias, y, transform, groups, coefficients, need, stats, stored
+        )
     n, v = x.shape[0], weight.shape[0]
     acc = accumulate_dtype(compute_dtype)
     largest = max((group.stop - group.start for group in groups), default=0)
@@ -438,15 +402,10 @@ def linear_logps_as_grouped(
 ) -> Tensor:
     """[N] the log-probabilities of `linear_logps_grouped` (with a gradient of `weight` or not), to the bit, in path A's
     memory: the same products of the same tiles, folded in the same order."""
+    if exponentials:
+        return exponential_paths.linear_logps_as_grouped(k, x, weight, bias, y, transform, groups, dweight, stored)
     largest = max((group.stop - group.start for group in groups), default=0)
     acc = accumulate_dtype(compute_dtype)
-    if exponentials:
-        kept = _kept_columns(k, largest, weight) if len(groups) == 1 and dweight else 0
-        sizes = _sizes(weight.shape[0], kept, stored)
-        sweep = k.exponentials(x, weight, bias, y, transform, (), largest, sizes, packed=True)
-        for group in groups:
-            sweep.write(group, None)
-        return torch.cat([sweep.finish(group)[0] for group in groups])
     rows, columns, _ = _grouped_blocks(k, largest, weight, acc, len(groups) == 1 and dweight)
     logps = x.new_empty(x.shape[0], dtype=acc)
     for group in groups:
@@ -465,188 +424,3 @@ def linear_logps_as_grouped(
         )
         logps[group] = found.logp
     return logps
-
-
-# Exponentials
-
-
-def _sizes(v: int, kept: int, stored: int | None = None) -> list[int]:
-    """Vocabulary entries of each part that there is: those whose exponentials are kept in the memory of dW, those of a
-    buffer, and with `stored` of both the rest."""
-    stored = v if stored is None else stored
-    return [size for size in (kept, stored - kept, v - stored) if size]
-
-
-def _exponentials_fwd(
-    k: TileKernels,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    transform: LogitTransform,
-    stats: Sequence[str],
-    with_dhidden: bool,
-) -> LinearLogps:
-    """Path B, or its log-probabilities alone. A block of rows has all of the vocabulary, and so one product with W."""
-    (n, h), v = x.shape, weight.shape[0]
-    rows = k.exponential_rows(n, v, h, x.device)
-    sweep = k.exponentials(x, weight, bias, y, transform, stats, rows, _sizes(v, 0), packed=False)
-    if not with_dhidden:
-        for span in spans(n, rows):
-            sweep.write(span, None)
-        return LinearLogps(*sweep.finish(slice(0, n)), None)
-    sums = x.new_empty(n, h, dtype=torch.float32)
-    buffer = weight.new_empty(v, k.padded_rows(rows))
-    for span in spans(n, rows):
-        e = buffer[:, : span.stop - span.start]
-        sweep.write(span, [e])
-        k.product(e.t(), weight, sums[span])
-    found = sweep.finish(slice(0, n))
-    return LinearLogps(*found, sweep.dhidden(sums, sums))
-
-
-def _kept_columns(k: TileKernels, n: int, weight: Tensor) -> int:
-    """Of how many vocabulary entries, the first ones, the exponentials of n rows are kept in the memory of dW: at its
-    end, while dW is written from its beginning on, `DW_COLUMNS` ahead at least."""
-    v, h = weight.shape
-    kept = max(0, v - max(DW_COLUMNS, k.shift_columns(weight.device))) * h // max(k.padded_rows(n), h)
-    return kept - kept % ALIGNED
-
-
-def _dw_blocks(v: int, h: int, kept: int, stride: int, step: int, stored: int | None = None) -> Iterator[slice]:
-    """Blocks of dW [v, h], of the `stored` exponentials, in the order in which they are written. Each ends before the
-    first of the kept exponentials, `stride` apart at the end of its memory, that are still to be read, its own among
-    them. Those of the kept ones begin where a shift does, of which each is of `step` entries."""
-    start = 0
-    while start < kept:
-        stop = min(kept, (v * h - (kept - start) * stride) // h)
-        if stop < kept:
-            stop -= stop % step
-        yield slice(start, stop)
-        start = stop
-    yield slice(kept, v if stored is None else stored)
-
-
-class _StoredDlogits:
-    """See `interface.Dlogits`: those that are where exponentials were, and operands of products as they are. Labels'
-    entries are among them."""
-
-    def __init__(self, k: TileKernels, d: Sequence[Tensor], parts: Sequence[slice], x: Tensor, weight: Tensor):
-        self.k, self.d, self.parts, self.x, self.weight = k, d, parts, x, weight
-
-    def dhidden(self, out: Tensor) -> None:
-        for d, part in zip(self.d, self.parts, strict=True):
-            self.k.product(d.t(), self.weight[part], out, accumulate=part.start > 0)
-
-    def dweight(self, blocks: Iterable[slice], out: Tensor | None, dbias: Tensor | None, accumulate: bool) -> None:
-        for d, part in zip(self.d, self.parts, strict=True):
-            if dbias is not None:
-                torch.sum(d, 1, dtype=dbias.dtype, out=dbias[part])
-        if out is None:
-            return
-        for block in blocks:
-            d, part = next(each for each in zip(self.d, self.parts, strict=True) if block.start < each[1].stop)
-            rows = slice(block.start - part.start, block.stop - part.start)
-            self.k.product(d[rows], self.x, out[block], accumulate=accumulate)
-
-
-def _exponentials_grouped(
-    k: TileKernels,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    transform: LogitTransform,
-    groups: Sequence[slice],
-    coefficients: Callable[[int, Tensor, Tensor], Tensor],
-    need: tuple[bool, bool, bool],
-    stats: Sequence[str],
-    stored: int | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Path C: one product for dX and one for dW a group. A dW is rounded once: by its product if there is one group,
-    whose exponentials then lie in its memory as far as they fit; else it is summed in fp32. A bias's gradient is
-    summed group by group, and over these at the end. What is not stored comes last, when the buffer is free, as on path
-    D."""
-    (n, h), v = x.shape, weight.shape[0]
-    stored = v if stored is None else stored
-    largest, alone = max(group.stop - group.start for group in groups), len(groups) == 1
-    assert alone or stored == v
-    stride = k.padded_rows(largest)
-    kept = _kept_columns(k, largest, weight) if alone and need[1] else 0
-    dw = weight.new_empty(v, h) if need[1] else None
-    dw_sum = dw if alone or dw is None else torch.empty_like(dw, dtype=torch.float32)
-    db = weight.new_empty(len(groups), v, dtype=torch.float32) if need[2] and bias is not None else None
-    sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
-    places = [weight.new_empty(stored - kept, stride)]
-    if kept and dw is not None:
-        places.insert(0, dw.view(-1)[v * h - kept * stride :].view(kept, stride))
-    parts = [slice(0, kept), slice(kept, stored)][-len(places) :]
-    sizes = _sizes(v, kept, stored)
-    sweep = k.exponentials(x, weight, bias, y, transform, stats, largest, sizes, packed=True)
-    for i, group in enumerate(groups):
-        e = [place[:, : group.stop - group.start] for place in places]
-        sweep.write(group, [*e, None][: len(sizes)])
-        logp, norm, values = sweep.finish(group)
-        g = coefficients(i, logp, values)
-        dlogits = sweep.weigh(e, group, g) or _StoredDlogits(k, e, parts, x[group], weight)
-        if sums is not None:
-            dlogits.dhidden(sums[group])
-        if dw_sum is not None or db is not None:
-            blocks = parts if dw_sum is None else _dw_blocks(v, h, kept, stride, k.shift_columns(x.device), stored)
-            dlogits.dweight(blocks, dw_sum, None if db is None else db[i], accumulate=i > 0)
-        if stored < v:
-            again = k.recomputed(x, weight, bias, GradRows(y, norm, logp, g), transform, sweep.missing)
-            rest = spans(v, k.recomputed_columns(n, v - stored, h, x.device), stored)
-            _recompute_(k, again, rest, places[-1], x, weight, sums, dw, None if db is None else db[i])
-    dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
-    if dw is not None and dw_sum is not None and dw_sum is not dw:
-        dw.copy_(dw_sum)
-    if db is not None and bias is not None:
-        db = (db[0] if alone else db.sum(0)).to(bias.dtype)
-    return dx, dw, db
-
-
-def _recomputed_bwd(
-    k: TileKernels,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    of: GradRows,
-    transform: LogitTransform,
-    need: tuple[bool, bool, bool],
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Path D."""
-    (n, h), v = x.shape, weight.shape[0]
-    columns = k.recomputed_columns(n, v, h, x.device)
-    sums = x.new_empty(n, h, dtype=torch.float32) if need[0] else None
-    dw = weight.new_empty(v, h) if need[1] else None
-    db = weight.new_empty(v, dtype=torch.float32) if need[2] and bias is not None else None
-    buffer = weight.new_empty(min(v, columns), k.padded_rows(n))
-    sweep = k.recomputed(x, weight, bias, of, transform)
-    _recompute_(k, sweep, spans(v, columns), buffer, x, weight, sums, dw, db)
-    dx = None if sums is None else sweep.dhidden(sums, torch.empty_like(sums, dtype=x.dtype))
-    return dx, dw, None if db is None or bias is None else db.to(bias.dtype)
-
-
-def _recompute_(
-    k: TileKernels,
-    sweep: Recomputed,
-    blocks: Iterable[slice],
-    buffer: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    sums: Tensor | None,
-    dw: Tensor | None,
-    db: Tensor | None,
-) -> None:
-    """Three products a block of the vocabulary: of dlogits of all rows, of dW, and of what they add to the sums of
-    dX, if earlier entries are in these."""
-    for block in blocks:
-        d = buffer[: block.stop - block.start, : x.shape[0]]
-        sweep.write(block, d)
-        if dw is not None:
-            k.product(d, x, dw[block])
-        if sums is not None:
-            k.product(d.t(), weight[block], sums, accumulate=block.start > 0)
-        if db is not None:
-            torch.sum(d, 1, dtype=db.dtype, out=db[block])

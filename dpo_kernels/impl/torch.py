@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dpo_kernels.impl.blocks import spans
 from dpo_kernels.impl.fold import Fold
 from dpo_kernels.impl.interface import (
     Columns,
@@ -22,7 +23,6 @@ from dpo_kernels.impl.interface import (
     Rows,
     accumulate_dtype,
 )
-from dpo_kernels.impl.paths import spans
 from dpo_kernels.impl.positions import at_rows, labelled_rows, spread, unlabelled_rows
 from dpo_kernels.impl.products import operand as operand
 from dpo_kernels.impl.products import out_tile as out_tile

@@ -44,6 +44,7 @@ from dpo_kernels.impl.triton_math import (
 from dpo_kernels.impl.triton_rows import find_rows as find_rows
 from dpo_kernels.impl.triton_rows import gather_rows as gather_rows
 from dpo_kernels.impl.triton_rows import linear_token_logps as linear_token_logps
+from dpo_kernels.impl.triton_rows import put_rows as put_rows
 from dpo_kernels.impl.triton_scale import scale_ as scale_
 from dpo_kernels.impl.triton_sequences import sum_tokens as sum_tokens
 from dpo_kernels.impl.triton_sequences import sum_tokens_bwd as sum_tokens_bwd

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dpo_kernels.impl import triton_linear, waves
 from dpo_kernels.impl.exponentials import DLOGITS_BYTES, EXP_BYTES, FAR, FIRST_COLUMNS, padded_rows
-from dpo_kernels.impl.interface import GradRows, LogitTransform
+from dpo_kernels.impl.interface import FoundRows, GradRows, LogitTransform
 from dpo_kernels.impl.triton_dlogits import linear_dlogits_bwd_kernel
 from dpo_kernels.impl.triton_join import FIELDS, STATS_FIELDS, TOP, Stored, join_splits
 from dpo_kernels.impl.triton_linear import NUM_STAGES, NUM_WARPS
@@ -166,14 +166,13 @@ class Exponentials:
     def _largest_of_first(self, bias: Tensor | None) -> Tensor:
         """[N] path B's shifts."""
         n, some = self.x.shape[0], slice(0, min(self.weight.shape[0], FIRST_COLUMNS))
-        splits = triton.cdiv(some.stop, self.columns)
-        found = self.x.new_empty(FIELDS, splits, n, dtype=torch.float32)
+        found = self.x.new_empty(FIELDS, 1, n, dtype=torch.float32)
         run(
-            triton_linear.linear_fold_fwd_kernel, (_row_blocks(n), splits), self.x,
+            triton_linear.linear_fold_fwd_kernel, (_row_blocks(n), 1), self.x,
             self.x, self.weight[some], None if bias is None else bias[some], self.y, found, None,
             self.x.stride(0), self.weight.stride(0), n, some.stop, self.x.shape[1], STATS=False, **self.constants,
         )  # fmt: skip
-        return found[TOP.value].amax(0)
+        return found[TOP.value, 0]
 
     def write(self, rows: slice, out: Sequence[Tensor | None] | None) -> None:
         if not self.packed:
@@ -217,12 +216,18 @@ class Exponentials:
         n = rows.stop - rows.start
         logp, norm = self.scale.new_empty(n), self.scale.new_empty(2, n)
         stats = self.scale.new_empty(len(self.names), n)
+        self._join(rows, logp, stats, norm=norm)
+        return logp, norm, stats
+
+    def finish_at(self, found: FoundRows) -> None:
+        self._join(slice(0, len(found.y)), found.token_logps, found.stats, places=found.places)
+
+    def _join(self, rows: slice, logp: Tensor, stats: Tensor, **to: Tensor) -> None:
         join_splits(
-            self.sums[:, :, rows], logp, stats, self.weight.shape[0], self.transform, self.names, norm=norm,
+            self.sums[:, :, rows], logp, stats, self.weight.shape[0], self.transform, self.names, **to,
             stored=Stored(self.joint[rows], self.scale[rows], self.label[rows]),
             squared=1.0 if self.packed else SQUARED,
         )  # fmt: skip
-        return logp, norm, stats
 
     def weigh(self, e: Sequence[Tensor], rows: slice, g: Tensor) -> None:
         assert self.shifts is not None

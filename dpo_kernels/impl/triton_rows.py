@@ -15,10 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dpo_kernels.impl import positions, triton_linear
-from dpo_kernels.impl.interface import FoundRows, LogitTransform, TokenLogps
+from dpo_kernels.impl.interface import FoundRows, LogitTransform, Rows, TokenLogps
 
 BLOCK_P, NUM_WARPS = 2048, 16
 MAX_BLOCK_H = 4096
+# Options of a kernel whose assertions count, and that checks nothing else of its own.
+WITH_ASSERTS = {"debug": True, "sanitize_overflow": False}
 COUNT, FITS, BROKEN = (tl.constexpr(field) for field in (positions.COUNT, positions.FITS, positions.BROKEN))
 
 
@@ -49,7 +51,7 @@ def _labels(
 def rows_kernel(
     labels_ptr, predictors_ptr, rows_ptr, logp_ptr, stats_ptr, notes_ptr,
     stride_ls, stride_lt, stride_ps, stride_pt, stride_rows, T, P, V, slots, ignore_index, expected,
-    SHIFT: tl.constexpr, STATS: tl.constexpr, BLOCK_P: tl.constexpr,
+    SHIFT: tl.constexpr, STATS: tl.constexpr, ASSERTS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """The fields of the labelled rows, see `FoundRows`, go to `rows`, 0 to logp [P] and stats [STATS, P] at the other
     positions. Each program counts the rows before its own by itself: that is nothing beside
@@ -86,6 +88,12 @@ def rows_kernel(
         count = first_row + tl.sum(is_row.to(tl.int32))
         some_wrong = tl.max(any_wrong | wrong.to(tl.int32))
         fits = (some_wrong == 0) & ((expected < 0) | (count == expected))
+        if ASSERTS:
+            tl.device_assert(
+                fits,
+                "num_labelled does not fit the labels, or a label lies outside the vocabulary, or a predictor outside "
+                "the hidden states",
+            )
         tl.store(notes_ptr + COUNT, count.to(tl.int64))
         tl.store(notes_ptr + FITS, fits.to(tl.int64))
         tl.store(notes_ptr + BROKEN, 0)
@@ -107,6 +115,20 @@ def gather_rows_kernel(
         tl.store(broken_ptr, 1, mask=tl.max(((x - x) != 0.0).to(tl.int32)) != 0)
 
 
+@triton.jit(do_not_specialize=["T"], do_not_specialize_on_alignment=["g_ptr", "sequence_ptr", "position_ptr"])
+def put_rows_kernel(
+    rows_ptr, g_ptr, sequence_ptr, position_ptr, out_ptr, stride_gs, stride_gt, T, H, BLOCK_H: tl.constexpr
+):
+    """A program has a row."""
+    n = tl.program_id(0).to(tl.int64)
+    s, t = tl.load(sequence_ptr + n), tl.load(position_ptr + n)
+    g = tl.load(g_ptr + s * stride_gs + t * stride_gt)
+    for first in range(0, H, BLOCK_H):
+        h = first + tl.arange(0, BLOCK_H)
+        x = tl.load(rows_ptr + n * H + h, mask=h < H, other=0.0) * g
+        tl.store(out_ptr + (s * T + t) * H + h, x.to(out_ptr.dtype.element_ty), mask=h < H)
+
+
 def _launch(of: positions.Search, found: FoundRows, notes: Tensor) -> None:
     labels, (s, t) = of.labels, of.labels.shape
     of_predictors = (0, 0) if of.predictors is None else of.predictors.stride()
@@ -114,7 +136,8 @@ def _launch(of: positions.Search, found: FoundRows, notes: Tensor) -> None:
         rows_kernel[(triton.cdiv(s * t, BLOCK_P),)](
             labels, of.predictors, found.table, found.token_logps, found.stats, notes, *labels.stride(),
             *of_predictors, found.table.shape[1], t, s * t, of.vocab_size, of.slots, of.ignore_index, of.expected,
-            SHIFT=int(of.shift), STATS=found.stats.shape[0], BLOCK_P=BLOCK_P, num_warps=NUM_WARPS,
+            SHIFT=int(of.shift), STATS=found.stats.shape[0], ASSERTS=of.asserts, BLOCK_P=BLOCK_P, num_warps=NUM_WARPS,
+            **(WITH_ASSERTS if of.asserts else {}),
         )  # fmt: skip
 
 
@@ -144,6 +167,16 @@ def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
                 BLOCK_H=min(triton.next_power_of_2(h), MAX_BLOCK_H),
             )  # fmt: skip
     return out
+
+
+def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
+    assert rows.is_contiguous() and out.is_contiguous() and rows.dtype == g.dtype == torch.float32
+    n, h = rows.shape
+    if n:
+        with torch.cuda.device_of(rows):
+            put_rows_kernel[(n,)](
+                rows, g, *at, out, *g.stride(), out.shape[1], h, BLOCK_H=min(triton.next_power_of_2(h), MAX_BLOCK_H)
+            )
 
 
 def _can_take(hidden: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpo_kernels.impl import paths
+from dpo_kernels.impl import exponential_paths, paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import head_inputs
 
@@ -35,12 +35,12 @@ def bytes_for_some(kernels, inputs, need, buffer):
     """The `chunk_bytes` in which exponentials of so many vocabulary entries fit, beside those in the memory of dW, and
     how many are stored then; the rest are not. In no case does the sum of dW, or a pair."""
     n, dweight = int((inputs.labels >= 0).sum()), "weight" in need
-    stored = buffer + (paths._kept_columns(kernels, n, inputs.weight) if dweight else 0)
+    stored = buffer + (exponential_paths.kept_columns(kernels, n, inputs.weight) if dweight else 0)
     rest = inputs.weight.shape[0] - stored
     assert inputs.labels.shape[0] == 2 and rest > 0, "one pair, which is not stored whole"
     found = paths.kept_bytes(kernels, n, inputs.weight, torch.float32, True, dweight, stored).buffer
-    assert paths.stored_columns(kernels, n, inputs.weight, dweight, found) == stored
-    assert paths.stored_columns(kernels, n, inputs.weight, dweight, found - 1) < stored
+    assert exponential_paths.stored_columns(kernels, n, inputs.weight, dweight, found) == stored
+    assert exponential_paths.stored_columns(kernels, n, inputs.weight, dweight, found - 1) < stored
     return found, stored
 
 

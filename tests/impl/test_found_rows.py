@@ -2,7 +2,10 @@
 wrong with them, and that all paths compute the same of them as of those that PyTorch finds. Without a GPU Triton
 interprets its kernels, and CUDA's run through the emulation in tests/impl/cuda."""
 
+import dataclasses
 import importlib
+import os
+import sys
 
 import pytest
 import torch
@@ -12,7 +15,8 @@ from recording import Operators, launches_of
 from torch.utils._python_dispatch import _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, logps, sequence_logps
-from dpo_kernels.impl import paths, positions
+from dpo_kernels.impl import exponential_paths, paths, positions
+from dpo_kernels.impl.interface import Rows
 from dpo_kernels.linear_reference import linear_reference_logps
 from dpo_kernels.rows import LabelledRows
 from dpo_kernels.testing import head_inputs
@@ -244,7 +248,7 @@ def test_rows_that_are_sorted_by_the_parts_of_a_loss(gpu_impl, monkeypatch, path
     given = {"chunk_bytes": kernels.padded_rows(max(sizes)) * of_row + inputs.weight.numel() * 4}
     if predicted:
         given["predictors"] = torch.arange(360).view(4, 90) * 7 % 360
-    monkeypatch.setattr(paths, "stored_columns", lambda *_: 0)  # and so in several parts
+    monkeypatch.setattr(exponential_paths, "stored_columns", lambda *_: 0)  # and so in several parts
     taken, take = [], LabelledRows.take
     monkeypatch.setattr(LabelledRows, "take", lambda rows, order: taken.append(rows.found) or take(rows, order))
     results = []
@@ -294,29 +298,30 @@ def test_what_is_wrong_is_named(finding_impl, path):
             calls(finding_impl, path, hidden, weight, labels, num_labelled=count - 1)
 
 
-# forward and backward, of one block of rows or of the vocabulary, which are three launches; on a GPU the forward has an
-# assertion too. B: rows found and copied, the first columns folded and their maximum, marks of rows, sums joined, dX
-# finished, log-probabilities put back and summed. D: rows found and copied, folded, joined, put back and summed. A
-# gradient is picked at the rows, and that of hidden states put back where zeros are.
-AROUND = {"B": (9, 5), "D": (6, 4)}
+# forward and backward, of one block of rows or of the vocabulary, which are three launches. B: rows found and copied,
+# the first columns folded, sums joined, dX finished, log-probabilities summed; dX goes where zeros are. D: rows found
+# and copied, folded, joined, put back and summed; a gradient is picked at the rows; dX is finished and put where zeros
+# are.
+AROUND = {"B": (6, 2), "D": (6, 4)}
 
 
 @pytest.mark.parametrize("path", AROUND)
 @pytest.mark.skipif(DEVICE != "cpu", reason="what the emulation is asked for is counted")
-def test_what_is_launched_around_the_products(emulated_cuda, monkeypatch, path):
-    inputs, launches = head_inputs(4, 20, 64, 600).to(BF16), launches_of(monkeypatch, "cuda")
+def test_what_is_launched_around_the_products(kernels, gpu_impl, monkeypatch, path):
+    inputs, launches = head_inputs(4, 20, 64, 600).to(BF16), launches_of(monkeypatch, gpu_impl)
     hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(path == "D")
     num_labelled, given = int((inputs.labels >= 0).sum()), torch.ones(4)
-    of = emulated_cuda.product
+    of = kernels.product
 
     def product(*args, **options):
         launches["product"] += 1
         with _disable_current_modes():  # one of the library's on a GPU
             return of(*args, **options)
 
-    monkeypatch.setattr(emulated_cuda, "product", product)
+    monkeypatch.setattr(kernels, "product", product)
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda *_: 600)
     monkeypatch.setattr(logps, "check_head_is_finite", lambda *_: None)  # looks at nothing but a CPU's
-    options, counts = {"num_labelled": num_labelled, "check_hidden": False, "impl": "cuda"}, []
+    options, counts = {"num_labelled": num_labelled, "check_hidden": False, "impl": gpu_impl}, []
     with Operators(launches):
         out = linear_sequence_logps(hidden, weight, inputs.labels, **options).logps
         counts.append(launches.total())
@@ -324,3 +329,53 @@ def test_what_is_launched_around_the_products(emulated_cuda, monkeypatch, path):
         counts.append(launches.total() - counts[0])
     forward, backward = AROUND[path]
     assert counts == ([forward + 3, backward] if path == "B" else [forward, backward + 3]), launches
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
+@pytest.mark.parametrize("h", [1, 67, 4100])
+def test_rows_that_are_put_back(kernels, dtype, h):
+    """Times gradients that lie anyhow, each rounded once."""
+    draw = torch.Generator().manual_seed(h)
+    rows, wide = torch.randn(7, h, generator=draw), torch.randn(4, 22, generator=draw)
+    place = torch.randperm(4 * 9, generator=draw)[:7].sort().values
+    at = Rows(place // 9, place % 9)
+    for g in (wide[:, :9].contiguous(), wide[:, 2:20:2], wide[:, :9].T.contiguous().T, wide[:, :1].expand(4, 9)):
+        out = torch.full((4, 9, h), 5.0, dtype=dtype)
+        expected = out.clone()
+        expected[at.sequence, at.position] = (rows * g[at.sequence, at.position][:, None]).to(dtype)
+        kernels.put_rows(rows, g, at, out)
+        assert torch.equal(out, expected)
+
+
+WRONG = {
+    "count": {"num_labelled": 3},
+    "label": {"num_labelled": 2, "vocab": 30},
+    "predictor": {"num_labelled": 2, "predictors": [[0, 5, 99], [0, 0, 0]]},
+}
+
+
+@pytest.mark.parametrize("wrong", [None, *WRONG])
+@pytest.mark.skipif(DEVICE != "cpu", reason="an assertion on a GPU ends what is done with it")
+def test_a_host_that_does_not_wait_is_told_by_an_assertion(kernels, gpu_impl, monkeypatch, capfd, wrong):
+    options = {"num_labelled": 2, **WRONG.get(wrong, {})}
+    if "predictors" in options:
+        options["predictors"] = torch.tensor(options["predictors"])
+    labels = torch.tensor([[-100, 50, 3], [-100, -100, -100]])
+    monkeypatch.setattr(positions.Search, "asserts", True)
+    if gpu_impl == "triton":
+        monkeypatch.setattr(importlib.import_module("dpo_kernels.impl.triton_rows"), "WITH_ASSERTS", {})
+        builder = importlib.import_module("triton.runtime.interpreter").interpreter_builder
+        monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, debug=True))
+    process = os.fork()  # which an assertion ends
+    if process == 0:
+        status = 1
+        try:
+            found(kernels, labels, **options)
+            status = 0
+        except BaseException as error:
+            print(error, file=sys.stderr, flush=True)
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert (status == 0) == (wrong is None)
+    assert ("num_labelled does not fit the labels" in capfd.readouterr().err) == (wrong is not None)

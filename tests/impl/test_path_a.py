@@ -322,8 +322,8 @@ ASKED = [{}, {"shift": True}, {"weights": True, "reduction": "mean"}, {"stats": 
 
 @pytest.mark.parametrize(("known", "options"), covering([False, True], ASKED))
 def test_what_a_call_launches(gpu_impl, monkeypatch, known, options):
-    """Four kernels, five where hidden states are copied; and an assertion, or the copy to the host of whether these
-    were finite. Nothing larger than such a copy comes to be."""
+    """Four kernels, five where hidden states are copied; and the copy to the host of whether these were finite. Nothing
+    larger than such a copy comes to be."""
     inputs, options = head_inputs(4, 20, 64, 40).to(BF16), dict(options)
     labels, launches = inputs.labels, launches_of(monkeypatch, gpu_impl)
     if options.pop("stats", False):

@@ -12,7 +12,8 @@ from places import DEVICE
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps
-from dpo_kernels.impl import paths
+from dpo_kernels.impl import exponential_paths, paths
+from dpo_kernels.impl.blocks import spans
 from dpo_kernels.impl.interface import STATS, GradRows, LogitTransform
 from dpo_kernels.impl.reference import eager_logits, eager_stats
 from dpo_kernels.linear_reference import linear_reference_logps
@@ -39,8 +40,8 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(exponentials, "PIECE_COLUMNS", 8)
     monkeypatch.setattr(exponentials, "EXP_BYTES", 2**14)
     monkeypatch.setattr(exponentials, "FIRST_COLUMNS", 40)
-    monkeypatch.setattr(paths, "DW_COLUMNS", 40)
-    monkeypatch.setattr(paths, "ALIGNED", 16)
+    monkeypatch.setattr(exponential_paths, "DW_COLUMNS", 40)
+    monkeypatch.setattr(exponential_paths, "ALIGNED", 16)
 
 
 @pytest.fixture(autouse=True)
@@ -100,7 +101,7 @@ NEED = {"head": ("hidden", "weight"), "all": NAMES, "head alone": ("weight", "bi
 def pair_bytes(monkeypatch, inputs, dweight):
     """What the longest pair takes, beside the sums of dW; less than all of them do. Where one part with some of its
     exponentials would be faster, there is none."""
-    monkeypatch.setattr(paths, "stored_columns", lambda *_: 0)
+    monkeypatch.setattr(exponential_paths, "stored_columns", lambda *_: 0)
     sizes = (inputs.labels >= 0).sum(1).view(2, -1).sum(0).tolist()
     of_row = paths.kept_bytes(kernels, 1, inputs.weight, torch.float32, True, False).of_row
     found = kernels.padded_rows(max(sizes)) * of_row + inputs.weight.numel() * 4 * dweight
@@ -477,7 +478,7 @@ def test_what_path_c_launches(recorded, groups, with_bias):
     launches, shapes = recorded
     inputs = head_inputs(4, 24, 48, 251, labelled=1.0).to(BF16)
     x, weight, y = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach(), inputs.labels.flatten()
-    of_rows = list(paths.spans(96, 96 // groups))
+    of_rows = list(spans(96, 96 // groups))
     with Operators() as operators:
         dx, dw, db = paths.linear_logps_grouped(
             kernels, x, weight, inputs.bias.detach() if with_bias else None, y, LogitTransform(), of_rows,
@@ -486,8 +487,8 @@ def test_what_path_c_launches(recorded, groups, with_bias):
     assert dx.dtype == dw.dtype == BF16 and (db is not None) == with_bias
     parts, of_dw = 1, 1
     if groups == 1:
-        kept = paths._kept_columns(kernels, 96, weight)
-        parts, of_dw = 2, len(list(paths._dw_blocks(251, 48, kept, 96, 32)))
+        kept = exponential_paths.kept_columns(kernels, 96, weight)
+        parts, of_dw = 2, len(list(exponential_paths.dw_blocks(251, 48, kept, 96, 32)))
         assert kept > 0 and of_dw > 2
     assert launches == {
         "linear_pack_fwd_kernel": parts * groups, "join_kernel": groups, "exp_dlogits_kernel": parts * groups,
@@ -539,12 +540,12 @@ def test_blocks_of_dlogits_are_bounded():
 @pytest.mark.parametrize("v, h, n", [(128256, 4096, 8192), (128256, 2048, 8192), (32000, 4096, 100), (5003, 48, 48)])
 @pytest.mark.parametrize("ahead", [64, 2048])
 def test_blocks_of_dw_overwrite_nothing_that_is_still_read(monkeypatch, v, h, n, ahead):
-    monkeypatch.setattr(paths, "DW_COLUMNS", ahead)
-    monkeypatch.setattr(paths, "ALIGNED", 64)
+    monkeypatch.setattr(exponential_paths, "DW_COLUMNS", ahead)
+    monkeypatch.setattr(exponential_paths, "ALIGNED", 64)
     weight = torch.empty(v, h, dtype=BF16, device="meta")
-    kept, stride = paths._kept_columns(kernels, n, weight), kernels.padded_rows(n)
+    kept, stride = exponential_paths.kept_columns(kernels, n, weight), kernels.padded_rows(n)
     begins = v * h - kept * stride
-    blocks = list(paths._dw_blocks(v, h, kept, stride, 64))
+    blocks = list(exponential_paths.dw_blocks(v, h, kept, stride, 64))
     assert kept > 0 and begins % 16 == 0
     assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])] and blocks[-1].stop == v
     for block in blocks[:-1]:
@@ -590,7 +591,15 @@ def test_exponentials_of_some_entries_keep_to_the_budget(recorded, monkeypatch, 
             compute_dtype=BF16, need=(True, of_head, not of_head), exponentials=True, stored=stored,
         )  # fmt: skip
     splits = kernels.exponentials(
-        x, weight, None, y, LogitTransform(), (), n, paths._sizes(v, stored - buffer, stored), packed=True
+        x,
+        weight,
+        None,
+        y,
+        LogitTransform(),
+        (),
+        n,
+        exponential_paths.part_sizes(v, stored - buffer, stored),
+        packed=True,
     ).splits
     of_rows = 4 * n * (exponentials.FIELDS * splits + 8) + 64
     gradients = (2 + 4) * n * h + (2 * v * h if of_head else 4 * v)
