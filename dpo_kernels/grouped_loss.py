@@ -242,7 +242,7 @@ def losses_and_slopes(
 ) -> tuple[PreferenceLoss, Tensor | None, Tensor]:
     """The losses of some groups, of log-probabilities without a graph, and the gradients of the whole mean with respect
     to both, [S]; None of the first where the losses are of the second alone."""
-    if options.is_logistic and given.shares is None:  # what autograd would do, in a fifth of its time
+    if options.is_logistic and given.shares is None:  # what autograd would do, without a graph
         pairs = pairs_of(plain, logps, given, options)
         d = options.beta * (logistic_slope(pairs.margins) * (1 / given.losses))
         return losses_of(pairs, options.weighted, None), None, given.comparisons.joined(d, -d)
