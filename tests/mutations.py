@@ -136,6 +136,7 @@ SHARES = "training/test_weights.py -k 'not two_processes'"
 ACCELERATED, ZERO_PLANS = "training/test_launched.py", "planning/test_planning.py -k zero"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
+SLOPES = "test_linear_dpo.py -k 'torch and (every_loss or slope)'"
 LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"
 GOLDEN = "training/test_golden.py -k 'of_the_loop and not two'"
 TWO = "training/test_golden.py training/test_loop.py -k 'two'"
@@ -2103,11 +2104,11 @@ MUTATIONS = {
             GROUPED_LOSS,
             "losses.new_full(losses.shape, 1 / self.losses)",
             "losses.new_full(losses.shape, 1 / len(losses))",
-            COMPARED,
+            SLOPES,
         ),
-        Mutation(GROUPED_LOSS, "* (1 / given.losses))", "* (1 / given.comparisons.pairs))", COMPARED),
+        Mutation(GROUPED_LOSS, "* (1 / given.losses))", "* (1 / given.comparisons.pairs))", SLOPES),
         # a response that is preferred to several
-        Mutation(COMPARISONS, "chosen, accumulate=True)", "chosen)", COMPARED),
+        Mutation(COMPARISONS, "chosen, accumulate=True)", "chosen)", SLOPES),
         # what has no weight, and is not finite
         Mutation(
             GROUPED_LOSS, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED
