@@ -307,7 +307,8 @@ AROUND = {"B": (6, 2), "D": (6, 4)}
 
 @pytest.mark.parametrize("path", AROUND)
 @pytest.mark.skipif(DEVICE != "cpu", reason="what the emulation is asked for is counted")
-def test_what_is_launched_around_the_products(kernels, gpu_impl, monkeypatch, path):
+def test_what_is_launched_around_the_products(gpu_impl, monkeypatch, path):
+    kernels = dispatch.load(gpu_impl)
     inputs, launches = head_inputs(4, 20, 64, 600).to(BF16), launches_of(monkeypatch, gpu_impl)
     hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(path == "D")
     num_labelled, given = int((inputs.labels >= 0).sum()), torch.ones(4)
