@@ -357,7 +357,8 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", [None, *WRONG])
 @pytest.mark.skipif(DEVICE != "cpu", reason="an assertion on a GPU ends what is done with it")
-def test_a_host_that_does_not_wait_is_told_by_an_assertion(kernels, gpu_impl, monkeypatch, capfd, wrong):
+def test_a_host_that_does_not_wait_is_told_by_an_assertion(gpu_impl, monkeypatch, capfd, wrong):
+    kernels = dispatch.load(gpu_impl)
     options = {"num_labelled": 2, **WRONG.get(wrong, {})}
     if "predictors" in options:
         options["predictors"] = torch.tensor(options["predictors"])
