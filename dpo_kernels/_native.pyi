@@ -51,5 +51,30 @@ def finish(
     threads: int,
 ) -> None: ...
 def transpose(a: int, out: int, n: int, v: int, threads: int) -> None: ...
+def find_rows(
+    label_type: str,
+    labels: int,
+    label_stride_s: int,
+    label_stride_t: int,
+    sequences: int,
+    length: int,
+    shift: int,
+    ignore_index: int,
+    v: int,
+    expected: int,
+    predictors: int,
+    predictor_stride_s: int,
+    predictor_stride_t: int,
+    slots: int,
+    rows: int,
+    capacity: int,
+    logp: int,
+    values: int,
+    stats: int,
+    notes: int,
+) -> None: ...
+def gather_rows(
+    dtype: str, hidden: LogitsRows, of_sequence: int, h: int, slots: int, n: int, out: int, broken: int, threads: int
+) -> None: ...
 def exp(x: int, n: int) -> None: ...
 def tanh(x: int, slope: int, n: int) -> None: ...

@@ -9,6 +9,7 @@ for, so which kernels a row sees does not depend on how a batch is cut, and noth
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -27,6 +28,7 @@ from dpo_kernels.options import Impl
 Family = Literal["torch", "cpu", "triton", "triton_fused", "cuda", "cuda_fused"]
 Path = Literal["A", "B", "C", "D", "E"]
 IMPLEMENTATIONS: tuple[Impl, ...] = ("torch", "cpu", "triton", "cuda")
+NAMES: tuple[Impl, ...] = get_args(Impl)
 FAMILIES: tuple[Family, ...] = get_args(Family)
 _MODULES = {
     "torch": "dpo_kernels.impl.torch",
@@ -130,10 +132,10 @@ def spelled(version: int) -> str:
 
 def check_impl(impl: object) -> Impl:
     """The name as it is; raises `ValueError` for what is no implementation's."""
-    for known in get_args(Impl):
+    for known in NAMES:
         if impl == known:
-            return cast(Impl, known)
-    raise ValueError(f"impl: expected one of {get_args(Impl)}, got {impl!r}")
+            return known
+    raise ValueError(f"impl: expected one of {NAMES}, got {impl!r}")
 
 
 def check_runs(impl: str, device: torch.device) -> Impl:
@@ -195,7 +197,7 @@ def sums_tokens(family: str) -> bool:
 
 def finds_rows(family: str) -> bool:
     """Whether the family has a kernel that finds labelled rows, and one that copies their hidden states together."""
-    return impl_of(family) in _FOR_GPUS
+    return impl_of(family) != "torch"
 
 
 def paths_of(family: str) -> tuple[str, ...]:
@@ -216,6 +218,7 @@ def _can_run(family: str, device: torch.device) -> bool:
     return not is_fused(family) or cast(Any, load(family)).has_fused_forward(device)
 
 
+@functools.cache
 def load(family: str) -> TileKernels:
     """The module behind a resolved name."""
     return cast(TileKernels, importlib.import_module(_MODULES[impl_of(family)]))

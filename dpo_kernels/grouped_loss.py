@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor
 from dpo_kernels.comparisons import Comparisons
 from dpo_kernels.dispatch import load
 from dpo_kernels.impl import paths
-from dpo_kernels.impl.interface import LogitTransform
+from dpo_kernels.impl.interface import LogitTransform, Rows
 from dpo_kernels.listwise import listwise_losses
 from dpo_kernels.logps import sum_tokens
 from dpo_kernels.losses import (
     LENGTH_NORMALIZED_LOSSES,
+    Pairs,
     PreferenceLoss,
+    compared,
     length_desensitized_weights,
+    logistic_slope,
     loss_names,
-    losses_of_pairs,
+    losses_of,
     weighted_losses,
     wpo_weights,
 )
@@ -27,7 +31,7 @@ from dpo_kernels.ops import refuse_second_derivative
 from dpo_kernels.options import FDivergence, LossType, Stat
 from dpo_kernels.pair_groups import Group
 from dpo_kernels.parallel import VocabularyShards
-from dpo_kernels.rows import LabelledRows, ScatterRows
+from dpo_kernels.rows import LabelledRows, hidden_gradient
 from dpo_kernels.sequence_parallel import Whole
 
 
@@ -49,6 +53,16 @@ class LossSettings(NamedTuple):
     @property
     def names(self) -> list[LossType]:
         return loss_names(self.loss_type)
+
+    @property
+    def weighted(self) -> list[tuple[LossType, float]]:
+        return weighted_losses(self.loss_type, self.loss_weights)
+
+    @property
+    def is_logistic(self) -> bool:
+        """Whether it is DPO's own loss."""
+        plain = self.f_divergence == "reverse_kl" and self.rpo_alpha is None and not self.use_weighting
+        return plain and self.weighted == [("sigmoid", 1)]
 
     @property
     def divides_by_lengths(self) -> bool:
@@ -113,6 +127,10 @@ class Given(NamedTuple):
             return losses.sum() / self.losses
         return torch.where(self.shares > 0, losses * self.shares, 0).sum()
 
+    def slopes(self, losses: Tensor) -> Tensor:
+        """The gradient of this mean."""
+        return losses.new_full(losses.shape, 1 / self.losses) if self.shares is None else self.shares
+
     def mean_chosen_length(self) -> Tensor:
         """[] number of labelled positions."""
         lengths, _ = self.comparisons.split(self.num_tokens.to(self.ref_logps.dtype))
@@ -121,54 +139,92 @@ class Given(NamedTuple):
         return torch.where(self.shares.any(), (lengths * self.shares).sum(), lengths.mean())
 
 
-def response_logps(
-    token_logps: Tensor,
+class ResponseWeights(NamedTuple):
+    """What tokens weigh in the log-probability of their response, without and with what desensitizes to length."""
+
+    given: Tensor | None  # [S, T], in both; None: all alike
+    by_length: Tensor | None  # [S, T], in the second alone; None: all alike
+
+    def sums(self, token_logps: Tensor, whole: Whole | None) -> tuple[Tensor, Tensor]:
+        """[S] both log-probabilities from [S, T]. Policy and reference are summed by this alike: where they are one
+        model, rewards are 0 to the bit."""
+        weighted = token_logps if self.given is None else token_logps * self.given
+        plain = sum_tokens(weighted, whole)
+        return plain, plain if self.by_length is None else sum_tokens(weighted * self.by_length, whole)
+
+    def slopes(self, dplain: Tensor | None, dlogps: Tensor, at: Rows) -> Tensor:
+        """[N] the gradient of rows from those [S] of both: one and the same where both are one."""
+        d = dlogps.index_select(0, at.sequence)
+        if self.by_length is not None:
+            d = d * self.by_length[at.sequence, at.position]
+            d = d if dplain is None else dplain.index_select(0, at.sequence) + d
+        return d if self.given is None else d * self.given[at.sequence, at.position]
+
+
+def response_weights(
     labels: Tensor,
     token_weights: Tensor | None,
     ld_alpha: float | None,
     ignore_index: int,
     whole: Whole | None,
-) -> tuple[Tensor, Tensor]:
-    """[S] sums of [S, T], without and with the weights that desensitize to length. Policy and reference are summed by
-    this alike: where they are one model, rewards are 0 to the bit."""
-    weighted = token_logps if token_weights is None else token_logps * token_weights
-    plain = sum_tokens(weighted, whole)
+    dtype: torch.dtype,
+) -> ResponseWeights:
     if ld_alpha is None:
-        return plain, plain
-    weights = length_desensitized_weights(labels, ld_alpha, ignore_index=ignore_index, whole=whole)
-    return plain, sum_tokens(weighted * weights.to(token_logps.dtype), whole)
+        return ResponseWeights(token_weights, None)
+    by_length = length_desensitized_weights(labels, ld_alpha, ignore_index=ignore_index, whole=whole)
+    return ResponseWeights(token_weights, by_length.to(dtype))
 
 
 def pair_losses(
     token_logps: Tensor, log_sum_sq_probs: Tensor | None, given: Given, options: LossSettings
 ) -> tuple[PreferenceLoss, Tensor]:
     """Losses from [S, T] token log-probabilities; and the log-probabilities [S] that they use."""
-    labels, split, whole = given.labels, given.comparisons.split, given.whole
-    plain, logps = response_logps(
-        token_logps, labels, given.token_weights, options.ld_alpha, options.ignore_index, whole
+    plain, logps = weights_of(given, options).sums(token_logps, given.whole)
+    wpo = None if log_sum_sq_probs is None else pair_weights(token_logps, log_sum_sq_probs, given, options)
+    return losses_of_logps(plain, logps, wpo, given, options)
+
+
+def weights_of(given: Given, options: LossSettings) -> ResponseWeights:
+    return response_weights(
+        given.labels, given.token_weights, options.ld_alpha, options.ignore_index, given.whole, given.ref_logps.dtype
     )
+
+
+def pair_weights(token_logps: Tensor, log_sum_sq_probs: Tensor, given: Given, options: LossSettings) -> Tensor:
+    """[B] of WPO."""
+    split, whole = given.comparisons.split, given.whole
+    tokens = (torch.cat(split(t)) for t in (token_logps, log_sum_sq_probs, given.labels))
+    of_pairs = None if whole is None else whole.of(lambda t: torch.cat(split(t)))
+    return wpo_weights(*tokens, ignore_index=options.ignore_index, whole=of_pairs)
+
+
+def losses_of_logps(
+    plain: Tensor, logps: Tensor, wpo: Tensor | None, given: Given, options: LossSettings
+) -> tuple[PreferenceLoss, Tensor]:
+    """Losses from both log-probabilities [S] of `ResponseWeights`, which may be one tensor; and the second as they use
+    it. `wpo`: [B] what pairs are weighed by."""
+    one = plain is logps
     if (present := given.present()) is not None:  # the slope of a loss may be infinite where its weight is 0
-        plain, logps = (torch.where(present, t, t.detach()) for t in (plain, logps))
-    chosen_ref_logps, rejected_ref_logps = split(given.ref_logps)
+        logps = torch.where(present, logps, logps.detach())
+        plain = logps if one else torch.where(present, plain, plain.detach())
     if given.listwise:
         divergence: Any = {"f_divergence": options.f_divergence, "f_alpha": options.f_alpha}
         losses = listwise_losses(logps, given.ref_logps, given.comparisons.stages, beta=options.beta, **divergence)
         rewards = options.beta * (logps.detach() - given.ref_logps)
-        return PreferenceLoss(losses, *split(rewards)), logps
-    wpo = None
-    if log_sum_sq_probs is not None:
-        tokens = (torch.cat(split(t)) for t in (token_logps, log_sum_sq_probs, labels))
-        of_pairs = None if whole is None else whole.of(lambda t: torch.cat(split(t)))
-        wpo = wpo_weights(*tokens, ignore_index=options.ignore_index, whole=of_pairs)
+        return PreferenceLoss(losses, *given.comparisons.split(rewards)), logps
+    return losses_of(pairs_of(plain, logps, given, options), options.weighted, wpo), logps
+
+
+def pairs_of(plain: Tensor, logps: Tensor, given: Given, options: LossSettings) -> Pairs:
+    split = given.comparisons.split
     lengths: tuple[Tensor | None, Tensor | None] = (None, None)
     if options.divides_by_lengths:
         lengths = split(given.num_tokens if given.lengths is None else given.lengths)
-    loss = losses_of_pairs(
+    return compared(
         *split(logps),
-        chosen_ref_logps,
-        rejected_ref_logps,
+        *split(given.ref_logps),
         beta=options.beta,
-        losses_and_weights=weighted_losses(options.loss_type, options.loss_weights),
+        losses_and_weights=options.weighted,
         label_smoothing=options.label_smoothing,
         f_divergence=options.f_divergence,
         f_alpha=options.f_alpha,
@@ -178,14 +234,31 @@ def pair_losses(
         rejected_lengths=lengths[1],
         mean_chosen_length=options.mean_chosen_length,
         sft_chosen_logps=None if plain is logps else split(plain)[0],
-        pair_weights=wpo,
     )
-    return loss, logps
+
+
+def losses_and_slopes(
+    plain: Tensor, logps: Tensor, wpo: Tensor | None, given: Given, options: LossSettings
+) -> tuple[PreferenceLoss, Tensor | None, Tensor]:
+    """The losses of some groups, of log-probabilities without a graph, and the gradients of the whole mean with respect
+    to both, [S]; None of the first where the losses are of the second alone."""
+    if options.is_logistic and given.shares is None:  # what autograd would do, without a graph
+        pairs = pairs_of(plain, logps, given, options)
+        d = options.beta * (logistic_slope(pairs.margins) * (1 / given.losses))
+        return losses_of(pairs, options.weighted, None), None, given.comparisons.joined(d, -d)
+    # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
+        leaves = [t.detach().requires_grad_() for t in ([logps] if plain is logps else [plain, logps])]
+        loss, _ = losses_of_logps(leaves[0], leaves[-1], wpo, given, options)
+        slopes = torch.autograd.grad(loss.losses, leaves, given.slopes(loss.losses), materialize_grads=True)
+    return loss._replace(losses=loss.losses.detach()), slopes[0], slopes[-1]
 
 
 class Grouped(NamedTuple):
-    """What path C needs beside its differentiable inputs."""
+    """What path C needs beside its differentiable inputs. Parts cover all pairs: one without labelled tokens is in no
+    part's rows, but in a part."""
 
+    x: Tensor  # [N, H] hidden states of the rows
     rows: LabelledRows
     given: Given
     groups: list[Group]
@@ -195,6 +268,21 @@ class Grouped(NamedTuple):
     family: str
     exponentials: bool  # are kept in the place of logits
     shards: VocabularyShards | None
+    token_logps: Tensor  # [S, T], 0 where there is no label, to be written
+    stats: Tensor  # [K, S, T] likewise, of what was asked for
+
+    def joined(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Losses, rewards of chosen and of rejected ones, and log-probabilities: of all groups, from those of each."""
+        if len(parts) == 1:
+            return parts[0]
+        given, comparisons, ref_logps = self.given, self.given.comparisons, self.given.ref_logps
+        losses, logps = ref_logps.new_empty(given.losses), torch.empty_like(ref_logps)
+        chosen_rewards, rejected_rewards = ref_logps.new_empty(2, comparisons.pairs)
+        for (_, of, _), part in zip(self.groups, parts, strict=True):
+            of_pairs = comparisons.pairs_of(of)
+            losses[given.losses_of(of)], chosen_rewards[of_pairs], rejected_rewards[of_pairs] = part[:3]
+            comparisons.put(logps, of, part[3])
+        return losses, chosen_rewards, rejected_rewards, logps
 
 
 class GroupedLoss(torch.autograd.Function):
@@ -202,48 +290,36 @@ class GroupedLoss(torch.autograd.Function):
     and the gradients are formed while these are at hand."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, g: Grouped) -> tuple[Tensor, ...]:
-        labels, ref_logps = g.given.labels, g.given.ref_logps
-        comparisons, options = g.given.comparisons, g.options
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, g: Grouped) -> tuple[Tensor, ...]:
+        options, comparisons = g.options, g.given.comparisons
         y = g.rows.y if g.shards is None else g.rows.y - g.shards.first
-        # A pair without labelled tokens is in no part's rows, but in a part: parts cover all pairs.
-        losses = ref_logps.new_empty(g.given.losses)
-        chosen_rewards, rejected_rewards = ref_logps.new_empty(2, comparisons.pairs)
-        logps = losses.new_empty(labels.shape[0])
-        _, table = g.rows.tables(labels.shape, len(options.wanted_stats), ref_logps)
-
-        of_wpo = options.stats.index("log_sum_sq_probs") if options.use_weighting else 0
+        parts: list[tuple[Tensor, ...]] = []
 
         def coefficients(i: int, row_logps: Tensor, stats: Tensor) -> Tensor:
             rows, of, _ = g.groups[i]
-            part = g.given.part(of)
-            sequence, position = (t[rows] for t in g.rows.at)
-            if len(table):
-                table[:, sequence, position] = stats[: len(table)].to(table.dtype)
-            local = comparisons.local(sequence, of)
-            shape = part.labels.shape
-            # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here
-            with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
-                leaf = row_logps.detach().requires_grad_()
-                loss, group_logps = pair_losses(
-                    ScatterRows.apply(leaf, local, position, row_logps.new_zeros(shape)),
-                    ScatterRows.apply(stats[of_wpo], local, position, stats.new_zeros(shape))
-                    if options.use_weighting
-                    else None,
-                    part,
-                    options,
-                )
-                (dlogp,) = torch.autograd.grad(part.mean(loss.losses), leaf)
-            losses[g.given.losses_of(of)] = loss.losses.detach()
-            of_pairs = comparisons.pairs_of(of)
-            chosen_rewards[of_pairs], rejected_rewards[of_pairs] = loss.chosen_rewards, loss.rejected_rewards
-            comparisons.put(logps, of, group_logps.detach())
-            return dlogp
+            part, at, token_logps = g.given, g.rows.at, g.token_logps
+            if len(g.groups) > 1:
+                at = Rows(at.sequence[rows], at.position[rows])
+            if len(g.stats):
+                g.stats[:, at.sequence, at.position] = stats[: len(g.stats)].to(g.stats.dtype)
+            if len(g.groups) > 1:  # of sequences that are numbered anew
+                part, at = part.part(of), at._replace(sequence=comparisons.local(at.sequence, of))
+                token_logps = row_logps.new_zeros(part.labels.shape)
+            token_logps[at.sequence, at.position] = row_logps
+            wpo, weights = None, weights_of(part, options)
+            if options.use_weighting:
+                log_sum_sq_probs = torch.zeros_like(token_logps)
+                log_sum_sq_probs[at.sequence, at.position] = stats[options.stats.index("log_sum_sq_probs")]
+                wpo = pair_weights(token_logps, log_sum_sq_probs, part, options)
+            plain, logps = weights.sums(token_logps, part.whole)
+            loss, dplain, dlogps = losses_and_slopes(plain, logps, wpo, part, options)
+            parts.append((*loss, logps))
+            return weights.slopes(dplain, dlogps, at)
 
-        with torch.autocast(x.device.type, enabled=False):
+        with _without_autocast(g.x.device.type):
             ctx.grads = paths.linear_logps_grouped(
                 load(g.family),
-                x.detach(),
+                g.x,
                 weight.detach(),
                 None if bias is None else bias.detach(),
                 y,
@@ -257,11 +333,11 @@ class GroupedLoss(torch.autograd.Function):
                 stored=g.groups[0].stored,
                 shards=g.shards,
             )
-        num_tokens = g.given.num_tokens.clone()
-        ctx.family = g.family
-        ctx.mark_non_differentiable(num_tokens, chosen_rewards, rejected_rewards, table)
+        losses, chosen_rewards, rejected_rewards, logps = g.joined(parts)
+        ctx.family, ctx.shape, ctx.at, ctx.slots = g.family, hidden.shape, g.rows.at, g.rows.slots
+        ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
         ctx.set_materialize_grads(False)
-        return g.given.mean(losses), losses, logps, num_tokens, chosen_rewards, rejected_rewards, table
+        return g.given.mean(losses), losses, logps, chosen_rewards, rejected_rewards
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -282,9 +358,14 @@ class GroupedLoss(torch.autograd.Function):
             )
         # In place: a second [V, H] would double the memory of the gradient.
         formed, ctx.grads = ctx.grads, None
-        if grads[0].device.type == "cpu" and grads[0].item() == 1:  # on other devices looking would be waiting
-            return (*formed, None)
-        for grad in formed:
-            if grad is not None:
-                load(ctx.family).scale_(grad, grads[0])
-        return (*formed, None)
+        # on other devices looking would be waiting
+        if grads[0].device.type != "cpu" or grads[0].item() != 1:
+            for grad in formed:
+                if grad is not None:
+                    load(ctx.family).scale_(grad, grads[0])
+        dx, dweight, dbias = formed
+        return None if dx is None else hidden_gradient(dx, ctx.shape, ctx.at, ctx.slots), dweight, dbias, None
+
+
+def _without_autocast(device: str) -> AbstractContextManager[None]:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

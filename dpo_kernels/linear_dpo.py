@@ -45,7 +45,7 @@ from dpo_kernels.options import (
     is_at_hand,
 )
 from dpo_kernels.pair_groups import group_major, plan_groups
-from dpo_kernels.parallel import head_here
+from dpo_kernels.parallel import Head, head_here, is_dtensor
 from dpo_kernels.rows import check_finite, find_rows, rows_of
 from dpo_kernels.sequence_parallel import check_parts, in_step, of_operands, ranks_of
 
@@ -186,14 +186,16 @@ def linear_dpo_loss(
     refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
     ranks = ranks_of(sequence_group)
     check_parts(ranks, shift, weight, group)
-    head = head_here(
-        hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
-        ignore_index=ignore_index, shift=shift, beta=beta, loss_type=loss_type, loss_weights=loss_weights,
-        label_smoothing=label_smoothing, f_divergence=f_divergence, f_alpha=f_alpha, discopop_tau=discopop_tau,
-        rpo_alpha=rpo_alpha, ld_alpha=ld_alpha, use_weighting=use_weighting, mean_chosen_length=mean_chosen_length,
-        pairs=pairs, token_weights=token_weights, pair_weights=pair_weights, lengths=lengths, ref_logps=ref_logps,
-        differentiable=differentiable, stats=stats, chunk_bytes=chunk_bytes, predictors=predictors,
-    )  # fmt: skip
+    head = Head(weight, bias, None)
+    if group is not None or is_dtensor(weight) or is_dtensor(bias):
+        head = head_here(
+            hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,
+            ignore_index=ignore_index, shift=shift, beta=beta, loss_type=loss_type, loss_weights=loss_weights,
+            label_smoothing=label_smoothing, f_divergence=f_divergence, f_alpha=f_alpha, discopop_tau=discopop_tau,
+            rpo_alpha=rpo_alpha, ld_alpha=ld_alpha, use_weighting=use_weighting, mean_chosen_length=mean_chosen_length,
+            pairs=pairs, token_weights=token_weights, pair_weights=pair_weights, lengths=lengths, ref_logps=ref_logps,
+            differentiable=differentiable, stats=stats, chunk_bytes=chunk_bytes, predictors=predictors,
+        )  # fmt: skip
     weight, bias = head.weight, head.bias
     check_linear_inputs(hidden, weight, labels, bias, logit_scale, softcap, temperature, predictors, head.is_sharded)
     check_stats(stats)
@@ -210,9 +212,11 @@ def linear_dpo_loss(
         beta, loss_type, loss_weights, label_smoothing, f_divergence, f_alpha, discopop_tau, rpo_alpha, ld_alpha,
         use_weighting, mean_chosen_length, ignore_index, tuple(dict.fromkeys(stats)),
     )  # fmt: skip
-    checked = options._asdict()
-    del checked["mean_chosen_length"], checked["ignore_index"], checked["wanted_stats"]
-    validate_dpo_options(**checked)
+    validate_dpo_options(
+        beta=beta, loss_type=loss_type, loss_weights=loss_weights, label_smoothing=label_smoothing,
+        f_divergence=f_divergence, f_alpha=f_alpha, discopop_tau=discopop_tau, rpo_alpha=rpo_alpha, ld_alpha=ld_alpha,
+        use_weighting=use_weighting,
+    )  # fmt: skip
     _check_listwise(options.names, use_weighting, rpo_alpha)
     _check_comparisons(comparisons, options)
     listwise = not LISTWISE_LOSSES.isdisjoint(options.names)
@@ -255,9 +259,7 @@ def linear_dpo_loss(
             labelled,
             **of_operands(hidden, weight, bias, logit_scale, softcap, temperature),
             ref_logps=ref_logps,
-            **checked,
-            mean_chosen_length=mean_chosen_length,
-            ignore_index=ignore_index,
+            **options._replace(wanted_stats=())._asdict(),
             pairs=pairs,
             pair_weights=pair_weights,
             lengths=lengths,
@@ -285,14 +287,18 @@ def linear_dpo_loss(
         )  # fmt: skip
         if groups is not None:
             rows = group_major(rows, comparisons, groups)
-            x = rows_of(hidden, rows)
+            x = rows.copy(hidden.detach())
             if check_hidden and ranks is None:  # else it was before they agreed
-                check_finite(x.detach(), rows, waits)
-            grouped = Grouped(rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards)
-            found = GroupedLoss.apply(x, weight, bias, grouped)
+                check_finite(x, rows, waits)
+            tables = rows.tables(labels.shape, len(options.wanted_stats), given.ref_logps)
+            grouped = Grouped(
+                x, rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards, *tables
+            )
+            loss, losses, logps, chosen, rejected = GroupedLoss.apply(hidden, weight, bias, grouped)
             if check_hidden:
-                check_head_is_finite(found[2], head)
-            return LinearDPOOutput._make((*found[:-1], named_stats(stats, found[-1])))
+                check_head_is_finite(logps, head)
+            of_tokens = named_stats(options.wanted_stats, tables[1])
+            return LinearDPOOutput(loss, losses, logps, given.num_tokens, chosen, rejected, of_tokens)
 
     out = linear_sequence_logps(
         hidden,

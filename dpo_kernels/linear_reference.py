@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_kernels.comparisons import comparisons_of
 from dpo_kernels.dispatch import check_runs, is_fused, load
-from dpo_kernels.grouped_loss import response_logps
+from dpo_kernels.grouped_loss import response_weights
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
 from dpo_kernels.linear_dpo import (
@@ -160,6 +160,7 @@ def linear_reference_logps(
             ).logp
     token_logps, _ = rows.tables(labels.shape, 0, found)
     token_logps[rows.at.sequence, rows.at.position] = found
-    _, logps = response_logps(token_logps, labels, token_weights, ld_alpha, ignore_index, whole)
+    weights = response_weights(labels, token_weights, ld_alpha, ignore_index, whole, token_logps.dtype)
+    _, logps = weights.sums(token_logps, whole)
     num_tokens = (labels != ignore_index).sum(1) if whole is None else whole.num_tokens
     return SequenceLogps(logps, num_tokens, token_logps, {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -389,27 +390,28 @@ def check_linear_inputs(
     _check_tensor("weight", weight)
     if is_dtensor(weight):
         raise ValueError("weight: expected the whole head, as a plain tensor, got a DTensor")
-    if weight.dim() == 2 and weight.shape[1] != hidden.shape[2] == weight.shape[0]:
+    h, of_head = hidden.shape[2], weight.shape
+    if len(of_head) == 2 and of_head[1] != h == of_head[0]:
         raise ValueError(
-            f"hidden: expected hidden states [S, T, {weight.shape[1]}] for weight {tuple(weight.shape)}, got "
+            f"hidden: expected hidden states [S, T, {of_head[1]}] for weight {tuple(of_head)}, got "
             f"{tuple(hidden.shape)}, which are logits: those are for sequence_logps"
         )
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[2]:
-        raise ValueError(f"weight: expected shape [V, {hidden.shape[2]}] to fit hidden, got {tuple(weight.shape)}")
-    if weight.shape[0] == 0 and not sharded:
+    if len(of_head) != 2 or of_head[1] != h:
+        raise ValueError(f"weight: expected shape [V, {h}] to fit hidden, got {tuple(of_head)}")
+    if of_head[0] == 0 and not sharded:
         raise ValueError("weight: expected at least one vocabulary entry, got none")
     if weight.device != hidden.device:
         raise ValueError(f"weight: expected device {hidden.device}, that of hidden, got {weight.device}")
     if bias is not None:
         _check_tensor("bias", bias)
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {tuple(bias.shape)}")
+    if bias is not None and bias.shape != of_head[:1]:
+        raise ValueError(f"bias: expected shape [{of_head[0]}], got {tuple(bias.shape)}")
     if bias is not None and (bias.device, bias.dtype) != (weight.device, weight.dtype):
         raise ValueError(
             f"bias: expected device {weight.device} and dtype {weight.dtype}, those of weight, "
             f"got {bias.device} and {bias.dtype}"
         )
-    if hidden.shape[2] == 0:
+    if h == 0:
         raise ValueError("hidden: expected a hidden size of at least 1, got 0")
     check_transform(logit_scale, softcap, temperature)
 
@@ -435,7 +437,7 @@ def check_transform(logit_scale: float, softcap: float | None, temperature: floa
 
 def _is_number(value: object) -> bool:
     """Not a tensor: its gradient would be lost."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, (float, numbers.Real)) and not isinstance(value, bool)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -455,12 +457,13 @@ def refuse_transforms(*tensors: object) -> None:
     """Of `torch.func`, under which tensors hide what they hold: the products here are chosen by it."""
     if torch.compiler.is_compiling():
         return
-    if any(isinstance(t, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
-        raise RuntimeError(
-            "dpo_kernels: expected tensors outside of torch.func's transforms (grad, vmap, jvp, jacrev), which cannot "
-            "go through functions that form their own gradients: use torch.autograd.grad or backward; the losses on "
-            "log-probabilities, such as dpo_loss, can be transformed"
-        )
+    for t in tensors:
+        if isinstance(t, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(t):
+            raise RuntimeError(
+                "dpo_kernels: expected tensors outside of torch.func's transforms (grad, vmap, jvp, jacrev), which "
+                "cannot go through functions that form their own gradients: use torch.autograd.grad or backward; the "
+                "losses on log-probabilities, such as dpo_loss, can be transformed"
+            )
 
 
 def check_head_is_finite(logps: Tensor, head: Head) -> None:
@@ -468,7 +471,7 @@ def check_head_is_finite(logps: Tensor, head: Head) -> None:
     nothing where there is none."""
     if head.shards is not None:
         return check_shards_are_finite(logps, head)
-    if logps.device.type != "cpu" or not logps.isnan().any():
+    if not logps.is_cpu or not math.isnan(logps.detach().sum().item()):  # one NaN makes it NaN
         return
     for name, values in (("weight", head.weight), ("bias", head.bias)):
         if values is None:

@@ -113,7 +113,7 @@ class _LogisticLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         # Written in differentiable operations on h, so that a second derivative is right too.
         (h,) = ctx.saved_tensors
-        return -torch.sigmoid(-h) * grad_output
+        return logistic_slope(h) * grad_output
 
 
 class _TransformedLogisticLoss(torch.autograd.Function):
@@ -135,7 +135,14 @@ class _TransformedLogisticLoss(torch.autograd.Function):
 def logistic_loss(h: Tensor) -> Tensor:
     """L(h) = -log sigma(h), elementwise."""
     plain = torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active()
+    if plain and not h.requires_grad:
+        return -F.logsigmoid(h)
     return (_LogisticLoss if plain else _TransformedLogisticLoss).apply(h)
+
+
+def logistic_slope(h: Tensor) -> Tensor:
+    """dL/dh = -sigma(-h)."""
+    return -torch.sigmoid(-h)
 
 
 def _smoothed_logistic_loss(h: Tensor, label_smoothing: float) -> Tensor:
@@ -534,15 +541,53 @@ def losses_of_pairs(
     sft_chosen_logps: Tensor | None,
     pair_weights: Tensor | None,
 ) -> PreferenceLoss:
-    """`dpo_loss` of options that are checked, as `validate_dpo_options` returns them, and of whatever the numbers are:
-    what is not finite goes on."""
+    """`dpo_loss` of options that are checked, as `validate_dpo_options` returns them."""
     chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps = _as_vectors(
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         ref_chosen_logps=ref_chosen_logps,
         ref_rejected_logps=ref_rejected_logps,
     )
-    ref_chosen_logps, ref_rejected_logps = ref_chosen_logps.detach(), ref_rejected_logps.detach()
+    pairs = compared(
+        chosen_logps,
+        rejected_logps,
+        ref_chosen_logps.detach(),
+        ref_rejected_logps.detach(),
+        beta=beta,
+        losses_and_weights=losses_and_weights,
+        label_smoothing=label_smoothing,
+        f_divergence=f_divergence,
+        f_alpha=f_alpha,
+        discopop_tau=discopop_tau,
+        rpo_alpha=rpo_alpha,
+        chosen_lengths=chosen_lengths,
+        rejected_lengths=rejected_lengths,
+        mean_chosen_length=mean_chosen_length,
+        sft_chosen_logps=sft_chosen_logps,
+    )
+    return losses_of(pairs, losses_and_weights, pair_weights)
+
+
+def compared(
+    chosen_logps: Tensor,
+    rejected_logps: Tensor,
+    ref_chosen_logps: Tensor,
+    ref_rejected_logps: Tensor,
+    *,
+    beta: float,
+    losses_and_weights: Sequence[tuple[LossType, float]],
+    label_smoothing: float,
+    f_divergence: FDivergence,
+    f_alpha: float,
+    discopop_tau: float,
+    rpo_alpha: float | None,
+    chosen_lengths: Tensor | None,
+    rejected_lengths: Tensor | None,
+    mean_chosen_length: Tensor | float | None,
+    sft_chosen_logps: Tensor | None,
+) -> Pairs:
+    """What these losses see of vectors [B] of one type, the reference's without a graph, whatever the numbers are: what
+    is not finite goes on."""
     if chosen_lengths is not None:
         chosen_lengths = _as_lengths("chosen_lengths", chosen_lengths, chosen_logps)
     if rejected_lengths is not None:
@@ -569,7 +614,7 @@ def losses_of_pairs(
     rejected_logratios = rejected_logps - ref_rejected_logps
     chosen_scores = f_divergence_scores(chosen_logratios, f_divergence, f_alpha)
     rejected_scores = f_divergence_scores(rejected_logratios, f_divergence, f_alpha)
-    pairs = Pairs(
+    return Pairs(
         chosen_logps=chosen_logps,
         rejected_logps=rejected_logps,
         ref_chosen_logps=ref_chosen_logps,
@@ -588,16 +633,22 @@ def losses_of_pairs(
         sft_chosen_logps=sft_chosen_logps,
         rpo_alpha=rpo_alpha,
     )
+
+
+def losses_of(
+    pairs: Pairs, losses_and_weights: Sequence[tuple[LossType, float]], pair_weights: Tensor | None
+) -> PreferenceLoss:
     terms = (
         LOSSES[name](pairs) if weight == 1 else weight * LOSSES[name](pairs) for name, weight in losses_and_weights
     )
     losses = functools.reduce(operator.add, terms)
-    if rpo_alpha is not None:
+    if pairs.rpo_alpha is not None:
         losses = losses + rpo_term(pairs)
     if pair_weights is not None:
-        _, pair_weights = _as_vectors(chosen_logps=chosen_logps, pair_weights=pair_weights)
+        _, pair_weights = _as_vectors(chosen_logps=pairs.chosen_logps, pair_weights=pair_weights)
         losses = losses * pair_weights.detach()
-    return PreferenceLoss(losses, beta * chosen_logratios.detach(), beta * rejected_logratios.detach())
+    rewards = (pairs.beta * logratios.detach() for logratios in (pairs.chosen_logratios, pairs.rejected_logratios))
+    return PreferenceLoss(losses, *rewards)
 
 
 @explain_unknown
@@ -892,9 +943,9 @@ def wpo_weights(
 
 
 def _check_name(argument: str, name: str, known: Iterable[str]) -> None:
-    known = list(known)
-    if name in known:
+    if isinstance(name, str) and name in known:
         return
+    known = list(known)
     # Other libraries write 'js_divergence' and 'alpha_divergence'.
     nearest = difflib.get_close_matches(str(name).removesuffix("_divergence"), known, n=1)
     hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
@@ -912,7 +963,8 @@ def _is_finite(x: float) -> bool:
 
 def _check_number(argument: str, value: object, expected: str, is_valid: Callable[[float], bool]) -> None:
     # a tensor neither: its gradient would be lost
-    if not isinstance(value, numbers.Real) or isinstance(value, bool) or not is_valid(float(value)):
+    # float first, which is asked at once
+    if not isinstance(value, (float, numbers.Real)) or isinstance(value, bool) or not is_valid(float(value)):
         raise ValueError(f"{argument} must be {expected}, got {value!r}")
 
 

@@ -156,7 +156,7 @@ def is_at_hand(tensor: Tensor) -> bool:
 
 def is_finite(t: Tensor) -> bool:
     """Whether all of it is. Waits for a device."""
-    if t.numel() == 0:
+    if math.isfinite(t.detach().sum().item()):
         return True
-    # the extremes: NaN is passed on, and nothing of the size of t is made
+    # or their sum is too large for it; the extremes: NaN is passed on, and nothing of the size of t is made
     return all(math.isfinite(extreme.item()) for extreme in t.aminmax())

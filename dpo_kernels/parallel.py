@@ -122,6 +122,8 @@ class Head(NamedTuple):
 
 def is_dtensor(t: object) -> TypeGuard[Any]:
     """Without an import, which takes its time and is no part of every PyTorch."""
+    if type(t) in (Tensor, torch.nn.Parameter):
+        return False
     return isinstance(t, Tensor) and hasattr(t, "device_mesh") and hasattr(t, "placements")
 
 

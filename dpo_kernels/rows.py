@@ -160,19 +160,3 @@ class GatherRows(torch.autograd.Function):
 def rows_of(hidden: Tensor, rows: LabelledRows) -> Tensor:
     """[N, H] the hidden states that predict the labels at `rows`."""
     return GatherRows.apply(hidden, *rows.at, rows.slots, rows.copy)
-
-
-class ScatterRows(torch.autograd.Function):
-    """One value a labelled row [N] to its place in [S, T], which holds 0 elsewhere."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor, sequence: Tensor, position: Tensor, zeros: Tensor) -> Tensor:
-        ctx.save_for_backward(sequence, position)
-        ctx.mark_dirty(zeros)
-        zeros[sequence, position] = values
-        return zeros
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        sequence, position = ctx.saved_tensors
-        return grads[0][sequence, position], None, None, None

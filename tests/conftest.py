@@ -114,8 +114,22 @@ def impl(request, monkeypatch):
 
 @pytest.fixture(params=["triton", "cuda"])
 def gpu_impl(request, monkeypatch):
-    """The names of those whose kernels find labelled rows, with the fused forward as their own; in blocks that an
-    interpreter can do, without one in the blocks that ship."""
+    """The names of those for GPUs, with the fused forward as their own; in blocks that an interpreter can do, without
+    one in the blocks that ship."""
+    return small_blocks_of(request, monkeypatch)
+
+
+@pytest.fixture(params=["cpu", "triton", "cuda"])
+def finding_impl(request, monkeypatch):
+    """The same of all whose kernels find labelled rows."""
+    if request.param != "cpu":
+        return small_blocks_of(request, monkeypatch)
+    if reason := dispatch.unavailable_reason("cpu", torch.get_default_device()):
+        pytest.skip(reason)
+    return "cpu"
+
+
+def small_blocks_of(request, monkeypatch):
     if request.param == "cuda" and DEVICE == "cpu":
         request.getfixturevalue("emulated_cuda")
     if reason := dispatch.unavailable_reason(request.param, torch.get_default_device()):

@@ -104,6 +104,7 @@ TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_tr
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
 TRITON_ROWS, ROWS_TESTS = "dpo_kernels/impl/triton_rows.py", "impl/test_found_rows.py impl/test_path_a.py -k triton"
+POSITIONS_CPP, CPU_ROWS_TESTS = "csrc/cpu/positions.cpp", "impl/test_found_rows.py -k cpu"
 POSITIONS_CU, CUDA_ROWS_TESTS = "csrc/cuda/positions.cu", "impl/test_found_rows.py impl/test_path_a.py -k cuda"
 TRITON_TESTS = "impl/test_triton.py -k 'not machine_code and not every_batch'"
 CONSUMERS = "test_logps.py test_linear_dpo.py test_numerics.py"
@@ -135,6 +136,7 @@ SHARES = "training/test_weights.py -k 'not two_processes'"
 ACCELERATED, ZERO_PLANS = "training/test_launched.py", "planning/test_planning.py -k zero"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
+SLOPES = "test_linear_dpo.py -k 'torch and (every_loss or slope)'"
 LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"
 GOLDEN = "training/test_golden.py -k 'of_the_loop and not two'"
 TWO = "training/test_golden.py training/test_loop.py -k 'two'"
@@ -601,9 +603,9 @@ MUTATIONS = {
         # long chains of sums
         Mutation(NATIVE, "spans(a.shape[1], MAX_TERMS)", "spans(a.shape[1], a.shape[1])", NATIVE_TESTS),
         # strides not looked at
-        Mutation(NATIVE, "*(t.to(dtype).contiguous() for t in of[1:])", "*(t.to(dtype) for t in of[1:])", NATIVE_TESTS),
+        Mutation(NATIVE, "t.to(dtype)).contiguous() for t in of[1:])", "t.to(dtype)) for t in of[1:])", NATIVE_TESTS),
         # the argmax of other rows
-        Mutation(NATIVE, "fold.argmax[start:]", "fold.argmax", ON_CPU),
+        Mutation(NATIVE, "_address(argmax) + skipped", "_address(argmax)", ON_CPU),
         Mutation(CUDA, "fold.argmax[rows]", "fold.argmax", ON_CUDA),
         # 0 times infinity
         Mutation(EXP_CUH, "if (!logit.capped && outer < FLT_MIN) inner = 0, outer = 1;", "", CUDA_TESTS),
@@ -627,6 +629,16 @@ MUTATIONS = {
         Mutation(POSITIONS_CU, "is_finite &= x[k] - x[k] == 0;", "is_finite &= x[k] == x[k];", CUDA_ROWS_TESTS),
         Mutation(EXP_CU, "out.places == nullptr ? row : out.places[row]", "row", CUDA_ROWS_TESTS),
         Mutation(EXP_CU, "out.places == nullptr ? n : out.positions", "n", CUDA_ROWS_TESTS),
+        # the same on the CPU
+        Mutation(POSITIONS_CPP, "t + of.shift < of.length ?", "true ?", CPU_ROWS_TESTS),
+        Mutation(POSITIONS_CPP, "0 <= label && label < of.v", "label < of.v", CPU_ROWS_TESTS),
+        Mutation(POSITIONS_CPP, "0 <= slot && slot < of.slots", "slot < of.slots", CPU_ROWS_TESTS),
+        Mutation(POSITIONS_CPP, "n == of.expected)", "n >= of.expected)", CPU_ROWS_TESTS),
+        Mutation(POSITIONS_CPP, "        out.logp[place] = 0;\n", "", CPU_ROWS_TESTS),
+        Mutation(POSITIONS_CPP, "out.values[k * positions + place] = 0;", ";", CPU_ROWS_TESTS),
+        Mutation(POSITIONS_CPP, "if (stride == 1) {", "if (true) {", CPU_ROWS_TESTS),
+        Mutation(POSITIONS_CPP, "uint16_t{0x7f80}", "uint16_t{0x7fff}", CPU_ROWS_TESTS),
+        Mutation(POSITIONS_CPP, "if (work.broken) *broken = 1;", "", CPU_ROWS_TESTS),
         # rows that are sorted by group with the labels of others; tables of another dtype; what is not finite
         Mutation(GATHER, "table=self.found.table[:, order]", "table=self.found.table", CUDA_ROWS_TESTS),
         Mutation(
@@ -740,7 +752,7 @@ MUTATIONS = {
         # weights whose sum is infinite, of nothing, and of none
         Mutation(LINEAR_DPO, "weights / torch.where(largest > 0, largest, 1)", "weights", WEIGHTED),
         Mutation(LINEAR_DPO, "weights / weights.sum().clamp(min=1)", "weights / weights.sum()", WEIGHTED),
-        Mutation(GROUPED_LOSS, "torch.where(present, t, t.detach()) for t in", "t for t in", WEIGHTED),
+        Mutation(GROUPED_LOSS, "logps = torch.where(present, logps, logps.detach())", "pass", WEIGHTED),
         # token weights as they are where there is no label
         Mutation(
             LINEAR_DPO, "token_weights.to(dtype).masked_fill(labels == ignore_index, 0)", "token_weights", WEIGHTED
@@ -841,8 +853,8 @@ MUTATIONS = {
         ),
         Mutation(
             LOSSES,
-            "return -torch.sigmoid(-h) * grad_output",
-            "return (torch.sigmoid(h) - 1) * grad_output",
+            "return -torch.sigmoid(-h)\n",
+            "return torch.sigmoid(h) - 1\n",
             "test_losses.py -k 'saturated'",
         ),
         Mutation(
@@ -1676,7 +1688,7 @@ MUTATIONS = {
         Mutation(LOGPS, "if not isinstance(value, bool):", "if not isinstance(value, (bool, int)):", ARGUMENTS),
         Mutation(
             LOGPS,
-            "isinstance(value, numbers.Real) and not isinstance(value, bool)",
+            "isinstance(value, (float, numbers.Real)) and not isinstance(value, bool)",
             "isinstance(value, numbers.Real)",
             ARGUMENTS,
         ),
@@ -2103,7 +2115,15 @@ MUTATIONS = {
         Mutation(GROUPED_LOSS, "return of if self.listwise else self.comparisons.pairs_of(of)", "return of", COMPARED),
         Mutation(GROUPED_LOSS, "if self.shares is None or self.listwise:", "if self.shares is None:", COMPARED),
         # a mean of means
-        Mutation(GROUPED_LOSS, "losses.sum() / self.losses", "losses.mean()", COMPARED),
+        Mutation(
+            GROUPED_LOSS,
+            "losses.new_full(losses.shape, 1 / self.losses)",
+            "losses.new_full(losses.shape, 1 / len(losses))",
+            SLOPES,
+        ),
+        Mutation(GROUPED_LOSS, "* (1 / given.losses))", "* (1 / given.comparisons.pairs))", SLOPES),
+        # a response that is preferred to several
+        Mutation(COMPARISONS, "chosen, accumulate=True)", "chosen)", SLOPES),
         # what has no weight, and is not finite
         Mutation(
             GROUPED_LOSS, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED

@@ -10,6 +10,7 @@ import torch.utils.checkpoint
 from grids import IMPLS, covering
 
 from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps, sequence_logps
+from dpo_kernels.grouped_loss import LossSettings
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.losses import BATCH_LOSSES, LOSSES, length_desensitized_weights, wpo_weights
@@ -368,17 +369,43 @@ def test_stats(chunk_bytes, use_weighting):
     shared = {"bias": inputs.bias, "softcap": 3.0, "shift": True}
     options = {"chunk_bytes": chunk_bytes, "use_weighting": use_weighting, "softcap": 3.0, "shift": True}
     loss = fused(inputs, **options).loss
-    for stats in (("entropy", "is_top1", "mean_logit"), ("log_sum_sq_probs", "entropy"), ()):
+    for stats in (("entropy", "is_top1", "mean_logit"), ("log_sum_sq_probs", "entropy"), ("is_top1",) * 2, ()):
         expected = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels, stats=stats, **shared).stats
         out = fused(inputs, stats=stats, **options)
         assert ("GroupedLoss" in out.loss.grad_fn.name()) == (chunk_bytes != 0)
-        assert list(out.stats) == list(stats)
+        assert list(out.stats) == list(dict.fromkeys(stats))
         for name in stats:
             assert not out.stats[name].requires_grad
             torch.testing.assert_close(out.stats[name], expected[name])
         torch.testing.assert_close(out.loss, loss)
     with pytest.raises(ValueError, match="stats: expected a sequence of names"):
         fused(inputs, stats=("entropy", "variance"))
+
+
+# of all, and of parts
+@pytest.mark.parametrize("chunk_bytes", [None, 14 * ROW])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"pairs": [(0, 1), (2, 1), (0, 3), (4, 5)]},  # some in two pairs, on either side
+        {"ld_alpha": 0.3},
+        {"token_weights": torch.rand(6, 9)},
+    ],
+    ids=str,
+)
+def test_the_slope_of_dpo_is_that_of_its_graph(chunk_bytes, options, monkeypatch):
+    """To the bit."""
+    given = {"loss_type": "sigmoid", "chunk_bytes": chunk_bytes, **options}
+    found = []
+    for _ in range(2):
+        inputs = head_inputs(6, 9)
+        out = fused(inputs, **given)
+        out.loss.backward()
+        found.append([out.loss, out.losses, out.logps, out.chosen_rewards, inputs.hidden.grad, inputs.weight.grad])
+        monkeypatch.setattr(LossSettings, "is_logistic", False)
+    for mine, other in zip(*found, strict=True):
+        assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)

@@ -5,7 +5,7 @@ import torch
 
 from dpo_kernels import linear_dpo_loss, linear_sequence_logps
 from dpo_kernels.linear_reference import linear_reference_logps
-from dpo_kernels.rows import GatherRows
+from dpo_kernels.rows import GatherRows, LabelledRows
 
 S, L, R, U, H, V = 4, 5, 2, 7, 12, 31
 
@@ -72,8 +72,8 @@ def test_a_reference_is_summed_as_the_policy(gradients):
 def test_only_labelled_rows_are_copied(monkeypatch):
     """A sequence much longer than the others makes no copy of theirs as long."""
     seen = []
-    forward = GatherRows.forward
-    monkeypatch.setattr(GatherRows, "forward", lambda *args: seen.append(forward(*args)) or seen[-1])
+    copy = LabelledRows.copy
+    monkeypatch.setattr(LabelledRows, "copy", lambda *args: seen.append(copy(*args)) or seen[-1])
     hidden, weight, labels, predictors = inputs()
     linear_dpo_loss(hidden, weight, labels, torch.zeros(S), predictors=predictors)
     assert [rows.shape for rows in seen] == [(int((labels != -100).sum()), H)]

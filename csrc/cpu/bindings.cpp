@@ -10,6 +10,7 @@
 
 #include "../operands.h"
 #include "kernels.h"
+#include "positions.h"
 
 using namespace dpo_kernels;
 
@@ -132,6 +133,33 @@ PYBIND11_MODULE(_native, m) {
       "transpose",
       [](Address a, Address out, int64_t n, int64_t v, int threads) {
         kernels->transpose(as<const float>(a), as<float>(out), n, v, threads);
+      },
+      release_gil());
+  m.def(
+      "find_rows",
+      [](const std::string& label_type, Address labels, int64_t label_stride_s, int64_t label_stride_t,
+         int64_t sequences, int64_t length, int64_t shift, int64_t ignore_index, int64_t v, int64_t expected,
+         Address predictors, int64_t predictor_stride_s, int64_t predictor_stride_t, int64_t slots, Address rows,
+         int64_t capacity, Address logp, Address values, int64_t stats, Address notes) {
+        find_rows(label_type,
+                  {{as<const void>(labels), label_stride_s, label_stride_t},
+                   sequences,
+                   length,
+                   shift,
+                   ignore_index,
+                   v,
+                   expected,
+                   {as<const void>(predictors), predictor_stride_s, predictor_stride_t},
+                   slots},
+                  {as<int64_t>(rows), capacity, as<float>(logp), as<float>(values), stats, as<int64_t>(notes)});
+      },
+      release_gil());
+  m.def(
+      "gather_rows",
+      [](const std::string& dtype, const LogitsRows& hidden, int64_t of_sequence, int64_t h, Address slots, int64_t n,
+         Address out, Address broken, int threads) {
+        gather_rows(dtype_of(dtype), hidden, of_sequence, h, as<const int64_t>(slots), n, as<void>(out),
+                    as<int64_t>(broken), threads);
       },
       release_gil());
   m.def("exp", [](Address x, int64_t n) { kernels->exp(as<float>(x), n); }, release_gil());

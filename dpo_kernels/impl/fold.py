@@ -23,14 +23,21 @@ class Fold:
     cancels. The tile kernels of an implementation update the fields below; `finish` reads them.
     """
 
+    FIELDS = ("max", "target", "label_slope", "sum", "sum_z", "sum_ez", "sum_sq")
+
     def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
         self.y, self.names = y, tuple(stats)
-        self.state = y.new_empty(7, *y.shape, dtype=dtype)
-        """[7, N]: the seven below, which are views of it."""
-        self.max, self.target, self.label_slope, self.sum, self.sum_z, self.sum_ez, self.sum_sq = self.state
+        self.state = y.new_empty(len(self.FIELDS), *y.shape, dtype=dtype)
+        """[7, N]: the fields, which are attributes too: views of it, made when one is first asked for."""
         self.argmax = y.new_empty(y.shape)
         """[N] int64: where the maximum is, the first of equal ones; kept for "is_top1" alone."""
         self.begin()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.FIELDS:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.__dict__.update(zip(self.FIELDS, self.state.unbind(), strict=True))
+        return self.__dict__[name]
 
     def begin(self) -> None:
         """Of no entries."""
@@ -102,16 +109,14 @@ class LazyFold(Fold):
     """A fold whose state comes to be when it is first asked for, so that nothing is launched for one that is finished
     without tiles."""
 
-    STATE = ("state", "max", "target", "label_slope", "sum", "sum_z", "sum_ez", "sum_sq", "argmax")
-
     def __init__(self, y: Tensor, dtype: torch.dtype, stats: Sequence[str]):
         self.y, self.names, self._dtype = y, tuple(stats), dtype
 
     def __getattr__(self, name: str) -> Any:
-        if name not in self.STATE:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        if name not in ("state", "argmax"):
+            return super().__getattr__(name)
         super().__init__(self.y, self._dtype, self.names)
-        return getattr(self, name)
+        return self.__dict__[name]
 
 
 class CompiledFold(Fold):

@@ -107,6 +107,8 @@ class GradRows(NamedTuple):
     g: Tensor  # [n] gradient with respect to logp
 
     def part(self, rows: slice) -> GradRows:
+        if rows.stop - rows.start == self.y.shape[0]:
+            return self
         return GradRows(self.y[rows], self.norm[:, rows], self.logp[rows], self.g[rows])
 
 

@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 import dpo_kernels._native as _native
+from dpo_kernels.impl import positions
 from dpo_kernels.impl.blocks import spans
 from dpo_kernels.impl.fold import CompiledFold, Fold, stats_numbers
 from dpo_kernels.impl.interface import (
     Columns,
+    FoundRows,
     GradPositions,
     GradRows,
     Labels,
@@ -30,6 +32,8 @@ from dpo_kernels.impl.positions import at_rows, labelled_rows, spread, unlabelle
 from dpo_kernels.impl.products import scale_ as scale_
 
 TILE_BYTES = 8 * 2**20
+# Of a fold's state, in fp64, and of a label.
+NUMBER_BYTES = 8
 
 
 def description() -> str:
@@ -163,7 +167,7 @@ def takes_exponentials(x_dtype: torch.dtype, weight: Tensor, compute_dtype: torc
 def _address(t: Tensor | None) -> int:
     if t is None:
         return 0
-    assert t.device.type == "cpu"
+    assert t.is_cpu
     return t.data_ptr()
 
 
@@ -171,18 +175,18 @@ def _type(t: Tensor) -> str:
     return str(t.dtype).removeprefix("torch.")
 
 
-def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> _native.Tile:
+def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform, first: int = 0) -> _native.Tile:
+    """`first`: of the labels y, the tile's first row."""
+    (n, v), scale, softcap, temperature = a.shape, *transform
     assert a.dtype in (torch.float32, torch.float64)
-    assert a.is_contiguous() and y.is_contiguous() and y.dtype == torch.int64 and y.shape[0] == a.shape[0]
+    assert a.is_contiguous() and y.is_contiguous() and y.dtype == torch.int64 and y.shape[0] >= first + n
     assert columns.bias is None or columns.bias.is_contiguous() and columns.bias.dtype == a.dtype
-    scale, softcap, temperature = transform
-    n, v = a.shape
     return _native.Tile(
         _address(a),
         n,
         v,
         columns.start,
-        _address(y),
+        _address(y) + first * NUMBER_BYTES,
         _address(columns.bias),
         _native.Transform(scale, softcap or 0.0, temperature),
     )
@@ -190,8 +194,9 @@ def _tile(a: Tensor, y: Tensor, columns: Columns, transform: LogitTransform) -> 
 
 def _state(fold: Fold, start: int) -> _native.FoldState:
     """Of the rows from `start` on."""
-    state, argmax = fold.state[:, start:], fold.argmax[start:]
-    return _native.FoldState(_address(state), state.stride(0), _address(argmax))
+    state, argmax = fold.state, fold.argmax
+    skipped = start * NUMBER_BYTES
+    return _native.FoldState(_address(state) + skipped, state.stride(0), _address(argmax) + skipped)
 
 
 def fold_(fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, keep: bool) -> None:
@@ -210,13 +215,13 @@ def fold_exp_(
 def _fold(
     fold: Fold, a: Tensor, rows: slice, columns: Columns, transform: LogitTransform, rescale: Tensor | None
 ) -> None:
-    tile = _tile(a, fold.y[rows], columns, transform)
+    tile = _tile(a, fold.y, columns, transform, rows.start)
     _native.fold(_type(a), tile, _state(fold, rows.start), _address(rescale), bool(fold.names), torch.get_num_threads())
 
 
 def _contiguous(of: GradRows, dtype: torch.dtype) -> GradRows:
     """To be bound to a name: an address alone keeps no copy alive."""
-    return GradRows(of.y.contiguous(), *(t.to(dtype).contiguous() for t in of[1:]))
+    return GradRows(of.y.contiguous(), *((t if t.dtype == dtype else t.to(dtype)).contiguous() for t in of[1:]))
 
 
 def _norm_logp_g(of: GradRows) -> tuple[int, int, int, int]:
@@ -253,6 +258,47 @@ def _rows(rows: Rows, y: Tensor, v: int) -> tuple[_native.Rows, tuple[Tensor, ..
     assert all(t.dtype == torch.int64 for t in kept)
     sequence, position, labels = map(_address, kept)
     return _native.Rows(sequence, position, labels, y.shape[0], v), kept
+
+
+def _find(of: positions.Search, found: FoundRows, notes: Tensor) -> None:
+    labels, predictors, table, stats = of.labels, of.predictors, found.table, found.stats
+    (s, t), (stride_s, stride_t) = labels.shape, labels.stride()
+    by_s, by_t = (0, 0) if predictors is None else predictors.stride()
+    _native.find_rows(
+        _type(labels), _address(labels), stride_s, stride_t, s, t, of.shift, of.ignore_index, of.vocab_size,
+        of.expected, _address(predictors), by_s, by_t, of.slots, _address(table), table.shape[1],
+        _address(found.token_logps), _address(stats), stats.shape[0], _address(notes),
+    )  # fmt: skip
+
+
+def find_rows(
+    labels: Tensor,
+    vocab_size: int,
+    *,
+    ignore_index: int,
+    shift: bool,
+    num_labelled: int | None,
+    predictors: Tensor | None,
+    slots: int,
+    stats: int,
+) -> FoundRows | None:
+    of = positions.Search(labels, vocab_size, ignore_index, shift, num_labelled, predictors, slots)
+    return positions.search(_find, of, stats)
+
+
+def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
+    hidden, slots = hidden.resolve_neg(), slots.contiguous()
+    (n,), (_, of_sequence, h) = slots.shape, hidden.shape
+    out = hidden.new_empty(n, h)
+    _native.gather_rows(
+        _type(hidden), _logits(hidden), of_sequence, h, _address(slots), n, _address(out), _address(broken),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
+    out[at.sequence, at.position] = (rows * g[at.sequence, at.position, None]).to(out.dtype)
 
 
 def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:

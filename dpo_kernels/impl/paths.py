@@ -63,7 +63,12 @@ def _reads_in_place(t: Tensor, compute_dtype: torch.dtype) -> bool:
 
 
 def _tile(buffer: Tensor, n: int, v: int) -> Tensor:
-    return buffer[: n * v].view(n, v)
+    return _part(buffer, slice(0, n * v)).view(n, v)
+
+
+def _part(t: Tensor, of: slice) -> Tensor:
+    """Without a view of what is all of it: the host takes as long for one as for a small product."""
+    return t if of.stop - of.start == t.shape[0] else t[of]
 
 
 def _columns(bias: Tensor | None, block: slice, compute_dtype: torch.dtype) -> Columns:
@@ -339,7 +344,8 @@ def linear_logps_grouped(
             continue
         local = list(spans(group.stop - group.start, rows))
         of_x = [slice(group.start + s.start, group.start + s.stop) for s in local]
-        fold = k.new_fold(y[group], acc, stats)
+        y_group = _part(y, group)
+        fold = k.new_fold(y_group, acc, stats)
 
         def tiles(block: slice, local: list[slice] = local) -> Iterator[Tensor]:
             """Where the products of this block's tiles are kept, one for each slice of rows."""
@@ -350,28 +356,29 @@ def linear_logps_grouped(
                     yield _tile(grads.spare(block)[s.start * width :], n_rows, width)
                 else:
                     behind = (block.start * (local[-1].stop - in_dw)) + (s.start - in_dw) * width
-                    yield _tile(buffer[behind:], n_rows, width)
+                    yield _tile(buffer[behind:] if behind else buffer, n_rows, width)
 
-        for block in spans(v, columns):
-            w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
-            for s, span, place in zip(local, of_x, tiles(block), strict=True):
-                a = k.product(k.operand(x[span], compute_dtype), w.t(), place)
+        places = [(block, list(tiles(block))) for block in spans(v, columns)]
+        for block, of_block in places:
+            w, c = k.operand(_part(weight, block), compute_dtype), _columns(bias, block, compute_dtype)
+            for s, span, place in zip(local, of_x, of_block, strict=True):
+                a = k.product(k.operand(_part(x, span), compute_dtype), w.t(), place)
                 k.fold_(fold, a, s, c, transform, keep=True)
                 if a is not place:
                     place.copy_(a)
         if shards is not None:
             shards.join_(fold)
         logp, norm, values = fold.finish(v if shards is None else shards.vocab, acc)
-        of = GradRows(y[group], norm, logp, coefficients(i, logp, values))
-        for block in spans(v, columns):
-            w, c = k.operand(weight[block], compute_dtype), _columns(bias, block, compute_dtype)
+        of = GradRows(y_group, norm, logp, coefficients(i, logp, values))
+        for block, of_block in places:
+            w, c = k.operand(_part(weight, block), compute_dtype), _columns(bias, block, compute_dtype)
             dlogits = []
-            for s, a in zip(local, tiles(block), strict=True):
+            for s, a in zip(local, of_block, strict=True):
                 kept_in_dw = s.stop <= in_dw  # where the products that d is for may write
                 d = _tile(scratch[s.start * a.shape[1] :], *a.shape) if kept_in_dw else k.out_tile(a, w.dtype)
                 dlogits.append((d, k.dlogits(a, d, of.part(s), c, transform)))
             for (d, value), span in zip(dlogits, of_x, strict=True):
-                grads.add_(d, y[span], value, w, span, block, first=span.start == 0)
+                grads.add_(d, _part(y, span), value, w, span, block, first=span.start == 0)
             if group.stop == n:
                 grads.round_block(block)
         grads.finish_rows(y, group, rows)

@@ -1,4 +1,4 @@
-"""Labelled rows that a kernel finds and another one copies together, on Triton and on CUDA: which they are, what is
+"""Labelled rows that a kernel finds and another one copies together, in C++, Triton and CUDA: which they are, what is
 wrong with them, and that all paths compute the same of them as of those that PyTorch finds. Without a GPU Triton
 interprets its kernels, and CUDA's run through the emulation in tests/impl/cuda."""
 
@@ -25,8 +25,8 @@ BF16 = torch.bfloat16
 
 
 @pytest.fixture
-def kernels(gpu_impl):
-    return dispatch.load(gpu_impl)
+def kernels(finding_impl):
+    return dispatch.load(finding_impl)
 
 
 def found(kernels, labels, vocab=67, **options):
@@ -129,10 +129,10 @@ def test_predictors_of_ignored_labels_may_be_anything(kernels, fills_memory):
     assert_finds(kernels, labels, predictors=predictors, slots=50)
 
 
-def test_the_order_of_threads_changes_nothing_that_is_found(gpu_impl, large, monkeypatch):
+def test_the_order_of_threads_changes_nothing_that_is_found(finding_impl, large, monkeypatch):
     labels = some_labels(3, 2049)
     tables = []
-    for seed in range(4 if gpu_impl == "cuda" else 2):
+    for seed in range(4 if finding_impl == "cuda" else 2):
         monkeypatch.setenv("DPO_EMULATION_SEED", str(seed))
         tables.append(found(large, labels).table)
     assert all(torch.equal(table, tables[0]) for table in tables)
@@ -191,12 +191,12 @@ def test_more_labels_than_positions(function, shift):
         call(most + 1)
 
 
-def calls(gpu_impl, path, hidden, weight, labels, **options):
+def calls(impl, path, hidden, weight, labels, **options):
     """Results of a call, and the gradients that its path forms."""
     hidden, weight = hidden.detach().requires_grad_(path != "reference"), weight.detach()
     if path in ("C", "D"):
         weight.requires_grad_()
-    given = {"impl": gpu_impl, **options}
+    given = {"impl": impl, **options}
     if path == "reference":
         out = linear_reference_logps(hidden, weight, labels, gradients=("hidden", "weight"), **given)
         return [out.logps, out.num_tokens, out.token_logps]
@@ -216,7 +216,7 @@ OPTIONS = [{}, {"shift": True}, {"predicted": True}, {"known": True}, {"autocast
     ("path", "dtype", "options"),
     covering(["B", "C", "D", "reference"], [BF16, torch.float32, torch.float64], OPTIONS, full=2),
 )
-def test_paths_compute_the_same_of_rows_that_pytorch_finds(gpu_impl, kernels, monkeypatch, path, dtype, options):
+def test_paths_compute_the_same_of_rows_that_pytorch_finds(finding_impl, kernels, monkeypatch, path, dtype, options):
     """To the bit, gradients too."""
     inputs, options = head_inputs(4, 9, 32, 123).to(dtype), dict(options)
     hidden, labels, given = inputs.hidden, inputs.labels.int(), {}
@@ -231,7 +231,7 @@ def test_paths_compute_the_same_of_rows_that_pytorch_finds(gpu_impl, kernels, mo
     results = []
     for _ in range(2):
         with torch.autocast(hidden.device.type, BF16, enabled=autocast):
-            results.append(calls(gpu_impl, path, hidden, inputs.weight, labels, **given, **options))
+            results.append(calls(finding_impl, path, hidden, inputs.weight, labels, **given, **options))
         assert (None in looked) == bool(len(results) - 1)
         monkeypatch.setattr(kernels, "find_rows", lambda *_, **__: looked.append(None))
     for mine, other in zip(*results, strict=True):
@@ -240,8 +240,9 @@ def test_paths_compute_the_same_of_rows_that_pytorch_finds(gpu_impl, kernels, mo
 
 @pytest.mark.parametrize("predicted", [False, True])
 @pytest.mark.parametrize("path", ["C", "reference"])
-def test_rows_that_are_sorted_by_the_parts_of_a_loss(gpu_impl, kernels, monkeypatch, path, predicted):
+def test_rows_that_are_sorted_by_the_parts_of_a_loss(gpu_impl, monkeypatch, path, predicted):
     """Each with its label and its hidden state."""
+    kernels = dispatch.load(gpu_impl)
     inputs = head_inputs(4, 90, 16, 251, labelled=0.8).to(BF16)
     sizes = (inputs.labels >= 0).sum(1).view(2, -1).sum(0).tolist()
     of_row = paths.kept_bytes(kernels, 1, inputs.weight, torch.float32, True, True).of_row
@@ -263,17 +264,17 @@ def test_rows_that_are_sorted_by_the_parts_of_a_loss(gpu_impl, kernels, monkeypa
 @pytest.mark.parametrize("path", ["B", "C", "D", "reference"])
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("shape", [(4, 5), (4, 0), (4, 1)])
-def test_no_labelled_rows(gpu_impl, path, known, shape):
+def test_no_labelled_rows(finding_impl, path, known, shape):
     labels = torch.full(shape, -100)
     results = calls(
-        gpu_impl, path, torch.full((*shape, 32), torch.nan).to(BF16), torch.randn(123, 32).to(BF16), labels,
+        finding_impl, path, torch.full((*shape, 32), torch.nan).to(BF16), torch.randn(123, 32).to(BF16), labels,
         num_labelled=0 if known else None,
     )  # fmt: skip
     assert all((found == 0).all() for found in results) and results[0].shape == (4,)
 
 
 @pytest.mark.parametrize("path", ["B", "C", "D", "reference"])
-def test_what_is_wrong_is_named(gpu_impl, path):
+def test_what_is_wrong_is_named(finding_impl, path):
     inputs = head_inputs(4, 9, 32, 123, labelled=0.9).to(BF16)
     hidden, weight, labels = inputs.hidden.detach(), inputs.weight, inputs.labels.clone()
     labels[1, 3], labels[2, 7] = 5, -100
@@ -286,16 +287,16 @@ def test_what_is_wrong_is_named(gpu_impl, path):
 
     for wrong in (torch.nan, torch.inf):
         with pytest.raises(ValueError, match=r"hidden: expected finite .* for sequence 1, position 3 \(1 such"):
-            calls(gpu_impl, path, at(hidden, (1, 3, 4), wrong), weight, labels)
-        calls(gpu_impl, path, at(hidden, (2, 7, 4), wrong), weight, labels)  # of no label
+            calls(finding_impl, path, at(hidden, (1, 3, 4), wrong), weight, labels)
+        calls(finding_impl, path, at(hidden, (2, 7, 4), wrong), weight, labels)  # of no label
     with pytest.raises(ValueError, match=r"labels: .* got 123 for sequence 1, position 3 \(1 such"):
-        calls(gpu_impl, path, hidden, weight, at(labels, (1, 3), 123))
+        calls(finding_impl, path, hidden, weight, at(labels, (1, 3), 123))
     with pytest.raises(ValueError, match="predictors: .* 0 to 35, got 36 for sequence 1, position 3"):
-        calls(gpu_impl, path, hidden, weight, labels, predictors=at(predictors, (1, 3), 36))
-    calls(gpu_impl, path, hidden, weight, labels, predictors=at(predictors, (2, 7), 36))
+        calls(finding_impl, path, hidden, weight, labels, predictors=at(predictors, (1, 3), 36))
+    calls(finding_impl, path, hidden, weight, labels, predictors=at(predictors, (2, 7), 36))
     if DEVICE == "cpu":
         with pytest.raises(ValueError, match=f"num_labelled: expected {count}, .* got {count - 1}"):
-            calls(gpu_impl, path, hidden, weight, labels, num_labelled=count - 1)
+            calls(finding_impl, path, hidden, weight, labels, num_labelled=count - 1)
 
 
 # forward and backward, of one block of rows or of the vocabulary, which are three launches. B: rows found and copied,
@@ -307,7 +308,8 @@ AROUND = {"B": (6, 2), "D": (6, 4)}
 
 @pytest.mark.parametrize("path", AROUND)
 @pytest.mark.skipif(DEVICE != "cpu", reason="what the emulation is asked for is counted")
-def test_what_is_launched_around_the_products(kernels, gpu_impl, monkeypatch, path):
+def test_what_is_launched_around_the_products(gpu_impl, monkeypatch, path):
+    kernels = dispatch.load(gpu_impl)
     inputs, launches = head_inputs(4, 20, 64, 600).to(BF16), launches_of(monkeypatch, gpu_impl)
     hidden, weight = inputs.hidden.detach().requires_grad_(), inputs.weight.detach().requires_grad_(path == "D")
     num_labelled, given = int((inputs.labels >= 0).sum()), torch.ones(4)
@@ -356,7 +358,8 @@ WRONG = {
 
 @pytest.mark.parametrize("wrong", [None, *WRONG])
 @pytest.mark.skipif(DEVICE != "cpu", reason="an assertion on a GPU ends what is done with it")
-def test_a_host_that_does_not_wait_is_told_by_an_assertion(kernels, gpu_impl, monkeypatch, capfd, wrong):
+def test_a_host_that_does_not_wait_is_told_by_an_assertion(gpu_impl, monkeypatch, capfd, wrong):
+    kernels = dispatch.load(gpu_impl)
     options = {"num_labelled": 2, **WRONG.get(wrong, {})}
     if "predictors" in options:
         options["predictors"] = torch.tensor(options["predictors"])
