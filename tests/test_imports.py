@@ -18,7 +18,7 @@ LAYERS = (
     ("dispatch", "measure", "comparisons"),
     ("rows",),
     ("ops",),
-    ("parallel",),
+    ("parallel", "linear_rows"),
     ("sequence_parallel",),
     ("logps", "losses", "pair_groups"),
     ("listwise",),
@@ -51,7 +51,7 @@ IMPLEMENTATIONS = (
         "triton_sequences",
         "triton_shifted",
     },  # fmt: skip
-    {"cuda", "cuda_exponentials", "cuda_linear"},
+    {"cuda", "cuda_exponentials", "cuda_linear", "cuda_positions"},
 )
 
 

@@ -390,9 +390,9 @@ def test_stats(chunk_bytes, use_weighting):
         {},
         {"pairs": [(0, 1), (2, 1), (0, 3), (4, 5)]},  # some in two pairs, on either side
         {"ld_alpha": 0.3},
-        {"token_weights": torch.rand(6, 9)},
+        {"token_weights": torch.arange(54.0).view(6, 9) % 7},
     ],
-    ids=str,
+    ids=["plain", "pairs", "ld_alpha", "token_weights"],
 )
 def test_the_slope_of_dpo_is_that_of_its_graph(chunk_bytes, options, monkeypatch):
     """To the bit."""
