@@ -75,8 +75,9 @@ LAUNCH = 3e-6
 # Clocks of a multiprocessor for an entry of an epilogue: an exponential (16 a clock); 14 others (128 a clock), which
 # writing it takes besides.
 FOLD, WRITE = 1 / 16, 14 / 128
-# Of the loss of a part's pairs, forward and backward: small kernels of PyTorch's.
-COEFFICIENTS = 40
+# Of DPO's loss of pairs, with its slopes: small kernels of PyTorch's; and what takes parts out of all pairs, and puts
+# what is known of them back.
+COEFFICIENTS, OF_PARTS = 24, 9
 # What logits of a tile take.
 TILE_BYTES = 2**27
 CLUSTER, ROWS_TOGETHER = 2, 8  # of csrc/cuda/linear_fold.cu
@@ -282,7 +283,7 @@ class Model:
         if not chunks:
             return [*self.path_d(), Launch("coefficients", COEFFICIENTS)]
         swept = self.tiles_c(chunks) if self.impl == "tiles" else self.exponentials_c(chunks, stored)
-        losses = Launch("coefficients", COEFFICIENTS * len(chunks))
+        losses = Launch("coefficients", (COEFFICIENTS + OF_PARTS * (len(chunks) > 1)) * len(chunks))
         return [*self.compaction(), *swept, losses, *self.scaled_gradients(), *self.dhidden_of_positions()]
 
     def exponentials_c(self, chunks: list[int], stored: int | None = None) -> list[Launch]:
