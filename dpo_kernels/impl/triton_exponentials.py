@@ -85,6 +85,12 @@ def pieces(columns: int, softcap: bool) -> int:
     return max(1, columns // (PIECE_COLUMNS // 2 if softcap else PIECE_COLUMNS))
 
 
+def packed_pieces(columns: int, softcap: bool, ampere: bool) -> int:
+    """The same of path C. Ampere's tensor cores share a row among many threads, who put each piece's sums together."""
+    count = pieces(columns, softcap)
+    return max(1, count // 2) if ampere and not softcap else count
+
+
 def shifted_pieces(columns: int) -> int:
     """The same of path B: with smaller ones a softcap's loop gets longer."""
     return max(4, columns // PIECE_COLUMNS)
@@ -192,7 +198,7 @@ class Exponentials:
                 self.shifts = self.x.new_empty(blocks, padded_rows(self.rows), dtype=torch.float32)
             shifts, out = self.shifts, [None if e is None else e.view(torch.float16) for e in out]
         of_parts = [(shifts.stride(0), part.first_block) for part in self.parts]
-        count = pieces(self.columns, self.transform.softcap is not None)
+        count = packed_pieces(self.columns, self.transform.softcap is not None, triton_linear.is_ampere(self.x.device))
         self._write(linear_pack_fwd_kernel, rows, out, shifts, of_parts, PIECES=count)
 
     def _write(

@@ -41,6 +41,7 @@ from dpo_kernels.impl.triton_exponentials import (
     linear_dlogits_bwd_kernel,
     linear_exp_fwd_kernel,
     linear_pack_fwd_kernel,
+    packed_pieces,
     pieces,
     shifted_pieces,
 )
@@ -140,7 +141,7 @@ def cases(capability):
                     odd,
                 )
                 where["BLOCK_V"] = block_v(False, False, hopper=capability == 90)
-                where["PIECES"] = pieces(where["BLOCK_V"], name == "softcap")
+                where["PIECES"] = packed_pieces(where["BLOCK_V"], name == "softcap", ampere=capability == 80)
                 yield (
                     f"linear pack {name}{' stats' * stats}",
                     linear_pack_fwd_kernel,
@@ -150,6 +151,7 @@ def cases(capability):
                 )
                 if stats:
                     continue
+                where["PIECES"] = pieces(where["BLOCK_V"], name == "softcap")
                 yield (
                     f"linear dlogits {name}",
                     linear_dlogits_bwd_kernel,
