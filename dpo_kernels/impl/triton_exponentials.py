@@ -29,6 +29,8 @@ from dpo_kernels.impl.triton_shifted import linear_exp_fwd_kernel
 SQUARED = 2.0**-40
 # Columns of a block of products that become what is written at a time.
 PIECE_COLUMNS = 32
+# Of a thread: all that it can have. Without a limit, assemblers choose lower ones, and spill.
+MAX_REGISTERS = 255
 BLOCK_ROWS, MAX_BLOCK_H = 4, 1024
 DLOGITS_BLOCK_V, DLOGITS_BLOCK_N = 8, 512
 # Blocks of rows that path D's programs take by turns before they go to the next columns: what runs at the same time
@@ -122,7 +124,9 @@ def _row_blocks(rows: int) -> int:
 
 
 def _constants(transform: LogitTransform, bias: Tensor | None, columns: int) -> dict[str, Any]:
-    return {
+    # Other backends have no such limit.
+    registers = {"maxnreg": MAX_REGISTERS} if torch.version.cuda else {}
+    return registers | {
         **transform_constants(transform), "HAS_BIAS": bias is not None, "BLOCK_N": triton_linear.BLOCK_N,
         "BLOCK_V": columns, "BLOCK_H": triton_linear.BLOCK_H, "num_warps": NUM_WARPS, "num_stages": NUM_STAGES,
     }  # fmt: skip

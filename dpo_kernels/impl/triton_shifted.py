@@ -110,7 +110,7 @@ def linear_exp_fwd_kernel(
                 if INNER is not None:
                     e = e * slope
                 e_block_ptr = e_ptr + (wide_start + i * PIECE_V) * stride_ev
-                e_place = rows[:, None] + tl.arange(0, PIECE_V)[None, :] * afresh(stride_ev, start)
+                e_place = rows[:, None] + tl.arange(0, PIECE_V)[None, :] * stride_ev
                 tl.store(e_block_ptr + e_place, e.to(e_ptr.dtype.element_ty), mask=is_written[:, None] & inside)
 
     at = part_ptr + own_split + rows

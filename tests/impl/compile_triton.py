@@ -46,6 +46,7 @@ from dpo_kernels.impl.triton_exponentials import (
     shifted_pieces,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
+from dpo_kernels.impl.triton_exponentials import MAX_REGISTERS as MOST_REGISTERS
 from dpo_kernels.impl.triton_join import JOIN_ROWS, JOIN_SPLITS, join_kernel
 from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
 from dpo_kernels.impl.triton_math import LOG2_E, shift_by
@@ -109,18 +110,18 @@ def cases(capability):
             yield f"fold logits {storage}{' stats' * stats}", logits_fwd_kernel, types, settings, ()
         yield f"dlogits logits {storage}", logits_bwd_kernel, types, common, ()
     for storage in ("bf16", "fp16") if everything else ("bf16",):
-        for name, (inner, outer) in transforms.items():
+        for name, (inner, outer) in (transforms | {"bias": (None, 1.0)}).items():
             for stats in (False, True):
                 if storage == "fp16" and (stats or name != "plain"):
                     continue
                 where = {
-                    "INNER": inner, "OUTER": outer, "HAS_BIAS": name == "softcap", "BLOCK_N": BLOCK_N,
+                    "INNER": inner, "OUTER": outer, "HAS_BIAS": name != "plain", "BLOCK_N": BLOCK_N,
                     "BLOCK_V": block_v(stats, name == "softcap", hopper=capability == 90), "BLOCK_H": BLOCK_H,
                     "num_warps": NUM_WARPS, "num_stages": NUM_STAGES,
                 }  # fmt: skip
                 types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr"), f"*{storage}") | {"part_ptr": "*fp32"}
-                odd = ("V",) if name == "softcap" else ()
-                for slots in (False, True) if everything else (True,):
+                odd = ("V",) if name != "plain" else ()
+                for slots in () if name == "bias" else (False, True) if everything else (True,):
                     yield (
                         f"linear fold {storage} {name}{' stats' * stats}{' slots' * slots}",
                         linear_fold_fwd_kernel,
@@ -131,15 +132,17 @@ def cases(capability):
                 if storage == "fp16":
                     continue
                 types |= {"shift_ptr": "*fp32", "e_ptr": "*bf16"}
+                where["maxnreg"] = MOST_REGISTERS
                 where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
                 count = shifted_pieces(where["BLOCK_V"])
-                yield (
-                    f"linear exp {name}{' stats' * stats}",
-                    linear_exp_fwd_kernel,
-                    types,
-                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED, "PIECES": count},
-                    odd,
-                )
+                for again in (False, True):
+                    yield (
+                        f"linear exp {name}{' stats' * stats}{' again' * again}",
+                        linear_exp_fwd_kernel,
+                        types,
+                        {**where, "STATS": stats, "AGAIN": again, "FAR": FAR, "SQUARED": SQUARED, "PIECES": count},
+                        odd,
+                    )
                 where["BLOCK_V"] = block_v(False, False, hopper=capability == 90)
                 where["PIECES"] = packed_pieces(where["BLOCK_V"], name == "softcap", ampere=capability == 80)
                 yield (
