@@ -454,12 +454,12 @@ MUTATIONS = {
         Mutation("dpo_kernels/impl/exponentials.py", "FAR = 60.0", "FAR = 1e9", EXP_TESTS),
         Mutation(TRITON_SHIFTED, "shift = tl.where(is_far, top, shift)", "shift = shift", EXP_TESTS),
         # a shift that rounds downwards, one for all blocks, sums that do not follow it, and another split's
-        Mutation(TRITON_PACKED, "return shift + tl.abs(shift) * 2.0**-22", "return shift", EXP_TESTS),
+        Mutation(TRITON_PACKED, "return tl.fma(tl.abs(shift), 2.0**-22, shift)", "return shift", EXP_TESTS),
         Mutation(TRITON_PACKED, "factor = weight * tl.exp2(shift - joint)", "factor = weight", EXP_TESTS),
         Mutation(TRITON_PACKED, "        total = total * rescale\n", "", EXP_TESTS),
         Mutation(TRITON_JOIN, "total += tl.sum(mass * factor, axis=0)", "total += tl.sum(mass, axis=0)", EXP_TESTS),
         # the label's part: its rounding, its slope, where it is, and what a split finds of another part's
-        Mutation(TRITON_SHIFTED, "is_label = (columns == label) & inside", "is_label = columns == label", EXP_TESTS),
+        Mutation(TRITON_SHIFTED, "is_label = (v == label) & inside", "is_label = v == label", EXP_TESTS),
         Mutation(TRITON_PACKED, "target, _ = to_logits(at_label, INNER, OUTER)", "target = at_label", EXP_TESTS),
         Mutation(TRITON_JOIN, "(-total * slope).to(tl.float32)", "(-total).to(tl.float32)", EXP_TESTS),
         # a squared exponential's unit forgotten; an exponential's factor that is not by the largest shift
@@ -482,8 +482,12 @@ MUTATIONS = {
         Mutation(TRITON_DLOGITS, "missing += tl.sum(tl.where(is_label, left, 0.0), axis=1)", "pass", EXP_TESTS),
         Mutation(TRITON_DLOGITS, "tl.cdiv(N, BLOCK_N) - first_block, GROUP)", "GROUP, GROUP)", EXP_TESTS),
         # the softcap's part of the gradient
-        Mutation(TRITON_SHIFTED, "e = e * slope\n            e_block_ptr", "pass\n            e_block_ptr", EXP_TESTS),
-        Mutation(TRITON_PACKED, "e = e * slope\n            v = start", "pass\n            v = start", EXP_TESTS),
+        Mutation(
+            TRITON_SHIFTED, "e = e * slope\n                e_block_ptr", "pass\n                e_block_ptr", EXP_TESTS
+        ),
+        Mutation(
+            TRITON_PACKED, "e = e * slope\n                v = start", "pass\n                v = start", EXP_TESTS
+        ),
         # sums that do not follow the maximum
         Mutation(TRITON_JOIN, "(ez + mass * change) * factor", "ez * factor", TRITON_TESTS),
         # of equal logits not the first alone; the label among the others of its block

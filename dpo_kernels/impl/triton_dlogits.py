@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from dpo_kernels.impl.triton_linear import pieces_of, products
+from dpo_kernels.impl.triton_linear import add_bias, pieces_of, products
 from dpo_kernels.impl.triton_math import LOG2_E, one_minus_exp, shift_by, to_logits
 
 
@@ -32,11 +32,11 @@ def linear_dlogits_bwd_kernel(
     row_block = first_block + tl.program_id(0) % of_group % together
     start = tl.program_id(0) % of_group // together * BLOCK_V
     rows = row_block * BLOCK_N + tl.arange(0, BLOCK_N)
-    columns = start + tl.arange(0, BLOCK_V)
+    inside = start + tl.arange(0, BLOCK_V) < V
     is_row = rows < N
     a = products(
         x_ptr + tl.cast(row_block, tl.int64) * BLOCK_N * stride_xn, w_ptr + tl.cast(start, tl.int64) * stride_wv,
-        bias_ptr, stride_xn, stride_wv, is_row, columns, columns < V, H, HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
+        stride_xn, stride_wv, is_row, inside, start, H, BLOCK_N, BLOCK_V, BLOCK_H,
     )  # fmt: skip
 
     label = (tl.load(y_ptr + rows, mask=is_row, other=-1) - first).to(tl.int32)
@@ -50,11 +50,12 @@ def linear_dlogits_bwd_kernel(
     missing = tl.zeros([BLOCK_N], tl.float32)
     pieces = pieces_of(a, BLOCK_N, BLOCK_V, PIECES)
     for i in tl.static_range(PIECES):
-        z, slope = to_logits(pieces[i], INNER, OUTER)
+        columns = start + i * PIECE_V + tl.arange(0, PIECE_V)
+        z, slope = to_logits(add_bias(pieces[i], bias_ptr, columns, V, HAS_BIAS), INNER, OUTER)
         d = tl.exp2(tl.fma(z, LOG2_E, -shift[:, None])) * factor[:, None]
         if INNER is not None:
             d *= slope
-        v = start + i * PIECE_V + tl.arange(0, PIECE_V)[None, :]
+        v = columns[None, :]
         if some_label:
             is_label = v == label[:, None]
             own_entry = own[:, None] * slope

@@ -29,6 +29,8 @@ from dpo_kernels.impl.triton_shifted import linear_exp_fwd_kernel
 SQUARED = 2.0**-40
 # Columns of a block of products that become what is written at a time.
 PIECE_COLUMNS = 32
+# Of a thread: all that it can have. Without a limit, assemblers choose lower ones, and spill.
+MAX_REGISTERS = 255
 BLOCK_ROWS, MAX_BLOCK_H = 4, 1024
 DLOGITS_BLOCK_V, DLOGITS_BLOCK_N = 8, 512
 # Blocks of rows that path D's programs take by turns before they go to the next columns: what runs at the same time
@@ -85,6 +87,12 @@ def pieces(columns: int, softcap: bool) -> int:
     return max(1, columns // (PIECE_COLUMNS // 2 if softcap else PIECE_COLUMNS))
 
 
+def packed_pieces(columns: int, softcap: bool, ampere: bool) -> int:
+    """The same of path C. Ampere's tensor cores share a row among many threads, who put each piece's sums together."""
+    count = pieces(columns, softcap)
+    return max(1, count // 2) if ampere and not softcap else count
+
+
 def shifted_pieces(columns: int) -> int:
     """The same of path B: with smaller ones a softcap's loop gets longer."""
     return max(4, columns // PIECE_COLUMNS)
@@ -116,7 +124,9 @@ def _row_blocks(rows: int) -> int:
 
 
 def _constants(transform: LogitTransform, bias: Tensor | None, columns: int) -> dict[str, Any]:
-    return {
+    # Other backends have no such limit.
+    registers = {"maxnreg": MAX_REGISTERS} if torch.version.cuda else {}
+    return registers | {
         **transform_constants(transform), "HAS_BIAS": bias is not None, "BLOCK_N": triton_linear.BLOCK_N,
         "BLOCK_V": columns, "BLOCK_H": triton_linear.BLOCK_H, "num_warps": NUM_WARPS, "num_stages": NUM_STAGES,
     }  # fmt: skip
@@ -191,7 +201,7 @@ class Exponentials:
                 self.shifts = self.x.new_empty(blocks, padded_rows(self.rows), dtype=torch.float32)
             shifts, out = self.shifts, [None if e is None else e.view(torch.float16) for e in out]
         of_parts = [(shifts.stride(0), part.first_block) for part in self.parts]
-        count = pieces(self.columns, self.transform.softcap is not None)
+        count = packed_pieces(self.columns, self.transform.softcap is not None, triton_linear.is_ampere(self.x.device))
         self._write(linear_pack_fwd_kernel, rows, out, shifts, of_parts, PIECES=count)
 
     def _write(

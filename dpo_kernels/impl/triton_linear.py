@@ -53,13 +53,21 @@ def columns_of_split(V, BLOCK_V: tl.constexpr):
 
 
 @triton.jit
+def afresh(value, start):
+    """The value, for blocks that begin at `start`, which is never negative. Compilers do not know that: what they would
+    compute of it before all blocks, and hold in registers beside each one's products, they compute in each block."""
+    return tl.where(start < 0, 0, value)
+
+
+@triton.jit
 def products(
-    x_block_ptr, w_block_ptr, bias_ptr, stride_xn, stride_wv, is_row, columns, inside, H,
-    HAS_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
+    x_block_ptr, w_block_ptr, stride_xn, stride_wv, is_row, inside, start, H,
+    BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """x.W + b of a block of rows and one of columns. `x_block_ptr`: to the first row, or [BLOCK_N, 1] to each of them
+    """x.W of a block of rows and one of columns. `x_block_ptr`: to the first row, or [BLOCK_N, 1] to each of them
     beside a stride of 0."""
     n, v = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_V)  # within a block, where int32 holds every offset
+    H, stride_xn, stride_wv = afresh(H, start), afresh(stride_xn, start), afresh(stride_wv, start)
     a = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
     for first in range(0, H, BLOCK_H):
         h = first + tl.arange(0, BLOCK_H)
@@ -68,8 +76,13 @@ def products(
         x = tl.load(x_block_ptr + x_place, mask=is_row[:, None] & (h < H)[None, :], other=0.0)
         w = tl.load(w_block_ptr + w_place, mask=inside[None, :] & (h < H)[:, None], other=0.0)
         a = tl.dot(x, w, a)
+    return a
+
+
+@triton.jit
+def add_bias(a, bias_ptr, columns, V, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
-        a += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        a += tl.load(bias_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     return a
 
 
@@ -124,12 +137,11 @@ def linear_fold_fwd_kernel(
     begin, end = columns_of_split(V, BLOCK_V)
     for start in range(begin, end, BLOCK_V):
         columns = start + tl.arange(0, BLOCK_V)
-        inside = columns < V
         w_block_ptr = w_ptr + tl.cast(start, tl.int64) * stride_wv
         a = products(
-            x_block_ptr, w_block_ptr, bias_ptr, stride_xn, stride_wv, is_row, columns, inside, H,
-            HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
-        )  # fmt: skip
+            x_block_ptr, w_block_ptr, stride_xn, stride_wv, is_row, columns < V, start, H, BLOCK_N, BLOCK_V, BLOCK_H
+        )
+        a = add_bias(a, bias_ptr, columns, V, HAS_BIAS)
 
         v, own = tl.arange(0, BLOCK_V)[None, :], (label - start)[:, None]
         # Masks are two thirds of the instructions, and most blocks are inside and without a row's label.
@@ -182,6 +194,12 @@ def _machine(device: torch.device) -> tuple[bool, int]:
         return True, PLANNED
     properties = torch.cuda.get_device_properties(device)
     return properties.major == 9 and not torch.version.hip, properties.multi_processor_count
+
+
+def is_ampere(device: torch.device) -> bool:
+    """Or Ada, with the same tensor cores."""
+    on_gpu = device.type == "cuda" and torch.cuda.is_available() and not torch.version.hip
+    return on_gpu and torch.cuda.get_device_capability(device)[0] == 8
 
 
 def can_take(x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> bool:

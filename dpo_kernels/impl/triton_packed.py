@@ -26,7 +26,7 @@ from dpo_kernels.impl.triton_join import (
     TOP,
     TOP_BEFORE,
 )
-from dpo_kernels.impl.triton_linear import columns_of_split, pieces_of, products
+from dpo_kernels.impl.triton_linear import add_bias, afresh, columns_of_split, pieces_of, products
 from dpo_kernels.impl.triton_math import to_logits
 
 # Half of what fp16 holds.
@@ -36,8 +36,8 @@ MOST: tl.constexpr = tl.constexpr(15.0)
 @triton.jit
 def _packed_shift(top):
     """By which 2^MOST is the most that a logit up to `top` becomes. Rounded upwards, or large ones would overflow."""
-    shift = top * LOG2_E - MOST
-    return shift + tl.abs(shift) * 2.0**-22
+    shift = tl.fma(top, LOG2_E, -MOST)  # as multiply-adds it is the same wherever it is computed again
+    return tl.fma(tl.abs(shift), 2.0**-22, shift)
 
 
 @triton.jit(
@@ -69,7 +69,6 @@ def linear_pack_fwd_kernel(
     begin, end = columns_of_split(V, BLOCK_V)
     label = tl.where(label < V, label, 2**30)  # of a later part: behind all columns, those too that are none
     top = tl.full([BLOCK_N], FLOOR, tl.float32)
-    shift = _packed_shift(top)
     at_label = tl.zeros([BLOCK_N], tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
     if STATS:
@@ -79,12 +78,13 @@ def linear_pack_fwd_kernel(
         sum_sq = tl.zeros([BLOCK_N], tl.float32)
 
     for start in range(begin, end, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        w_block_ptr = w_ptr + tl.cast(start, tl.int64) * stride_wv
+        inside = start + tl.arange(0, BLOCK_V) < V
+        # Afresh, or compilers compare `start` with labels in int64, too.
+        wide_start = tl.cast(afresh(start, start), tl.int64)
+        w_block_ptr = w_ptr + wide_start * stride_wv
         a = products(
-            x_block_ptr, w_block_ptr, bias_ptr, stride_xn, stride_wv, is_row, columns, columns < V, H,
-            HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
-        )  # fmt: skip
+            x_block_ptr, w_block_ptr, stride_xn, stride_wv, is_row, inside, start, H, BLOCK_N, BLOCK_V, BLOCK_H
+        )
         # Few blocks have an entry that is left out: the label of a row, or what is behind the last one.
         has_label = tl.max(((label >= start) & (label < start + BLOCK_V)).to(tl.int32), axis=0)
         leaves_out = (has_label > 0) | (start + BLOCK_V > V)
@@ -93,11 +93,12 @@ def linear_pack_fwd_kernel(
         of_block = pieces_of(a, BLOCK_N, BLOCK_V, PIECES)
         others = ()
         for i in tl.static_range(PIECES):
-            other = of_block[i]
+            columns = start + i * PIECE_V + tl.arange(0, PIECE_V)
+            other = add_bias(of_block[i], bias_ptr, columns, V, HAS_BIAS)
             if STATS and not BOUNDED:
                 sum_z += tl.sum(other, axis=1) * OUTER  # 0 behind the last entry
             if leaves_out:
-                v = start + i * PIECE_V + tl.arange(0, PIECE_V)[None, :]
+                v = columns[None, :]
                 is_label = v == label[:, None]
                 at_label += tl.sum(tl.where(is_label, other, 0.0), axis=1)  # of one block alone
                 other = tl.where(is_label | (v >= V), LOW, other)
@@ -113,12 +114,12 @@ def linear_pack_fwd_kernel(
                 before, _ = to_logits(extreme_before if RISES else -extreme_before, INNER, OUTER)
                 before = tl.where(extreme_before > LOWEST, before, FLOOR)
             top_before = tl.maximum(top_before, before)
+        change = _packed_shift(top)
         top = tl.maximum(top, block_top)
-        change = shift
         shift = _packed_shift(top)
         change -= shift
         block = tl.cast(first_block + start // BLOCK_V, tl.int64)
-        tl.store(shift_ptr + block * stride_shift + rows, shift, mask=is_written)
+        tl.store(shift_ptr + (block * stride_shift + rows), shift, mask=is_written)
         rescale = tl.exp2(change)
         if STATS:
             # 2^x has reached 0 long before -1e4, and 0 times -inf, or the first maximum's distance, is to be 0
@@ -126,24 +127,25 @@ def linear_pack_fwd_kernel(
             sum_sq = sum_sq * rescale * rescale
         total = total * rescale
         for i in tl.static_range(PIECES):  # registers do not hold what all of it becomes
-            z, slope = to_logits(others[i], INNER, OUTER)
-            if BOUNDED:
-                is_out = others[i] == LOW
+            if start + i * PIECE_V < V:  # a branch also keeps what is computed of one piece apart from the next
+                z, slope = to_logits(others[i], INNER, OUTER)
+                if BOUNDED:
+                    is_out = others[i] == LOW
+                    if STATS:
+                        sum_z += tl.sum(tl.where(is_out, 0.0, z), axis=1)
+                    z = tl.where(is_out, float("-inf"), z)
+                power = tl.fma(z, LOG2_E, -shift[:, None])
+                e = tl.exp2(power)
+                total += tl.sum(e, axis=1)
                 if STATS:
-                    sum_z += tl.sum(tl.where(is_out, 0.0, z), axis=1)
-                z = tl.where(is_out, float("-inf"), z)
-            power = tl.fma(z, LOG2_E, -shift[:, None])
-            e = tl.exp2(power)
-            total += tl.sum(e, axis=1)
-            if STATS:
-                sum_ez += tl.sum(e * tl.maximum(power, -1e4), axis=1)
-                sum_sq += tl.sum(e * e, axis=1)
-            if INNER is not None:
-                e = e * slope
-            v = start + i * PIECE_V + tl.arange(0, PIECE_V)[None, :]
-            e_block_ptr = e_ptr + tl.cast(start + i * PIECE_V, tl.int64) * stride_ev
-            e_place = rows[:, None] + tl.arange(0, PIECE_V)[None, :] * stride_ev
-            tl.store(e_block_ptr + e_place, e.to(e_ptr.dtype.element_ty), mask=is_written[:, None] & (v < V))
+                    sum_ez += tl.sum(e * tl.maximum(power, -1e4), axis=1)
+                    sum_sq += tl.sum(e * e, axis=1)
+                if INNER is not None:
+                    e = e * slope
+                v = start + i * PIECE_V + tl.arange(0, PIECE_V)[None, :]
+                e_block_ptr = e_ptr + (wide_start + i * PIECE_V) * stride_ev
+                e_place = rows[:, None] + tl.arange(0, PIECE_V)[None, :] * afresh(stride_ev, start)
+                tl.store(e_block_ptr + e_place, e.to(e_ptr.dtype.element_ty), mask=is_written[:, None] & (v < V))
 
     if STATS and BOUNDED:
         target, _ = to_logits(at_label, INNER, OUTER)  # 0 of another split's
@@ -151,7 +153,7 @@ def linear_pack_fwd_kernel(
     stride_field = tl.cast(stride_field, tl.int64)
     at = part_ptr + tl.cast(first_split + split, tl.int64) * stride_split + rows
     tl.store(at + TOP * stride_field, top, mask=is_row)
-    tl.store(at + SHIFT * stride_field, shift, mask=is_row)
+    tl.store(at + SHIFT * stride_field, _packed_shift(top), mask=is_row)
     tl.store(at + LABEL * stride_field, at_label, mask=is_row)
     tl.store(at + SUM * stride_field, total, mask=is_row)
     if STATS:

@@ -24,7 +24,7 @@ from dpo_kernels.impl.triton_join import (
     TOP,
     TOP_BEFORE,
 )
-from dpo_kernels.impl.triton_linear import columns_of_split, pieces_of, products
+from dpo_kernels.impl.triton_linear import add_bias, afresh, columns_of_split, pieces_of, products
 from dpo_kernels.impl.triton_math import to_logits
 
 
@@ -77,39 +77,41 @@ def linear_exp_fwd_kernel(
         sum_sq = tl.zeros([BLOCK_N], tl.float32)
 
     for start in range(begin, end, BLOCK_V):
-        columns = start + tl.arange(0, BLOCK_V)
-        inside = columns < V
-        w_block_ptr = w_ptr + tl.cast(start, tl.int64) * stride_wv
+        all_inside = start + tl.arange(0, BLOCK_V) < V
+        # Afresh, or compilers compare `start` with labels in int64, too.
+        wide_start = tl.cast(afresh(start, start), tl.int64)
+        w_block_ptr = w_ptr + wide_start * stride_wv
         a = products(
-            x_block_ptr, w_block_ptr, bias_ptr, stride_xn, stride_wv, is_row, columns, inside, H,
-            HAS_BIAS, BLOCK_N, BLOCK_V, BLOCK_H,
-        )  # fmt: skip
+            x_block_ptr, w_block_ptr, stride_xn, stride_wv, is_row, all_inside, start, H, BLOCK_N, BLOCK_V, BLOCK_H
+        )
         of_block = pieces_of(a, BLOCK_N, BLOCK_V, PIECES)
         for i in tl.static_range(PIECES):  # registers do not hold what all of it becomes
-            z, slope = to_logits(of_block[i], INNER, OUTER)
-            v = i * PIECE_V + tl.arange(0, PIECE_V)
-            columns, inside = (start + v)[None, :], (start + v < V)[None, :]
-            is_label = (columns == label) & inside
-            at_label += tl.sum(tl.where(is_label, of_block[i], 0.0), axis=1)  # of one block alone
-            if STATS:
-                sum_z += tl.sum(tl.where(inside, z, 0.0), axis=1)
-                before = tl.where(inside & (columns < label), z, float("-inf"))
-                top_before = tl.maximum(top_before, tl.max(before, axis=1))
-            beside = tl.where(inside & (is_label == 0), z, float("-inf"))
-            top = tl.maximum(top, tl.max(beside, axis=1))
-            power = tl.fma(beside, LOG2_E, -shift[:, None])
-            e = tl.exp2(power)
-            total += tl.sum(e, axis=1)
-            if STATS:
-                # 2^x has reached 0 long before -1e4, and 0 times -inf is to be 0
-                sum_ez += tl.sum(e * tl.maximum(power, -1e4), axis=1)
-                part = e * SQUARED
-                sum_sq += tl.sum(part * part, axis=1)
-            if INNER is not None:
-                e = e * slope
-            e_block_ptr = e_ptr + tl.cast(start + i * PIECE_V, tl.int64) * stride_ev
-            e_place = rows[:, None] + tl.arange(0, PIECE_V)[None, :] * stride_ev
-            tl.store(e_block_ptr + e_place, e.to(e_ptr.dtype.element_ty), mask=is_written[:, None] & inside)
+            if start + i * PIECE_V < V:  # a branch also keeps what is computed of one piece apart from the next
+                columns = start + i * PIECE_V + tl.arange(0, PIECE_V)
+                of_piece = add_bias(of_block[i], bias_ptr, columns, V, HAS_BIAS)
+                z, slope = to_logits(of_piece, INNER, OUTER)
+                v, inside = columns[None, :], (columns < V)[None, :]
+                is_label = (v == label) & inside
+                at_label += tl.sum(tl.where(is_label, of_piece, 0.0), axis=1)  # of one block alone
+                if STATS:
+                    sum_z += tl.sum(tl.where(inside, z, 0.0), axis=1)
+                    before = tl.where(inside & (v < label), z, float("-inf"))
+                    top_before = tl.maximum(top_before, tl.max(before, axis=1))
+                beside = tl.where(inside & (is_label == 0), z, float("-inf"))
+                top = tl.maximum(top, tl.max(beside, axis=1))
+                power = tl.fma(beside, LOG2_E, -shift[:, None])
+                e = tl.exp2(power)
+                total += tl.sum(e, axis=1)
+                if STATS:
+                    # 2^x has reached 0 long before -1e4, and 0 times -inf is to be 0
+                    sum_ez += tl.sum(e * tl.maximum(power, -1e4), axis=1)
+                    part = e * SQUARED
+                    sum_sq += tl.sum(part * part, axis=1)
+                if INNER is not None:
+                    e = e * slope
+                e_block_ptr = e_ptr + (wide_start + i * PIECE_V) * stride_ev
+                e_place = rows[:, None] + tl.arange(0, PIECE_V)[None, :] * stride_ev
+                tl.store(e_block_ptr + e_place, e.to(e_ptr.dtype.element_ty), mask=is_written[:, None] & inside)
 
     at = part_ptr + own_split + rows
     if not AGAIN:

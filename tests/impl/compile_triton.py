@@ -42,10 +42,12 @@ from dpo_kernels.impl.triton_exponentials import (
     linear_dlogits_bwd_kernel,
     linear_exp_fwd_kernel,
     linear_pack_fwd_kernel,
+    packed_pieces,
     pieces,
     shifted_pieces,
 )
 from dpo_kernels.impl.triton_exponentials import MAX_BLOCK_H as MAX_ROW_BLOCK
+from dpo_kernels.impl.triton_exponentials import MAX_REGISTERS as MOST_REGISTERS
 from dpo_kernels.impl.triton_join import JOIN_ROWS, JOIN_SPLITS, join_kernel
 from dpo_kernels.impl.triton_linear import BLOCK_H, BLOCK_N, NUM_STAGES, NUM_WARPS, block_v, linear_fold_fwd_kernel
 from dpo_kernels.impl.triton_math import LOG2_E, shift_by
@@ -109,18 +111,18 @@ def cases(capability):
             yield f"fold logits {storage}{' stats' * stats}", logits_fwd_kernel, types, settings, ()
         yield f"dlogits logits {storage}", logits_bwd_kernel, types, common, ()
     for storage in ("bf16", "fp16") if everything else ("bf16",):
-        for name, (inner, outer) in transforms.items():
+        for name, (inner, outer) in (transforms | {"bias": (None, 1.0)}).items():
             for stats in (False, True):
                 if storage == "fp16" and (stats or name != "plain"):
                     continue
                 where = {
-                    "INNER": inner, "OUTER": outer, "HAS_BIAS": name == "softcap", "BLOCK_N": BLOCK_N,
+                    "INNER": inner, "OUTER": outer, "HAS_BIAS": name != "plain", "BLOCK_N": BLOCK_N,
                     "BLOCK_V": block_v(stats, name == "softcap", hopper=capability == 90), "BLOCK_H": BLOCK_H,
                     "num_warps": NUM_WARPS, "num_stages": NUM_STAGES,
                 }  # fmt: skip
                 types = dict.fromkeys(("x_ptr", "w_ptr", "bias_ptr"), f"*{storage}") | {"part_ptr": "*fp32"}
-                odd = ("V",) if name == "softcap" else ()
-                for slots in (False, True) if everything else (True,):
+                odd = ("V",) if name != "plain" else ()
+                for slots in () if name == "bias" else (False, True) if everything else (True,):
                     yield (
                         f"linear fold {storage} {name}{' stats' * stats}{' slots' * slots}",
                         linear_fold_fwd_kernel,
@@ -131,17 +133,19 @@ def cases(capability):
                 if storage == "fp16":
                     continue
                 types |= {"shift_ptr": "*fp32", "e_ptr": "*bf16"}
+                where["maxnreg"] = MOST_REGISTERS
                 where["BLOCK_V"] = block_v(False, name == "softcap", hopper=capability == 90)
                 count = shifted_pieces(where["BLOCK_V"])
-                yield (
-                    f"linear exp {name}{' stats' * stats}",
-                    linear_exp_fwd_kernel,
-                    types,
-                    {**where, "STATS": stats, "AGAIN": stats, "FAR": FAR, "SQUARED": SQUARED, "PIECES": count},
-                    odd,
-                )
+                for again in (False, True):
+                    yield (
+                        f"linear exp {name}{' stats' * stats}{' again' * again}",
+                        linear_exp_fwd_kernel,
+                        types,
+                        {**where, "STATS": stats, "AGAIN": again, "FAR": FAR, "SQUARED": SQUARED, "PIECES": count},
+                        odd,
+                    )
                 where["BLOCK_V"] = block_v(False, False, hopper=capability == 90)
-                where["PIECES"] = pieces(where["BLOCK_V"], name == "softcap")
+                where["PIECES"] = packed_pieces(where["BLOCK_V"], name == "softcap", ampere=capability == 80)
                 yield (
                     f"linear pack {name}{' stats' * stats}",
                     linear_pack_fwd_kernel,
@@ -151,6 +155,7 @@ def cases(capability):
                 )
                 if stats:
                     continue
+                where["PIECES"] = pieces(where["BLOCK_V"], name == "softcap")
                 yield (
                     f"linear dlogits {name}",
                     linear_dlogits_bwd_kernel,
@@ -186,7 +191,10 @@ def cases(capability):
 
 def is_shown(name, capability):
     """Without being asked for: of a product with and without a softcap and statistics, all four for Hopper, and two for
-    either of the others."""
+    either of the others. Of those with a bias, and of what is gone over again, those that need the most registers, once.
+    """
+    if "again" in name or "bias" in name:
+        return "stats" in name and capability == (100 if "pack" in name else 90)
     one_of_two = ("softcap" in name) != ("stats" in name)
     return capability == 90 or not name.startswith(PRODUCTS) or one_of_two == (capability == 80)
 

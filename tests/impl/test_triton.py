@@ -394,15 +394,7 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
     assert used and max(used.values()) <= (1 if path == "fused" else 2), used
 
 
-# Bytes that are put aside: once a row, or of the products' kernels once a block's product, and never in a loop over H.
-SPILLED = {
-    (80, "linear exp plain stats"): 8, (80, "linear pack plain stats"): 48, (80, "linear pack softcap"): 24,
-    (80, "linear pack softcap stats"): 8, (90, "linear exp plain stats"): 16, (90, "linear exp softcap"): 40,
-    (90, "linear exp softcap stats"): 40, (90, "linear pack plain stats"): 8, (90, "linear pack softcap"): 16,
-    (90, "linear pack softcap stats"): 40, (100, "linear exp softcap"): 8,
-    (100, "linear pack softcap"): 24, (100, "linear pack softcap stats"): 24,
-}  # fmt: skip
-MORE = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64  # of older assemblers
+MORE = 0 if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 7) else 64  # bytes that older assemblers spill
 SHARED_MEMORY = {80: 163, 90: 227, 100: 227}  # KiB of a block
 # Instructions for an entry of a row in the loop that folds it: the loop waits for them as soon as for memory.
 # (A third of those without a softcap are gone through in two blocks of a row alone, the label's and the last.)
@@ -427,18 +419,18 @@ ONE_OF_EACH = [
     [(90, ONE_OF_EACH, 9)]
     + [
         pytest.param(sm, ["without", *ONE_OF_EACH] if sm == 90 else [], expected, marks=pytest.mark.full)
-        for sm, expected in ((80, 25), (90, 37), (100, 25))
+        for sm, expected in ((80, 25), (90, 41), (100, 26))
     ],
 )
 def test_machine_code(sm, names, expected, tmp_path):
-    """Next to nothing spills, nothing is atomic, tiles move in 16 bytes, and the fused forward runs on tensor cores."""
+    """Nothing spills, nothing is atomic, tiles move in 16 bytes, and the fused forward runs on tensor cores."""
     done = forks.python(COMPILE, sm, *names, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0, done.stderr[-4000:]
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len({row["kernel"] for row in rows}) == len(rows) == expected
     for row in rows:
         kernel = row["kernel"]
-        assert row["stack"] <= SPILLED.get((sm, kernel), 0) + MORE and row["local"] == row["atomics"] == 0, row
+        assert row["stack"] <= MORE and row["local"] == row["atomics"] == 0, row
         if kernel.startswith("linear"):
             assert row["tensor_core"] > 0 and row["copy_to_shared"] > 0, row
             assert (row["hgmma"] > 0) == (sm == 90), row
