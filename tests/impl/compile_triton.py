@@ -191,8 +191,8 @@ def cases(capability):
 
 def is_shown(name, capability):
     """Without being asked for: of a product with and without a softcap and statistics, all four for Hopper, and two for
-    either of the others. Of those with a bias, and of what is gone over again, those that need the most registers, once.
-    """
+    either of the others. Of those with a bias, and of what is gone over again, those that need the most registers,
+    once."""
     if "again" in name or "bias" in name:
         return "stats" in name and capability == (100 if "pack" in name else 90)
     one_of_two = ("softcap" in name) != ("stats" in name)
