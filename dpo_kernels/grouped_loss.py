@@ -334,7 +334,8 @@ class GroupedLoss(torch.autograd.Function):
                 shards=g.shards,
             )
         losses, chosen_rewards, rejected_rewards, logps = g.joined(parts)
-        ctx.family, ctx.shape, ctx.at, ctx.slots = g.family, hidden.shape, g.rows.at, g.rows.slots
+        ctx.family, ctx.shape = g.family, hidden.shape
+        ctx.places = (g.rows.at, g.rows.slots) if ctx.needs_input_grad[0] else None
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
         ctx.set_materialize_grads(False)
         return g.given.mean(losses), losses, logps, chosen_rewards, rejected_rewards
@@ -358,13 +359,14 @@ class GroupedLoss(torch.autograd.Function):
             )
         # In place: a second [V, H] would double the memory of the gradient.
         formed, ctx.grads = ctx.grads, None
+        places, ctx.places = ctx.places, None
         # on other devices looking would be waiting
         if grads[0].device.type != "cpu" or grads[0].item() != 1:
             for grad in formed:
                 if grad is not None:
                     load(ctx.family).scale_(grad, grads[0])
         dx, dweight, dbias = formed
-        return None if dx is None else hidden_gradient(dx, ctx.shape, ctx.at, ctx.slots), dweight, dbias, None
+        return None if dx is None else hidden_gradient(dx, ctx.shape, *places), dweight, dbias, None
 
 
 def _without_autocast(device: str) -> AbstractContextManager[None]:

@@ -186,7 +186,7 @@ def linear_dpo_loss(
     refuse_transforms(hidden, weight, bias, labels, ref_logps, token_weights, pair_weights, lengths)
     ranks = ranks_of(sequence_group)
     check_parts(ranks, shift, weight, group)
-    head = Head(weight, bias, None)
+    head = Head(weight, bias, None)  # as `head_here` says without ranks, before all options are named for these
     if group is not None or is_dtensor(weight) or is_dtensor(bias):
         head = head_here(
             hidden, weight, labels, bias, group, logit_scale=logit_scale, softcap=softcap, temperature=temperature,

@@ -448,6 +448,8 @@ def _check_tensor(name: str, value: object) -> None:
 def check_switches(ignore_index: int, **switches: bool) -> None:
     if not isinstance(ignore_index, (int, torch.SymInt)) or isinstance(ignore_index, bool):
         raise ValueError(f"ignore_index: expected an integer, got {ignore_index!r}")
+    if isinstance(ignore_index, int) and not -(2**63) <= ignore_index < 2**63:
+        raise ValueError(f"ignore_index: expected an integer of 64 bits, got {ignore_index!r}")
     for name, value in switches.items():
         if not isinstance(value, bool):
             raise ValueError(f"{name}: expected True or False, got {value!r}")

@@ -767,6 +767,7 @@ MUTATIONS = {
         ),
         # gradients handed out twice
         Mutation(GROUPED_LOSS, "formed, ctx.grads = ctx.grads, None", "formed = ctx.grads", DPO_TESTS),
+        Mutation(GROUPED_LOSS, "places, ctx.places = ctx.places, None", "places = ctx.places", DPO_TESTS),
     ],
     "a head in shards": [
         # of equal logits on two ranks the last

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.utils.checkpoint
 from grids import IMPLS, covering
+from torch.utils._pytree import tree_leaves
 
 from dpo_kernels import dispatch, dpo_loss, linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.grouped_loss import LossSettings
@@ -646,6 +647,17 @@ def test_numbers_that_are_not_finite_are_named(chunk_bytes):
         inputs.ref_logps[2] = value
         with pytest.raises(ValueError, match=rf"ref_logps: expected finite .* got {value} for sequence 2 \(1 such\)"):
             fused(inputs, chunk_bytes=chunk_bytes)
+
+
+def test_what_is_kept_until_the_backward_and_not_longer():
+    """A loss may outlive it, as in a sum that is logged."""
+    for trained in (True, False):
+        inputs = head_inputs(4, 9)
+        inputs.hidden.requires_grad_(trained)
+        loss = fused(inputs).loss
+        assert (loss.grad_fn.places is not None) == trained
+        loss.backward()
+        assert not any(isinstance(value, torch.Tensor) for value in tree_leaves(vars(loss.grad_fn)))
 
 
 def test_second_backward():

@@ -421,6 +421,7 @@ def test_errors_name_the_argument(monkeypatch):
         r"softcap: expected a positive number or None, got True": {"softcap": True},
         r"temperature: expected a positive number, got inf": {"temperature": float("inf")},
         r"ignore_index: expected an integer, got True": {"ignore_index": True},
+        r"ignore_index: expected an integer of 64 bits, got 9": {"ignore_index": 2**63},
         r"shift: expected True or False, got 1": {"shift": 1},
         r"num_labelled: expected None or a count": {"num_labelled": -2},
         r"weight: expected a tensor, got NoneType": {"weight": None},

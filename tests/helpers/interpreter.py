@@ -53,26 +53,25 @@ def keep_types() -> None:
     """What is the same for all values of a type is made once, and what has one shape is not brought to one."""
     init_block, init_tensor = tl.block_type.__init__, tl.tensor.__init__
     broadcast, np_dtype = TritonSemantic.broadcast_impl_value, interpreter._get_np_dtype
-    blocks, shapes, of_shape, np_dtypes = {}, {}, {}, {}
+    blocks, of_shape, np_dtypes = {}, {}, {}
 
     def init_block_once(self, element_ty, shape):
         sizes = tuple(size.value if isinstance(size, tl.constexpr) else size for size in shape)
         key = element_ty.name, sizes
         if key not in blocks:
             init_block(self, element_ty, shape)
-            self.shape = shapes.setdefault(sizes, self.shape)  # one object, by which it is found below
             blocks[key] = vars(self).copy()
         vars(self).update(blocks[key], element_ty=element_ty)
 
     def init_tensor_once(self, handle, type):
         shape = type.shape if type.is_block() else ()
-        if id(shape) not in of_shape:
+        if shape not in of_shape:
             init_tensor(self, handle, type)
-            of_shape[id(shape)] = {"shape": self.shape, "numel": self.numel}
-        vars(self).update(of_shape[id(shape)], handle=handle, type=type, dtype=type.scalar)
+            of_shape[shape] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(of_shape[shape], handle=handle, type=type, dtype=type.scalar)
 
     def broadcast_others(self, lhs, rhs):
-        of_one_shape = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape is rhs.type.shape
+        of_one_shape = lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape == rhs.type.shape
         return (lhs, rhs) if of_one_shape else broadcast(self, lhs, rhs)
 
     def np_dtype_once(of):
