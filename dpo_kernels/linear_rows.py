@@ -112,9 +112,8 @@ class LinearTokenLogps(torch.autograd.Function):
         x, weight, bias, y, norm, logp = kept
         need = ctx.needs_input_grad[:3]
         if y.shape[0] == 0:
-            zeros = (t.new_zeros(shape) for t, shape in ((x, ctx.shape), (weight, weight.shape)))
-            formed = (*zeros, None if bias is None else torch.zeros_like(bias))
-            return (*(g if needed else None for g, needed in zip(formed, need, strict=True)), *nothing)
+            given = zip((x, weight, bias), (ctx.shape, weight.shape, weight.shape[:1]), need, strict=True)
+            return (*(t.new_zeros(shape) if needed else None for t, shape, needed in given), *nothing)
         with torch.autocast(x.device.type, enabled=False):
             dx, dweight, dbias = paths.linear_logps_bwd(
                 k,

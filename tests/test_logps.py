@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from exponentials import Operators
 from grids import covering
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, sequence_logps
@@ -440,3 +441,12 @@ def test_errors_name_the_argument(monkeypatch):
     ignored = inputs.hidden.detach().clone()
     ignored[inputs.labels == -100] = torch.nan
     assert torch.isfinite(broken(hidden=ignored).logps).all()
+
+
+def test_a_head_without_a_gradient_gets_none_without_labels(impl):
+    inputs = head_inputs(2, 3, 8, 1000)
+    hidden, weight, bias = inputs.hidden.detach(), inputs.weight.detach(), torch.zeros(1000, requires_grad=True)
+    logps = linear_sequence_logps(hidden, weight, torch.full((2, 3), -100), bias=bias).logps
+    with Operators() as operators:
+        logps.sum().backward()
+    assert torch.equal(bias.grad, torch.zeros(1000)) and operators.largest == 1000
