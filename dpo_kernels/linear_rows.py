@@ -108,7 +108,8 @@ class LinearTokenLogps(torch.autograd.Function):
             dx = dhidden * grad[sequence, position][:, None]
             if of.shards is not None and dx.numel():
                 of.shards.start_sum(dx)()
-            return (hidden_gradient(dx.to(ctx.dtype), ctx.shape, at, slots), None, None, *nothing)
+            dx = dx.to(ctx.dtype)  # nothing in fp32 is kept beside the gradient of all positions
+            return (hidden_gradient(dx, ctx.shape, at, slots), None, None, *nothing)
         x, weight, bias, y, norm, logp = kept
         need = ctx.needs_input_grad[:3]
         if y.shape[0] == 0:
