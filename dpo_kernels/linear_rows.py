@@ -108,13 +108,13 @@ class LinearTokenLogps(torch.autograd.Function):
             dx = dhidden * grad[sequence, position][:, None]
             if of.shards is not None and dx.numel():
                 of.shards.start_sum(dx)()
-            return (hidden_gradient(dx.to(ctx.dtype), ctx.shape, at, slots), None, None, *nothing)
+            dx = dx.to(ctx.dtype)  # nothing in fp32 is kept beside the gradient of all positions
+            return (hidden_gradient(dx, ctx.shape, at, slots), None, None, *nothing)
         x, weight, bias, y, norm, logp = kept
         need = ctx.needs_input_grad[:3]
         if y.shape[0] == 0:
-            zeros = (t.new_zeros(shape) for t, shape in ((x, ctx.shape), (weight, weight.shape)))
-            formed = (*zeros, None if bias is None else torch.zeros_like(bias))
-            return (*(g if needed else None for g, needed in zip(formed, need, strict=True)), *nothing)
+            given = zip((x, weight, bias), (ctx.shape, weight.shape, weight.shape[:1]), need, strict=True)
+            return (*(t.new_zeros(shape) if needed else None for t, shape, needed in given), *nothing)
         with torch.autocast(x.device.type, enabled=False):
             dx, dweight, dbias = paths.linear_logps_bwd(
                 k,

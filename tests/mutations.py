@@ -496,6 +496,7 @@ MUTATIONS = {
         # rows behind others; labels of another sequence; hidden states as if they lay one after the other
         Mutation(TRITON_ROWS, "n = first_row + tl.cumsum(", "n = tl.cumsum(", ROWS_TESTS),
         Mutation(TRITON_ROWS, "inside = (p < P) & (t + SHIFT < T)", "inside = p < P", ROWS_TESTS),
+        Mutation(TRITON_ROWS, "g, (n, h) = g.resolve_neg(), rows.shape", "n, h = rows.shape", ROWS_TESTS),
         Mutation(TRITON_LINEAR, "slot // T * stride_xr + slot % T * stride_xn", "slot * stride_xn", ROWS_TESTS),
         # infinite hidden states that a softcap hides; a wrong number of labels
         Mutation(TRITON_JOIN, "(at_label - at_label) != 0.0", "logp != logp", ROWS_TESTS),
@@ -625,6 +626,19 @@ MUTATIONS = {
         Mutation(POSITIONS_CU, "x[k] *= factor;", ";", "impl/test_found_rows.py -k 'cuda and put'"),
         Mutation(POSITIONS_CU, "g.at<float>(s, t)", "g.at<float>(s, 0)", "impl/test_found_rows.py -k 'cuda and put'"),
         Mutation("csrc/cuda/linear_fold.cu", "p.far[row] = 0;", ";", f"{CUDA_EXP_TESTS} -k 'far_logits_alone'"),
+        # marks of blocks that begin elsewhere than pairs of blocks do; gradients that PyTorch keeps negated
+        Mutation(
+            "csrc/cuda/linear_fold.cu",
+            "Epilogue::fold && p.far != nullptr)",
+            "Epilogue::fold && p.far != nullptr && row % kClusterRows == 0)",
+            f"{CUDA_EXP_TESTS} -k 'for_nothing'",
+        ),
+        Mutation(
+            "dpo_kernels/impl/cuda_positions.py",
+            "    g = g.resolve_neg()\n",
+            "",
+            "impl/test_found_rows.py -k 'cuda and put'",
+        ),
         Mutation(POSITIONS_CU, "if (is_last && of.predictors.data != nullptr) {", "if (false) {", CUDA_ROWS_TESTS),
         Mutation(POSITIONS_CU, "before == of.expected);", "before >= of.expected);", CUDA_ROWS_TESTS),
         Mutation(POSITIONS_CU, "__syncthreads();  // what was there has been read", "", CUDA_ROWS_TESTS),

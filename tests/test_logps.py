@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from exponentials import Operators
 from grids import covering
+from places import DEVICE
 
 from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, sequence_logps
 from dpo_kernels.impl.reference import eager_logits, eager_stats, eager_token_logps
-from dpo_kernels.testing import assert_within_budget, head_inputs, rms
+from dpo_kernels.testing import allocated, assert_within_budget, head_inputs, rms
 
 pytestmark = pytest.mark.usefixtures("impl")
 STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
@@ -441,3 +443,24 @@ def test_errors_name_the_argument(monkeypatch):
     ignored = inputs.hidden.detach().clone()
     ignored[inputs.labels == -100] = torch.nan
     assert torch.isfinite(broken(hidden=ignored).logps).all()
+
+
+def test_a_head_without_a_gradient_gets_none_without_labels(impl):
+    inputs = head_inputs(2, 3, 8, 1000)
+    hidden, weight, bias = inputs.hidden.detach(), inputs.weight.detach(), torch.zeros(1000, requires_grad=True)
+    logps = linear_sequence_logps(hidden, weight, torch.full((2, 3), -100), bias=bias).logps
+    with Operators() as operators:
+        logps.sum().backward()
+    assert torch.equal(bias.grad, torch.zeros(1000)) and operators.largest == 1000
+
+
+@pytest.mark.parametrize("impl", ["torch", "cpu"])
+@pytest.mark.skipif(DEVICE != "cpu", reason="memory of the CPU is measured")
+def test_a_gradient_in_fp32_is_freed_before_that_of_all_positions(impl):
+    """Of a frozen head, where no kernel puts rows to their places."""
+    if reason := dispatch.unavailable_reason(impl, torch.device("cpu")):
+        pytest.skip(reason)
+    hidden, weight = torch.randn(2, 64, 256).bfloat16().requires_grad_(), torch.randn(50, 256).bfloat16()
+    labels, places = torch.randint(50, (2, 64)), torch.arange(128).view(2, 64)
+    loss = linear_sequence_logps(hidden, weight, labels, predictors=places, impl=impl).logps.sum()
+    assert allocated(loss.backward).peak < 7 * hidden.numel()  # of 4 bytes, then 2 and 2: not of all three

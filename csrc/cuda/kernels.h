@@ -63,7 +63,8 @@ struct Parts {
   float* label;
   int64_t label_stride;
 };
-// Folds all of the vocabulary. `far`, if not null, is that of `Exponentials` to come, and becomes 0 where it is read.
+// Folds all of the vocabulary. `far` [N], if not null, is that of `Exponentials` to come, of rows that may lie in blocks
+// of any sizes: it becomes 0.
 void linear_fold(DType type, const LinearProduct&, const Parts&, bool stats, int* far, int processors, cudaStream_t);
 
 // Exponentials exp(z - shift) dz/da, without the scale's part, as [V, N] in 16 bits; 0 at the label. The sums that go

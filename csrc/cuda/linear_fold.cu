@@ -214,7 +214,7 @@ struct RowFold {
     if (kTo == Epilogue::shifted && p.again) return;
     write(kPartMax, top);
     if (kStats) write(kPartSumZ, sum_z);
-    if (kTo == Epilogue::fold && p.far != nullptr && row % kClusterRows == 0) p.far[row] = 0;
+    if (kTo == Epilogue::fold && p.far != nullptr) p.far[row] = 0;
     if (kTo == Epilogue::shifted && is_far(top, shift(), p.far_above)) p.far[row / kClusterRows * kClusterRows] = 1;
   }
 };

@@ -63,6 +63,7 @@ def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
 
 def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
     assert rows.is_contiguous() and out.is_contiguous() and rows.dtype == g.dtype == torch.float32
+    g = g.resolve_neg()
     with torch.cuda.device_of(rows):
         _cuda.put_rows(
             type_name(out), matrix(rows), of_positions(g), address(at.sequence), address(at.position), out.shape[1],

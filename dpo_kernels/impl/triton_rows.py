@@ -171,7 +171,7 @@ def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
 
 def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
     assert rows.is_contiguous() and out.is_contiguous() and rows.dtype == g.dtype == torch.float32
-    n, h = rows.shape
+    g, (n, h) = g.resolve_neg(), rows.shape
     if n:
         with torch.cuda.device_of(rows):
             put_rows_kernel[(n,)](

@@ -640,6 +640,15 @@ def test_rows_of_far_logits_alone_are_gone_over_again(kernels, monkeypatch):
     assert sweep.far[::256].tolist() == [0, 1, 0]
 
 
+def test_no_block_of_rows_is_gone_over_again_for_nothing(kernels, monkeypatch):
+    """Wherever it begins."""
+    x, weight, y = flat(head_inputs(1, 600, 16, 300, labelled=1.0).to(BF16))
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **options: new_empty(*args, **options).fill_(1))
+    sweep = kernels.exponentials(x, weight, None, y, LogitTransform(), (), 384, (300,), packed=False)
+    assert (sweep.far == 0).all()
+
+
 @pytest.fixture
 def recorded(kernels, monkeypatch):
     """Launches of kernels by name, and shapes of products."""

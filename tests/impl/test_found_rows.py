@@ -341,7 +341,10 @@ def test_rows_that_are_put_back(kernels, dtype, h):
     rows, wide = torch.randn(7, h, generator=draw), torch.randn(4, 22, generator=draw)
     place = torch.randperm(4 * 9, generator=draw)[:7].sort().values
     at = Rows(place // 9, place % 9)
-    for g in (wide[:, :9].contiguous(), wide[:, 2:20:2], wide[:, :9].T.contiguous().T, wide[:, :1].expand(4, 9)):
+    negative = torch.complex(wide, -wide).conj().imag[:, :9]
+    assert negative.is_neg()
+    transposed = wide[:, :9].T.contiguous().T
+    for g in (wide[:, :9].contiguous(), wide[:, 2:20:2], transposed, wide[:, :1].expand(4, 9), negative):
         out = torch.full((4, 9, h), 5.0, dtype=dtype)
         expected = out.clone()
         expected[at.sequence, at.position] = (rows * g[at.sequence, at.position][:, None]).to(dtype)
