@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "finish.h"
+#include "positions.h"
 #include "tiles.h"
 
 namespace dpo_kernels {
@@ -29,6 +30,15 @@ inline DType dtype_of(const std::string& name) {
   if (name == "bfloat16") return DType::bf16;
   if (name == "float16") return DType::f16;
   throw std::invalid_argument("dtype: expected float32, float64, bfloat16 or float16, got '" + name + "'");
+}
+
+inline LabelType label_type_of(const std::string& name) {
+  if (name == "int64") return LabelType::i64;
+  if (name == "int32") return LabelType::i32;
+  if (name == "int16") return LabelType::i16;
+  if (name == "int8") return LabelType::i8;
+  if (name == "uint8") return LabelType::u8;
+  throw std::invalid_argument("dtype: expected int64, int32, int16, int8 or uint8, got '" + name + "'");
 }
 
 inline Stats stats_of(const std::vector<int>& names) {
@@ -51,6 +61,15 @@ inline void define_operands(py::module_& m) {
   py::class_<LogitsRows>(m, "LogitsRows", local)
       .def(py::init([](Address data, int64_t stride_s, int64_t stride_t, int64_t stride_v) {
         return LogitsRows{as<void>(data), stride_s, stride_t, stride_v};
+      }));
+  py::class_<Positions>(m, "Positions", local).def(py::init([](Address data, int64_t stride_s, int64_t stride_t) {
+    return Positions{as<const void>(data), stride_s, stride_t};
+  }));
+  py::class_<Search>(m, "Search", local)
+      .def(py::init([](const Positions& labels, int64_t sequences, int64_t length, int shift,
+                       int64_t ignore_index, int64_t v, int64_t expected, const Positions& predictors,
+                       int64_t slots, bool asserts) {
+        return Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots, asserts};
       }));
 }
 

@@ -9,6 +9,24 @@ class FoldState:
 class Tile:
     def __init__(self, a: int, n: int, v: int, start: int, y: int, bias: int, transform: Transform) -> None: ...
 
+class Positions:
+    def __init__(self, data: int, stride_s: int, stride_t: int) -> None: ...
+
+class Search:
+    def __init__(
+        self,
+        labels: Positions,
+        sequences: int,
+        length: int,
+        shift: int,
+        ignore_index: int,
+        v: int,
+        expected: int,
+        predictors: Positions,
+        slots: int,
+        asserts: bool,
+    ) -> None: ...
+
 class LogitsRows:
     def __init__(self, data: int, stride_s: int, stride_t: int, stride_v: int) -> None: ...
 
@@ -52,26 +70,7 @@ def finish(
 ) -> None: ...
 def transpose(a: int, out: int, n: int, v: int, threads: int) -> None: ...
 def find_rows(
-    label_type: str,
-    labels: int,
-    label_stride_s: int,
-    label_stride_t: int,
-    sequences: int,
-    length: int,
-    shift: int,
-    ignore_index: int,
-    v: int,
-    expected: int,
-    predictors: int,
-    predictor_stride_s: int,
-    predictor_stride_t: int,
-    slots: int,
-    rows: int,
-    capacity: int,
-    logp: int,
-    values: int,
-    stats: int,
-    notes: int,
+    dtype: str, search: Search, rows: int, capacity: int, logp: int, values: int, stats: int, notes: int
 ) -> None: ...
 def gather_rows(
     dtype: str, hidden: LogitsRows, of_sequence: int, h: int, slots: int, n: int, out: int, broken: int, threads: int

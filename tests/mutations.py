@@ -648,7 +648,10 @@ MUTATIONS = {
         Mutation(EXP_CU, "out.places == nullptr ? row : out.places[row]", "row", CUDA_ROWS_TESTS),
         Mutation(EXP_CU, "out.places == nullptr ? n : out.positions", "n", CUDA_ROWS_TESTS),
         # the same on the CPU
-        Mutation(POSITIONS_CPP, "t + of.shift < of.length ?", "true ?", CPU_ROWS_TESTS),
+        Mutation(
+            NATIVE, "spans(rows.shape[0], PUT_ROWS)", "spans(rows.shape[0], 2**30)", "impl/test_native.py -k put_back"
+        ),
+        Mutation(POSITIONS_CPP, "predicts = t + of.shift < of.length;", "predicts = true;", CPU_ROWS_TESTS),
         Mutation(POSITIONS_CPP, "0 <= label && label < of.v", "label < of.v", CPU_ROWS_TESTS),
         Mutation(POSITIONS_CPP, "0 <= slot && slot < of.slots", "slot < of.slots", CPU_ROWS_TESTS),
         Mutation(POSITIONS_CPP, "n == of.expected)", "n >= of.expected)", CPU_ROWS_TESTS),

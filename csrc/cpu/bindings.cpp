@@ -10,7 +10,6 @@
 
 #include "../operands.h"
 #include "kernels.h"
-#include "positions.h"
 
 using namespace dpo_kernels;
 
@@ -137,20 +136,9 @@ PYBIND11_MODULE(_native, m) {
       release_gil());
   m.def(
       "find_rows",
-      [](const std::string& label_type, Address labels, int64_t label_stride_s, int64_t label_stride_t,
-         int64_t sequences, int64_t length, int64_t shift, int64_t ignore_index, int64_t v, int64_t expected,
-         Address predictors, int64_t predictor_stride_s, int64_t predictor_stride_t, int64_t slots, Address rows,
-         int64_t capacity, Address logp, Address values, int64_t stats, Address notes) {
-        find_rows(label_type,
-                  {{as<const void>(labels), label_stride_s, label_stride_t},
-                   sequences,
-                   length,
-                   shift,
-                   ignore_index,
-                   v,
-                   expected,
-                   {as<const void>(predictors), predictor_stride_s, predictor_stride_t},
-                   slots},
+      [](const std::string& dtype, const Search& search, Address rows, int64_t capacity, Address logp, Address values,
+         int stats, Address notes) {
+        find_rows(label_type_of(dtype), search,
                   {as<int64_t>(rows), capacity, as<float>(logp), as<float>(values), stats, as<int64_t>(notes)});
       },
       release_gil());

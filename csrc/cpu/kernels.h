@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../finish.h"
+#include "../positions.h"
 #include "../tiles.h"
 
 namespace dpo_kernels {
@@ -43,6 +44,13 @@ struct Kernels {
 const Kernels* baseline_kernels();
 const Kernels* avx2_kernels();
 const Kernels* avx512_kernels();
+
+// Looks for labelled rows.
+void find_rows(LabelType, const Search&, const FoundRows&);
+// Of hidden states [R, `of_sequence`, H], those in `slots` [n] of the flat [R U], to out [n, H]; `broken` becomes 1 if one
+// of their numbers is not finite.
+void gather_rows(DType, const LogitsRows& hidden, int64_t of_sequence, int64_t h, const int64_t* slots, int64_t n,
+                 void* out, int64_t* broken, int threads);
 
 // Functions of the OpenMP runtime that this process has loaded; all null until `set_openmp`.
 struct OpenMP {

@@ -1,5 +1,6 @@
-#include "positions.h"
-
+// Labelled rows found and copied, by one thread and by all.
+//
+// Dimensions: S sequences of T positions, N labelled rows, K statistics; R sequences of U hidden states of H numbers.
 #include <atomic>
 #include <cstring>
 #include <stdexcept>
@@ -16,27 +17,29 @@ void find(const Search& of, const FoundRows& out) {
   bool fits = true;
   for (int64_t s = 0; s < of.sequences; ++s) {
     for (int64_t t = 0; t < of.length; ++t, ++place) {
-      const int64_t label = t + of.shift < of.length ? of.labels.at<L>(s, t + of.shift) : of.ignore_index;
+      const bool predicts = t + of.shift < of.length;
+      const int64_t label = predicts ? static_cast<int64_t>(of.labels.at<L>(s, t + of.shift)) : of.ignore_index;
       if (label == of.ignore_index) {
         out.logp[place] = 0;
-        for (int64_t k = 0; k < out.stats; ++k) out.values[k * positions + place] = 0;
+        for (int k = 0; k < out.stats; ++k) out.values[k * positions + place] = 0;
         continue;
       }
       const int64_t slot = of.predictors.data ? of.predictors.at<int64_t>(s, t) : place;
       fits &= 0 <= label && label < of.v && 0 <= slot && slot < of.slots;
       if (n < out.capacity) {
         int64_t* row = out.rows + n;
-        for (const int64_t field : {s, t, place, label, slot}) {
-          *row = field;
-          row += out.capacity;
-        }
+        row[kRowSequence * out.capacity] = s;
+        row[kRowPosition * out.capacity] = t;
+        row[kRowPlace * out.capacity] = place;
+        row[kRowLabel * out.capacity] = label;
+        row[kRowSlot * out.capacity] = slot;
       }
       ++n;
     }
   }
-  out.notes[0] = n;
-  out.notes[1] = fits && (of.expected < 0 || n == of.expected);
-  out.notes[2] = 0;
+  out.notes[kNoteCount] = n;
+  out.notes[kNoteFits] = fits && (of.expected < 0 || n == of.expected);
+  out.notes[kNoteBroken] = 0;
 }
 
 // Infinity and NaN have every bit of the exponent. `Bits`: an integer of the size of S.
@@ -78,13 +81,19 @@ void gather(const LogitsRows& hidden, int64_t of_sequence, int64_t h, const int6
 
 }  // namespace
 
-void find_rows(const std::string& label_type, const Search& of, const FoundRows& out) {
-  if (label_type == "int64") return find<int64_t>(of, out);
-  if (label_type == "int32") return find<int32_t>(of, out);
-  if (label_type == "int16") return find<int16_t>(of, out);
-  if (label_type == "int8") return find<int8_t>(of, out);
-  if (label_type == "uint8") return find<uint8_t>(of, out);
-  throw std::invalid_argument("label_type: expected a signed integer or uint8, got '" + label_type + "'");
+void find_rows(LabelType type, const Search& of, const FoundRows& out) {
+  switch (type) {
+    case LabelType::i64:
+      return find<int64_t>(of, out);
+    case LabelType::i32:
+      return find<int32_t>(of, out);
+    case LabelType::i16:
+      return find<int16_t>(of, out);
+    case LabelType::i8:
+      return find<int8_t>(of, out);
+    case LabelType::u8:
+      return find<uint8_t>(of, out);
+  }
 }
 
 void gather_rows(DType type, const LogitsRows& hidden, int64_t of_sequence, int64_t h, const int64_t* slots, int64_t n,

@@ -11,15 +11,6 @@
 namespace py = pybind11;
 using namespace dpo_kernels;
 
-static cuda::LabelType label_type_of(const std::string& name) {
-  if (name == "int64") return cuda::LabelType::i64;
-  if (name == "int32") return cuda::LabelType::i32;
-  if (name == "int16") return cuda::LabelType::i16;
-  if (name == "int8") return cuda::LabelType::i8;
-  if (name == "uint8") return cuda::LabelType::u8;
-  throw std::invalid_argument("dtype: expected int64, int32, int16, int8 or uint8, got '" + name + "'");
-}
-
 PYBIND11_MODULE(_cuda, m) {
   using release_gil = py::call_guard<py::gil_scoped_release>;
   define_operands(m);
@@ -35,8 +26,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("LABEL_FIELDS") = static_cast<int>(cuda::kLabelFields);
   m.attr("LABEL_STATS_FIELDS") = static_cast<int>(cuda::kLabelStatsFields);
   m.attr("FACTORS") = static_cast<int>(cuda::kFactors);
-  m.attr("ROW_FIELDS") = static_cast<int>(cuda::kRowFields);
-  m.attr("NOTES") = static_cast<int>(cuda::kNotes);
+  m.attr("ROW_FIELDS") = static_cast<int>(kRowFields);
+  m.attr("NOTES") = static_cast<int>(kNotes);
 
   const auto local = py::module_local();
   py::class_<cuda::GradRows>(m, "GradRows", local)
@@ -48,27 +39,17 @@ PYBIND11_MODULE(_cuda, m) {
         return cuda::Matrix{as<void>(data), rows, columns, stride};
       }));
 
-  py::class_<cuda::Positions>(m, "Positions", local).def(py::init([](Address data, int64_t stride_s, int64_t stride_t) {
-    return cuda::Positions{as<const void>(data), stride_s, stride_t};
-  }));
   py::class_<cuda::Labels>(m, "Labels", local)
       .def(py::init([](Address data, int64_t stride_s, int64_t stride_t, int64_t sequences, int64_t length,
                        int64_t ignore_index) {
         return cuda::Labels{as<const int64_t>(data), stride_s, stride_t, sequences, length, ignore_index};
       }));
 
-  py::class_<cuda::Search>(m, "Search", local)
-      .def(py::init([](const cuda::Positions& labels, int64_t sequences, int64_t length, int shift,
-                       int64_t ignore_index, int64_t v, int64_t expected, const cuda::Positions& predictors,
-                       int64_t slots, bool asserts) {
-        return cuda::Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots, asserts};
-      }));
-
   m.def(
       "find_rows",
-      [](const std::string& dtype, const cuda::Search& search, Address rows, int64_t capacity, Address logp,
+      [](const std::string& dtype, const Search& search, Address rows, int64_t capacity, Address logp,
          Address values, int stats, Address notes, Address stream) {
-        const cuda::FoundRows out{as<int64_t>(rows),  capacity, as<float>(logp),
+        const FoundRows out{as<int64_t>(rows),  capacity, as<float>(logp),
                                   as<float>(values), stats,    as<int64_t>(notes)};
         cuda::find_rows(label_type_of(dtype), search, out, as<CUstream_st>(stream));
       },
@@ -83,7 +64,7 @@ PYBIND11_MODULE(_cuda, m) {
       release_gil());
   m.def(
       "put_rows",
-      [](const std::string& out_dtype, const cuda::Matrix& rows, const cuda::Positions& g, Address sequence,
+      [](const std::string& out_dtype, const cuda::Matrix& rows, const Positions& g, Address sequence,
          Address position, int64_t length, Address out, Address stream) {
         cuda::put_rows(dtype_of(out_dtype), rows, g, as<const int64_t>(sequence), as<const int64_t>(position), length,
                        as<void>(out), as<CUstream_st>(stream));
@@ -129,7 +110,7 @@ PYBIND11_MODULE(_cuda, m) {
   m.def(
       "logits_bwd",
       [](const std::string& dtype, const LogitsRows& logits, const LogitsRows& out, const cuda::Labels& labels,
-         int64_t v, Address norm, Address logp, const cuda::Positions& g, Address stream) {
+         int64_t v, Address norm, Address logp, const Positions& g, Address stream) {
         cuda::logits_bwd(dtype_of(dtype), logits, out, labels, v, as<const void>(norm), as<const void>(logp), g,
                          as<CUstream_st>(stream));
       },
@@ -217,16 +198,16 @@ PYBIND11_MODULE(_cuda, m) {
       release_gil());
   m.def(
       "sum_tokens",
-      [](const std::string& dtype, const cuda::Positions& logps, const cuda::Labels& labels,
-         const cuda::Positions& weights, bool mean, Address sums, Address counts, Address stream) {
+      [](const std::string& dtype, const Positions& logps, const cuda::Labels& labels,
+         const Positions& weights, bool mean, Address sums, Address counts, Address stream) {
         cuda::sum_tokens(dtype_of(dtype), logps, labels, weights, mean, as<void>(sums), as<int64_t>(counts),
                          as<CUstream_st>(stream));
       },
       release_gil());
   m.def(
       "sum_tokens_bwd",
-      [](const std::string& dtype, Address grad, int64_t grad_stride, const cuda::Positions& logps,
-         const cuda::Labels& labels, const cuda::Positions& weights, Address counts, Address dlogps, Address dweights,
+      [](const std::string& dtype, Address grad, int64_t grad_stride, const Positions& logps,
+         const cuda::Labels& labels, const Positions& weights, Address counts, Address dlogps, Address dweights,
          Address stream) {
         cuda::sum_tokens_bwd(dtype_of(dtype), as<const void>(grad), grad_stride, logps, labels, weights,
                              as<const int64_t>(counts), as<void>(dlogps), as<void>(dweights), as<CUstream_st>(stream));

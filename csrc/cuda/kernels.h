@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include "../finish.h"
+#include "../positions.h"
 #include "../tiles.h"
 
 namespace dpo_kernels::cuda {
@@ -139,16 +140,6 @@ void linear_dweight(const Weighed& of, const Matrix& x, DType out_type, const Ma
 void dhidden(DType out_type, const Matrix& sums, const Matrix& w, const int64_t* y, const float* scale,
              const float* label, void* out, cudaStream_t);
 
-// Numbers of positions [S, T] that lie apart as strides say; no data: none.
-struct Positions {
-  const void* data;
-  int64_t stride_s, stride_t;
-
-  template <class T>
-  DPO_HOST_DEVICE T at(int64_t s, int64_t t) const {
-    return static_cast<const T*>(data)[s * stride_s + t * stride_t];
-  }
-};
 struct Labels {  // of fewer than 2^31 positions
   const int64_t* data;
   int64_t stride_s, stride_t, sequences, length, ignore_index;
@@ -156,31 +147,7 @@ struct Labels {  // of fewer than 2^31 positions
   DPO_HOST_DEVICE int64_t count() const { return sequences * length; }
   DPO_HOST_DEVICE int64_t at(int64_t s, int64_t t) const { return data[s * stride_s + t * stride_t]; }
 };
-// What is looked for among labels [S, T] of integers: those that are not ignored, which are to be among the v entries,
-// and `expected` of them unless that is negative. With shift 1, what is predicted at t is the label at t + 1. The hidden
-// state that does lies where `predictors` say, if they have data, among `slots` places; else at the position itself.
-// Fewer than 2^30 positions.
-enum class LabelType { i64, i32, i16, i8, u8 };
-struct Search {
-  Positions labels;
-  int64_t sequences, length;
-  int shift;
-  int64_t ignore_index, v, expected;
-  Positions predictors;
-  int64_t slots;
-  bool asserts;  // that all is as it should be: else the notes alone say so
-};
-// Field f of labelled row n goes to rows[f * capacity + n], of no more than `capacity` of them; 0 to logp [S, T] and to
-// `stats` tables [S, T] of values at all other positions; and the notes. See dpo_kernels/impl/positions.py.
-enum RowField { kRowSequence, kRowPosition, kRowPlace, kRowLabel, kRowSlot, kRowFields };
-enum Note { kNoteCount, kNoteFits, kNoteBroken, kNotes };
-struct FoundRows {
-  int64_t* rows;
-  int64_t capacity;
-  float *logp, *values;
-  int stats;
-  int64_t* notes;
-};
+// Looks for labelled rows.
 void find_rows(LabelType type, const Search&, const FoundRows&, cudaStream_t);
 // Of hidden states [R, `of_sequence`, H], those in `slots` of the flat [R U], which has fewer than 2^31 of them, to
 // out [N, H]; `broken` becomes 1 if one of their numbers is not finite.

@@ -34,6 +34,8 @@ from dpo_kernels.impl.products import scale_ as scale_
 TILE_BYTES = 8 * 2**20
 # Of a fold's state, in fp64, and of a label.
 NUMBER_BYTES = 8
+# Rows that are put back at a time: what they are before they are rounded is no copy of them all.
+PUT_ROWS = 1024
 
 
 def description() -> str:
@@ -260,14 +262,19 @@ def _rows(rows: Rows, y: Tensor, v: int) -> tuple[_native.Rows, tuple[Tensor, ..
     return _native.Rows(sequence, position, labels, y.shape[0], v), kept
 
 
+def _positions(t: Tensor | None) -> _native.Positions:
+    return _native.Positions(0, 0, 0) if t is None else _native.Positions(_address(t), *t.stride())
+
+
 def _find(of: positions.Search, found: FoundRows, notes: Tensor) -> None:
-    labels, predictors, table, stats = of.labels, of.predictors, found.table, found.stats
-    (s, t), (stride_s, stride_t) = labels.shape, labels.stride()
-    by_s, by_t = (0, 0) if predictors is None else predictors.stride()
+    labels, table, (s, t) = of.labels, found.table, of.labels.shape
+    search = _native.Search(
+        _positions(labels), s, t, int(of.shift), of.ignore_index, of.vocab_size, of.expected,
+        _positions(of.predictors), of.slots, of.asserts,
+    )  # fmt: skip
     _native.find_rows(
-        _type(labels), _address(labels), stride_s, stride_t, s, t, of.shift, of.ignore_index, of.vocab_size,
-        of.expected, _address(predictors), by_s, by_t, of.slots, _address(table), table.shape[1],
-        _address(found.token_logps), _address(stats), stats.shape[0], _address(notes),
+        _type(labels), search, _address(table), table.shape[1], _address(found.token_logps), _address(found.stats),
+        found.stats.shape[0], _address(notes),
     )  # fmt: skip
 
 
@@ -298,7 +305,9 @@ def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
 
 
 def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
-    out[at.sequence, at.position] = (rows * g[at.sequence, at.position, None]).to(out.dtype)
+    for span in spans(rows.shape[0], PUT_ROWS):
+        s, t = at.sequence[span], at.position[span]
+        out[s, t] = (rows[span] * g[s, t, None]).to(out.dtype)
 
 
 def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:
