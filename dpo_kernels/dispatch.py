@@ -200,6 +200,11 @@ def finds_rows(family: str) -> bool:
     return impl_of(family) != "torch"
 
 
+def puts_rows(family: str) -> bool:
+    """Whether the family has a kernel that puts rows in fp32 to their positions."""
+    return impl_of(family) in _FOR_GPUS
+
+
 def paths_of(family: str) -> tuple[str, ...]:
     """The paths of which the family has kernels of its own."""
     if not is_fused(family):

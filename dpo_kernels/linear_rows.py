@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.dispatch import is_fused, load
+from dpo_kernels.dispatch import is_fused, load, puts_rows
 from dpo_kernels.impl import exponential_paths, paths
 from dpo_kernels.impl.interface import GradRows, LogitTransform, Rows, Shards
 from dpo_kernels.ops import refuse_second_derivative
-from dpo_kernels.rows import LabelledRows, check_finite, hidden_gradient
+from dpo_kernels.rows import LabelledRows, check_finite, hidden_gradient, scaled_gradient
 
 
 class LinearOptions(NamedTuple):
@@ -53,7 +53,7 @@ class LinearTokenLogps(torch.autograd.Function):
         if of.check_hidden:
             check_finite(x, rows, of.waits)
         # not `rows`, which hold what comes out of here
-        ctx.of, ctx.shape, ctx.dtype, ctx.found = of, hidden.shape, hidden.dtype, rows.found is not None
+        ctx.of, ctx.shape, ctx.dtype = of, hidden.shape, hidden.dtype
         ctx.set_materialize_grads(False)
         where, found = (*rows.at, rows.slots), rows.found
         fused = is_fused(of.family) and of.shards is None
@@ -101,15 +101,18 @@ class LinearTokenLogps(torch.autograd.Function):
         at, k = Rows(sequence, position), load(of.family)
         if of.with_dhidden:
             (dhidden,) = kept
-            if ctx.found and slots is None and of.shards is None and dhidden.dtype == grad.dtype == torch.float32:
+            if of.shards is not None:
+                dx = dhidden * grad[sequence, position, None]
+                if dx.numel():
+                    of.shards.start_sum(dx)()
+                dx = dx.to(ctx.dtype)  # nothing in fp32 is kept beside the gradient of all positions
+                return (hidden_gradient(dx, ctx.shape, at, slots), None, None, *nothing)
+            if slots is None and puts_rows(of.family) and dhidden.dtype == torch.float32:
                 out = dhidden.new_zeros(ctx.shape, dtype=ctx.dtype)
                 k.put_rows(dhidden, grad, at, out)
-                return (out, None, None, *nothing)
-            dx = dhidden * grad[sequence, position][:, None]
-            if of.shards is not None and dx.numel():
-                of.shards.start_sum(dx)()
-            dx = dx.to(ctx.dtype)  # nothing in fp32 is kept beside the gradient of all positions
-            return (hidden_gradient(dx, ctx.shape, at, slots), None, None, *nothing)
+            else:
+                out = scaled_gradient(dhidden, grad, ctx.shape, ctx.dtype, at, slots)
+            return (out, None, None, *nothing)
         x, weight, bias, y, norm, logp = kept
         need = ctx.needs_input_grad[:3]
         if y.shape[0] == 0:

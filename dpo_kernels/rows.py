@@ -9,9 +9,13 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.dispatch import finds_rows, load
+from dpo_kernels.impl.blocks import spans
 from dpo_kernels.impl.interface import FoundRows, Rows
 from dpo_kernels.impl.positions import labelled_rows
 from dpo_kernels.options import is_finite
+
+# Rows of the gradient of hidden states that are scaled at a time.
+PUT_ROWS = 1024
 
 
 class LabelledRows(NamedTuple):
@@ -124,15 +128,32 @@ def hidden_gradient(dx: Tensor, shape: torch.Size, at: Rows, slots: Tensor | Non
     [R U]. A slot may be that of several rows, as a prompt's end is of all responses to it: these are added in a fixed
     order."""
     dhidden = dx.new_zeros(shape)
-    if slots is None:
-        dhidden[at.sequence, at.position] = dx
-        return dhidden
-    flat = dhidden.view(-1, shape[-1])
-    if flat.device.type == "cpu":  # index_put_ takes one number after the other there
-        flat.index_add_(0, slots, dx)
-    else:  # index_add_ adds in any order elsewhere
-        flat.index_put_((slots,), dx, accumulate=True)
+    _put_(dhidden, dx, at, slots, slice(None))
     return dhidden
+
+
+def scaled_gradient(
+    rows: Tensor, g: Tensor, shape: torch.Size, dtype: torch.dtype, at: Rows, slots: Tensor | None
+) -> Tensor:
+    """The same of rows [N, H] times what g [S, T] holds at their positions, each number rounded once; without a copy of
+    them all."""
+    dhidden = rows.new_zeros(shape, dtype=dtype)
+    for span in spans(rows.shape[0], PUT_ROWS):
+        factor = g[at.sequence[span], at.position[span], None]
+        _put_(dhidden, (rows[span] * factor).to(dtype), at, slots, span)
+    return dhidden
+
+
+def _put_(dhidden: Tensor, dx: Tensor, at: Rows, slots: Tensor | None, span: slice) -> None:
+    """Of the rows of this span."""
+    if slots is None:
+        dhidden[at.sequence[span], at.position[span]] = dx
+        return
+    flat = dhidden.view(-1, dhidden.shape[-1])
+    if flat.device.type == "cpu":  # index_put_ takes one number after the other there
+        flat.index_add_(0, slots[span], dx)
+    else:  # index_add_ adds in any order elsewhere
+        flat.index_put_((slots[span],), dx, accumulate=True)
 
 
 class GatherRows(torch.autograd.Function):

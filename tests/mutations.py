@@ -104,7 +104,7 @@ TRITON_EXP, EXP_TESTS = "dpo_kernels/impl/triton_exponentials.py", "impl/test_tr
 NATIVE_TESTS = "impl/test_native.py -k 'not outside'"
 CUDA_TESTS = "impl/test_cuda.py -k 'not machine_code'"
 TRITON_ROWS, ROWS_TESTS = "dpo_kernels/impl/triton_rows.py", "impl/test_found_rows.py impl/test_path_a.py -k triton"
-POSITIONS_CPP, CPU_ROWS_TESTS = "csrc/cpu/positions.cpp", "impl/test_found_rows.py -k cpu"
+POSITIONS_CPP, CPU_ROWS_TESTS = "csrc/cpu/labelled_rows.cpp", "impl/test_found_rows.py -k cpu"
 POSITIONS_CU, CUDA_ROWS_TESTS = "csrc/cuda/positions.cu", "impl/test_found_rows.py impl/test_path_a.py -k cuda"
 TRITON_TESTS = "impl/test_triton.py -k 'not machine_code and not every_batch'"
 CONSUMERS = "test_logps.py test_linear_dpo.py test_numerics.py"
@@ -649,7 +649,7 @@ MUTATIONS = {
         Mutation(EXP_CU, "out.places == nullptr ? n : out.positions", "n", CUDA_ROWS_TESTS),
         # the same on the CPU
         Mutation(
-            NATIVE, "spans(rows.shape[0], PUT_ROWS)", "spans(rows.shape[0], 2**30)", "impl/test_native.py -k put_back"
+            GATHER, "spans(rows.shape[0], PUT_ROWS)", "spans(rows.shape[0], 2**30)", "test_logps.py -k fp32_is_that"
         ),
         Mutation(POSITIONS_CPP, "predicts = t + of.shift < of.length;", "predicts = true;", CPU_ROWS_TESTS),
         Mutation(POSITIONS_CPP, "0 <= label && label < of.v", "label < of.v", CPU_ROWS_TESTS),
@@ -746,8 +746,8 @@ MUTATIONS = {
         # memory that nobody wrote to
         Mutation(
             GATHER,
-            "dhidden = dx.new_zeros(shape)\n    if",
-            "dhidden = dx.new_empty(shape)\n    if",
+            "dhidden = dx.new_zeros(shape)\n",
+            "dhidden = dx.new_empty(shape)\n",
             "test_numerics.py -k 'torch and uninit'",
         ),
         Mutation(TORCH, "    out[others.sequence, others.position] = 0\n", "", LOGPS_TESTS),
@@ -2159,11 +2159,11 @@ MUTATIONS = {
         # WPO of sequences, not of pairs
         Mutation(GROUPED_LOSS, "(torch.cat(split(t)) for t in", "(t for t in", COMPARED),
         # one label of a slot teaches it, and what none does has a gradient
-        Mutation(GATHER, "flat.index_add_(0, slots, dx)", "flat[slots] = dx", PREDICTED),
+        Mutation(GATHER, "flat.index_add_(0, slots[span], dx)", "flat[slots[span]] = dx", PREDICTED),
         Mutation(
             GATHER,
-            "flat = dhidden.view(-1, shape[-1])",
-            "flat = dhidden.fill_(7.0).view(-1, shape[-1])",
+            "flat = dhidden.view(-1, dhidden.shape[-1])",
+            "flat = dhidden.fill_(7.0).view(-1, dhidden.shape[-1])",
             PREDICTED,
         ),
         # places one behind the end, and of no label

@@ -275,7 +275,7 @@ class TileKernels(Protocol):
         """The labelled rows of labels [S, T] of any integers, and tables for log-probabilities and so many statistics.
         `predictors` [S, T] lie among `slots` places. None where there is no kernel for these, or where labels,
         predictors or their number are found to be wrong; a device that is not waited for asserts that they are right.
-        This function and the next two need be there where `dispatch.finds_rows` says so."""
+        This function and the next need be there where `dispatch.finds_rows` says so."""
 
     def gather_rows(self, hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
         """[N, H] of hidden states [R, U, H] that lie anyhow, those in `slots` [N] of the flat [R U]. `broken` becomes 1
@@ -283,7 +283,7 @@ class TileKernels(Protocol):
 
     def put_rows(self, rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
         """Writes each of rows [N, H] in fp32, times the number of g [S, T] at its position, to that position of `out`
-        [S, T, H], which is contiguous; each is rounded once."""
+        [S, T, H], which is contiguous; each is rounded once. Where `dispatch.puts_rows` says so."""
 
     def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
         """Whether there are `exponentials` and `recomputed` for rows of this dtype and this weight. The functions from

@@ -34,8 +34,6 @@ from dpo_kernels.impl.products import scale_ as scale_
 TILE_BYTES = 8 * 2**20
 # Of a fold's state, in fp64, and of a label.
 NUMBER_BYTES = 8
-# Rows that are put back at a time: what they are before they are rounded is no copy of them all.
-PUT_ROWS = 1024
 
 
 def description() -> str:
@@ -302,12 +300,6 @@ def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
-    for span in spans(rows.shape[0], PUT_ROWS):
-        s, t = at.sequence[span], at.position[span]
-        out[s, t] = (rows[span] * g[s, t, None]).to(out.dtype)
 
 
 def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:

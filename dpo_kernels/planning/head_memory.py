@@ -22,6 +22,7 @@ from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import Rows, accumulate_dtype
 from dpo_kernels.impl.products import parts_of_sum
 from dpo_kernels.pair_groups import Group, plan_groups
+from dpo_kernels.rows import PUT_ROWS
 
 # [N]: where rows lie (16), labels (8), the running sums of a sweep (64) and what they are finished in
 ROW_BYTES = 160
@@ -313,8 +314,7 @@ def _swept(t: _Tiles, positions: int, small: int, with_dhidden: bool) -> HeadMem
         x, sums, rows = t.n * t.h * t.e, t.n * t.h * t.a, t.k.exponential_rows(t.n, t.v, t.h, t.device)
         moments = {
             "sums": small + x + sums + t.v * t.k.padded_rows(rows) * t.e + t.sums_of_rows + _partial(t, rows, t.v),
-            "backward": small + 2 * sums,
-            "dX": small + x + positions * t.h * t.e,
+            "backward": small + sums + positions * t.h * t.e,
         }
         return _highest(moments, positions * t.h * t.e, 2, t.n, "B")
     if t.n and paths._reads_in_place(t.weight, t.compute_dtype):
@@ -337,8 +337,7 @@ def _swept(t: _Tiles, positions: int, small: int, with_dhidden: bool) -> HeadMem
     moments |= {
         "sums": base + exps + t.added,
         "label rows": after + t.label_rows,
-        "backward": small + 2 * sums + (x if t.dtype != t.acc else 0),
-        "dX": small + x + dx,
+        "backward": small + sums + dx + min(t.n, PUT_ROWS) * t.h * (t.a + t.e * (t.dtype != t.acc)),
     }
     return _highest(moments, dx, 2, t.n, "B")
 
@@ -392,6 +391,8 @@ def _grouped(t: _Tiles, groups: list[Group], positions: int, small: int) -> Head
     base = small + x + dx_sum + dw + t.dw_sum(columns if alone else t.v, alone) + logits + scratch + t.w
     moments = {
         "operands": base + t.next_w + d,
+        # the second sweep's first, beside the first one's last
+        "operands again": base + t.made(_last(t.v, t.columns)),
         "logits": base + t.x_rows + t.kept_product + t.next_product + t.copy_of_kept,
         "dlogits": base + d + t.slopes,
         "dX sums": base + d + t.added,
