@@ -310,7 +310,7 @@ def test_wide_instructions_stay_in_their_files(built):
     if not instruction_sets():
         pytest.skip("not x86-64")
     objects = {path.stem: path for path in (built / "build").rglob("*.o")}
-    assert {"bindings", "team", "kernels_baseline", "kernels_avx2", "kernels_avx512"} == objects.keys()
+    assert {"bindings", "labelled_rows", "team", "kernels_baseline", "kernels_avx2", "kernels_avx512"} == objects.keys()
     for name, path in objects.items():
         wide = "%ymm" in (code := tool("objdump", "-d", "--no-show-raw-insn", path)) or "%zmm" in code
         assert wide == (name in ("kernels_avx2", "kernels_avx512")), name
