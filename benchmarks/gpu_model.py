@@ -77,7 +77,7 @@ LAUNCH = 3e-6
 FOLD, WRITE = 1 / 16, 14 / 128
 # Of DPO's loss of pairs, with its slopes: small kernels of PyTorch's; and what takes parts out of all pairs, and puts
 # what is known of them back.
-COEFFICIENTS, OF_PARTS = 24, 9
+COEFFICIENTS, OF_PARTS = 24, 11
 # What logits of a tile take.
 TILE_BYTES = 2**27
 CLUSTER, ROWS_TOGETHER = 2, 8  # of csrc/cuda/linear_fold.cu

@@ -14,7 +14,7 @@ from places import DEVICE
 from recording import Operators, launches_of
 from torch.utils._python_dispatch import _disable_current_modes
 
-from dpo_kernels import dispatch, linear_dpo_loss, linear_sequence_logps, logps, sequence_logps
+from dpo_kernels import dispatch, linear_dpo, linear_dpo_loss, linear_sequence_logps, logps, sequence_logps
 from dpo_kernels.impl import exponential_paths, paths, positions
 from dpo_kernels.impl.interface import Rows
 from dpo_kernels.linear_reference import linear_reference_logps
@@ -331,6 +331,41 @@ def test_what_is_launched_around_the_products(gpu_impl, monkeypatch, path):
         counts.append(launches.total() - counts[0])
     forward, backward = AROUND[path]
     assert counts == ([forward + 3, backward] if path == "B" else [forward, backward + 3]), launches
+
+
+# Of a call of path C beside the loss's own operators: rows found and copied, dX finished, what was formed multiplied by
+# the loss's gradient, dX put where zeros are; and five a part. Of several, the sums of dW are rounded.
+@pytest.mark.parametrize(("parts", "chunk_bytes"), [(1, None), (4, 160 * 600 + 600 * 16 * 4)])
+@pytest.mark.skipif(DEVICE != "cpu", reason="what the emulation is asked for is counted")
+def test_what_path_c_launches(gpu_impl, monkeypatch, parts, chunk_bytes):
+    kernels, launches = dispatch.load(gpu_impl), launches_of(monkeypatch, gpu_impl)
+    inputs, of, planned = head_inputs(8, 20, 16, 600, labelled=1.0).to(BF16), kernels.product, []
+
+    def product(*args, **options):
+        launches["product"] += 1
+        with _disable_current_modes():  # one of the library's on a GPU
+            return of(*args, **options)
+
+    plan = linear_dpo.plan_groups
+    monkeypatch.setattr(kernels, "product", product)
+    monkeypatch.setattr(exponential_paths, "stored_columns", lambda *_: 0)
+    monkeypatch.setattr(linear_dpo, "plan_groups", lambda *a, **more: planned.append(plan(*a, **more)) or planned[-1])
+    for name in ("check_head_is_finite", "check_finite_logps"):  # of a CPU's
+        monkeypatch.setattr(linear_dpo, name, lambda *_: None)
+    with Operators(launches):
+        out = linear_dpo_loss(
+            *inputs[:3], inputs.ref_logps, num_labelled=160, check_hidden=False, chunk_bytes=chunk_bytes, impl=gpu_impl
+        )
+        out.loss.backward(torch.tensor(2.0))
+    assert [len(groups) for groups in planned] == [parts]
+    around, several = 7 + 5 * parts, parts > 1
+    for name in ("lift_fresh", "_local_scalar_dense"):  # whether the gradient on a CPU is 1
+        del launches[name]
+    of_loss = (24 + 11 * several) * parts  # as benchmarks/gpu_model.py has it
+    assert launches.total() <= around + several + of_loss, launches
+    ours = {"triton": ("linear_pack_fwd_kernel", "join_kernel", "exp_dlogits_kernel", "product"),
+            "cuda": ("linear_exp", "join", "weigh", "linear_dhidden", "linear_dweight")}[gpu_impl]  # fmt: skip
+    assert sum(launches[name] for name in ours) == 5 * parts
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16, torch.float16])
