@@ -75,9 +75,9 @@ LAUNCH = 3e-6
 # Clocks of a multiprocessor for an entry of an epilogue: an exponential (16 a clock); 14 others (128 a clock), which
 # writing it takes besides.
 FOLD, WRITE = 1 / 16, 14 / 128
-# Of DPO's loss of pairs, with its slopes: small kernels of PyTorch's; and what takes parts out of all pairs, and puts
-# what is known of them back.
-COEFFICIENTS, OF_PARTS = 24, 11
+# Small kernels of PyTorch's: of DPO's loss of pairs, with its slopes, on path D; and on path C, of rows that are sorted
+# by parts.
+OF_LOSS, SORTED = 26, 8
 # What logits of a tile take.
 TILE_BYTES = 2**27
 CLUSTER, ROWS_TOGETHER = 2, 8  # of csrc/cuda/linear_fold.cu
@@ -281,10 +281,11 @@ class Model:
     def path_c(self, chunk_bytes: int = DEFAULT_CHUNK_BYTES) -> list[Launch]:
         chunks, stored = self.chunks(chunk_bytes)
         if not chunks:
-            return [*self.path_d(), Launch("coefficients", COEFFICIENTS)]
+            return [*self.path_d(), Launch("loss", OF_LOSS)]
         swept = self.tiles_c(chunks) if self.impl == "tiles" else self.exponentials_c(chunks, stored)
-        losses = Launch("coefficients", (COEFFICIENTS + OF_PARTS * (len(chunks) > 1)) * len(chunks))
-        return [*self.compaction(), *swept, losses, *self.scaled_gradients(), *self.dhidden_of_positions()]
+        found = [*self.compaction(), *[Launch("sorted", SORTED)] * (len(chunks) > 1)]
+        compared = [Launch("compare_kernel", len(chunks), 24 * self.n // len(chunks))]
+        return [*found, *swept, *compared, *self.scaled_gradients(), *self.dhidden_of_positions()]
 
     def exponentials_c(self, chunks: list[int], stored: int | None = None) -> list[Launch]:
         """Chunks of so many rows: exponentials are written, become dlogits, and two products take them; on CUDA they

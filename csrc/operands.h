@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "finish.h"
+#include "pairs.h"
 #include "positions.h"
 #include "tiles.h"
 
@@ -70,6 +71,21 @@ inline void define_operands(py::module_& m) {
                        int64_t ignore_index, int64_t v, int64_t expected, const Positions& predictors,
                        int64_t slots, bool asserts) {
         return Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots, asserts};
+      }));
+  py::class_<Comparison>(m, "Comparison", local)
+      .def(py::init([](Address token_logps, int64_t length, const Positions& weights, const Positions& labels,
+                       int64_t ignore_index, Address counts, Address sums, Address slopes, Address references,
+                       Address losses, Address chosen_rewards, Address rejected_rewards, Address loss, double beta,
+                       int64_t pairs, int64_t first, int64_t stop) {
+        return Comparison{as<void>(token_logps), length, weights, labels, ignore_index, as<int64_t>(counts),
+                          as<void>(sums), as<void>(slopes), as<const void>(references), as<void>(losses),
+                          as<void>(chosen_rewards), as<void>(rejected_rewards), as<void>(loss), beta, pairs, first,
+                          stop};
+      }));
+  py::class_<PairRows>(m, "PairRows", local)
+      .def(py::init([](Address sequence, Address position, Address logps, Address slopes, int64_t n) {
+        return PairRows{as<const int64_t>(sequence), as<const int64_t>(position), as<const void>(logps),
+                        as<void>(slopes), n};
       }));
 }
 

@@ -64,6 +64,31 @@ class Search:
         asserts: bool,
     ) -> None: ...
 
+class Comparison:
+    def __init__(
+        self,
+        token_logps: int,
+        length: int,
+        weights: Positions,
+        labels: Positions,
+        ignore_index: int,
+        counts: int,
+        sums: int,
+        slopes: int,
+        references: int,
+        losses: int,
+        chosen_rewards: int,
+        rejected_rewards: int,
+        loss: int,
+        beta: float,
+        pairs: int,
+        first: int,
+        stop: int,
+    ) -> None: ...
+
+class PairRows:
+    def __init__(self, sequence: int, position: int, logps: int, slopes: int, n: int) -> None: ...
+
 def find_rows(
     dtype: str,
     search: Search,
@@ -81,6 +106,7 @@ def gather_rows(
 def put_rows(
     out_dtype: str, rows: Matrix, g: Positions, sequence: int, position: int, length: int, out: int, stream: int
 ) -> None: ...
+def compare(dtype: str, of: Comparison, rows: PairRows, stream: int) -> None: ...
 def fold(
     dtype: str,
     tile: Tile,

@@ -27,6 +27,31 @@ class Search:
         asserts: bool,
     ) -> None: ...
 
+class Comparison:
+    def __init__(
+        self,
+        token_logps: int,
+        length: int,
+        weights: Positions,
+        labels: Positions,
+        ignore_index: int,
+        counts: int,
+        sums: int,
+        slopes: int,
+        references: int,
+        losses: int,
+        chosen_rewards: int,
+        rejected_rewards: int,
+        loss: int,
+        beta: float,
+        pairs: int,
+        first: int,
+        stop: int,
+    ) -> None: ...
+
+class PairRows:
+    def __init__(self, sequence: int, position: int, logps: int, slopes: int, n: int) -> None: ...
+
 class LogitsRows:
     def __init__(self, data: int, stride_s: int, stride_t: int, stride_v: int) -> None: ...
 
@@ -75,5 +100,6 @@ def find_rows(
 def gather_rows(
     dtype: str, hidden: LogitsRows, of_sequence: int, h: int, slots: int, n: int, out: int, broken: int, threads: int
 ) -> None: ...
+def compare(dtype: str, of: Comparison, rows: PairRows) -> None: ...
 def exp(x: int, n: int) -> None: ...
 def tanh(x: int, slope: int, n: int) -> None: ...

@@ -200,6 +200,11 @@ def finds_rows(family: str) -> bool:
     return impl_of(family) != "torch"
 
 
+def compares_pairs(family: str) -> bool:
+    """Whether the family has a kernel that sums sequences and compares them in pairs, a launch for all of it."""
+    return impl_of(family) != "torch"
+
+
 def puts_rows(family: str) -> bool:
     """Whether the family has a kernel that puts rows in fp32 to their positions."""
     return impl_of(family) in _FOR_GPUS

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dpo_kernels.comparisons import Comparisons
-from dpo_kernels.dispatch import load
+from dpo_kernels.comparisons import Comparisons, Halves
+from dpo_kernels.dispatch import compares_pairs, load
 from dpo_kernels.impl import paths
-from dpo_kernels.impl.interface import LogitTransform, Rows
+from dpo_kernels.impl.interface import LogitTransform, PairTables, Rows, TileKernels
 from dpo_kernels.listwise import listwise_losses
 from dpo_kernels.logps import sum_tokens
 from dpo_kernels.losses import (
@@ -21,7 +21,6 @@ from dpo_kernels.losses import (
     PreferenceLoss,
     compared,
     length_desensitized_weights,
-    logistic_slope,
     loss_names,
     losses_of,
     weighted_losses,
@@ -80,7 +79,7 @@ class Given(NamedTuple):
     """What is known of the responses before their log-probabilities are, positions shifted to those that predict."""
 
     labels: Tensor  # [S, T]
-    num_tokens: Tensor  # [S] int64: labelled positions
+    num_tokens: Tensor | None  # [S] int64: labelled positions; None until they are `counted`
     ref_logps: Tensor  # [S]
     token_weights: Tensor | None  # [S, T], 0 where there is no label
     lengths: Tensor | None  # [S]; None: labelled positions
@@ -90,6 +89,9 @@ class Given(NamedTuple):
     losses: int  # in all, where these are a part
     whole: Whole | None  # of the sequences, if other ranks have more of them
 
+    def counted(self, ignore_index: int) -> Given:
+        return self if self.num_tokens is not None else self._replace(num_tokens=(self.labels != ignore_index).sum(1))
+
     def losses_of(self, of: slice) -> slice | Tensor:
         """What to index losses by, to have those of some groups."""
         return of if self.listwise else self.comparisons.pairs_of(of)
@@ -97,10 +99,11 @@ class Given(NamedTuple):
     def part(self, of: slice) -> Given:
         """The same of some groups."""
         take = self.comparisons.take
-        weights, lengths = (None if t is None else take(t, of) for t in (self.token_weights, self.lengths))
+        optional = (self.num_tokens, self.token_weights, self.lengths)
+        num_tokens, weights, lengths = (None if t is None else take(t, of) for t in optional)
         return Given(
             take(self.labels, of),
-            take(self.num_tokens, of),
+            num_tokens,
             take(self.ref_logps, of),
             weights,
             lengths,
@@ -133,6 +136,7 @@ class Given(NamedTuple):
 
     def mean_chosen_length(self) -> Tensor:
         """[] number of labelled positions."""
+        assert self.num_tokens is not None
         lengths, _ = self.comparisons.split(self.num_tokens.to(self.ref_logps.dtype))
         if self.shares is None or self.listwise:
             return lengths.mean()
@@ -152,12 +156,21 @@ class ResponseWeights(NamedTuple):
         plain = sum_tokens(weighted, whole)
         return plain, plain if self.by_length is None else sum_tokens(weighted * self.by_length, whole)
 
-    def slopes(self, dplain: Tensor | None, dlogps: Tensor, at: Rows) -> Tensor:
+    def sums_of_rows(
+        self, k: TileKernels, family: str, logps: Tensor, at: Rows, token_logps: Tensor, whole: Whole | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same from [N] of path C, which go to their positions of `token_logps`."""
+        if whole is None and self.by_length is None and compares_pairs(family):
+            sums = k.sum_rows(logps, at, token_logps, self.given)
+            return sums, sums
+        token_logps[at.sequence, at.position] = logps
+        return self.sums(token_logps, whole)
+
+    def slopes(self, dplain: Tensor, dlogps: Tensor, at: Rows) -> Tensor:
         """[N] the gradient of rows from those [S] of both: one and the same where both are one."""
         d = dlogps.index_select(0, at.sequence)
         if self.by_length is not None:
-            d = d * self.by_length[at.sequence, at.position]
-            d = d if dplain is None else dplain.index_select(0, at.sequence) + d
+            d = dplain.index_select(0, at.sequence) + d * self.by_length[at.sequence, at.position]
         return d if self.given is None else d * self.given[at.sequence, at.position]
 
 
@@ -219,7 +232,9 @@ def pairs_of(plain: Tensor, logps: Tensor, given: Given, options: LossSettings) 
     split = given.comparisons.split
     lengths: tuple[Tensor | None, Tensor | None] = (None, None)
     if options.divides_by_lengths:
-        lengths = split(given.num_tokens if given.lengths is None else given.lengths)
+        in_tokens = given.num_tokens if given.lengths is None else given.lengths
+        assert in_tokens is not None
+        lengths = split(in_tokens)
     return compared(
         *split(logps),
         *split(given.ref_logps),
@@ -239,19 +254,27 @@ def pairs_of(plain: Tensor, logps: Tensor, given: Given, options: LossSettings) 
 
 def losses_and_slopes(
     plain: Tensor, logps: Tensor, wpo: Tensor | None, given: Given, options: LossSettings
-) -> tuple[PreferenceLoss, Tensor | None, Tensor]:
+) -> tuple[PreferenceLoss, Tensor, Tensor]:
     """The losses of some groups, of log-probabilities without a graph, and the gradients of the whole mean with respect
-    to both, [S]; None of the first where the losses are of the second alone."""
-    if options.is_logistic and given.shares is None:  # what autograd would do, without a graph
-        pairs = pairs_of(plain, logps, given, options)
-        d = options.beta * (logistic_slope(pairs.margins) * (1 / given.losses))
-        return losses_of(pairs, options.weighted, None), None, given.comparisons.joined(d, -d)
+    to both, [S]."""
     # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         leaves = [t.detach().requires_grad_() for t in ([logps] if plain is logps else [plain, logps])]
         loss, _ = losses_of_logps(leaves[0], leaves[-1], wpo, given, options)
         slopes = torch.autograd.grad(loss.losses, leaves, given.slopes(loss.losses), materialize_grads=True)
     return loss._replace(losses=loss.losses.detach()), slopes[0], slopes[-1]
+
+
+def pair_tables(given: Given, options: LossSettings, family: str, token_logps: Tensor) -> PairTables | None:
+    """To be written by a kernel that compares pairs; None where PyTorch does that, for there is none of this loss."""
+    is_plain = given.shares is None and given.whole is None and isinstance(given.comparisons, Halves)
+    if not (is_plain and options.is_logistic and options.ld_alpha is None and compares_pairs(family)):
+        return None
+    new, (s,), pairs = given.ref_logps.new_empty, given.ref_logps.shape, given.losses
+    return PairTables(
+        token_logps, given.token_weights, given.labels, options.ignore_index, given.ref_logps,
+        new(s, dtype=torch.int64), new(s), new(s), new(pairs), new(pairs), new(pairs), new(()),
+    )  # fmt: skip
 
 
 class Grouped(NamedTuple):
@@ -270,6 +293,7 @@ class Grouped(NamedTuple):
     shards: VocabularyShards | None
     token_logps: Tensor  # [S, T], 0 where there is no label, to be written
     stats: Tensor  # [K, S, T] likewise, of what was asked for
+    pairs: PairTables | None  # of `pair_tables`
 
     def joined(self, parts: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Losses, rewards of chosen and of rejected ones, and log-probabilities: of all groups, from those of each."""
@@ -291,7 +315,7 @@ class GroupedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, g: Grouped) -> tuple[Tensor, ...]:
-        options, comparisons = g.options, g.given.comparisons
+        options, comparisons, k, tables = g.options, g.given.comparisons, load(g.family), g.pairs
         y = g.rows.y if g.shards is None else g.rows.y - g.shards.first
         parts: list[tuple[Tensor, ...]] = []
 
@@ -302,23 +326,25 @@ class GroupedLoss(torch.autograd.Function):
                 at = Rows(at.sequence[rows], at.position[rows])
             if len(g.stats):
                 g.stats[:, at.sequence, at.position] = stats[: len(g.stats)].to(g.stats.dtype)
+            if tables is not None:
+                return k.compare(row_logps, at, tables, of, options.beta)
             if len(g.groups) > 1:  # of sequences that are numbered anew
                 part, at = part.part(of), at._replace(sequence=comparisons.local(at.sequence, of))
                 token_logps = row_logps.new_zeros(part.labels.shape)
-            token_logps[at.sequence, at.position] = row_logps
-            wpo, weights = None, weights_of(part, options)
+            weights = weights_of(part, options)
+            plain, logps = weights.sums_of_rows(k, g.family, row_logps, at, token_logps, part.whole)
+            wpo = None
             if options.use_weighting:
                 log_sum_sq_probs = torch.zeros_like(token_logps)
                 log_sum_sq_probs[at.sequence, at.position] = stats[options.stats.index("log_sum_sq_probs")]
                 wpo = pair_weights(token_logps, log_sum_sq_probs, part, options)
-            plain, logps = weights.sums(token_logps, part.whole)
             loss, dplain, dlogps = losses_and_slopes(plain, logps, wpo, part, options)
             parts.append((*loss, logps))
             return weights.slopes(dplain, dlogps, at)
 
         with _without_autocast(g.x.device.type):
             ctx.grads = paths.linear_logps_grouped(
-                load(g.family),
+                k,
                 g.x,
                 weight.detach(),
                 None if bias is None else bias.detach(),
@@ -333,12 +359,16 @@ class GroupedLoss(torch.autograd.Function):
                 stored=g.groups[0].stored,
                 shards=g.shards,
             )
-        losses, chosen_rewards, rejected_rewards, logps = g.joined(parts)
+        if tables is None:
+            losses, chosen_rewards, rejected_rewards, logps = g.joined(parts)
+            loss = g.given.mean(losses)
+        else:
+            logps, _, losses, chosen_rewards, rejected_rewards, loss = tables[6:]
         ctx.family, ctx.shape = g.family, hidden.shape
         ctx.places = (g.rows.at, g.rows.slots) if ctx.needs_input_grad[0] else None
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)
         ctx.set_materialize_grads(False)
-        return g.given.mean(losses), losses, logps, chosen_rewards, rejected_rewards
+        return loss, losses, logps, chosen_rewards, rejected_rewards
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dpo_kernels.comparisons import Comparisons, Groups, comparisons_of
 from dpo_kernels.dispatch import check_impl, check_runs
-from dpo_kernels.grouped_loss import Given, Grouped, GroupedLoss, LossSettings, pair_losses
+from dpo_kernels.grouped_loss import Given, Grouped, GroupedLoss, LossSettings, pair_losses, pair_tables
 from dpo_kernels.impl.interface import LogitTransform, accumulate_dtype
 from dpo_kernels.logps import (
     check_head_is_finite,
@@ -240,9 +240,8 @@ def linear_dpo_loss(
     if pair_weights is not None:
         _check_weight_values("pair_weights", pair_weights, waits)
         shares = _shares(pair_weights).to(dtype)
-    labelled = labels != ignore_index
     given = Given(
-        labels, labelled.sum(1), ref_logps.detach().to(dtype), token_weights, lengths, shares, comparisons, listwise,
+        labels, None, ref_logps.detach().to(dtype), token_weights, lengths, shares, comparisons, listwise,
         losses, whole=None,
     )  # fmt: skip
     if check_hidden and is_at_hand(ref_logps):
@@ -256,7 +255,7 @@ def linear_dpo_loss(
         if check_hidden:
             check_finite(rows_of(hidden.detach(), rows), rows, waits)
         whole = ranks.agree(
-            labelled,
+            labels != ignore_index,
             **of_operands(hidden, weight, bias, logit_scale, softcap, temperature),
             ref_logps=ref_logps,
             **options._replace(wanted_stats=())._asdict(),
@@ -269,6 +268,7 @@ def linear_dpo_loss(
         )
         given = given._replace(num_tokens=whole.num_tokens, whole=whole)
     if mean_chosen_length is None and "sft" in options.names:
+        given = given.counted(ignore_index)
         options = options._replace(mean_chosen_length=given.mean_chosen_length())
     cap = None if softcap is None else float(softcap)
     transform = LogitTransform(float(logit_scale), cap, float(temperature))
@@ -291,14 +291,20 @@ def linear_dpo_loss(
             if check_hidden and ranks is None:  # else it was before they agreed
                 check_finite(x, rows, waits)
             tables = rows.tables(labels.shape, len(options.wanted_stats), given.ref_logps)
+            pairs_of_kernel = pair_tables(given, options, family, tables[0])
+            if pairs_of_kernel is None:
+                given = given.counted(ignore_index)
             grouped = Grouped(
-                x, rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards, *tables
-            )
+                x, rows, given, groups, transform, compute_dtype, options, family, exponentials, head.shards, *tables,
+                pairs_of_kernel,
+            )  # fmt: skip
             loss, losses, logps, chosen, rejected = GroupedLoss.apply(hidden, weight, bias, grouped)
             if check_hidden:
                 check_head_is_finite(logps, head)
             of_tokens = named_stats(options.wanted_stats, tables[1])
-            return LinearDPOOutput(loss, losses, logps, given.num_tokens, chosen, rejected, of_tokens)
+            num_tokens = given.num_tokens if pairs_of_kernel is None else pairs_of_kernel.num_tokens
+            assert num_tokens is not None
+            return LinearDPOOutput(loss, losses, logps, num_tokens, chosen, rejected, of_tokens)
 
     out = linear_sequence_logps(
         hidden,
@@ -314,6 +320,8 @@ def linear_dpo_loss(
         group=head.shards,
         impl=impl,
     )
+    given = given.counted(ignore_index)
+    assert given.num_tokens is not None
     for_wpo = out.stats["log_sum_sq_probs"] if use_weighting else None
     loss, logps = pair_losses(out.token_logps, for_wpo, given._replace(shares=None), options)
     counted = loss if shares is None else pair_losses(out.token_logps, for_wpo, given, options)[0]

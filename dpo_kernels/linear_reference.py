@@ -159,8 +159,11 @@ def linear_reference_logps(
                 *operands, compute_dtype=compute_dtype, as_with_dhidden=in_b, fused=is_fused(family), shards=shards
             ).logp
     token_logps, _ = rows.tables(labels.shape, 0, found)
-    token_logps[rows.at.sequence, rows.at.position] = found
     weights = response_weights(labels, token_weights, ld_alpha, ignore_index, whole, token_logps.dtype)
-    _, logps = weights.sums(token_logps, whole)
+    if groups is not None:
+        _, logps = weights.sums_of_rows(load(family), family, found, rows.at, token_logps, whole)
+    else:
+        token_logps[rows.at.sequence, rows.at.position] = found
+        _, logps = weights.sums(token_logps, whole)
     num_tokens = (labels != ignore_index).sum(1) if whole is None else whole.num_tokens
     return SequenceLogps(logps, num_tokens, token_logps, {})

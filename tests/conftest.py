@@ -145,6 +145,9 @@ def small_blocks_of(request, monkeypatch):
             monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 32)
             monkeypatch.setattr(importlib.import_module("dpo_kernels.impl.triton_join"), "JOIN_SPLITS", 2)
             monkeypatch.setattr(importlib.import_module("dpo_kernels.impl.triton_rows"), "BLOCK_P", 16)
+            pairs = importlib.import_module("dpo_kernels.impl.triton_pairs")
+            for name, size in (("BLOCK_N", 16), ("BLOCK_B", 4), ("BLOCK_S", 4), ("BLOCK_T", 16)):
+                monkeypatch.setattr(pairs, name, size)
     return request.param
 
 

@@ -383,6 +383,7 @@ def test_stats(chunk_bytes, use_weighting):
         fused(inputs, stats=("entropy", "variance"))
 
 
+@pytest.mark.parametrize("impl", ["cpu", "triton", "cuda"], indirect=True)
 # of all, and of parts
 @pytest.mark.parametrize("chunk_bytes", [None, 14 * ROW])
 @pytest.mark.parametrize(
@@ -395,18 +396,18 @@ def test_stats(chunk_bytes, use_weighting):
     ],
     ids=["plain", "pairs", "ld_alpha", "token_weights"],
 )
-def test_the_slope_of_dpo_is_that_of_its_graph(chunk_bytes, options, monkeypatch):
-    """To the bit."""
+def test_what_a_kernel_compares_is_what_a_graph_does(chunk_bytes, options, monkeypatch):
     given = {"loss_type": "sigmoid", "chunk_bytes": chunk_bytes, **options}
     found = []
     for _ in range(2):
         inputs = head_inputs(6, 9)
         out = fused(inputs, **given)
         out.loss.backward()
-        found.append([out.loss, out.losses, out.logps, out.chosen_rewards, inputs.hidden.grad, inputs.weight.grad])
+        rewards = (out.chosen_rewards, out.rejected_rewards)
+        found.append([out.loss, out.losses, out.logps, *rewards, inputs.hidden.grad, inputs.weight.grad])
         monkeypatch.setattr(LossSettings, "is_logistic", False)
     for mine, other in zip(*found, strict=True):
-        assert torch.equal(mine, other)
+        torch.testing.assert_close(mine, other, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("chunk_bytes", CHUNKS.values(), ids=CHUNKS)

@@ -150,6 +150,10 @@ PYBIND11_MODULE(_native, m) {
                     as<int64_t>(broken), threads);
       },
       release_gil());
+  m.def(
+      "compare",
+      [](const std::string& dtype, const Comparison& of, const PairRows& rows) { compare(dtype_of(dtype), of, rows); },
+      release_gil());
   m.def("exp", [](Address x, int64_t n) { kernels->exp(as<float>(x), n); }, release_gil());
   m.def("tanh", [](Address x, Address slope, int64_t n) { kernels->tanh(as<float>(x), as<float>(slope), n); },
         release_gil());

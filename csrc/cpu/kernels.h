@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "../finish.h"
+#include "../pairs.h"
 #include "../positions.h"
 #include "../tiles.h"
 
@@ -51,6 +52,9 @@ void find_rows(LabelType, const Search&, const FoundRows&);
 // of their numbers is not finite.
 void gather_rows(DType, const LogitsRows& hidden, int64_t of_sequence, int64_t h, const int64_t* slots, int64_t n,
                  void* out, int64_t* broken, int threads);
+
+// Sums the sequences of these rows, and compares their pairs.
+void compare(DType, const Comparison&, const PairRows&);
 
 // Functions of the OpenMP runtime that this process has loaded; all null until `set_openmp`.
 struct OpenMP {

@@ -71,6 +71,12 @@ PYBIND11_MODULE(_cuda, m) {
       },
       release_gil());
   m.def(
+      "compare",
+      [](const std::string& dtype, const Comparison& of, const PairRows& rows, Address stream) {
+        cuda::compare(dtype_of(dtype), of, rows, as<CUstream_st>(stream));
+      },
+      release_gil());
+  m.def(
       "fold",
       [](const std::string& dtype, const Tile& tile, const FoldState& state, const std::string& out_dtype,
          const cuda::Matrix& out, const cuda::Matrix& sums, bool stats, Address stream) {

@@ -41,6 +41,7 @@ exponentials = cuda_exponentials.Exponentials
 recomputed = cuda_exponentials.Recomputed
 find_rows, gather_rows, put_rows = cuda_positions.find_rows, cuda_positions.gather_rows, cuda_positions.put_rows
 linear_token_logps = cuda_positions.linear_token_logps
+compare, sum_rows = cuda_positions.compare, cuda_positions.sum_rows
 _positions = cuda_positions.of_positions
 
 TILE_BYTES = 128 * 2**20

@@ -1,18 +1,19 @@
-"""Labelled rows on CUDA, found and copied together by the kernels of `csrc/cuda/positions.cu`; and path A of all
-positions.
+"""Labelled rows on CUDA, found and copied together by the kernels of `csrc/cuda/positions.cu`, and summed and compared
+in pairs by that of `pairs.cu`; and path A of all positions.
 
 Dimensions: S sequences of T positions, N labelled rows, K statistics; R sequences of U hidden states of H numbers.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 import dpo_kernels._cuda as _cuda
-from dpo_kernels.impl import cuda_linear, positions
+from dpo_kernels.impl import cuda_linear, pairs, positions
 from dpo_kernels.impl.cuda_linear import address, matrix, stream, type_name
 from dpo_kernels.impl.interface import FoundRows, LogitTransform, Rows, TokenLogps
 
@@ -69,6 +70,14 @@ def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
             type_name(out), matrix(rows), of_positions(g), address(at.sequence), address(at.position), out.shape[1],
             address(out), stream(rows),
         )  # fmt: skip
+
+
+def _compare(of: pairs.Comparison) -> None:
+    with torch.cuda.device_of(of.logps):
+        _cuda.compare(type_name(of.logps), *of.compiled(_cuda), stream(of.logps))
+
+
+compare, sum_rows = functools.partial(pairs.compare, _compare), functools.partial(pairs.sum_rows, _compare)
 
 
 def linear_token_logps(

@@ -79,6 +79,24 @@ class Labels(NamedTuple):
     num_labelled: int | None  # how many are not ignored, if the host knows: a CUDA device is then not waited for
 
 
+class PairTables(NamedTuple):
+    """What is known of S sequences and of their P pairs, of which n is chosen and n + P rejected; dense, and of one
+    type, fp32 or fp64. What comes after `ref_logps` is written, once all pairs were compared."""
+
+    token_logps: Tensor  # [S, T], 0 where there is no label
+    token_weights: Tensor | None  # [S, T], which may lie anyhow, as `labels` may; None: all are 1
+    labels: Tensor  # [S, T] int64
+    ignore_index: int
+    ref_logps: Tensor  # [S]
+    num_tokens: Tensor  # [S] int64, of labels that are not ignored
+    logps: Tensor  # [S], weighted sums of those of tokens
+    slopes: Tensor  # [S], of the loss
+    losses: Tensor  # [P]
+    chosen_rewards: Tensor  # [P]
+    rejected_rewards: Tensor  # [P]
+    loss: Tensor  # [], their mean
+
+
 class LinearLogps(NamedTuple):
     """What a pass over the vocabulary leaves for each row, in fp32 (fp64 for fp64 inputs)."""
 
@@ -284,6 +302,14 @@ class TileKernels(Protocol):
     def put_rows(self, rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
         """Writes each of rows [N, H] in fp32, times the number of g [S, T] at its position, to that position of `out`
         [S, T, H], which is contiguous; each is rounded once. Where `dispatch.puts_rows` says so."""
+
+    def compare(self, logps: Tensor, at: Rows, tables: PairTables, pairs: slice, beta: float) -> Tensor:
+        """DPO's loss, arXiv 2305.18290, Eq. 7, of some of the `pairs` of `tables`, all of whose rows have `logps` [n]:
+        these go to their positions, what comes of them to the other tables. Returns [n] the slope of the mean over all
+        pairs. This function and the next need be there where `dispatch.compares_pairs` says so."""
+
+    def sum_rows(self, logps: Tensor, at: Rows, token_logps: Tensor, weights: Tensor | None) -> Tensor:
+        """[S] the weighted sums that `compare` makes of the `logps` of all rows, which go to their positions."""
 
     def takes_exponentials(self, x_dtype: torch.dtype, weight: Tensor, compute_dtype: torch.dtype) -> bool:
         """Whether there are `exponentials` and `recomputed` for rows of this dtype and this weight. The functions from

@@ -7,6 +7,7 @@ the libraries that PyTorch brings; between them each tile is read once, and writ
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import dpo_kernels._native as _native
-from dpo_kernels.impl import positions
+from dpo_kernels.impl import pairs, positions
 from dpo_kernels.impl.blocks import spans
 from dpo_kernels.impl.fold import CompiledFold, Fold, stats_numbers
 from dpo_kernels.impl.interface import (
@@ -300,6 +301,13 @@ def gather_rows(hidden: Tensor, slots: Tensor, broken: Tensor) -> Tensor:
         torch.get_num_threads(),
     )  # fmt: skip
     return out
+
+
+def _compare(of: pairs.Comparison) -> None:
+    _native.compare(_type(of.logps), *of.compiled(_native))
+
+
+compare, sum_rows = functools.partial(pairs.compare, _compare), functools.partial(pairs.sum_rows, _compare)
 
 
 def logps_fwd(logits: Tensor, labels: Labels, *, stats: Sequence[str] = ()) -> tuple[Tensor, Tensor, Tensor]:

@@ -41,6 +41,8 @@ from dpo_kernels.impl.triton_math import (
     to_logits,
     transform_constants,
 )
+from dpo_kernels.impl.triton_pairs import compare as compare
+from dpo_kernels.impl.triton_pairs import sum_rows as sum_rows
 from dpo_kernels.impl.triton_rows import find_rows as find_rows
 from dpo_kernels.impl.triton_rows import gather_rows as gather_rows
 from dpo_kernels.impl.triton_rows import linear_token_logps as linear_token_logps

@@ -46,7 +46,9 @@ class LaunchedByModule:
         return launch
 
 
-TRITON = tuple(f"triton{part}" for part in ("", "_exponentials", "_join", "_linear", "_rows", "_scale", "_sequences"))
+TRITON = tuple(
+    f"triton{part}" for part in ("", "_exponentials", "_join", "_linear", "_pairs", "_rows", "_scale", "_sequences")
+)
 CUDA = ("cuda", "cuda_exponentials", "cuda_linear", "cuda_positions")
 
 

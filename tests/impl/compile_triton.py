@@ -19,6 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from dpo_kernels.impl import triton_pairs
 from dpo_kernels.impl.triton import (
     CHECKED_LABELS,
     FEW_REGISTERS,
@@ -184,19 +185,27 @@ def cases(capability):
     yield "rows put", put_rows_kernel, types | {"rows_ptr": "*fp32"}, {"BLOCK_H": MAX_GATHER_BLOCK}, ()
     of_hidden = dict.fromkeys(("hidden_ptr", "out_ptr"), "*bf16")
     yield "rows gathered", gather_rows_kernel, of_hidden, {"stride_hh": 1, "BLOCK_H": MAX_GATHER_BLOCK}, ()
+    blocks = {name: getattr(triton_pairs, name) for name in ("BLOCK_N", "BLOCK_B", "BLOCK_S", "BLOCK_T")}
+    of_pairs = {"COMPARES": True, **blocks, "stride_wt": 1, "stride_lt": 1, "num_warps": triton_pairs.NUM_WARPS}
+    numbers = ("logp", "slope", "table", "weight", "ref", "sum", "of_sum", "loss", "chosen", "rejected", "mean")
+    of_tables = {f"{name}_ptr": "*fp32" for name in numbers} | {"beta": "fp32", "more_beta": "fp32"}
+    of_tables |= {"label_ptr": "*i64", "count_ptr": "*i64"}
+    yield "rows compared", triton_pairs.compare_kernel, of_tables, of_pairs, ()
     yield "rows join", join_kernel, types, join | names, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
     yield "rows dhidden", dhidden_kernel, types, {"BLOCK_N": BLOCK_ROWS, "BLOCK_H": MAX_ROW_BLOCK}, ()
 
 
 def is_shown(name, capability):
-    """Without being asked for: of a product with and without a softcap and statistics, all four for Hopper, and two for
-    either of the others. Of those with a bias, and of what is gone over again, those that need the most registers,
-    once."""
+    """Without being asked for: on Hopper every kernel, with nothing besides and with softcap and statistics; on the
+    others what needs the most registers. Of those with a bias, and of what is gone over again, the same, once."""
     if "again" in name or "bias" in name:
-        return "stats" in name and capability == (100 if "pack" in name else 90)
-    one_of_two = ("softcap" in name) != ("stats" in name)
-    return capability == 90 or not name.startswith(PRODUCTS) or one_of_two == (capability == 80)
+        return "stats" in name and capability == (100 if "pack" in name else 90) and "plain" not in name
+    if capability != 90:
+        most = ("softcap stats", "softcap stats slots", "softcap stats exp")
+        return name.endswith((*most, "join", "dlogits", "compared"))
+    has_both = ("softcap" in name) == ("stats" in name)
+    return not name.startswith(PRODUCTS) or has_both and ("fold" not in name or "slots" in name)
 
 
 PRODUCTS = "linear fold", "linear exp", "linear pack"

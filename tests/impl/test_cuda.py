@@ -285,14 +285,14 @@ def test_machine_code_of_the_row_kernels(arch):
     sums = ("sum_tokens_kernel", "sum_tokens_bwd_kernel")
     of_rows = ("fold_kernel", "logits_fwd_kernel", "dlogits_kernel", "logits_bwd_kernel")
     found = ("find_rows_kernel", "gather_rows_kernel", "put_rows_kernel")
-    counts = dict.fromkeys((*of_rows, "finish_kernel", "scale_kernel", *sums, *found), 0)
+    counts = dict.fromkeys((*of_rows, "finish_kernel", "scale_kernel", "compare_kernel", *sums, *found), 0)
     for kernel in machine_code_of(arch)[arch]:
         (name,) = (name for name in counts if name in kernel["function"])
         counts[name] += 1
         assert kernel["local"] == kernel["atomics"] == 0, kernel
         assert kernel["stack"] <= (8 if name in sums else 0), kernel  # of a division in fp64, once a sequence
         # two blocks of 8 warps a multiprocessor at least, or one of 32
-        assert kernel["registers"] <= (64 if name == "find_rows_kernel" else 128), kernel
+        assert kernel["registers"] <= (64 if name in ("find_rows_kernel", "compare_kernel") else 128), kernel
         if name in (*of_rows, "scale_kernel", *found[1:]):
             assert kernel["load128"] >= 4, kernel  # in flight at once
         if name in ("dlogits_kernel", "logits_bwd_kernel", "scale_kernel", *found[1:]):
@@ -300,7 +300,7 @@ def test_machine_code_of_the_row_kernels(arch):
     assert counts == {
         "fold_kernel": 12, "logits_fwd_kernel": 8, "dlogits_kernel": 4, "logits_bwd_kernel": 4, "finish_kernel": 2,
         "scale_kernel": 4, "sum_tokens_kernel": 2, "sum_tokens_bwd_kernel": 2, "find_rows_kernel": 5,
-        "gather_rows_kernel": 4, "put_rows_kernel": 4,
+        "gather_rows_kernel": 4, "put_rows_kernel": 4, "compare_kernel": 2,
     }  # fmt: skip
 
 

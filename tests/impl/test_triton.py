@@ -22,6 +22,7 @@ kernels = dispatch.load("triton")
 torch_kernels = dispatch.load("torch")
 linear = pytest.importorskip("dpo_kernels.impl.triton_linear")
 join = pytest.importorskip("dpo_kernels.impl.triton_join")
+pairs = pytest.importorskip("dpo_kernels.impl.triton_pairs")
 rows = pytest.importorskip("dpo_kernels.impl.triton_rows")
 sequences = pytest.importorskip("dpo_kernels.impl.triton_sequences")
 COMPILE = Path(__file__).with_name("compile_triton.py")
@@ -371,6 +372,7 @@ def test_kernels_are_not_compiled_for_every_batch(monkeypatch, path):
         (rows, "rows_kernel"),
         (rows, "gather_rows_kernel"),
         (rows, "put_rows_kernel"),
+        (pairs, "compare_kernel"),
     ):
         launches[name] = Launches(getattr(module, name), runs=module is rows)
         monkeypatch.setattr(module, name, launches[name])
@@ -419,7 +421,7 @@ ONE_OF_EACH = [
     [(90, ONE_OF_EACH, 9)]
     + [
         pytest.param(sm, ["without", *ONE_OF_EACH] if sm == 90 else [], expected, marks=pytest.mark.full)
-        for sm, expected in ((80, 25), (90, 41), (100, 26))
+        for sm, expected in ((80, 8), (90, 30), (100, 9))
     ],
 )
 def test_machine_code(sm, names, expected, tmp_path):
@@ -441,7 +443,8 @@ def test_machine_code(sm, names, expected, tmp_path):
             assert row["add"] == 1, row  # what is subtracted is rounded before
             continue
         assert row["asserts"] == kernel.endswith("asserts"), row
-        if kernel in ("rows join", "rows found", "rows found asserts"):  # a number of each row at a time
+        # a number of each row at a time
+        if kernel in ("rows join", "rows found", "rows found asserts", "rows compared"):
             continue
         assert row["load128"] > 0, row
         assert row["store128"] > 0 or (kernel.startswith("fold") and "exp" not in kernel), row
