@@ -147,7 +147,7 @@ def scaled_gradient(
 def _put_(dhidden: Tensor, dx: Tensor, at: Rows, slots: Tensor | None, span: slice) -> None:
     """Of the rows of this span."""
     if slots is None:
-        dhidden[at.sequence[span], at.position[span]] = dx
+        dhidden[tuple(at) if span == slice(None) else (at.sequence[span], at.position[span])] = dx
         return
     flat = dhidden.view(-1, dhidden.shape[-1])
     if flat.device.type == "cpu":  # index_put_ takes one number after the other there

@@ -84,7 +84,8 @@ def _add_label_rows_(
 ) -> None:
     """dx_n += label_n W_y, a block of rows at a time, `rows` at most."""
     for span in spans(y.shape[0], min(rows, LABEL_ROWS)):
-        dx[span].addcmul_(weight[y[span]].to(compute_dtype).to(dx.dtype), label[span, None])
+        w = weight[_part(y, span)].to(compute_dtype).to(dx.dtype)
+        _part(dx, span).addcmul_(w, _part(label, span)[:, None])
 
 
 def linear_logps_fwd(
@@ -187,13 +188,14 @@ class _Gradients:
         at their own size and then cancel (`finish_rows` adds them), and are in dW and db. `first`: nothing is in this
         block yet."""
         if self.dx is not None:
-            self.k.product(d, w, self.dx[rows], accumulate=True)
-            self.label[rows].add_(value)
+            self.k.product(d, w, _part(self.dx, rows), accumulate=True)
+            _part(self.label, rows).add_(value)
         if self.dw_sum is not None or self.db is not None:
             self.k.put_labels_(d, y, block.start, value)
         if self.dw_sum is not None:
-            target = self.dw_sum[block] if self.dw_sum.shape[0] == self.weight.shape[0] else self.dw_sum[: d.shape[1]]
-            x = self.k.operand(self.x[rows], self.compute_dtype)
+            whole = self.dw_sum.shape[0] == self.weight.shape[0]
+            target = _part(self.dw_sum, block if whole else slice(0, d.shape[1]))
+            x = self.k.operand(_part(self.x, rows), self.compute_dtype)
             product = self.k.product(d.t(), x, target, accumulate=not first)
             if product is not target:
                 target.copy_(product)
@@ -218,13 +220,13 @@ class _Gradients:
         """Adds the labels' part of these rows of dX, and begins to sum them over the ranks that share the head."""
         if self.dx is None or span.start == span.stop:
             return
-        y = y[span]
+        y, dx = _part(y, span), _part(self.dx, span)
         if self.shards is not None:  # the label's part is 0 where another rank has it
             y = y.clamp(0, max(self.weight.shape[0] - 1, 0))
         if self.weight.shape[0]:
-            _add_label_rows_(self.dx[span], self.weight, y, self.label[span], self.compute_dtype, rows)
+            _add_label_rows_(dx, self.weight, y, _part(self.label, span), self.compute_dtype, rows)
         if self.shards is not None:
-            self.waits.append(self.shards.start_sum(self.dx[span]))
+            self.waits.append(self.shards.start_sum(dx))
 
     def finish(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The three, in the dtypes of what they are gradients of."""
