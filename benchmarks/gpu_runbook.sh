@@ -160,7 +160,7 @@ export python device kind part objects wheels scratch out
 
 small="rows_of or fused_forward or in_place"
 kernels="tests/impl/test_triton.py tests/impl/test_cuda.py"
-grids=$(printf "tests/test_%s.py " logps linear_dpo memory numerics ops)
+grids="tests/impl/test_pairs.py $(printf "tests/test_%s.py " logps linear_dpo memory numerics ops)"
 pytest="$python -m pytest -v -p no:cacheprovider"  # -v: the last line of what was stopped is where it hung
 if [ $device = cuda ]; then
   export head="--device cuda --hidden 4096 --vocab 128256 --dtype bfloat16 --patience 30" gpu="$python benchmarks/gpu.py"
