@@ -62,6 +62,9 @@ def test_pairs_are_compared(finding_impl, pairs, length, ends, weighted, dtype):
     kernels, beta = dispatch.load(finding_impl), 0.1
     logps, at, tables = drawn(pairs, length, dtype, weighted)
     slopes = compare(kernels, logps, at, tables, ends, beta)
+    once = [t.clone() for t in (*tables[5:], slopes)]
+    again = compare(kernels, logps, at, tables, ends, beta)
+    assert all(map(torch.equal, once, (*tables[5:], again)))
     token_logps, sums, losses, chosen, rejected, loss, of_graph = expected(logps, at, tables, beta)
     exact = 1e-6 if dtype == torch.float32 else 1e-13
     found = (tables.token_logps, tables.logps, tables.losses, tables.chosen_rewards, tables.rejected_rewards)
