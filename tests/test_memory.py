@@ -64,7 +64,7 @@ def results_bytes(inputs, dtype):
 
 @pytest.mark.parametrize(
     ("path", "shape", "dtype"),
-    covering(["A", "B", "D", "D for the loss"], list(SHAPES), [torch.float32, torch.bfloat16]),
+    covering(["A", "B", "D", "D for the loss"], list(SHAPES), [torch.float32, torch.bfloat16], full=2),
 )
 def test_tile_bounds_paths_a_b_d(path, shape, dtype):
     inputs, softcap = make(SHAPES[shape], frozen=path in "AB", dtype=dtype), 4.0 if dtype == torch.bfloat16 else None
@@ -180,7 +180,7 @@ def peak_bytes(fn):
 
 
 @pytest.mark.parametrize(
-    ("path", "dtype", "softcap"), covering(["A", "B", "C", "D"], [torch.float32, torch.bfloat16], [None, 4.0])
+    ("path", "dtype", "softcap"), covering(["A", "B", "C", "D"], [torch.float32, torch.bfloat16], [None, 4.0], full=2)
 )
 def test_peak_memory(path, dtype, softcap, set_tile_bytes):
     """All that is alive at once: at most four tiles, [N, H] a few times, the bias's gradient, what is returned, and
