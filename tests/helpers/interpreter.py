@@ -92,8 +92,7 @@ def keep_types() -> None:
 
 def skip_promotion() -> None:
     """Operators of what NumPy promotes and broadcasts as Triton does: numbers of one type, or of one and a number of
-    Python's, integers, and pointers. Sums and products of int32 are checked for overflow, as Triton's interpreter does.
-    """
+    Python's, integers, and pointers."""
     handle, tensor, semantic = interpreter.TensorHandle, tl.tensor, interpreter.interpreter_semantic
     floating, integers, blocks = ("fp32", "fp64"), ("int32", "int64"), {}
     checked, of_tuple = TritonSemantic.binary_op_type_checking_impl, tl.tensor.__getitem__
@@ -120,12 +119,7 @@ def skip_promotion() -> None:
                 b, alike = other, type(other) is int or type(other) is float and kind in floating
             if kind not in kinds or not alike:
                 return original(self, other, _semantic=semantic)
-            data = numpys(a, b)
-            if compares:
-                return typed(data, tl.int1, is_block)
-            if scalar.name == "int32":
-                assert (numpys(a.astype(np.int64), b) == data).all(), f"int32 overflow detected for operation {name}"
-            return typed(data, scalar, is_block)
+            return typed(numpys(a, b), tl.int1 if compares else scalar, is_block)
 
         setattr(tensor, name, method)
 
@@ -146,7 +140,8 @@ def skip_promotion() -> None:
         return checked(self, lhs, rhs, *options, **more)
 
     def getitem(self, at):
-        if type(at) is tuple and all(each is None or type(each) is slice and each == slice(None) for each in at):
+        plain = type(at) is tuple and all(each is None or each == slice(None) for each in at)
+        if plain and self.type.is_block():
             return typed(self.handle.data[at], self.dtype, True)
         return of_tuple(self, at, _semantic=semantic)
 
