@@ -43,7 +43,7 @@ def oracle(inputs, **transform):
 
 @pytest.mark.parametrize(
     ("shape", "transform", "with_bias", "frozen"),
-    covering(list(SHAPES), list(TRANSFORMS), [False, True], [False, True]),
+    covering(list(SHAPES), list(TRANSFORMS), [False, True], [False, True], full=2),
 )
 @pytest.mark.full(when=lambda tile, shape: tile is not None and shape in ONE_TILE)
 def test_fp64_equals_eager(tile, shape, transform, with_bias, frozen):
@@ -192,7 +192,7 @@ def test_non_contiguous_inputs(tile):
 @pytest.mark.parametrize(
     ("dtype", "transform", "frozen", "confident"),
     # confident rows by themselves: 1 - p_y cancels there
-    covering([torch.float32, torch.bfloat16, torch.float16], list(TRANSFORMS), [False, True], [0.0, 1.0]),
+    covering([torch.float32, torch.bfloat16, torch.float16], list(TRANSFORMS), [False, True], [0.0, 1.0], full=2),
 )
 def test_error_budget(dtype, transform, frozen, confident):
     transform = TRANSFORMS[transform]
