@@ -126,7 +126,7 @@ def check(inputs, chunk_bytes, pair_weights=None, **options):
 
 @pytest.mark.parametrize(
     ("impl", "loss_type", "chunks"),
-    covering(IMPLS, [*LOSSES, ("sigmoid", "sft", "bco_pair")], list(CHUNKS)),
+    covering(IMPLS, [*LOSSES, ("sigmoid", "sft", "bco_pair")], list(CHUNKS), full=2),
     indirect=["impl"],
 )
 def test_every_loss(loss_type, chunks):
@@ -217,7 +217,7 @@ def gradients(inputs, **options):
 
 @pytest.mark.parametrize(
     ("impl", "loss_type", "chunk_bytes"),
-    covering(IMPLS, [*MEANS_OVER_PAIRS, ("sigmoid", "sft")], list(CHUNKS.values())),
+    covering(IMPLS, [*MEANS_OVER_PAIRS, ("sigmoid", "sft")], list(CHUNKS.values()), full=2),
     indirect=["impl"],
 )
 def test_weights_say_how_often_a_pair_is_there(loss_type, chunk_bytes):
@@ -446,7 +446,7 @@ def test_no_grad_needs_no_gradient():
 
 @pytest.mark.parametrize(
     ("dtype", "chunk_bytes", "confident"),
-    covering([torch.float32, torch.bfloat16, torch.float16], [None, 70_000, 0], [0.0, 1.0]),
+    covering([torch.float32, torch.bfloat16, torch.float16], [None, 70_000, 0], [0.0, 1.0], full=2),
 )
 def test_error_budget(dtype, chunk_bytes, confident):
     """70_000 bytes hold a fp32 dW accumulator beside two pairs, so low precision takes several groups too."""

@@ -43,7 +43,7 @@ def oracle(inputs, **transform):
 
 @pytest.mark.parametrize(
     ("shape", "transform", "with_bias", "frozen"),
-    covering(list(SHAPES), list(TRANSFORMS), [False, True], [False, True]),
+    covering(list(SHAPES), list(TRANSFORMS), [False, True], [False, True], full=2),
 )
 @pytest.mark.full(when=lambda tile, shape: tile is not None and shape in ONE_TILE)
 def test_fp64_equals_eager(tile, shape, transform, with_bias, frozen):
@@ -129,16 +129,16 @@ def test_reduction_shift_weights(reduction, shift, ignore_index):
 
 def test_every_block_of_rows_has_its_own_first_of_equal_logits(set_tile_bytes):
     set_tile_bytes(4 * 1024)  # a few rows and columns at a time
-    inputs = head_inputs(4, 20, 64, 300, labelled=1.0)
+    inputs = head_inputs(4, 10, 64, 150, labelled=1.0)
     with torch.no_grad():
         weight = inputs.weight.detach().clone()
-        weight[[40, 41, 290]] = 20 * weight[40]  # the largest of all for half of the rows
+        weight[[40, 41, 140]] = 20 * weight[40]  # the largest of all for half of the rows
         top = eager_logits(inputs.hidden, weight).argmax(-1)
-        for shift in (0, 1, 250):
+        for shift in (0, 1, 100):
             labels = torch.where(top == 40, 40 + shift, 7)
             out = linear_sequence_logps(inputs.hidden, weight, labels, stats=("is_top1",))
             assert torch.equal(out.stats["is_top1"].bool(), (top == labels) & (shift == 0))
-    assert 10 < (top == 40).sum() < 70
+    assert 10 < (top == 40).sum() < 30
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
@@ -192,7 +192,7 @@ def test_non_contiguous_inputs(tile):
 @pytest.mark.parametrize(
     ("dtype", "transform", "frozen", "confident"),
     # confident rows by themselves: 1 - p_y cancels there
-    covering([torch.float32, torch.bfloat16, torch.float16], list(TRANSFORMS), [False, True], [0.0, 1.0]),
+    covering([torch.float32, torch.bfloat16, torch.float16], list(TRANSFORMS), [False, True], [0.0, 1.0], full=2),
 )
 def test_error_budget(dtype, transform, frozen, confident):
     transform = TRANSFORMS[transform]
@@ -245,10 +245,12 @@ def test_confident_tokens_keep_their_digits():
     torch.testing.assert_close(mine.double(), torch.autograd.grad(truth.sum(), exact)[0], rtol=1e-6, atol=1e-44)
 
 
-def test_bf16_logps_of_peaked_logits():
+def test_bf16_logps_of_peaked_logits(impl):
     """bf16 inputs, logits of standard deviation 4 over 32768 entries: rms error at most 1e-5 nats, and the gradients no
-    worse than eager's."""
-    inputs = head_inputs(2, 16, 128, 32768, dtype=torch.bfloat16, logit_std=4.0, labelled=1.0)
+    worse than eager's. Of fewer entries where kernels are interpreted."""
+    interpreted = DEVICE == "cpu" and impl.__name__.rpartition(".")[2] in ("triton", "cuda")
+    vocab = 4096 if interpreted else 32768
+    inputs = head_inputs(2, 4, 128, vocab, dtype=torch.bfloat16, logit_std=4.0, labelled=1.0)
     exact, eager = inputs.to(torch.float64), inputs.to(torch.bfloat16)
     truth, theirs = oracle(exact), oracle(eager)
     out = linear_sequence_logps(inputs.hidden, inputs.weight, inputs.labels)

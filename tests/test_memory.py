@@ -10,10 +10,10 @@ from dpo_kernels.impl import paths
 from dpo_kernels.impl.reference import eager_logits, eager_token_logps
 from dpo_kernels.testing import Record, SavedBytes, head_inputs
 
-TILE = 32 * 1024
+TILE = 8 * 1024
 STATS = ("entropy", "is_top1", "mean_logit", "log_sum_sq_probs")
 # [S, T, H, V]: the logits are 12 tiles and 12 times the head; then more rows, which are two blocks, and more columns
-SHAPES = {"base": (4, 12, 4, 2000), "rows": (4, 24, 4, 2000), "columns": (4, 12, 4, 4000)}
+SHAPES = {"base": (4, 12, 4, 512), "rows": (4, 24, 4, 512), "columns": (4, 12, 4, 1024)}
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +64,7 @@ def results_bytes(inputs, dtype):
 
 @pytest.mark.parametrize(
     ("path", "shape", "dtype"),
-    covering(["A", "B", "D", "D for the loss"], list(SHAPES), [torch.float32, torch.bfloat16]),
+    covering(["A", "B", "D", "D for the loss"], list(SHAPES), [torch.float32, torch.bfloat16], full=2),
 )
 def test_tile_bounds_paths_a_b_d(path, shape, dtype):
     inputs, softcap = make(SHAPES[shape], frozen=path in "AB", dtype=dtype), 4.0 if dtype == torch.bfloat16 else None
@@ -89,10 +89,10 @@ def test_tile_bounds_paths_a_b_d(path, shape, dtype):
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("groups", [1, 3])
 def test_chunk_bytes_bounds_path_c(dtype, softcap, groups):
-    inputs = make((12, 8, 4, 1000), frozen=False, dtype=dtype)
+    inputs = make((12, 8, 4, 256), frozen=False, dtype=dtype)
     rows = int((inputs.labels != -100).sum())
     accumulator = inputs.weight.numel() * 4 if dtype != torch.float32 and groups > 1 else 0
-    chunk_bytes = rows * 1000 * 4 // groups + 8 * 1000 * 4 + accumulator  # of about 8 rows a pair
+    chunk_bytes = rows * 256 * 4 // groups + 8 * 256 * 4 + accumulator  # of about 8 rows a pair
     record, saved = run(lambda i: dpo_loss(i, softcap=softcap, chunk_bytes=chunk_bytes), inputs)
     assert products(record, inputs) == pytest.approx(3)
     assert record.largest[0] <= max(chunk_bytes - accumulator, results_bytes(inputs, torch.float32))
@@ -100,9 +100,9 @@ def test_chunk_bytes_bounds_path_c(dtype, softcap, groups):
 
 
 def test_chunk_bytes_that_a_pair_just_fits_in():
-    inputs = make((12, 8, 4, 1000), frozen=False, dtype=torch.float32, labelled=1.0)
+    inputs = make((12, 8, 4, 256), frozen=False, dtype=torch.float32, labelled=1.0)
     for missing, expected in ((0, 3), (1, 4)):  # of 16 rows a pair
-        record, _ = run(lambda i, size=16 * 1000 * 4 - missing: dpo_loss(i, chunk_bytes=size), inputs)
+        record, _ = run(lambda i, size=16 * 256 * 4 - missing: dpo_loss(i, chunk_bytes=size), inputs)
         assert products(record, inputs) == pytest.approx(expected)
 
 
@@ -137,7 +137,7 @@ def test_path_c_keeps_logits_in_the_memory_of_dw(dtype, labelled, set_tile_bytes
         ({"rpo_alpha": 1.0}, 3),
         ({"differentiable": ("logps",)}, 4),
         ({"chunk_bytes": 0}, 4),  # no pair fits
-        ({"chunk_bytes": 2000 * 4}, 4),  # one row fits, a pair does not
+        ({"chunk_bytes": 512 * 4}, 4),  # one row fits, a pair does not
         ({"loss_type": "aot"}, 4),  # sorts the batch: no mean over pairs
         ({"loss_type": ("sigmoid", "aot_unpaired")}, 4),
     ],
@@ -180,16 +180,16 @@ def peak_bytes(fn):
 
 
 @pytest.mark.parametrize(
-    ("path", "dtype", "softcap"), covering(["A", "B", "C", "D"], [torch.float32, torch.bfloat16], [None, 4.0])
+    ("path", "dtype", "softcap"), covering(["A", "B", "C", "D"], [torch.float32, torch.bfloat16], [None, 4.0], full=2)
 )
 def test_peak_memory(path, dtype, softcap, set_tile_bytes):
     """All that is alive at once: at most four tiles, [N, H] a few times, the bias's gradient, what is returned, and
     `chunk_bytes` for C."""
-    tile = 2**15
+    tile = 2**13
     set_tile_bytes(tile)
-    inputs = make((12, 8, 8, 4000), frozen=path in "AB", dtype=dtype)  # two blocks of rows, 16 of columns; six pairs
+    inputs = make((12, 8, 8, 1000), frozen=path in "AB", dtype=dtype)  # two blocks of rows, 16 of columns; six pairs
     rows = int((inputs.labels != -100).sum())
-    logits_bytes = rows * 4000 * 4
+    logits_bytes = rows * 1000 * 4
     chunk_bytes = {"C": logits_bytes // 3 + 4 * inputs.weight.numel() * (dtype != torch.float32), "D": 0}.get(path)
 
     def step():
@@ -223,7 +223,7 @@ def test_the_record_sees_eager_logits():
     record, saved = run(
         lambda i: eager_token_logps(eager_logits(i.hidden, i.weight), i.labels).sum() + 0 * i.bias.sum(), inputs
     )
-    logits_bytes = inputs.labels.numel() * 2000 * 4
+    logits_bytes = inputs.labels.numel() * SHAPES["base"][3] * 4
     assert record.largest[0] >= logits_bytes and saved >= logits_bytes
     assert products(record, inputs) == pytest.approx(3)
 

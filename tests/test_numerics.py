@@ -70,6 +70,7 @@ def eager_gradients(inputs, path, **transform):
         [torch.bfloat16, torch.float16],
         [0.0, 1.0],
         [{}, {"softcap": 5.0, "logit_scale": 0.7}],
+        full=2,
     ),
 )
 def test_half_precision_operands_stay_in_the_budget(half_precision_operands, path, size, dtype, confident, transform):

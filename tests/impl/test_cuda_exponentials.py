@@ -369,15 +369,15 @@ def test_weights_of_rows_of_any_size(kernels):
 
 
 @pytest.mark.parametrize(
-    ("shape", "sizes"),
+    ("shape", "sizes", "before", "parts"),
     [
-        ((1, 20, 48, 123), (123,)),
-        ((1, 150, 8, 300), (300,)),
-        ((1, 330, 264, 700), (300, 400)),
-        ((1, 140, 520, 1300), (576, 724)),
+        ((1, 20, 48, 123), (123,), 7, 3),
+        ((1, 150, 8, 300), (300,), 0, 1),
+        ((1, 150, 8, 300), (300,), 7, 3),
+        ((1, 330, 264, 700), (300, 400), 0, 1),
+        ((1, 140, 520, 1300), (576, 724), 7, 3),
     ],
 )
-@pytest.mark.parametrize(("before", "parts"), [(0, 1), (7, 3)])
 def test_products_of_weighed_exponentials(kernels, monkeypatch, shape, sizes, before, parts):
     """From the kernels' own factors: each entry of dlogits is rounded once, labels' are in dW and not in dX, and sums
     are in fp32. Exponentials stay what they are, and nothing is written beside the blocks of dW that are asked for.

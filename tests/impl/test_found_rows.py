@@ -243,7 +243,7 @@ def test_paths_compute_the_same_of_rows_that_pytorch_finds(finding_impl, kernels
 def test_rows_that_are_sorted_by_the_parts_of_a_loss(gpu_impl, monkeypatch, path, predicted):
     """Each with its label and its hidden state."""
     kernels = dispatch.load(gpu_impl)
-    inputs = head_inputs(4, 90, 16, 251, labelled=0.8).to(BF16)
+    inputs = head_inputs(4, 90, 16, 75, labelled=0.8).to(BF16)
     sizes = (inputs.labels >= 0).sum(1).view(2, -1).sum(0).tolist()
     of_row = paths.kept_bytes(kernels, 1, inputs.weight, torch.float32, True, True).of_row
     given = {"chunk_bytes": kernels.padded_rows(max(sizes)) * of_row + inputs.weight.numel() * 4}

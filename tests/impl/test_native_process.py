@@ -21,8 +21,8 @@ native = pytest.importorskip("dpo_kernels.impl.native")
 
 @pytest.fixture(scope="module")
 def python():
-    """A function that runs a script, which finds PyTorch loaded; what it prints."""
-    found = forks.Forks("torch", PYTHONPATH=python_path())
+    """A function that runs a script, which finds what the package imports of PyTorch loaded; what it prints."""
+    found = forks.Forks("torch._dynamo", PYTHONPATH=python_path())
 
     def run(script, *arguments):
         done = found.run(script, *arguments)

@@ -37,8 +37,8 @@ def small_blocks(monkeypatch):
         monkeypatch.setattr(linear, "BLOCK_N", 16)
         monkeypatch.setattr(linear, "BLOCK_H", 32)
         monkeypatch.setattr(linear, "block_v", lambda stats, softcap, hopper: 32 // (2 if stats else 1))
-        monkeypatch.setattr(exponentials, "PIECE_COLUMNS", 8)
-    monkeypatch.setattr(exponentials, "EXP_BYTES", 2**14)
+        monkeypatch.setattr(exponentials, "PIECE_COLUMNS", 16)
+    monkeypatch.setattr(exponentials, "EXP_BYTES", 2**13)
     monkeypatch.setattr(exponentials, "FIRST_COLUMNS", 40)
     monkeypatch.setattr(exponential_paths, "DW_COLUMNS", 40)
     monkeypatch.setattr(exponential_paths, "ALIGNED", 16)
@@ -51,11 +51,11 @@ def no_tiles(monkeypatch):
 
 
 # [S, T, H, V]: a vocabulary that no block divides; one row; several blocks of rows, and of the vocabulary's parts
-SHAPES = {"tails": (4, 9, 48, 123), "one row": (2, 1, 16, 123), "blocks": (4, 20, 64, 500)}
+SHAPES = {"tails": (4, 9, 48, 123), "one row": (2, 1, 16, 123), "blocks": (4, 13, 64, 187)}
 # More rows than the memory of dW has room for, so that pairs come in several groups.
-SEVERAL = (4, 40, 16, 251)
+SEVERAL = (4, 28, 16, 75)
 # One pair, and more rows than H: the memory of dW has room for the exponentials of some entries alone.
-SOME = (2, 40, 32, 500)
+SOME = (2, 22, 16, 187)
 
 
 @pytest.mark.parametrize(
@@ -136,13 +136,13 @@ def test_trained_head(monkeypatch, transform, need, shape, confident):
 
 @pytest.mark.parametrize(
     ("transform", "need", "buffer", "confident", "stats"),
-    covering(list(TRANSFORMS), [*NEED, "bias alone"], [64, 256], [0.0, 1.0], [(), STATS], full=2),
+    covering(list(TRANSFORMS), [*NEED, "bias alone"], [32, 64], [0.0, 1.0], [(), STATS], full=2),
 )
 def test_exponentials_of_some_entries(monkeypatch, transform, need, buffer, confident, stats):
     """In the memory of dW, where there is one, and in a buffer; with labels there, and among the entries whose products
     are computed again, in blocks, the last of which is smaller."""
     options, need = TRANSFORMS[transform], NEED.get(need, ("bias",))
-    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 64))
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 32))
     inputs, of = head_inputs(*SOME, confident=confident, labelled=0.8).to(BF16), kernels.recomputed
     chunk_bytes, stored = bytes_for_some(kernels, inputs, need, buffer)
     parts, used = sorted({0, stored - buffer, stored}), []
@@ -167,7 +167,7 @@ def test_exponentials_of_some_entries(monkeypatch, transform, need, buffer, conf
     for name, best in eager_stats(logits.detach(), inputs.labels).items():
         if name in stats:
             torch.testing.assert_close(out.stats[name].double(), best.double(), rtol=1e-5, atol=1e-5)
-    if buffer == 64:
+    if buffer == 32:
         again, gradients = trained(inputs, need, options, chunk_bytes, stats)
         assert torch.equal(out.logps, again.logps) and all(map(torch.equal, mine, gradients)), "the same bits"
 
@@ -373,8 +373,8 @@ def test_rewards_of_a_model_against_itself_are_zero(monkeypatch, gradients, part
     if parts == "several":
         given["chunk_bytes"] = pair_bytes(monkeypatch, inputs, "weight" in gradients)
     elif parts == "some":
-        monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 64))
-        given["chunk_bytes"], _ = bytes_for_some(kernels, inputs, gradients, 64)
+        monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 32))
+        given["chunk_bytes"], _ = bytes_for_some(kernels, inputs, gradients, 32)
     sizes, of = set(), kernels.exponentials  # of parts, whose sums are joined
     monkeypatch.setattr(kernels, "exponentials", lambda *args, **by: sizes.add(tuple(args[7])) or of(*args, **by))
     reference = linear_reference_logps(*leaves[:2], inputs.labels, gradients=gradients, **given)
@@ -576,11 +576,11 @@ class Allocated(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("need", ["head", "bias"])
-@pytest.mark.parametrize("buffer", [64, 256])
+@pytest.mark.parametrize("buffer", [32, 64])
 def test_exponentials_of_some_entries_keep_to_the_budget(recorded, monkeypatch, buffer, need):
     """All that is made beside the gradients, the sums of dX and what each row takes; what is computed again is made in
     their place."""
-    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 64))
+    monkeypatch.setattr(kernels, "recomputed_columns", lambda n, v, h, device: min(v, 32))
     inputs = head_inputs(*SOME, labelled=1.0).to(BF16)
     x, weight, y = inputs.hidden.detach().flatten(0, 1), inputs.weight.detach(), inputs.labels.flatten()
     (n, h), v, of_head = x.shape, weight.shape[0], need == "head"
@@ -605,7 +605,7 @@ def test_exponentials_of_some_entries_keep_to_the_budget(recorded, monkeypatch, 
     gradients = (2 + 4) * n * h + (2 * v * h if of_head else 4 * v)
     assert chunk_bytes < made.bytes - gradients <= chunk_bytes + of_rows
     launches, shapes = recorded
-    blocks = -(-(v - stored) // 64)
+    blocks = -(-(v - stored) // 32)
     assert launches["linear_dlogits_bwd_kernel"] == blocks > 1 and launches["linear_pack_fwd_kernel"] == 2 + of_head
     assert sum(a * b * c for a, b, c, _ in shapes) == (1 + of_head) * n * v * h, "each product of dlogits once"
 

@@ -144,7 +144,8 @@ class Edges:
 
 
 def every_kernel(edges):
-    sizes = [*range(1, 70), 2047, 2048, 2049, 4119]
+    # all tails of one vector and of four, of the widest kind; then those of a segment
+    sizes = [*range(1, 36), *range(63, 70), 2047, 2048, 2049, 4119]
     for dtype in (torch.float32, torch.float64):
         edges.dtype = dtype
         for i, v in enumerate(sizes):
