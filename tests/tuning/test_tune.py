@@ -45,7 +45,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "CASES", harm.CASES)
     monkeypatch.setattr(trial, "TOKENS", {"cpu": (16, 64)})
     monkeypatch.setattr(trial, "ROUNDS", 1)
-    monkeypatch.setattr(measure, "FLUSH_BYTES", 2**20)
     monkeypatch.setattr(measure.gc, "collect", lambda *of: 0)
     if dispatch.CPU_PROBLEM:
         pytest.skip(dispatch.CPU_PROBLEM)

@@ -169,7 +169,6 @@ def test_large_heads_are_tried_in_small(monkeypatch):
 @pytest.fixture
 def brief(monkeypatch):
     """Without what makes times reproducible: more is spent on that than on what is tested."""
-    monkeypatch.setattr(measure, "FLUSH_BYTES", 2**20)
     monkeypatch.setattr(measure.gc, "collect", lambda *of: 0)
 
 
