@@ -72,7 +72,7 @@ def test_sanitizers(tmp_path):
     if not all(os.path.isabs(library) for library in libraries):
         pytest.skip("g++ has no libasan or libubsan")
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-    build_module(tmp_path / f"_native{SUFFIX}", "-O1", "-g1", *sanitize)
+    build_module(tmp_path / f"_native{SUFFIX}", "-O0", "-g1", *sanitize)
     # libstdc++ too, whose exceptions libasan must find when it starts
     libraries.append(run("g++", "-print-file-name=libstdc++.so.6").stdout.strip())
     command = [sys.executable, NATIVE / "with_module.py", tmp_path / f"_native{SUFFIX}", NATIVE / "edges.py", "malloc"]
@@ -237,23 +237,8 @@ def test_cuda_without_a_compiler_is_an_error(copy):
 
 
 @pytest.fixture(scope="module")
-def built(copy):
-    """The root of a tree whose extension setup.py has built."""
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    place = copy("built")
-    done = build(place, "cpu")
-    assert done.returncode == 0, done.stderr[-6000:]
-    return place
-
-
-@pytest.fixture(scope="module", params=["installed", pytest.param("built", marks=pytest.mark.full)])
-def module(request):
-    """The extension that is installed, and one that has just been built."""
-    if request.param == "installed":
-        return pytest.importorskip("dpo_kernels._native", reason="the extension was not built").__file__
-    (path,) = built_modules(request.getfixturevalue("built"))
-    return path
+def module():
+    return pytest.importorskip("dpo_kernels._native", reason="the extension was not built").__file__
 
 
 def tool(name, *args):
@@ -304,12 +289,15 @@ def test_wide_instructions_are_of_their_files(module):
 
 
 @pytest.mark.full
-def test_wide_instructions_stay_in_their_files(built):
+def test_wide_instructions_stay_in_their_files(tmp_path):
     """Nothing compiled for a wider instruction set runs before that set is known to be there: no wide registers in the
     other objects, no symbol that the linker could merge, and the function that asks the processor uses none."""
     if not instruction_sets():
         pytest.skip("not x86-64")
-    objects = {path.stem: path for path in (built / "build").rglob("*.o")}
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    build_module(tmp_path / f"_native{SUFFIX}", "-O0")
+    objects = {path.stem: path for path in tmp_path.glob("*.o")}
     assert {"bindings", "labelled_rows", "team", "kernels_baseline", "kernels_avx2", "kernels_avx512"} == objects.keys()
     for name, path in objects.items():
         wide = "%ymm" in (code := tool("objdump", "-d", "--no-show-raw-insn", path)) or "%zmm" in code
