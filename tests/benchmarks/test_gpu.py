@@ -14,7 +14,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch._dynamo
 from places import DEVICE, ROOT
 
 from dpo_kernels import dispatch
@@ -49,7 +48,7 @@ def gpu_report(tmp_path_factory, gpu):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
         if dispatch.HAS_TRITON:
             patch.setattr(dispatch.load("triton"), "BLOCK_N", 32)
-        patch.setattr("torch._dynamo.config.disable", True)
+        patch.setattr("torch._dynamo.config.disable", True)  # of the peers, one is compiled
         patch.setenv("DPO_KERNELS_COMMIT", "a copy")
         patch.setattr(sys, "argv", ["gpu.py", *options])
         forked(patch, gpu)
@@ -91,7 +90,8 @@ def test_gpu_rows_of_tiles(gpu, monkeypatch):
     (job,) = gpu.jobs(args)
     rows = gpu.table(job, gpu.Harness(1, memory=False), args)["rows"]
     sized = [f"{impl}, tiles of {mib} MiB" for impl in args.impl for mib in gpu.TILE_MIB]
-    expected = {f"{path}, {size}" for path in ("A forward", "B frozen head", "C fused loss", "D any loss") for size in sized}
+    paths = ("A forward", "B frozen head", "C fused loss", "D any loss")
+    expected = {f"{path}, {size}" for path in paths for size in sized}
     assert {row["name"] for row in rows} == {"1 x torch.mm"} | expected
     assert all(row["median_ms"] > 0 and ("tiles" not in row["name"] or row["over_baseline"] > 0) for row in rows)
 
