@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pybind11
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import Extension, setup
 from setuptools.errors import ExecError
 
@@ -44,7 +44,8 @@ class BuildExtension(build_ext):
             compile_one(obj, source, ext, cc_args, [*extra, *flags], pp_opts)
 
         self.compiler._compile = compile_with_instruction_set
-        super().build_extensions()
+        with ParallelCompile():  # a file on each core
+            super().build_extensions()
 
     def build_extension(self, ext: Extension) -> None:
         compiler = getattr(self.compiler, "compiler_cxx", [sys.executable])[0]  # Microsoft's finds itself

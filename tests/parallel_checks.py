@@ -230,21 +230,20 @@ def small_tiles():
 def check_many_tiles(world):
     with small_tiles():
         inputs = head_inputs(4, 24, H, V)
-        for sizes in splits(world.ranks):
+        for number, sizes in enumerate(splits(world.ranks)):
             chunk_bytes = chunk_bytes_for("several", inputs.labels, sizes, torch.float64)
-            for needs in (NEEDS["B"], NEEDS["D"]):
-                for impl in IMPLS:
+            for at, needs in enumerate((NEEDS["B"], NEEDS["D"])):
+                fixed = {"impl": IMPLS[(number + at) % 2]}
 
-                    def logps(h, w, b, impl=impl, **group):
-                        return linear_sequence_logps(h, w, inputs.labels, bias=b, stats=STATS, impl=impl, **group)
+                def logps(h, w, b, fixed=fixed, **group):
+                    return linear_sequence_logps(h, w, inputs.labels, bias=b, stats=STATS, **fixed, **group)
 
-                    def loss(h, w, b, impl=impl, chunk_bytes=chunk_bytes, **group):
-                        return linear_dpo_loss(
-                            h, w, inputs.labels, inputs.ref_logps, bias=b, impl=impl, chunk_bytes=chunk_bytes, **group
-                        )
+                def loss(h, w, b, fixed=fixed, chunk_bytes=chunk_bytes, **group):
+                    own = fixed | {"chunk_bytes": chunk_bytes}
+                    return linear_dpo_loss(h, w, inputs.labels, inputs.ref_logps, bias=b, **own, **group)
 
-                    compare(world, logps, inputs, needs, torch.float64, sizes, of_logps)
-                    compare(world, loss, inputs, needs, torch.float64, sizes, of_loss)
+                compare(world, logps, inputs, needs, torch.float64, sizes, of_logps)
+                compare(world, loss, inputs, needs, torch.float64, sizes, of_loss)
 
 
 def check_confident_rows(world):

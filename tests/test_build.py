@@ -43,15 +43,17 @@ def succeeds(*args, **options):
     return done
 
 
+COMMON = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden"]
+
+
 def build_module(out, *flags):
     """Compiles csrc as setup.py does, but with flags of its own, to the module `out`."""
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     files = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
-    # of the bindings nobody waits for anything but the compiler
-    flags_of = {"bindings.cpp": ["-O0"], **instruction_sets()}
-    common = ["g++", "-std=c++17", "-fPIC", "-fvisibility=hidden", *flags]
+    flags_of = instruction_sets()
+    common = [*COMMON, *flags]
     objects = [out.with_name(f"{file.stem}.o") for file in files]
 
     def compile_one(file, obj):
@@ -72,7 +74,7 @@ def test_sanitizers(tmp_path):
     if not all(os.path.isabs(library) for library in libraries):
         pytest.skip("g++ has no libasan or libubsan")
     sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
-    build_module(tmp_path / f"_native{SUFFIX}", "-O1", "-g1", *sanitize)
+    build_module(tmp_path / f"_native{SUFFIX}", "-O0", "-g1", *sanitize)
     # libstdc++ too, whose exceptions libasan must find when it starts
     libraries.append(run("g++", "-print-file-name=libstdc++.so.6").stdout.strip())
     command = [sys.executable, NATIVE / "with_module.py", tmp_path / f"_native{SUFFIX}", NATIVE / "edges.py", "malloc"]
@@ -237,23 +239,8 @@ def test_cuda_without_a_compiler_is_an_error(copy):
 
 
 @pytest.fixture(scope="module")
-def built(copy):
-    """The root of a tree whose extension setup.py has built."""
-    if shutil.which("c++") is None and shutil.which("g++") is None:
-        pytest.skip("no C++ compiler")
-    place = copy("built")
-    done = build(place, "cpu")
-    assert done.returncode == 0, done.stderr[-6000:]
-    return place
-
-
-@pytest.fixture(scope="module", params=["installed", pytest.param("built", marks=pytest.mark.full)])
-def module(request):
-    """The extension that is installed, and one that has just been built."""
-    if request.param == "installed":
-        return pytest.importorskip("dpo_kernels._native", reason="the extension was not built").__file__
-    (path,) = built_modules(request.getfixturevalue("built"))
-    return path
+def module():
+    return pytest.importorskip("dpo_kernels._native", reason="the extension was not built").__file__
 
 
 def tool(name, *args):
@@ -304,21 +291,22 @@ def test_wide_instructions_are_of_their_files(module):
 
 
 @pytest.mark.full
-def test_wide_instructions_stay_in_their_files(built):
-    """Nothing compiled for a wider instruction set runs before that set is known to be there: no wide registers in the
-    other objects, no symbol that the linker could merge, and the function that asks the processor uses none."""
+def test_wide_instructions_stay_in_their_files(tmp_path):
+    """Nothing compiled for a wider instruction set runs before that set is known to be there: no symbol that the linker
+    could merge, and the function that asks the processor uses no wide registers."""
     if not instruction_sets():
         pytest.skip("not x86-64")
-    objects = {path.stem: path for path in (built / "build").rglob("*.o")}
-    assert {"bindings", "labelled_rows", "team", "kernels_baseline", "kernels_avx2", "kernels_avx512"} == objects.keys()
-    for name, path in objects.items():
-        wide = "%ymm" in (code := tool("objdump", "-d", "--no-show-raw-insn", path)) or "%zmm" in code
-        assert wide == (name in ("kernels_avx2", "kernels_avx512")), name
-        if name.startswith("kernels"):
-            isa = name.removeprefix("kernels_")
-            (symbol,) = tool("nm", "--defined-only", "--extern-only", path).splitlines()
-            assert symbol.split()[1] == "T" and f"{isa}_kernels" in symbol
-            assert_asks_without_wide_instructions(path, symbol.split()[2])
+    if shutil.which("g++") is None:
+        pytest.skip("no g++")
+    assert instruction_sets().keys() == {"kernels_avx2.cpp", "kernels_avx512.cpp"}
+    for name, flags in instruction_sets().items():
+        path = tmp_path / "kernels.o"
+        succeeds(*COMMON, "-O1", *flags, "-c", ROOT / "csrc" / "cpu" / name, "-o", path)
+        assert "%ymm" in tool("objdump", "-d", "--no-show-raw-insn", path)
+        isa = name.removeprefix("kernels_").removesuffix(".cpp")
+        (symbol,) = tool("nm", "--defined-only", "--extern-only", path).splitlines()
+        assert symbol.split()[1] == "T" and f"{isa}_kernels" in symbol
+        assert_asks_without_wide_instructions(path, symbol.split()[2])
 
 
 @pytest.mark.parametrize("compiler", ["g++", "clang++", "aarch64-linux-gnu-g++"])

@@ -12,13 +12,12 @@ LOSSES = re.compile(r"\bloss(?:'?: '?| )([0-9.]+)")  # as a trainer logs it, and
 NEEDS = {"trl_dpo.py": ("trl", "peft")}
 
 
-@pytest.mark.parametrize("run", [forks.python, pytest.param(forks.python_alone, marks=pytest.mark.full)])
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
-def test_example_runs(path, run, tmp_path):
+def test_example_runs(path, tmp_path):
     for package in ("transformers", "datasets", "accelerate", *NEEDS.get(path.name, ())):
         if importlib.util.find_spec(package) is None:
             pytest.skip(f"{package} is not installed")
-    done = run(path, "--tiny", cwd=tmp_path)
+    done = forks.python(path, "--tiny", cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-4000:]
     assert len(LOSSES.findall(done.stdout)) >= 2
     first, *_, last = [float(loss) for loss in LOSSES.findall(done.stdout)]

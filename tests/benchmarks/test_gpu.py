@@ -1,6 +1,8 @@
 """The benchmark for a GPU runs on a CPU too, writes what it promises, and goes on without what hangs or dies."""
 
+import contextlib
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
@@ -11,9 +13,8 @@ import sys
 import time
 from dataclasses import replace
 
-import forks
 import pytest
-from places import ROOT, python_path
+from places import DEVICE, ROOT
 
 from dpo_kernels import dispatch
 
@@ -22,28 +23,37 @@ GRADIENTS = {"dhidden", "dweight"}
 
 
 @pytest.fixture(scope="module")
-def gpu_report(tmp_path_factory):
+def gpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        import gpu
+
+        yield gpu
+
+
+def forked(patch, gpu):
+    """The process that measures begins as a copy of this one, which has imported all that it needs."""
+    patch.setattr(gpu.multiprocessing, "get_context", lambda how, of=multiprocessing.get_context: of("fork"))
+
+
+@pytest.fixture(scope="module")
+def gpu_report(tmp_path_factory, gpu):
     """What the GPU's benchmark reports on the CPU, Triton's kernels interpreted, in larger blocks than ship."""
-    out = tmp_path_factory.mktemp("gpu")
-    if dispatch.HAS_TRITON:
-        corrected = "import interpreter\n\ninterpreter.correct()\n"
-        corrected += "from dpo_kernels.impl import triton\n\ntriton.BLOCK_N = 32\n"
-        (out / "sitecustomize.py").write_text(corrected)
+    if DEVICE != "cpu":
+        pytest.skip("Triton's kernels are not interpreted where they are compiled")
+    out, said = tmp_path_factory.mktemp("gpu") / "out.json", io.StringIO()
     options = ["--quick", "--device", "cpu", "--impl", "torch", "triton", "cuda", "--rounds", "1"]
-    options += ["--only", "paths,E,tiles,masks", "--json", out / "out.json"]
+    options += ["--only", "paths,E,masks", "--json", str(out)]
     options += ["--peers", "eager", "TRL", "Liger, not compiled", "QuACK", "QuACK, labelled"]
-    environment = {"TRITON_INTERPRET": "1", "DPO_KERNELS_COMMIT": "a copy", "PYTHONPATH": python_path(out)}
-    done = forks.python(BENCHMARKS / "gpu.py", *options, **environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads((out / "out.json").read_text()) | {"stdout": done.stdout}
-
-
-@pytest.fixture
-def gpu(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import gpu
-
-    return gpu
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+        if dispatch.HAS_TRITON:
+            patch.setattr(dispatch.load("triton"), "BLOCK_N", 32)
+        patch.setattr("torch._dynamo.config.disable", True)  # of the peers, one is compiled
+        patch.setenv("DPO_KERNELS_COMMIT", "a copy")
+        patch.setattr(sys, "argv", ["gpu.py", *options])
+        forked(patch, gpu)
+        gpu.main()
+    return json.loads(out.read_text()) | {"stdout": said.getvalue()}
 
 
 def rows_of(report, title):
@@ -52,7 +62,7 @@ def rows_of(report, title):
 
 
 def test_gpu_rows_are_timed_or_say_why_not(gpu_report):
-    assert len(gpu_report["tables"]) == 7 and gpu_report["left_out"] == []
+    assert len(gpu_report["tables"]) == 6 and gpu_report["left_out"] == []
     assert "NVIDIA" in gpu_report["unavailable"]["cuda"]
     assert gpu_report["environment"]["device"]["type"] == "cpu"
     for table in gpu_report["tables"]:
@@ -65,13 +75,25 @@ def test_gpu_rows_are_timed_or_say_why_not(gpu_report):
                 assert row["over_baseline"] == pytest.approx(row["median_ms"] / rows["1 x torch.mm"]["median_ms"])
         if table["title"].startswith("E"):
             assert rows["copy"]["percent"] == pytest.approx(100)
-        elif table["part"] == "tiles":
-            assert all(
-                f"{path}, torch, tiles of 64 MiB" in rows for path in ("A forward", "C fused loss", "D any loss")
-            )
         else:
             own, bare = (rows[name]["median_ms"] for name in ("B frozen head, torch", "2 x torch.mm"))
             assert rows["B frozen head, torch"]["percent"] == pytest.approx(100 * bare / own)
+
+
+def test_gpu_rows_of_tiles(gpu, monkeypatch):
+    """Of every path, in this process."""
+    args, _ = gpu_arguments(gpu, monkeypatch, "--rounds", "1", "--only", "tiles")
+    monkeypatch.setattr(gpu, "TILE_MIB", (32, 64))
+    if dispatch.HAS_TRITON:
+        args.impl.append("triton")
+        monkeypatch.setattr(dispatch.load("triton"), "BLOCK_N", 32)
+    (job,) = gpu.jobs(args)
+    rows = gpu.table(job, gpu.Harness(1, memory=False), args)["rows"]
+    sized = [f"{impl}, tiles of {mib} MiB" for impl in args.impl for mib in gpu.TILE_MIB]
+    paths = ("A forward", "B frozen head", "C fused loss", "D any loss")
+    expected = {f"{path}, {size}" for path in paths for size in sized}
+    assert {row["name"] for row in rows} == {"1 x torch.mm"} | expected
+    assert all(row["median_ms"] > 0 and ("tiles" not in row["name"] or row["over_baseline"] > 0) for row in rows)
 
 
 @pytest.mark.parametrize("title", ["paths", "masks"])
@@ -149,6 +171,7 @@ def test_contender_that_ends_the_process_is_left_out(gpu, monkeypatch, tmp_path)
         "    pipe.send(('at', 'inputs'))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
+    forked(monkeypatch, gpu)
     import worker
 
     args, found = gpu_arguments(gpu, monkeypatch, "--only", "paths,flat")
@@ -381,6 +404,7 @@ def test_runbook_on_a_cpu(tmp_path):
     hidden = shutil.ignore_patterns(".*", "build", "__pycache__")
     shutil.copytree(ROOT, place, ignore=hidden)
     environment = os.environ | {"PYTHON": sys.executable, "DPO_KERNELS_COMMIT": "a copy", "PYTHONPATH": ""}
+    environment["TORCHDYNAMO_DISABLE"] = "1"  # of the peers, one is compiled
     for name in ("TRITON_INTERPRET", "DPO_KERNELS_CACHE"):
         environment.pop(name, None)
     command = ["bash", place / "benchmarks" / RUNBOOK.name, "--dry-run", "--first", tmp_path / "out"]

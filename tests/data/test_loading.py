@@ -2,11 +2,10 @@
 
 import gzip
 import json
-import subprocess
-import sys
 import unicodedata
 
 import datasets
+import forks
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -1139,9 +1138,9 @@ def test_fingerprints_are_the_same_in_another_process(tmp_path, tokenizer):
         f"dataset, _ = tokenize_preferences(load_preferences(sys.argv[1]), demo_tokenizer({TEXTS!r}, 300))\n"
         "print(dataset._fingerprint)"
     )
-    run = subprocess.run(
-        [sys.executable, "-c", code, str(path), str(tmp_path / "cache")], capture_output=True, text=True, check=True
-    )
+    (tmp_path / "script.py").write_text(code)
+    run = forks.python(tmp_path / "script.py", path, tmp_path / "cache")
+    assert run.returncode == 0, run.stderr
     here, _ = tokenize_preferences(load_preferences(path), tokenizer)
     assert run.stdout.split()[-1] == here._fingerprint
 

@@ -24,6 +24,8 @@ SIZES = {
     "pad_token_id": 0,
 }
 FALCON_H1 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+INKLING = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40, "swa_head_dim": 8}
+INKLING |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2}
 # name: (classes' prefix or model class name, more of the config, logit_scale, softcap, bias?, dense transform?)
 MODELS = {
     "qwen2": ("Qwen2ForCausalLM", {"tie_word_embeddings": True}, 1.0, None, False, False),
@@ -54,7 +56,7 @@ MODELS = {
     # its forward calls the decoder inside its base model, past the base model's own forward
     "opt": ("OPTForCausalLM", {"ffn_dim": 40, "word_embed_proj_dim": 16}, 1.0, None, False, False),
     # the config value divides the hidden states, and the head has entries that the model drops
-    "inkling": ("InklingForCausalLM", {"unpadded_vocab_size": 97}, None, None, False, False),
+    "inkling": ("InklingForCausalLM", {"unpadded_vocab_size": 97, **INKLING}, None, None, False, False),
 }
 
 

@@ -113,7 +113,7 @@ def test_an_output_layer_that_runs_twice_is_refused():
     ids=["method", "function"],
 )
 def test_a_model_that_is_compiled_as_a_whole(compiled):
-    model = build("llama")
+    model = build("llama", num_hidden_layers=1)
     add_fused_lm_head(model)
     inputs = batch()
     labels = labels_of(inputs)

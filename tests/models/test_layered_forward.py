@@ -182,7 +182,7 @@ def test_forward_that_torch_compile_wraps():
 
 @pytest.mark.full
 def test_compiled_and_added_again():
-    model, tokens = build("llama"), torch.arange(3, 15).view(2, 6)
+    model, tokens = build("llama", num_hidden_layers=1), torch.arange(3, 15).view(2, 6)
     add_fused_lm_head(model)
     compiled = torch.compile(model, backend="eager")
     inputs = {"input_ids": tokens, "labels": tokens, "fused_lm_head": True}

@@ -26,7 +26,7 @@ from dpo_kernels.training.sharding import group_for_saving
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 
 # A window of 3 steps straddles the checkpoints at 2 and 4.
-SETTINGS = TINY | {"max_rows": 32, "max_steps": 6, "save_steps": 2, "logging_steps": 3, "eval_steps": 3}
+SETTINGS = TINY | {"max_rows": 27, "max_steps": 6, "save_steps": 2, "logging_steps": 3, "eval_steps": 3}
 SETTINGS |= {"sharding": "fsdp2", "learning_rate": 5e-4}
 OF_TWO = {"per_device_batch_size": 1, "gradient_accumulation_steps": 2}
 

@@ -8,8 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 
+import forks
 import numpy as np
 import pytest
 import torch
@@ -285,27 +285,43 @@ def uninterrupted(tmp_path_factory):
     return directory
 
 
-def test_a_killed_process_is_resumed_to_the_last_bit(tmp_path, uninterrupted):
-    settings = TINY | INTERRUPTED | {"output_dir": str(tmp_path), "cache_dir": str(tmp_path / "cache")}
-    script = f"from dpo_kernels.training import *; train(TrainConfig(**{settings!r}))"
-    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], env=environment)
-    metrics = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (metrics.exists() and '"step": 12' in metrics.read_text()):
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed"
-    assert not (tmp_path / "final").exists() and list_checkpoints(tmp_path)
-    # What else a kill can leave: half a line, and a directory that was still being written.
-    with metrics.open("a") as file:
-        file.write('{"step": 13, "lo')
-    (tmp_path / ".checkpoint-16.tmp").mkdir(exist_ok=True)
-    (tmp_path / ".checkpoint-16.tmp" / "weights.safetensors").write_bytes(b"half")
+KILLED = """
+import json, os, signal, sys, threading, time
+from pathlib import Path
+import torch
+from dpo_kernels.training import TrainConfig, train
 
-    run(tmp_path, **INTERRUPTED, curves=True)
-    assert_same_run(tmp_path, uninterrupted)
-    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-16", "checkpoint-20"]
-    assert not list(tmp_path.glob(".*"))
+settings, threads = json.loads(sys.argv[1])
+metrics = Path(settings["output_dir"], "metrics.jsonl")
+
+def kill():
+    while not (metrics.exists() and '"step": 12' in metrics.read_text()):
+        time.sleep(0.005)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+torch.set_num_threads(threads)
+threading.Thread(target=kill, daemon=True).start()
+train(TrainConfig(**settings))
+"""
+
+
+def test_a_killed_process_is_resumed_to_the_last_bit(tmp_path, uninterrupted):
+    directory, script = tmp_path / "run", tmp_path / "script.py"
+    settings = TINY | INTERRUPTED | {"output_dir": str(directory), "cache_dir": str(tmp_path / "cache")}
+    script.write_text(KILLED)
+    done = forks.python(script, json.dumps([settings, torch.get_num_threads()]))
+    assert done.returncode == -signal.SIGKILL, f"the run ended before it was killed\n{done.stderr[-4000:]}"
+    assert not (directory / "final").exists() and list_checkpoints(directory)
+    # What else a kill can leave: half a line, and a directory that was still being written.
+    with (directory / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 13, "lo')
+    (directory / ".checkpoint-16.tmp").mkdir(exist_ok=True)
+    (directory / ".checkpoint-16.tmp" / "weights.safetensors").write_bytes(b"half")
+
+    run(directory, **INTERRUPTED, curves=True)
+    assert_same_run(directory, uninterrupted)
+    assert [path.name for path in list_checkpoints(directory)] == ["checkpoint-16", "checkpoint-20"]
+    assert not list(directory.glob(".*"))
 
 
 @pytest.mark.parametrize("row", [1, 4])

@@ -292,7 +292,6 @@ def test_checkpoints_go_from_trl_to_ours_and_back(tmp_path, trainers):
 
 
 def test_bench_tries_what_it_times(tried, monkeypatch):
-    monkeypatch.setattr(measure, "FLUSH_BYTES", 2**20)
     monkeypatch.setattr(measure.gc, "collect", lambda *of: 0)
     size = ["--tokens", "16", "--hidden", "32", "--vocab", "300", "--rounds", "1", "--no-memory", "--peers"]
     assert main(["bench", *size]) == 0

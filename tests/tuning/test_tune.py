@@ -45,7 +45,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "CASES", harm.CASES)
     monkeypatch.setattr(trial, "TOKENS", {"cpu": (16, 64)})
     monkeypatch.setattr(trial, "ROUNDS", 1)
-    monkeypatch.setattr(measure, "FLUSH_BYTES", 2**20)
     monkeypatch.setattr(measure.gc, "collect", lambda *of: 0)
     if dispatch.CPU_PROBLEM:
         pytest.skip(dispatch.CPU_PROBLEM)
@@ -141,7 +140,6 @@ REASONS = {
     "other bits": ("wrong", "has other bits the second time"),
     "fails": ("failed", "RuntimeError: an illegal memory access was encountered"),
     "hangs": ("hung", "nothing came of it for 4 s"),
-    "aborts": ("ended", "the process ended with SIGABRT"),
     "leaves": ("ended", "the process ended with exit status 3: no such function in this library"),
 }
 
@@ -154,7 +152,8 @@ def test_a_kernel_that_is_not_right_is_not_taken(within, fault):
     assert again.refused == [] if fault != "fails" else again.refused == verdict.refused
 
 
-@pytest.mark.parametrize("fault", ["hangs", "aborts", pytest.param("leaves", marks=pytest.mark.full)])
+# That a signal ends a process is told as its own exit is: test_a_process_that_ends_is_not_done.
+@pytest.mark.parametrize("fault", ["hangs", pytest.param("leaves", marks=pytest.mark.full)])
 def test_a_kernel_that_takes_its_process_along_is_never_tried_again(monkeypatch, within, fault):
     """The process is ended, and another one measures the rest."""
     with monkeypatch.context() as patched:
