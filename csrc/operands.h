@@ -73,14 +73,13 @@ inline void define_operands(py::module_& m) {
         return Search{labels, sequences, length, shift, ignore_index, v, expected, predictors, slots, asserts};
       }));
   py::class_<Comparison>(m, "Comparison", local)
-      .def(py::init([](Address token_logps, int64_t length, const Positions& weights, const Positions& labels,
-                       int64_t ignore_index, Address counts, Address sums, Address slopes, Address references,
-                       Address losses, Address chosen_rewards, Address rejected_rewards, Address loss, double beta,
-                       int64_t pairs, int64_t first, int64_t stop) {
-        return Comparison{as<void>(token_logps), length, weights, labels, ignore_index, as<int64_t>(counts),
-                          as<void>(sums), as<void>(slopes), as<const void>(references), as<void>(losses),
-                          as<void>(chosen_rewards), as<void>(rejected_rewards), as<void>(loss), beta, pairs, first,
-                          stop};
+      .def(py::init([](Address token_logps, int64_t length, const Positions& weights, Address sums, Address slopes,
+                       Address counts, Address references, Address losses, Address chosen_rewards,
+                       Address rejected_rewards, Address loss, double beta, int64_t pairs, int64_t first,
+                       int64_t stop) {
+        return Comparison{as<void>(token_logps), length, weights, as<void>(sums), as<void>(slopes),
+                          as<int64_t>(counts), as<const void>(references), as<void>(losses), as<void>(chosen_rewards),
+                          as<void>(rejected_rewards), as<void>(loss), beta, pairs, first, stop};
       }));
   py::class_<PairRows>(m, "PairRows", local)
       .def(py::init([](Address sequence, Address position, Address logps, Address slopes, int64_t n) {

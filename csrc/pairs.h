@@ -1,7 +1,7 @@
 // Pairs of sequences that DPO's loss compares, as the kernels of every device do; see dpo_kernels/impl/interface.py.
 //
-// Dimensions: S sequences of T positions, P pairs: sequence b is chosen, and b + P rejected. N labelled rows.
-// Arithmetic type T of log-probabilities, fp32 or fp64; what is summed, and exponentials, are fp64.
+// Dimensions: S sequences of T positions, P pairs: sequence b is chosen, and b + P rejected. N labelled rows, those of a
+// sequence together. Arithmetic type T of log-probabilities, fp32 or fp64; what is summed, and exponentials, are fp64.
 #pragma once
 
 #include <cmath>
@@ -10,39 +10,30 @@
 
 namespace dpo_kernels {
 
-// What the log-probabilities of rows go to, and what they weigh; all of type T, dense, but for `weights`.
+// What the log-probabilities of rows go to, and what comes of them; all of type T, dense, but for `weights`.
 struct Comparison {
   void* token_logps;  // [S, T]
   int64_t length;
   Positions weights;  // [S, T]; without data all are 1
-  Positions labels;  // [S, T] int64
-  int64_t ignore_index;
-  int64_t* counts;  // [S], of labels that are not ignored
   void *sums, *slopes;  // [S]
+  int64_t* counts;  // [S], of rows
   const void* references;  // [S]
   void *losses, *chosen_rewards, *rejected_rewards;  // [P]
   void* loss;  // []
   double beta;
-  int64_t pairs;  // P; 0: sequences are summed alone, and nothing from `labels` to `counts` is there, nor after `sums`
+  int64_t pairs;  // P; 0: sequences are summed alone, and of what comes after `weights` there are sums alone
   int64_t first, stop;  // of the pairs, or of the sequences, whose rows there are
 
   DPO_HOST_DEVICE int64_t sequences() const { return (pairs > 0 ? 2 : 1) * (stop - first); }
   // The i-th of these.
-  DPO_HOST_DEVICE int64_t sequence(int64_t i) const { return first + i < stop ? first + i : pairs + i - (stop - first) + first; }
+  DPO_HOST_DEVICE int64_t sequence(int64_t i) const {
+    const int64_t s = first + i;
+    return s < stop ? s : pairs + s - (stop - first);
+  }
 
   template <class T>
   DPO_HOST_DEVICE T weight(int64_t s, int64_t t) const {
     return weights.data == nullptr ? 1 : weights.at<T>(s, t);
-  }
-  // Rounded as a tensor of these products is.
-  template <class T>
-  DPO_HOST_DEVICE double weighted(int64_t s, int64_t t) const {
-    const T logp = static_cast<const T*>(token_logps)[s * length + t];
-    return weights.data == nullptr ? logp : static_cast<T>(logp * weights.at<T>(s, t));
-  }
-
-  DPO_HOST_DEVICE int is_labelled(int64_t s, int64_t t) const {
-    return pairs > 0 && labels.at<int64_t>(s, t) != ignore_index;
   }
 
   // L(h) = log(1 + exp(-h)) with h = beta (r_w - r_l) of pair b, and the slopes of the mean. arXiv 2305.18290, Eq. 7.

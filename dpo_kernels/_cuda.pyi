@@ -70,11 +70,9 @@ class Comparison:
         token_logps: int,
         length: int,
         weights: Positions,
-        labels: Positions,
-        ignore_index: int,
-        counts: int,
         sums: int,
         slopes: int,
+        counts: int,
         references: int,
         losses: int,
         chosen_rewards: int,
@@ -106,7 +104,7 @@ def gather_rows(
 def put_rows(
     out_dtype: str, rows: Matrix, g: Positions, sequence: int, position: int, length: int, out: int, stream: int
 ) -> None: ...
-def compare(dtype: str, of: Comparison, rows: PairRows, stream: int) -> None: ...
+def compare(dtype: str, of: Comparison, rows: PairRows, begins: int, ends: int, stream: int) -> None: ...
 def fold(
     dtype: str,
     tile: Tile,

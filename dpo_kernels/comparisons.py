@@ -38,6 +38,10 @@ class Halves(NamedTuple):
         chosen, rejected = t.chunk(2)
         return chosen, rejected
 
+    def joined(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        """[P] and [P] to [S]: of each sequence the sum over the pairs that it is in, as the one or as the other."""
+        return torch.cat([chosen, rejected])
+
     def spread(self, t: Tensor) -> Tensor:
         """[P] to [S]: of each sequence the sum over the pairs that it is in."""
         return t.repeat(2)
@@ -115,6 +119,11 @@ class Groups:
 
     def split(self, t: Tensor) -> tuple[Tensor, Tensor]:
         return t[self._chosen], t[self._rejected]
+
+    def joined(self, chosen: Tensor, rejected: Tensor) -> Tensor:
+        of_chosen, of_rejected = (t.new_zeros(len(self._order)) for t in (chosen, rejected))
+        of_chosen.index_put_((self._chosen,), chosen, accumulate=True)  # not index_add_, which adds in any order
+        return of_chosen + of_rejected.index_put_((self._rejected,), rejected, accumulate=True)
 
     def spread(self, t: Tensor) -> Tensor:
         return t.new_zeros(len(self._order)).index_add(0, self._chosen, t).index_add(0, self._rejected, t)

@@ -196,12 +196,8 @@ def sums_tokens(family: str) -> bool:
 
 
 def finds_rows(family: str) -> bool:
-    """Whether the family has a kernel that finds labelled rows, and one that copies their hidden states together."""
-    return impl_of(family) != "torch"
-
-
-def compares_pairs(family: str) -> bool:
-    """Whether the family has a kernel that sums sequences and compares them in pairs, a launch for all of it."""
+    """Whether the family has kernels that find labelled rows, copy their hidden states together, and sum and compare
+    what comes of them."""
     return impl_of(family) != "torch"
 
 

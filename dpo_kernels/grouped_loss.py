@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpo_kernels.comparisons import Comparisons, Halves
-from dpo_kernels.dispatch import compares_pairs, load
+from dpo_kernels.dispatch import finds_rows, load
 from dpo_kernels.impl import paths
 from dpo_kernels.impl.interface import LogitTransform, PairTables, Rows, TileKernels
 from dpo_kernels.listwise import listwise_losses
@@ -21,6 +21,7 @@ from dpo_kernels.losses import (
     PreferenceLoss,
     compared,
     length_desensitized_weights,
+    logistic_slope,
     loss_names,
     losses_of,
     weighted_losses,
@@ -160,17 +161,18 @@ class ResponseWeights(NamedTuple):
         self, k: TileKernels, family: str, logps: Tensor, at: Rows, token_logps: Tensor, whole: Whole | None
     ) -> tuple[Tensor, Tensor]:
         """The same from [N] of path C, which go to their positions of `token_logps`."""
-        if whole is None and self.by_length is None and compares_pairs(family):
+        if whole is None and self.by_length is None and finds_rows(family):
             sums = k.sum_rows(logps, at, token_logps, self.given)
             return sums, sums
         token_logps[at.sequence, at.position] = logps
         return self.sums(token_logps, whole)
 
-    def slopes(self, dplain: Tensor, dlogps: Tensor, at: Rows) -> Tensor:
+    def slopes(self, dplain: Tensor | None, dlogps: Tensor, at: Rows) -> Tensor:
         """[N] the gradient of rows from those [S] of both: one and the same where both are one."""
         d = dlogps.index_select(0, at.sequence)
         if self.by_length is not None:
-            d = dplain.index_select(0, at.sequence) + d * self.by_length[at.sequence, at.position]
+            d = d * self.by_length[at.sequence, at.position]
+            d = d if dplain is None else dplain.index_select(0, at.sequence) + d
         return d if self.given is None else d * self.given[at.sequence, at.position]
 
 
@@ -254,9 +256,13 @@ def pairs_of(plain: Tensor, logps: Tensor, given: Given, options: LossSettings) 
 
 def losses_and_slopes(
     plain: Tensor, logps: Tensor, wpo: Tensor | None, given: Given, options: LossSettings
-) -> tuple[PreferenceLoss, Tensor, Tensor]:
+) -> tuple[PreferenceLoss, Tensor | None, Tensor]:
     """The losses of some groups, of log-probabilities without a graph, and the gradients of the whole mean with respect
-    to both, [S]."""
+    to both, [S]; None of the first where the losses are of the second alone."""
+    if options.is_logistic and given.shares is None:  # what autograd would do, without a graph
+        pairs = pairs_of(plain, logps, given, options)
+        d = options.beta * (logistic_slope(pairs.margins) * (1 / given.losses))
+        return losses_of(pairs, options.weighted, None), None, given.comparisons.joined(d, -d)
     # hooks of the caller's, such as a checkpoint's, are for what the backward needs: this graph ends here
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t):
         leaves = [t.detach().requires_grad_() for t in ([logps] if plain is logps else [plain, logps])]
@@ -268,12 +274,12 @@ def losses_and_slopes(
 def pair_tables(given: Given, options: LossSettings, family: str, token_logps: Tensor) -> PairTables | None:
     """To be written by a kernel that compares pairs; None where PyTorch does that, for there is none of this loss."""
     is_plain = given.shares is None and given.whole is None and isinstance(given.comparisons, Halves)
-    if not (is_plain and options.is_logistic and options.ld_alpha is None and compares_pairs(family)):
+    if not (is_plain and options.is_logistic and options.ld_alpha is None and finds_rows(family)):
         return None
     new, (s,), pairs = given.ref_logps.new_empty, given.ref_logps.shape, given.losses
     return PairTables(
-        token_logps, given.token_weights, given.labels, options.ignore_index, given.ref_logps,
-        new(s, dtype=torch.int64), new(s), new(s), new(pairs), new(pairs), new(pairs), new(()),
+        token_logps, given.token_weights, given.ref_logps, new(s, dtype=torch.int64), new(s), new(s), new(pairs),
+        new(pairs), new(pairs), new(()),
     )  # fmt: skip
 
 
@@ -315,7 +321,7 @@ class GroupedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, g: Grouped) -> tuple[Tensor, ...]:
-        options, comparisons, k, tables = g.options, g.given.comparisons, load(g.family), g.pairs
+        options, comparisons, k = g.options, g.given.comparisons, load(g.family)
         y = g.rows.y if g.shards is None else g.rows.y - g.shards.first
         parts: list[tuple[Tensor, ...]] = []
 
@@ -326,8 +332,8 @@ class GroupedLoss(torch.autograd.Function):
                 at = Rows(at.sequence[rows], at.position[rows])
             if len(g.stats):
                 g.stats[:, at.sequence, at.position] = stats[: len(g.stats)].to(g.stats.dtype)
-            if tables is not None:
-                return k.compare(row_logps, at, tables, of, options.beta)
+            if g.pairs is not None:
+                return k.compare(row_logps, at, g.pairs, of, options.beta)
             if len(g.groups) > 1:  # of sequences that are numbered anew
                 part, at = part.part(of), at._replace(sequence=comparisons.local(at.sequence, of))
                 token_logps = row_logps.new_zeros(part.labels.shape)
@@ -359,11 +365,12 @@ class GroupedLoss(torch.autograd.Function):
                 stored=g.groups[0].stored,
                 shards=g.shards,
             )
-        if tables is None:
+        if (found := g.pairs) is None:
             losses, chosen_rewards, rejected_rewards, logps = g.joined(parts)
             loss = g.given.mean(losses)
         else:
-            logps, _, losses, chosen_rewards, rejected_rewards, loss = tables[6:]
+            losses, logps, loss = found.losses, found.logps, found.loss
+            chosen_rewards, rejected_rewards = found.chosen_rewards, found.rejected_rewards
         ctx.family, ctx.shape = g.family, hidden.shape
         ctx.places = (g.rows.at, g.rows.slots) if ctx.needs_input_grad[0] else None
         ctx.mark_non_differentiable(chosen_rewards, rejected_rewards)

@@ -71,8 +71,9 @@ def linear_reference_logps(
     A sum of floating-point numbers depends on its order, and each path of `linear_dpo_loss` has one that suits it:
     between two of them a response of thousands of tokens differs in the last digits, and with it rewards that ought to
     be 0. This takes tiles, groups and sums as the policy's call does. Where policy and reference are one model, and see
-    one batch, rewards are 0 and the sigmoid loss is log 2, to the bit. What it costs is one matrix product, as in
-    `linear_sequence_logps`, from which it differs by rounding.
+    one batch, rewards are 0 and the sigmoid loss is log 2, to the bit; in fp64 only if the policy's call
+    asks neither for `differentiable` nor for statistics, with which its sums are others. What it costs is one matrix
+    product, as in `linear_sequence_logps`, from which it differs by rounding.
 
     Args:
         hidden, weight, labels: as in `linear_dpo_loss`, of the reference.

@@ -113,7 +113,7 @@ class _LogisticLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> Tensor:
         # Written in differentiable operations on h, so that a second derivative is right too.
         (h,) = ctx.saved_tensors
-        return -torch.sigmoid(-h) * grad_output
+        return logistic_slope(h) * grad_output
 
 
 class _TransformedLogisticLoss(torch.autograd.Function):
@@ -138,6 +138,11 @@ def logistic_loss(h: Tensor) -> Tensor:
     if plain and not h.requires_grad:
         return -F.logsigmoid(h)
     return (_LogisticLoss if plain else _TransformedLogisticLoss).apply(h)
+
+
+def logistic_slope(h: Tensor) -> Tensor:
+    """dL/dh = -sigma(-h)."""
+    return -torch.sigmoid(-h)
 
 
 def _smoothed_logistic_loss(h: Tensor, label_smoothing: float) -> Tensor:

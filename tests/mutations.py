@@ -138,7 +138,7 @@ SHARES = "training/test_weights.py -k 'not two_processes'"
 ACCELERATED, ZERO_PLANS = "training/test_launched.py", "planning/test_planning.py -k zero"
 CHECKPOINTS, PARTS = "training/test_checkpoint.py", "training/test_setup.py"
 WEIGHTED = "test_linear_dpo.py -k 'torch and weight'"
-SLOPES = "test_linear_dpo.py -k 'torch and every_loss'"
+SLOPES = "test_linear_dpo.py -k 'torch and (every_loss or without_a_graph)'"
 LOOP_TESTS = "training/test_loop.py -k 'not two_processes and not real'"
 GOLDEN = "training/test_golden.py -k 'of_the_loop and not two'"
 TWO = "training/test_golden.py training/test_loop.py -k 'two'"
@@ -508,10 +508,10 @@ MUTATIONS = {
         Mutation(TRITON_ROWS, "((x - x) != 0.0)", "(x != x)", ROWS_TESTS),
         Mutation(TRITON_ROWS, "tl.store(logp_ptr + p, 0.0, mask=ignored)", "pass", ROWS_TESTS),
         # pairs of another part, a loss that loses its digits, a beta that does, and a mean of parts
-        Mutation(TRITON_PAIRS, "PAIRS + first + i - count)", "first + i)", f"{PAIR_TESTS} triton"),
+        Mutation(TRITON_PAIRS, "is_row = n < ends[:, None]", "is_row = n < N", f"{PAIR_TESTS} triton"),
         Mutation(TRITON_PAIRS, "log1p(tl.exp(-tl.abs(h)))", "tl.log(1.0 + tl.exp(-tl.abs(h)))", f"{PAIR_TESTS} triton"),
         Mutation(TRITON_PAIRS, "range(0, PAIRS, BLOCK_B)", "range(first, PAIRS, BLOCK_B)", f"{PAIR_TESTS} triton"),
-        Mutation(TRITON_PAIRS, "label != ignore_index", "label >= 0", f"{PAIR_TESTS} triton"),
+        Mutation(TRITON_PAIRS, "(after != s)", "(after >= s)", f"{PAIR_TESTS} triton"),
         # a wrong number of rows that nobody hears of; gradients of other rows
         Mutation(
             TRITON_ROWS,
@@ -668,14 +668,14 @@ MUTATIONS = {
         Mutation(POSITIONS_CPP, "uint16_t{0x7f80}", "uint16_t{0x7fff}", CPU_ROWS_TESTS),
         Mutation(POSITIONS_CPP, "if (work.broken) *broken = 1;", "", CPU_ROWS_TESTS),
         # pairs compared: pairs of another part, products that are not rounded, a loss that loses its digits
-        Mutation(PAIRS_H, "pairs + i - (stop - first) + first", "i + first", f"{PAIR_TESTS} cpu"),
+        Mutation(PAIRS_H, "pairs + s - (stop - first)", "s", f"{PAIR_TESTS} cpu"),
         Mutation(PAIRS_H, "log1p(exp(-fabs(h)))", "log(1 + exp(-fabs(h)))", f"{PAIR_TESTS} cpu"),
         Mutation(PAIRS_H, "(h < 0 ? -h : 0) + ", "", f"{PAIR_TESTS} cpu"),
         Mutation(PAIRS_H, "static_cast<double>(pairs));", "static_cast<double>(stop - first));", f"{PAIR_TESTS} cpu"),
         Mutation("csrc/cpu/compare.cpp", "if (of.stop < of.pairs) return;", "", f"{PAIR_TESTS} cpu"),
         Mutation("csrc/cpu/compare.cpp", " * of.weight<T>(s, rows.position[n])", "", f"{PAIR_TESTS} cpu"),
         Mutation(PAIRS_CU, "i += kCompareWarps", "i += 2 * kCompareWarps", f"{PAIR_TESTS} cuda"),
-        Mutation(PAIRS_CU, "static_cast<T*>(of.sums)[s] = static_cast<T>(sum);\n    if", "if", f"{PAIR_TESTS} cuda"),
+        Mutation(PAIRS_CU, "if (row.after != row.s) ends", "ends", f"{PAIR_TESTS} cuda"),
         Mutation(
             "dpo_kernels/impl/pairs.py", "Rows(*map(Tensor.contiguous, at))", "at", f"{PAIR_TESTS} 'cpu and compared'"
         ),
@@ -901,8 +901,8 @@ MUTATIONS = {
         ),
         Mutation(
             LOSSES,
-            "return -torch.sigmoid(-h) * grad_output",
-            "return (torch.sigmoid(h) - 1) * grad_output",
+            "return -torch.sigmoid(-h)\n",
+            "return torch.sigmoid(h) - 1\n",
             "test_losses.py -k 'saturated'",
         ),
         Mutation(
@@ -2169,6 +2169,9 @@ MUTATIONS = {
             "losses.new_full(losses.shape, 1 / len(losses))",
             SLOPES,
         ),
+        Mutation(GROUPED_LOSS, "* (1 / given.losses))", "* (1 / given.comparisons.pairs))", SLOPES),
+        # a response that is preferred to several
+        Mutation(COMPARISONS, "chosen, accumulate=True)", "chosen)", SLOPES),
         # what has no weight, and is not finite
         Mutation(
             GROUPED_LOSS, "torch.where(self.shares > 0, losses * self.shares, 0)", "(losses * self.shares)", COMPARED

@@ -8,20 +8,23 @@ namespace {
 
 template <class T>
 void compare_as(const Comparison& of, const PairRows& rows) {
-  T* const table = static_cast<T*>(of.token_logps);
-  for (int64_t n = 0; n < rows.n; ++n) {
-    table[rows.sequence[n] * of.length + rows.position[n]] = static_cast<const T*>(rows.logps)[n];
-  }
+  T *const table = static_cast<T*>(of.token_logps), *const sums = static_cast<T*>(of.sums);
   for (int64_t i = 0; i < of.sequences(); ++i) {
     const int64_t s = of.sequence(i);
+    sums[s] = 0;
+    if (of.pairs > 0) of.counts[s] = 0;
+  }
+  for (int64_t n = 0; n < rows.n;) {
+    const int64_t s = rows.sequence[n], begin = n;
     double sum = 0;
-    int64_t count = 0;
-    for (int64_t t = 0; t < of.length; ++t) {
-      sum += of.weighted<T>(s, t);
-      count += of.is_labelled(s, t);
+    for (; n < rows.n && rows.sequence[n] == s; ++n) {
+      const int64_t t = rows.position[n];
+      const T logp = static_cast<const T*>(rows.logps)[n], weighted = logp * of.weight<T>(s, t);
+      table[s * of.length + t] = logp;
+      sum += weighted;
     }
-    static_cast<T*>(of.sums)[s] = static_cast<T>(sum);
-    if (of.pairs > 0) of.counts[s] = count;
+    sums[s] = static_cast<T>(sum);
+    if (of.pairs > 0) of.counts[s] = n - begin;
   }
   if (of.pairs == 0) return;
   for (int64_t b = of.first; b < of.stop; ++b) of.compare<T>(b);

@@ -72,8 +72,9 @@ PYBIND11_MODULE(_cuda, m) {
       release_gil());
   m.def(
       "compare",
-      [](const std::string& dtype, const Comparison& of, const PairRows& rows, Address stream) {
-        cuda::compare(dtype_of(dtype), of, rows, as<CUstream_st>(stream));
+      [](const std::string& dtype, const Comparison& of, const PairRows& rows, Address begins, Address ends,
+         Address stream) {
+        cuda::compare(dtype_of(dtype), of, rows, as<int64_t>(begins), as<int64_t>(ends), as<CUstream_st>(stream));
       },
       release_gil());
   m.def(

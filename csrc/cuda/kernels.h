@@ -158,8 +158,8 @@ void gather_rows(DType type, const LogitsRows& hidden, int64_t of_sequence, cons
 // [S, `length`, H].
 void put_rows(DType out_type, const Matrix& rows, const Positions& g, const int64_t* sequence, const int64_t* position,
               int64_t length, void* out, cudaStream_t);
-// Sums the sequences of these rows, and compares their pairs.
-void compare(DType type, const Comparison&, const PairRows&, cudaStream_t);
+// Sums the sequences of these rows, and compares their pairs; begins, ends [S]: memory that it uses.
+void compare(DType type, const Comparison&, const PairRows&, int64_t* begins, int64_t* ends, cudaStream_t);
 // Path E, from logits [S, T, V]: logp [S, T], norm [2, S, T] and the statistics [count, S, T] that `stats` names, 0 at
 // ignored positions; fit: 1 if all labels are among the v entries, and `num_labelled` of them, unless negative; or 0.
 void logits_fwd(DType type, const LogitsRows&, const Labels&, int64_t v, int64_t num_labelled, const Stats& stats,

@@ -73,8 +73,9 @@ def put_rows(rows: Tensor, g: Tensor, at: Rows, out: Tensor) -> None:
 
 
 def _compare(of: pairs.Comparison) -> None:
+    begins, ends = of.at.sequence.new_empty(2, of.sums.shape[0])
     with torch.cuda.device_of(of.logps):
-        _cuda.compare(type_name(of.logps), *of.compiled(_cuda), stream(of.logps))
+        _cuda.compare(type_name(of.logps), *of.compiled(_cuda), address(begins), address(ends), stream(of.logps))
 
 
 compare, sum_rows = functools.partial(pairs.compare, _compare), functools.partial(pairs.sum_rows, _compare)

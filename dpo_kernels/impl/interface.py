@@ -80,15 +80,14 @@ class Labels(NamedTuple):
 
 
 class PairTables(NamedTuple):
-    """What is known of S sequences and of their P pairs, of which n is chosen and n + P rejected; dense, and of one
-    type, fp32 or fp64. What comes after `ref_logps` is written, once all pairs were compared."""
+    """What is known of S sequences and of their P pairs, of which n is chosen and n + P rejected; of one type, fp32 or
+    fp64, and dense but for weights and references. What comes after `ref_logps` is written, once all pairs were
+    compared."""
 
     token_logps: Tensor  # [S, T], 0 where there is no label
-    token_weights: Tensor | None  # [S, T], which may lie anyhow, as `labels` may; None: all are 1
-    labels: Tensor  # [S, T] int64
-    ignore_index: int
+    token_weights: Tensor | None  # [S, T]; None: all are 1
     ref_logps: Tensor  # [S]
-    num_tokens: Tensor  # [S] int64, of labels that are not ignored
+    num_tokens: Tensor  # [S] int64: labelled positions
     logps: Tensor  # [S], weighted sums of those of tokens
     slopes: Tensor  # [S], of the loss
     losses: Tensor  # [P]
@@ -305,8 +304,9 @@ class TileKernels(Protocol):
 
     def compare(self, logps: Tensor, at: Rows, tables: PairTables, pairs: slice, beta: float) -> Tensor:
         """DPO's loss, arXiv 2305.18290, Eq. 7, of some of the `pairs` of `tables`, all of whose rows have `logps` [n]:
-        these go to their positions, what comes of them to the other tables. Returns [n] the slope of the mean over all
-        pairs. This function and the next need be there where `dispatch.compares_pairs` says so."""
+        these go to their positions, what comes of them to the other tables. Rows of a sequence lie together. Returns
+        [n] the slope of the mean over all pairs. This function and the next need be there where `dispatch.finds_rows`
+        says so."""
 
     def sum_rows(self, logps: Tensor, at: Rows, token_logps: Tensor, weights: Tensor | None) -> Tensor:
         """[S] the weighted sums that `compare` makes of the `logps` of all rows, which go to their positions."""

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
 from dpo_kernels.impl.interface import PairTables, Rows
 
 
 class Comparison(NamedTuple):
-    """Tensors are dense, but for weights and labels."""
+    """Tensors are dense, but for weights."""
 
     logps: Tensor  # [N]
     at: Rows
@@ -24,24 +23,31 @@ class Comparison(NamedTuple):
     tables: PairTables | None  # with the ones above; None: sequences are summed alone
     beta: float
 
+    @property
+    def pairs(self) -> int:
+        return 0 if self.tables is None else self.tables.losses.shape[0]
+
+    def of_pairs(self) -> tuple[Tensor | None, ...]:
+        """What there is of sequences beside their sums, and of pairs: to be written but for the references."""
+        if (t := self.tables) is None:
+            return (None,) * 7
+        return t.slopes, t.num_tokens, t.ref_logps, t.losses, t.chosen_rewards, t.rejected_rewards, t.loss
+
     def compiled(self, native: Any) -> tuple[Any, Any]:
         """The same as a compiled module takes it."""
-
-        def positions(t: Tensor | None) -> Any:
-            return native.Positions(0, 0, 0) if t is None else native.Positions(t.data_ptr(), *t.stride())
-
-        labels, ignore_index, pairs, counts, others = None, 0, 0, 0, [0] * 6
-        if (tables := self.tables) is not None:
-            labels, ignore_index, references, num_tokens, _, *of_pairs = tables[2:]
-            others = [t.data_ptr() for t in (of_pairs[0], references, *of_pairs[1:])]
-            counts, pairs = num_tokens.data_ptr(), tables.losses.shape[0]
+        slopes, weights, of_pairs = self.slopes, self.weights, self.of_pairs()
         comparison = native.Comparison(
-            self.token_logps.data_ptr(), self.token_logps.shape[1], positions(self.weights), positions(labels),
-            ignore_index, counts, self.sums.data_ptr(), *others, self.beta, pairs, self.part.start, self.part.stop,
+            self.token_logps.data_ptr(), self.token_logps.shape[1],
+            native.Positions(0, 0, 0) if weights is None else native.Positions(weights.data_ptr(), *weights.stride()),
+            self.sums.data_ptr(), *(0 if t is None else t.data_ptr() for t in of_pairs), self.beta, self.pairs,
+            self.part.start, self.part.stop,
         )  # fmt: skip
-        slopes = 0 if self.slopes is None else self.slopes.data_ptr()
-        of_rows = (*map(Tensor.data_ptr, (*self.at, self.logps)), slopes)
-        return comparison, native.PairRows(*of_rows, self.logps.shape[0])
+        sequence, position = self.at
+        rows = native.PairRows(
+            sequence.data_ptr(), position.data_ptr(), self.logps.data_ptr(), 0 if slopes is None else slopes.data_ptr(),
+            self.logps.shape[0],
+        )  # fmt: skip
+        return comparison, rows
 
 
 Launch: TypeAlias = Callable[[Comparison], None]
@@ -49,11 +55,12 @@ Launch: TypeAlias = Callable[[Comparison], None]
 
 def compare(launch: Launch, logps: Tensor, at: Rows, tables: PairTables, pairs: slice, beta: float) -> Tensor:
     """See `interface.TileKernels`, as of the next."""
-    slopes = logps.new_empty(logps.shape)
-    references, labels = tables.ref_logps.resolve_neg().contiguous(), tables.labels.resolve_neg()
-    assert labels.dtype == torch.int64 and references.dtype == logps.dtype
-    tables = tables._replace(labels=labels, ref_logps=references)
-    _launch(launch, logps, at, tables.token_logps, tables.token_weights, tables.logps, pairs, slopes, tables, beta)
+    slopes, references = logps.new_empty(logps.shape), tables.ref_logps.resolve_neg().contiguous()
+    assert references.dtype == logps.dtype
+    tables = tables._replace(ref_logps=references)
+    _launch(
+        launch, logps, at, tables.token_logps, tables.token_weights, tables.logps, pairs, slopes, tables, float(beta)
+    )
     return slopes
 
 

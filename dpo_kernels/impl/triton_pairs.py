@@ -2,71 +2,79 @@
 
 Dimensions: S sequences of T positions, P pairs, N labelled rows.
 
-What a row weighs is known once all of its pair is, so a single program does everything, in one launch: 12 bytes a row
-or position, beside the H V products that there are of each.
+What a row weighs is known once all of its pair is, so a single program does everything, in one launch: about 50 bytes a
+row, beside the H V products that there are of each.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
-import struct
+import math
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from dpo_kernels.impl import pairs
 from dpo_kernels.impl.triton_math import log1p
 
+# Rows, pairs, and rows of as many sequences that are taken at once.
 BLOCK_N, BLOCK_B, BLOCK_S, BLOCK_T, NUM_WARPS = 2048, 512, 32, 128, 16
 
 
 @triton.jit(
-    do_not_specialize=[
-        "N", "T", "stride_ws", "stride_ls", "ignore_index", "PAIRS", "first", "stop", "beta", "more_beta"
-    ],
+    do_not_specialize=["N", "T", "stride_ws", "PAIRS", "first", "stop", "beta", "more_beta"],
     do_not_specialize_on_alignment=[
-        "logp_ptr", "sequence_ptr", "position_ptr", "slope_ptr", "table_ptr", "weight_ptr", "label_ptr", "ref_ptr",
-        "count_ptr", "sum_ptr", "of_sum_ptr", "loss_ptr", "chosen_ptr", "rejected_ptr", "mean_ptr",
+        "logp_ptr", "sequence_ptr", "position_ptr", "slope_ptr", "begin_ptr", "end_ptr", "table_ptr", "weight_ptr",
+        "sum_ptr", "of_sum_ptr", "count_ptr", "ref_ptr", "loss_ptr", "chosen_ptr", "rejected_ptr", "mean_ptr",
     ],
 )  # fmt: skip
 def compare_kernel(
-    logp_ptr, sequence_ptr, position_ptr, slope_ptr, table_ptr, weight_ptr, label_ptr, ref_ptr, count_ptr, sum_ptr,
-    of_sum_ptr, loss_ptr, chosen_ptr, rejected_ptr, mean_ptr, stride_ws, stride_wt, stride_ls, stride_lt, N, T,
-    ignore_index, PAIRS, first, stop, beta, more_beta,
+    logp_ptr, sequence_ptr, position_ptr, slope_ptr, begin_ptr, end_ptr, table_ptr, weight_ptr, sum_ptr, of_sum_ptr,
+    count_ptr, ref_ptr, loss_ptr, chosen_ptr, rejected_ptr, mean_ptr, stride_ws, stride_wt, N, T, PAIRS, first, stop,
+    beta, more_beta,
     COMPARES: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """Of the pairs `first` to `stop`; unless it COMPARES, of the sequences, which are summed alone. beta is in two
-    parts."""
+    parts; begin and end [S] are memory that it uses."""
     DTYPE: tl.constexpr = table_ptr.dtype.element_ty
+    count = stop - first
+    sequences = 2 * count if COMPARES else count
     n_of = tl.arange(0, BLOCK_N)
+    for begin in range(0, sequences, BLOCK_N):  # of no rows
+        i = begin + n_of
+        s = tl.where(i < count, first + i, PAIRS + first + i - count).to(tl.int64)
+        tl.store(begin_ptr + s, 0, mask=i < sequences)
+        tl.store(end_ptr + s, 0, mask=i < sequences)
+    tl.debug_barrier()
     for begin in range(0, N, BLOCK_N):
         n = begin + n_of
         s, t = tl.load(sequence_ptr + n, mask=n < N), tl.load(position_ptr + n, mask=n < N)
+        before = tl.load(sequence_ptr + n - 1, mask=(n > 0) & (n < N), other=-1)
+        after = tl.load(sequence_ptr + n + 1, mask=n + 1 < N, other=-1)
         tl.store(table_ptr + s * T + t, tl.load(logp_ptr + n, mask=n < N), mask=n < N)
+        tl.store(begin_ptr + s, n.to(tl.int64), mask=(n < N) & (before != s))
+        tl.store(end_ptr + s, n.to(tl.int64) + 1, mask=(n < N) & (after != s))
     tl.debug_barrier()
 
-    count = stop - first
-    sequences = 2 * count if COMPARES else count
-    for begin in range(0, sequences, BLOCK_S):
-        i = begin + tl.arange(0, BLOCK_S)
+    for begin_s in range(0, sequences, BLOCK_S):
+        i = begin_s + tl.arange(0, BLOCK_S)
+        inside = i < sequences
         s = tl.where(i < count, first + i, PAIRS + first + i - count).to(tl.int64)
+        begins, ends = tl.load(begin_ptr + s, mask=inside, other=0), tl.load(end_ptr + s, mask=inside, other=0)
         total = tl.zeros([BLOCK_S, BLOCK_T], tl.float64)
-        labelled = tl.zeros([BLOCK_S, BLOCK_T], tl.int32)
-        for begin_t in range(0, T, BLOCK_T):
-            t = begin_t + tl.arange(0, BLOCK_T)[None, :].to(tl.int64)
-            inside = (i < sequences)[:, None] & (t < T)
-            logp = tl.load(table_ptr + s[:, None] * T + t, mask=inside, other=0.0)
+        for begin_n in range(0, tl.max(ends - begins).to(tl.int32), BLOCK_T):
+            n = begins[:, None] + begin_n + tl.arange(0, BLOCK_T)[None, :]
+            is_row = n < ends[:, None]
+            logp = tl.load(logp_ptr + n, mask=is_row, other=0.0)
             if weight_ptr is not None:
-                logp *= tl.load(weight_ptr + s[:, None] * stride_ws + t * stride_wt, mask=inside, other=0.0)
+                t = tl.load(position_ptr + n, mask=is_row, other=0)
+                logp *= tl.load(weight_ptr + s[:, None] * stride_ws + t * stride_wt, mask=is_row, other=0.0)
             total += logp.to(tl.float64)
-            if COMPARES:
-                label = tl.load(label_ptr + s[:, None] * stride_ls + t * stride_lt, mask=inside, other=0)
-                labelled += (inside & (label != ignore_index)).to(tl.int32)
-        tl.store(sum_ptr + s, tl.sum(total, axis=1).to(DTYPE), mask=i < sequences)
+        tl.store(sum_ptr + s, tl.sum(total, axis=1).to(DTYPE), mask=inside)
         if COMPARES:
-            tl.store(count_ptr + s, tl.sum(labelled, axis=1).to(tl.int64), mask=i < sequences)
+            tl.store(count_ptr + s, ends - begins, mask=inside)
 
     if COMPARES:
         tl.debug_barrier()
@@ -102,19 +110,15 @@ def compare_kernel(
 
 
 def _launch(of: pairs.Comparison) -> None:
-    labels, ignore_index, count = None, 0, 0
-    tables: list[Tensor | None] = [None, None, of.sums, *[None] * 5]
-    if of.tables is not None:
-        labels, ignore_index, *tables = of.tables[2:]
-        count = of.tables.losses.shape[0]
-    of_weights, of_labels = ((0, 0) if t is None else t.stride() for t in (of.weights, labels))
-    high = struct.unpack("f", struct.pack("f", of.beta))[0]  # Triton takes numbers in fp32
+    begins, ends = of.at.sequence.new_empty(2, of.sums.shape[0])
+    of_weights = (0, 0) if of.weights is None else of.weights.stride()
+    high = ctypes.c_float(of.beta).value  # Triton takes numbers in fp32
     with torch.cuda.device_of(of.logps):
         compare_kernel[(1,)](
-            of.logps, *of.at, of.slopes, of.token_logps, of.weights, labels, *tables, *of_weights, *of_labels,
-            of.logps.shape[0], of.token_logps.shape[1], ignore_index, count, of.part.start, of.part.stop, high,
-            of.beta - high, COMPARES=of.tables is not None, BLOCK_N=BLOCK_N, BLOCK_B=BLOCK_B, BLOCK_S=BLOCK_S,
-            BLOCK_T=BLOCK_T, num_warps=NUM_WARPS,
+            of.logps, *of.at, of.slopes, begins, ends, of.token_logps, of.weights, of.sums, *of.of_pairs(),
+            *of_weights, of.logps.shape[0], of.token_logps.shape[1], of.pairs, of.part.start, of.part.stop, high,
+            of.beta - high if math.isfinite(high) else 0.0, COMPARES=of.tables is not None, BLOCK_N=BLOCK_N,
+            BLOCK_B=BLOCK_B, BLOCK_S=BLOCK_S, BLOCK_T=BLOCK_T, num_warps=NUM_WARPS,
         )  # fmt: skip
 
 

@@ -186,10 +186,10 @@ def cases(capability):
     of_hidden = dict.fromkeys(("hidden_ptr", "out_ptr"), "*bf16")
     yield "rows gathered", gather_rows_kernel, of_hidden, {"stride_hh": 1, "BLOCK_H": MAX_GATHER_BLOCK}, ()
     blocks = {name: getattr(triton_pairs, name) for name in ("BLOCK_N", "BLOCK_B", "BLOCK_S", "BLOCK_T")}
-    of_pairs = {"COMPARES": True, **blocks, "stride_wt": 1, "stride_lt": 1, "num_warps": triton_pairs.NUM_WARPS}
+    of_pairs = {"COMPARES": True, **blocks, "stride_wt": 1, "num_warps": triton_pairs.NUM_WARPS}
     numbers = ("logp", "slope", "table", "weight", "ref", "sum", "of_sum", "loss", "chosen", "rejected", "mean")
     of_tables = {f"{name}_ptr": "*fp32" for name in numbers} | {"beta": "fp32", "more_beta": "fp32"}
-    of_tables |= {"label_ptr": "*i64", "count_ptr": "*i64"}
+    of_tables |= dict.fromkeys(("begin_ptr", "end_ptr", "count_ptr"), "*i64")
     yield "rows compared", triton_pairs.compare_kernel, of_tables, of_pairs, ()
     yield "rows join", join_kernel, types, join | names, ()
     yield "rows dlogits", exp_dlogits_kernel, types, of_dlogits, ("N",)
@@ -197,8 +197,9 @@ def cases(capability):
 
 
 def is_shown(name, capability):
-    """Without being asked for: on Hopper every kernel, with nothing besides and with softcap and statistics; on the
-    others what needs the most registers. Of those with a bias, and of what is gone over again, the same, once."""
+    """Without being asked for: on Hopper kernels of rows, and products with nothing besides and with both softcap and
+    statistics; on the others what needs the most registers. Of those with a bias, and of what is gone over again, the
+    same, once."""
     if "again" in name or "bias" in name:
         return "stats" in name and capability == (100 if "pack" in name else 90) and "plain" not in name
     if capability != 90:
@@ -256,7 +257,8 @@ def usage(compiled):
         file.write(compiled.asm["cubin"])
         file.flush()
         (found,) = machine_code.kernels(file.name)
-    return found | {"shared": compiled.metadata.shared, "asserts": "__assertfail" in compiled.asm["ptx"]}
+    found |= {"shared": compiled.metadata.shared, "asserts": "__assertfail" in compiled.asm["ptx"]}
+    return found | {"barriers": compiled.asm["ttir"].count("barrier")}  # that the kernel asks for
 
 
 if __name__ == "__main__":

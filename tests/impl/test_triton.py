@@ -443,6 +443,7 @@ def test_machine_code(sm, names, expected, tmp_path):
             assert row["add"] == 1, row  # what is subtracted is rounded before
             continue
         assert row["asserts"] == kernel.endswith("asserts"), row
+        assert row["barriers"] == (4 if kernel == "rows compared" else 0), row  # between what it writes and reads again
         # a number of each row at a time
         if kernel in ("rows join", "rows found", "rows found asserts", "rows compared"):
             continue
