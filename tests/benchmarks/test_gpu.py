@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch._dynamo
 from places import DEVICE, ROOT
 
 from dpo_kernels import dispatch
@@ -45,10 +46,11 @@ def gpu_report(tmp_path_factory, gpu):
     options = ["--quick", "--device", "cpu", "--impl", "torch", "triton", "cuda", "--rounds", "1"]
     options += ["--only", "paths,E,masks", "--json", str(out)]
     options += ["--peers", "eager", "TRL", "Liger, not compiled", "QuACK", "QuACK, labelled"]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said):
+    # of the peers, one is compiled
+    uncompiled = torch._dynamo.config.patch(disable=True)
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(said), uncompiled:
         if dispatch.HAS_TRITON:
             patch.setattr(dispatch.load("triton"), "BLOCK_N", 32)
-        patch.setattr("torch._dynamo.config.disable", True)  # of the peers, one is compiled
         patch.setenv("DPO_KERNELS_COMMIT", "a copy")
         patch.setattr(sys, "argv", ["gpu.py", *options])
         forked(patch, gpu)
