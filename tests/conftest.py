@@ -5,7 +5,8 @@ DPO_KERNELS_TEST_DEVICE=cuda runs what uses the fixture `impl` on a GPU: tensors
 There are two lengths of test run. `@pytest.mark.full` is on what only `--full` runs: the whole of a test, one of its
 values (`pytest.param(..., marks=pytest.mark.full)`, or `grids.covering` for what a long run adds), or, with
 `when=lambda impl, dtype: ...`, the cases of those parameters for which this is true. `--only-full` runs what `--full`
-adds, and nothing else.
+adds, and nothing else, but for `@pytest.mark.release`: what takes minutes for what seldom changes, and is run before a
+release.
 """
 
 import gc
@@ -47,6 +48,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "full(when=None): run with --full alone; when(**parameters) says of which cases")
+    config.addinivalue_line("markers", "release: run with --full alone, and not with --only-full")
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
@@ -64,9 +66,12 @@ def pytest_collection_modifyitems(config, items):
     full, only = config.getoption("--full"), config.getoption("--only-full")
     if full and not only:
         return
-    left_out = [item for item in items if is_long(item) != only]
+    kept, left_out = [], []
+    for item in items:
+        of_release = item.get_closest_marker("release") is not None
+        (kept if not of_release and is_long(item) == only else left_out).append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if is_long(item) == only]
+    items[:] = kept
 
 
 def is_long(item):

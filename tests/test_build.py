@@ -64,7 +64,7 @@ def build_module(out, *flags):
     succeeds(*common, "-shared", *objects, "-o", out)
 
 
-@pytest.mark.full
+@pytest.mark.release
 def test_sanitizers(tmp_path):
     """Every kernel, storage type and instruction set; each tensor in an allocation of its very size. The driver ends
     only after each kernel has overstepped by one entry and the sanitizer has killed it for that."""

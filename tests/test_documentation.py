@@ -107,7 +107,7 @@ def test_what_is_shown_is_public(document):
             assert module in names and (name is None or name in names[module]), f"{module}: {name}"
 
 
-@pytest.mark.full  # a minute where others compute, too
+@pytest.mark.release  # a minute where others compute, too
 def test_figure_that_betrays_a_wrong_shift():
     """The three numbers in docs/drop_ins.md, from the run that is described there."""
     for package in ("transformers", "datasets"):

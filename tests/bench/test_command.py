@@ -44,7 +44,7 @@ def bench(tmp_path_factory):
 
 @pytest.fixture(
     scope="module",
-    params=[forks.python, pytest.param(forks.python_alone, marks=pytest.mark.full)],
+    params=[forks.python, pytest.param(forks.python_alone, marks=pytest.mark.release)],
     ids=["not compiled", "compiled"],  # what torch.compile is given
 )
 def with_peers(bench, request):
@@ -52,7 +52,7 @@ def with_peers(bench, request):
     return bench("--mask", *masks, "--max-length", "24", "--no-memory", python=request.param, plot=True)
 
 
-@pytest.fixture(scope="module", params=[("64",), pytest.param(("32", "64"), marks=pytest.mark.full)], ids=", ".join)
+@pytest.fixture(scope="module", params=[("64",), pytest.param(("32", "64"), marks=pytest.mark.release)], ids=", ".join)
 def all_modes(bench, request):
     modes = ["--mode", "forward", "frozen", "train", "logits", "--dtype", "float32", "bfloat16"]
     return bench(*modes, "--tokens", *request.param, "--peers", "eager", "eager, not in fp32", "--no-memory")
@@ -61,7 +61,7 @@ def all_modes(bench, request):
 # Both reports, each of the two ways; what one says has nothing to do with the other.
 both = pytest.mark.parametrize(
     ("with_peers", "all_modes"),
-    [(forks.python, ("64",)), pytest.param(forks.python_alone, ("32", "64"), marks=pytest.mark.full)],
+    [(forks.python, ("64",)), pytest.param(forks.python_alone, ("32", "64"), marks=pytest.mark.release)],
     ids=["not compiled, 64", "compiled, 32, 64"],
     indirect=True,
 )
@@ -275,7 +275,7 @@ def test_curves_show_every_row_and_the_limit(tmp_path, monkeypatch):
     assert time.get_xscale() == time.get_yscale() == "log"
 
 
-@pytest.mark.full  # three processes; the harness is tested with two
+@pytest.mark.release  # three processes; the harness is tested with two
 def test_memory_is_measured_beside_time(bench):
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("no /proc/self/clear_refs")

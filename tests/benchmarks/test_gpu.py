@@ -398,7 +398,7 @@ def test_runbook_links_objects_of_the_same_sources(book, tmp_path):
 
 
 @linux
-@pytest.mark.full  # minutes
+@pytest.mark.release  # minutes
 def test_runbook_on_a_cpu(tmp_path):
     """The first part, on which a GPU's few minutes are spent first. The rest are tests that run here anyhow, and
     figures that the other tests of this file ask for."""

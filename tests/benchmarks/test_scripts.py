@@ -95,7 +95,7 @@ def test_other_commands_are_those_that_need_a_gpu_or_a_registry():
     assert flags and all(f'"{flag}"' in source for flag in flags)
 
 
-@pytest.mark.full  # at the size that it has without being told
+@pytest.mark.release  # at the size that it has without being told
 def test_microbenchmarks_as_they_are_called(tmp_path):
     pytest.importorskip("pytest_benchmark")
     (command,) = re.findall(r"`pytest (benchmarks/microbenchmarks.py [^`]*)`", README)
@@ -224,7 +224,7 @@ def compare(root, *options):
     return forks.python(root / "benchmarks" / "revisions.py", *QUICK, *options, cwd=root)
 
 
-@pytest.mark.full  # as below, in this repository
+@pytest.mark.release  # as below, in this repository
 def test_revision_beside_the_working_tree(revisions, tmp_path):
     try:
         commit = revisions.commit_of("HEAD", "--base")
@@ -467,7 +467,7 @@ def test_training_steps_on_real_preferences(train_step, monkeypatch, tmp_path):
     assert found["tables"][0]["rows"][1]["loss_deviation"] < 1e-4
 
 
-@pytest.mark.full  # a process that imports all that trains
+@pytest.mark.release  # a process that imports all that trains
 def test_memory_of_a_training_step(train_step, monkeypatch):
     """Eager has logits [2B, T, V] in fp32 and more like them; they are most of what this model takes."""
     if not os.access("/proc/self/clear_refs", os.W_OK):

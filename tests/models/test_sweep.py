@@ -68,7 +68,7 @@ def test_some_classes():
     assert_as_in_the_table(sorted(SOME))
 
 
-@pytest.mark.full
+@pytest.mark.release
 @pytest.mark.parametrize("part", range(6))
 def test_every_class(part):
     assert_as_in_the_table(sweep.classes()[part::6])

@@ -594,7 +594,7 @@ def torchrun(script, **environment):
     subprocess.run(start, env=os.environ | environment, check=True, timeout=300)
 
 
-@pytest.mark.parametrize("start", [run_in_two, pytest.param(torchrun, marks=pytest.mark.full)])
+@pytest.mark.parametrize("start", [run_in_two, pytest.param(torchrun, marks=pytest.mark.release)])
 def test_two_processes_take_the_steps_of_one(tmp_path, start):
     # 29 pairs in steps of 4: in the last step of an epoch there is one pair, so that one process has none.
     settings = {"max_rows": 32, "epochs": 2, "lora_r": 2, "reference": "precompute", "loss_type": "sigmoid,sft"}

@@ -204,7 +204,7 @@ def test_whole_model_in_bf16_is_closer_to_fp32(lora):
     assert ratios == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.full
+@pytest.mark.release
 @pytest.mark.parametrize("lora", [None, LORA], ids=["full", "LoRA"])
 def test_in_bf16_ours_are_closer_to_fp32(tmp_path, lora):
     """The rms over steps and metrics of the deviation from the run in fp32, over that of TRL's own trainer. Both round
