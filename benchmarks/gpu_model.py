@@ -76,8 +76,8 @@ LAUNCH = 3e-6
 # writing it takes besides.
 FOLD, WRITE = 1 / 16, 14 / 128
 # Small kernels of PyTorch's: of DPO's loss of pairs, with its slopes, on path D; and on path C, of rows that are sorted
-# by parts. The kernel that compares pairs is a single block, which has about a 40th of the bandwidth.
-OF_LOSS, SORTED, ALONE = 25, 8, 40
+# by parts.
+OF_LOSS, SORTED = 25, 8
 # What logits of a tile take.
 TILE_BYTES = 2**27
 CLUSTER, ROWS_TOGETHER = 2, 8  # of csrc/cuda/linear_fold.cu
@@ -284,7 +284,7 @@ class Model:
             return [*self.path_d(), Launch("loss", OF_LOSS)]
         swept = self.tiles_c(chunks) if self.impl == "tiles" else self.exponentials_c(chunks, stored)
         found = [*self.compaction(), *[Launch("sorted", SORTED)] * (len(chunks) > 1)]
-        compared = [Launch("compare_kernel", len(chunks), ALONE * 50 * self.n // len(chunks))]
+        compared = [Launch("compare_kernel", len(chunks), 50 * self.n // len(chunks))]
         return [*found, *swept, *compared, *self.scaled_gradients(), *self.dhidden_of_positions()]
 
     def exponentials_c(self, chunks: list[int], stored: int | None = None) -> list[Launch]:
